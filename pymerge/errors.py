@@ -1,0 +1,42 @@
+"""The exceptions of pymerge, and the nearest-match helper that their messages use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = ["CheckpointError", "MergeError", "NonFiniteError", "RequestError", "nearest"]
+
+
+class RequestError(ValueError):
+    """Something about the request is wrong: a config, a parameter, an input. Exit code 2.
+
+    `problems` lists every problem that was found; the message shows them all.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            lines = "".join(f"\n  - {problem}" for problem in self.problems)
+            message = f"{len(self.problems)} problems:{lines}"
+        super().__init__(message)
+
+
+class CheckpointError(RequestError):
+    """A checkpoint is damaged, incomplete, or does not fit the others."""
+
+
+class NonFiniteError(RequestError):
+    """An input holds NaN or infinity and the merge was not told to keep them."""
+
+
+class MergeError(RuntimeError):
+    """The merge failed for a reason that is not the request's: I/O, a full disk. Exit code 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest of the known names, else the empty string."""
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,138 @@
+"""What a merge method is called, takes, and comes from: the record that every layer reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pymerge.errors import RequestError
+
+__all__ = ["REQUIRED", "MethodSpec", "Parameter"]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method.
+
+    `scope` is "model" for one value per fine-tuned model, "method" for one value per merge. Both kinds may
+    differ between tensors in a YAML config (`filter` lists) unless `per_tensor` is False.
+    `names` are the spellings that a YAML config may use; the first is the one that documents show.
+    `no_effect` marks a parameter that other tools have and that is accepted, with a warning, for
+    compatibility only.
+    """
+
+    name: str
+    kind: Literal["float", "int", "bool", "str"]
+    default: Any
+    doc: str
+    scope: Literal["model", "method"] = "method"
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+    per_tensor: bool = True
+    no_effect: bool = False
+    default_doc: str = ""
+
+    @property
+    def yaml_names(self) -> tuple[str, ...]:
+        return self.names or (self.name,)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words: `a number in [0, 1]`, `one of 'mean', 'sum', 'max'`."""
+        if self.choices is not None:
+            return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        words = {"float": "a finite number", "int": "an integer", "bool": "true or false", "str": "a string"}
+        text = words[self.kind]
+        if self.minimum is not None and self.maximum is not None:
+            return f"{text} in [{self.minimum:g}, {self.maximum:g}]"
+        if self.minimum is not None:
+            return f"{text} >= {self.minimum:g}"
+        if self.maximum is not None:
+            return f"{text} <= {self.maximum:g}"
+        return text
+
+    def check(self, value: Any, where: str) -> Any:
+        """Return the value in its Python type, or raise RequestError.
+
+        `where` names the argument as the user wrote it, e.g. `ties_merge: density` or
+        `config.yml:7: models[0].parameters.density`.
+        """
+        bad = RequestError(f"{where}: expected {self.expected}, got {value!r}")
+        if self.kind == "bool":
+            if not isinstance(value, bool):
+                raise bad
+            return value
+        if self.kind == "str":
+            if not isinstance(value, str):
+                raise bad
+            if self.choices is not None and value not in self.choices:
+                from pymerge.errors import nearest
+
+                raise RequestError(str(bad) + nearest(value, self.choices))
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            # numbers of numpy and 0-dim tensors are numbers too
+            try:
+                value = value.item()
+            except (AttributeError, ValueError, RuntimeError):
+                raise bad from None
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise bad
+        if self.kind == "int":
+            if isinstance(value, float):
+                if not value.is_integer():
+                    raise bad
+                value = int(value)
+        else:
+            value = float(value)
+            if not math.isfinite(value):
+                raise bad
+        if self.minimum is not None and value < self.minimum:
+            raise bad
+        if self.maximum is not None and value > self.maximum:
+            raise bad
+        return value
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """The record of one merge method, from which `pymerge methods`, configs and docs are made."""
+
+    name: str
+    title: str
+    summary: str
+    formula: str
+    source: str
+    url: str
+    parameters: tuple[Parameter, ...]
+    needs_base: bool
+    min_models: int = 1
+    max_models: int | None = None
+    passes: str = "1"
+    backends: tuple[str, ...] = ("reference", "cpu")
+    # Defaults in mergekit's YAML language that differ from those of the Python function.
+    yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameter(self, name: str) -> Parameter | None:
+        """Return the parameter of that name or YAML spelling, or None."""
+        for parameter in self.parameters:
+            if name == parameter.name or name in parameter.yaml_names:
+                return parameter
+        return None
+
+    @property
+    def spellings(self) -> list[str]:
+        """Every parameter name that a YAML config may use."""
+        return [name for parameter in self.parameters for name in parameter.yaml_names]
