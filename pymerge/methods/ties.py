@@ -106,6 +106,7 @@ class TrimTarget:
 
     keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order statistic that
     is the threshold. With `exact` the number kept is total - rank + 1, else every element at or above it.
+    The threshold rules' own rank keeps one element more than k; asked for exactly k, they take the next rank.
     """
 
     keep: Literal["all", "none", "rank"]
@@ -139,6 +140,10 @@ def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
         if kept == 0:
             return TrimTarget("none")
         rank = total - kept + 1
+    if rule.exact_k and rule.count in ("official", "mergelm", "sd_mecha"):
+        rank += 1
+        if rank > total:
+            return TrimTarget("none")
     if rank <= 0:
         return TrimTarget("all")
     return TrimTarget("rank", rank, rule.exact_k)
