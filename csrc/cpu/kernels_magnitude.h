@@ -1,0 +1,319 @@
+// Counting kernels of the exact selection: a histogram of magnitudes over a bracket of keys, and
+// the number of elements that equal one key, chunk by chunk.
+#pragma once
+
+#include "cpu/elementwise.h"
+
+namespace pymerge {
+namespace {
+
+constexpr int64_t kCountBlock = 2048;  // elements of base and one model that stay in the L1 cache
+
+struct HistogramContext {
+  const HistogramArgs* args;
+  uint32_t* bins;     // [ranges][num_models][num_bins]
+  int64_t* sides;     // [ranges][num_models][3]: below, hot, counted
+  int32_t failed;
+};
+
+// The bracket of one model.
+template <class Int>
+struct Bracket {
+  Int lo, hi, hot;  // hi is the last key of the last bin
+  int shift;
+};
+
+template <class Int>
+Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
+  const int64_t lo = args.lo[k];
+  const int shift = static_cast<int>(args.shift[k]);
+  const int64_t room = static_cast<int64_t>(largest) - lo;
+  const bool fits = args.num_bins <= (room >> shift);
+  const int64_t hi = fits ? lo + (args.num_bins << shift) - 1 : static_cast<int64_t>(largest);
+  const int64_t hot = args.hot[k];
+  // A hot key outside the bracket would be counted twice.
+  return {static_cast<Int>(lo), static_cast<Int>(hi),
+          static_cast<Int>(hot >= lo && hot <= hi ? hot : -1), shift};
+}
+
+template <class Io>
+void histogram_block(const char* base, const char* model, int64_t n, const Bracket<int32_t>& bracket,
+                     uint32_t* bins, int64_t* sides) {
+  I below{}, hot{};
+  const I lo = I{} + bracket.lo, hi = I{} + bracket.hi, frequent = I{} + bracket.hot;
+  int64_t counted = 0;
+  const auto count = [&](I key) {
+    below -= key < lo;
+    const I is_hot = key == frequent;
+    hot -= is_hot;
+    const I inside = (key >= lo) & (key <= hi) & ~is_hot;
+    uint32_t mask = lane_mask(inside);
+    if (__builtin_expect(mask != 0, 0)) {
+      const U index = (U)(key - lo) >> bracket.shift;
+      counted += __builtin_popcount(mask);
+      do {
+        ++bins[index[__builtin_ctz(mask)]];
+        mask &= mask - 1;
+      } while (mask != 0);
+    }
+  };
+  for (int64_t i = 0; i < n; i += kStep) {
+    const char* b = base + i * Io::kBytes;
+    const char* m = model + i * Io::kBytes;
+    count(magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)));
+    count(magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)));
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    sides[0] += below[j];
+    sides[1] += hot[j];
+  }
+  sides[2] += counted;
+}
+
+template <class Int>
+void count_key(Int key, const Bracket<Int>& bracket, uint32_t* bins, int64_t* sides) {
+  if (key < bracket.lo) {
+    ++sides[0];
+  } else if (key == bracket.hot) {
+    ++sides[1];
+  } else if (key <= bracket.hi) {
+    ++sides[2];
+    ++bins[(key - bracket.lo) >> bracket.shift];
+  }
+}
+
+// Any dtypes, any count: converted block by block. V is float or double.
+template <class V, class Int>
+void histogram_mixed(const HistogramArgs& args, int k, int64_t begin, int64_t end,
+                     const Bracket<Int>& bracket, Room& room, uint32_t* bins, int64_t* sides) {
+  V* base = reinterpret_cast<V*>(room.data);
+  V* model = base + kBlock;
+  char* raw = reinterpret_cast<char*>(model + kBlock);
+  char* scratch = raw + kBlock * 8;
+  const auto convert = [&](const Operand& operand, int64_t at, int n, V* to) {
+    const int bytes = dtype_bytes(operand.dtype);
+    const int padded = (n + kStep - 1) / kStep * kStep;
+    std::memset(raw, 0, static_cast<size_t>(padded) * bytes);
+    std::memcpy(raw, static_cast<const char*>(operand.data) + at * bytes,
+                static_cast<size_t>(n) * bytes);
+    if constexpr (sizeof(V) == 8) {
+      widen(operand.dtype, raw, padded, to, reinterpret_cast<float*>(scratch));
+    } else {
+      widen(operand.dtype, raw, padded, to);
+    }
+  };
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int n = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    convert(args.base, at, n, base);
+    convert(args.models[k], at, n, model);
+    for (int i = 0; i < n; ++i) {
+      const V delta = model[i] - base[i];
+      Int key;
+      std::memcpy(&key, &delta, sizeof(V));
+      count_key<Int>(key & (sizeof(V) == 8 ? static_cast<Int>(INT64_MAX) : static_cast<Int>(INT32_MAX)),
+                     bracket, bins, sides);
+    }
+  }
+}
+
+template <class Io>
+void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Room& room,
+                       uint32_t* bins, int64_t* sides) {
+  const int64_t bulk = begin + (end - begin) / kStep * kStep;
+  const char* base = static_cast<const char*>(args.base.data);
+  for (int64_t at = begin; at < bulk; at += kCountBlock) {
+    const int64_t n = bulk - at < kCountBlock ? bulk - at : kCountBlock;
+    for (int k = 0; k < args.num_models; ++k) {
+      histogram_block<Io>(base + at * Io::kBytes,
+                          static_cast<const char*>(args.models[k].data) + at * Io::kBytes, n,
+                          bracket_of<int32_t>(args, k, INT32_MAX), bins + k * args.num_bins,
+                          sides + 3 * k);
+    }
+  }
+  for (int k = 0; k < args.num_models && bulk < end; ++k) {
+    histogram_mixed<float, int32_t>(args, k, bulk, end, bracket_of<int32_t>(args, k, INT32_MAX),
+                                    room, bins + k * args.num_bins, sides + 3 * k);
+  }
+}
+
+void histogram_range(void* opaque, int64_t begin, int64_t end, int thread) {
+  auto& context = *static_cast<HistogramContext*>(opaque);
+  const HistogramArgs& args = *context.args;
+  const int64_t models = args.num_models;
+  uint32_t* bins = context.bins + thread * models * args.num_bins;
+  int64_t* sides = context.sides + thread * models * 3;
+  std::memset(bins, 0, static_cast<size_t>(models * args.num_bins) * sizeof(uint32_t));
+  std::memset(sides, 0, static_cast<size_t>(models) * 3 * sizeof(int64_t));
+  const Streams streams{&args.base, args.models, args.num_models,
+                        MutableOperand{nullptr, Dtype::kF32, 0}, args.compute};
+  Room room;
+  if (!room.take(8, 8, 0)) return set_flag(&context.failed);
+  Dtype dtype;
+  if (args.compute == Dtype::kF64) {
+    for (int k = 0; k < models; ++k) {
+      histogram_mixed<double, int64_t>(args, k, begin, end, bracket_of<int64_t>(args, k, INT64_MAX),
+                                       room, bins + k * args.num_bins, sides + 3 * k);
+    }
+  } else if (!streams.uniform(&dtype)) {
+    for (int k = 0; k < models; ++k) {
+      histogram_mixed<float, int32_t>(args, k, begin, end, bracket_of<int32_t>(args, k, INT32_MAX),
+                                      room, bins + k * args.num_bins, sides + 3 * k);
+    }
+  } else if (dtype == Dtype::kBF16) {
+    histogram_uniform<Bf16>(args, begin, end, room, bins, sides);
+  } else if (dtype == Dtype::kF16) {
+    histogram_uniform<F16>(args, begin, end, room, bins, sides);
+  } else {
+    histogram_uniform<F32>(args, begin, end, room, bins, sides);
+  }
+}
+
+// One call counts at most 2^31 elements, so that 32-bit bins cannot overflow.
+constexpr int64_t kHistogramElements = int64_t{1} << 31;
+
+Status histogram_part(const HistogramArgs* args) {
+  const int ranges = count_ranges(args->numel, kGrain, args->execution.num_threads);
+  if (ranges == 0) return Status::kOk;
+  const int64_t models = args->num_models;
+  const int64_t bins_each = models * args->num_bins;
+  void* memory = __builtin_malloc(static_cast<size_t>(ranges) * (bins_each * 4 + models * 24) + 8);
+  if (memory == nullptr) return Status::kOutOfMemory;
+  int64_t* sides = static_cast<int64_t*>(memory);
+  uint32_t* bins = reinterpret_cast<uint32_t*>(sides + ranges * models * 3);
+  HistogramContext context{args, bins, sides, 0};
+  parallel_ranges(args->numel, kGrain, args->execution.num_threads, histogram_range, &context);
+  for (int64_t k = 0; k < models && !context.failed; ++k) {
+    int64_t* counts = args->counts + k * (args->num_bins + 2);
+    int64_t below = 0, hot = 0, counted = 0;
+    for (int r = 0; r < ranges; ++r) {
+      below += sides[(r * models + k) * 3];
+      hot += sides[(r * models + k) * 3 + 1];
+      counted += sides[(r * models + k) * 3 + 2];
+      const uint32_t* from = bins + r * bins_each + k * args->num_bins;
+      for (int64_t j = 0; j < args->num_bins; ++j) counts[1 + j] += from[j];
+    }
+    if (hot > 0) counts[1 + ((args->hot[k] - args->lo[k]) >> args->shift[k])] += hot;
+    counts[0] += below;
+    counts[1 + args->num_bins] += args->numel - below - hot - counted;
+  }
+  __builtin_free(memory);
+  return context.failed ? Status::kOutOfMemory : Status::kOk;
+}
+
+Status magnitude_histogram(const HistogramArgs* args) {
+  if (args->num_models < 1 || args->num_bins < 1 || args->numel < 0 || args->base.data == nullptr) {
+    return Status::kBadArgument;
+  }
+  for (int k = 0; k < args->num_models; ++k) {
+    const int bits = args->compute == Dtype::kF64 ? 63 : 31;
+    if (args->lo[k] < 0 || args->shift[k] < 0 || args->shift[k] > bits) return Status::kBadArgument;
+    if (bits == 31 && args->lo[k] > INT32_MAX) return Status::kBadArgument;
+  }
+  if (args->numel <= kHistogramElements) return histogram_part(args);
+  HistogramArgs part = *args;
+  Operand few[64];
+  auto* models = args->num_models <= 64 ? few
+                                        : static_cast<Operand*>(__builtin_malloc(
+                                              sizeof(Operand) * args->num_models));
+  if (models == nullptr) return Status::kOutOfMemory;
+  Status status = Status::kOk;
+  for (int64_t at = 0; at < args->numel && status == Status::kOk; at += kHistogramElements) {
+    const int64_t left = args->numel - at;
+    part.numel = left < kHistogramElements ? left : kHistogramElements;
+    const auto moved = [at](Operand operand) {
+      operand.data = static_cast<const char*>(operand.data) + at * dtype_bytes(operand.dtype);
+      return operand;
+    };
+    part.base = moved(args->base);
+    for (int k = 0; k < args->num_models; ++k) models[k] = moved(args->models[k]);
+    part.models = models;
+    status = histogram_part(&part);
+  }
+  if (models != few) __builtin_free(models);
+  return status;
+}
+
+struct EqualContext {
+  const EqualCountsArgs* args;
+  int32_t failed;
+};
+
+template <class Io>
+int64_t count_equal(const char* base, const char* model, int64_t n, int32_t key) {
+  I equal{};
+  const I wanted = I{} + key;
+  for (int64_t i = 0; i < n; i += kStep) {
+    const char* b = base + i * Io::kBytes;
+    const char* m = model + i * Io::kBytes;
+    equal -= magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)) == wanted;
+    equal -= magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)) == wanted;
+  }
+  int64_t total = 0;
+  for (int j = 0; j < kLanes; ++j) total += equal[j];
+  return total;
+}
+
+// Ranges are of chunks here.
+void equal_range(void* opaque, int64_t first, int64_t last, int) {
+  auto& context = *static_cast<EqualContext*>(opaque);
+  const EqualCountsArgs& args = *context.args;
+  HistogramArgs one{};
+  const int64_t lo[1] = {args.key}, zero[1] = {0}, none[1] = {-1};
+  one.base = args.base;
+  one.models = &args.model;
+  one.num_models = 1;
+  one.num_bins = 1;
+  one.lo = lo;
+  one.shift = zero;
+  one.hot = none;
+  const Streams streams{&args.base, &args.model, 1, MutableOperand{nullptr, Dtype::kF32, 0},
+                        args.compute};
+  Room room;
+  if (!room.take(8, 8, 0)) return set_flag(&context.failed);
+  Dtype dtype;
+  const bool uniform = streams.uniform(&dtype);
+  const char* base = static_cast<const char*>(args.base.data);
+  const char* model = static_cast<const char*>(args.model.data);
+  for (int64_t j = first; j < last; ++j) {
+    int64_t at = j * args.chunk;
+    const int64_t end = at + args.chunk < args.numel ? at + args.chunk : args.numel;
+    int64_t found = 0;
+    if (uniform) {
+      const int64_t bulk = (end - at) / kStep * kStep;
+      const auto key = static_cast<int32_t>(args.key);
+      if (dtype == Dtype::kBF16) {
+        found = count_equal<Bf16>(base + at * 2, model + at * 2, bulk, key);
+      } else if (dtype == Dtype::kF16) {
+        found = count_equal<F16>(base + at * 2, model + at * 2, bulk, key);
+      } else {
+        found = count_equal<F32>(base + at * 4, model + at * 4, bulk, key);
+      }
+      at += bulk;
+    }
+    uint32_t bin = 0;
+    int64_t sides[3] = {0, 0, 0};
+    if (args.compute == Dtype::kF64) {
+      histogram_mixed<double, int64_t>(one, 0, at, end, bracket_of<int64_t>(one, 0, INT64_MAX), room,
+                                       &bin, sides);
+    } else {
+      histogram_mixed<float, int32_t>(one, 0, at, end, bracket_of<int32_t>(one, 0, INT32_MAX), room,
+                                      &bin, sides);
+    }
+    args.counts[j] = found + bin;
+  }
+}
+
+Status magnitude_equal_counts(const EqualCountsArgs* args) {
+  const int64_t largest = args->compute == Dtype::kF64 ? INT64_MAX : INT32_MAX;
+  if (args->chunk < 1 || args->numel < 0 || args->key < 0 || args->key > largest ||
+      args->base.data == nullptr) {
+    return Status::kBadArgument;
+  }
+  EqualContext context{args, 0};
+  const int64_t chunks = (args->numel + args->chunk - 1) / args->chunk;
+  parallel_ranges(chunks, 1, args->execution.num_threads, equal_range, &context);
+  return context.failed ? Status::kOutOfMemory : Status::kOk;
+}
+
+}  // namespace
+}  // namespace pymerge

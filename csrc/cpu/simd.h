@@ -1,0 +1,260 @@
+// Vectors, loads and stores of one instruction set. The including file defines PM_VECTOR_BYTES.
+// Internal linkage throughout: see math/value.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "math/value.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace pymerge {
+
+#define PM_VECTOR(type) type __attribute__((vector_size(PM_VECTOR_BYTES)))
+using F = PM_VECTOR(float);
+using I = PM_VECTOR(int32_t);
+using U = PM_VECTOR(uint32_t);
+using D = PM_VECTOR(double);
+using L = PM_VECTOR(int64_t);
+using Unaligned = uint32_t
+    __attribute__((vector_size(PM_VECTOR_BYTES), aligned(1), may_alias));  // any address, any type
+
+template <>
+struct Traits<F> {
+  using Scalar = float;
+  using IntScalar = int32_t;
+  using Bits = I;
+  static constexpr int32_t kMagnitudeMask = 0x7fffffff;
+  static constexpr int32_t kSignMask = INT32_MIN;
+  static constexpr int32_t kInfinity = 0x7f800000;
+};
+
+template <>
+struct Traits<D> {
+  using Scalar = double;
+  using IntScalar = int64_t;
+  using Bits = L;
+  static constexpr int64_t kMagnitudeMask = INT64_MAX;
+  static constexpr int64_t kSignMask = INT64_MIN;
+  static constexpr int64_t kInfinity = 0x7ff0000000000000;
+};
+
+namespace {
+
+constexpr int kLanes = PM_VECTOR_BYTES / 4;      // floats in a vector
+constexpr int kDLanes = PM_VECTOR_BYTES / 8;     // doubles in a vector
+constexpr int kStep = 2 * kLanes;                // elements that one step of a kernel takes
+
+PM_INLINE U load_bits(const void* p) { return (U) * static_cast<const Unaligned*>(p); }
+PM_INLINE void store_bits(void* p, U v) { *static_cast<Unaligned*>(p) = (Unaligned)v; }
+
+// Past the caches; p must be aligned to PM_VECTOR_BYTES.
+PM_INLINE void stream_bits(void* p, U v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  store_bits(p, v);
+#endif
+}
+
+PM_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// One bit per lane of a comparison's result.
+PM_INLINE uint32_t lane_mask(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i] != 0 ? 1u << i : 0u;
+  return bits;
+#endif
+}
+
+// fp32 -> bf16 in the high half of each lane, round to nearest even, NaN stays NaN.
+PM_INLINE U round_bf16(F x) {
+  const U u = (U)x;
+  const U rounded = u + 0x7fff + ((u >> 16) & 1);
+  return (I)(x != x) ? U{} + 0x7fc00000 : rounded;
+}
+
+PM_INLINE F load_f16(const void* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  uint16_t half[kLanes];
+  std::memcpy(half, p, sizeof(half));
+  U h;
+  for (int i = 0; i < kLanes; ++i) h[i] = half[i];
+  // Shift exponent and mantissa into place and scale by 2^112, which is exact, subnormals included.
+  const U magnitude = (h & 0x7fff) << 13;
+  const F scaled = (F)magnitude * (F{} + 0x1p112f);
+  const U special = (I)(magnitude >= 0x0f800000) ? U{} + 0x7f800000 : U{};
+  return (F)((U)scaled | special | ((h & 0x8000) << 16));
+#endif
+}
+
+PM_INLINE void store_f16(void* p, F x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const U u = (U)x;
+  const U sign = (u >> 16) & 0x8000;
+  const U magnitude = u & 0x7fffffff;
+  // Subnormal halves: adding 0.5 lines the mantissa up with 2^-24 and rounds to nearest even.
+  const U subnormal = (U)((F)magnitude + (F{} + 0.5f)) - 0x3f000000;
+  const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  U half = (I)(magnitude < 0x38800000) ? subnormal : normal;
+  half = (I)(magnitude >= 0x47800000) ? U{} + 0x7c00 : half;
+  half = (I)(magnitude > 0x7f800000) ? U{} + 0x7e00 : half;
+  half |= sign;
+  uint16_t out[kLanes];
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<uint16_t>(half[i]);
+  std::memcpy(p, out, sizeof(out));
+#endif
+}
+
+// How a step of kStep elements is cut into two vectors. Elementwise kernels do not care which lane
+// holds which element, so bf16 takes the even elements first and the odd ones second: one
+// operation each instead of a widening shuffle.
+struct Bf16 {
+  static constexpr Dtype kDtype = Dtype::kBF16;
+  static constexpr int kBytes = 2;
+  template <int Half>
+  PM_INLINE F load(const char* p) {
+    const U pair = load_bits(p);
+    return Half == 0 ? (F)(pair << 16) : (F)(pair & 0xffff0000u);
+  }
+  template <bool Stream>
+  PM_INLINE void store(char* p, F even, F odd) {
+    const U pair = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u);
+    Stream ? stream_bits(p, pair) : store_bits(p, pair);
+  }
+};
+
+struct F16 {
+  static constexpr Dtype kDtype = Dtype::kF16;
+  static constexpr int kBytes = 2;
+  template <int Half>
+  PM_INLINE F load(const char* p) {
+    return load_f16(p + Half * 2 * kLanes);
+  }
+  template <bool Stream>
+  PM_INLINE void store(char* p, F low, F high) {
+    alignas(PM_VECTOR_BYTES) char both[PM_VECTOR_BYTES];
+    store_f16(both, low);
+    store_f16(both + 2 * kLanes, high);
+    const U bits = load_bits(both);
+    Stream ? stream_bits(p, bits) : store_bits(p, bits);
+  }
+};
+
+struct F32 {
+  static constexpr Dtype kDtype = Dtype::kF32;
+  static constexpr int kBytes = 4;
+  template <int Half>
+  PM_INLINE F load(const char* p) {
+    return (F)load_bits(p + Half * PM_VECTOR_BYTES);
+  }
+  template <bool Stream>
+  PM_INLINE void store(char* p, F low, F high) {
+    if (Stream) {
+      stream_bits(p, (U)low);
+      stream_bits(p + PM_VECTOR_BYTES, (U)high);
+    } else {
+      store_bits(p, (U)low);
+      store_bits(p + PM_VECTOR_BYTES, (U)high);
+    }
+  }
+};
+
+constexpr int dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
+}
+
+// n elements of any dtype -> floats, in order. n must be a multiple of kLanes.
+inline void widen(Dtype dtype, const char* from, int n, float* to) {
+  if (dtype == Dtype::kF32) {
+    std::memcpy(to, from, 4 * static_cast<size_t>(n));
+  } else if (dtype == Dtype::kF16) {
+    for (int i = 0; i < n; i += kLanes) store_bits(to + i, (U)load_f16(from + 2 * i));
+  } else if (dtype == Dtype::kBF16) {
+    for (int i = 0; i < n; ++i) {
+      uint16_t half;
+      std::memcpy(&half, from + 2 * i, 2);
+      const uint32_t bits = static_cast<uint32_t>(half) << 16;
+      std::memcpy(to + i, &bits, 4);
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      double value;
+      std::memcpy(&value, from + 8 * i, 8);
+      to[i] = static_cast<float>(value);
+    }
+  }
+}
+
+// n floats -> elements of any dtype. n must be a multiple of kLanes.
+inline void narrow(const float* from, int n, Dtype dtype, char* to) {
+  if (dtype == Dtype::kF32) {
+    std::memcpy(to, from, 4 * static_cast<size_t>(n));
+  } else if (dtype == Dtype::kF16) {
+    for (int i = 0; i < n; i += kLanes) store_f16(to + 2 * i, (F)load_bits(from + i));
+  } else if (dtype == Dtype::kBF16) {
+    for (int i = 0; i < n; i += kLanes) {
+      const U rounded = round_bf16((F)load_bits(from + i));
+      for (int j = 0; j < kLanes; ++j) {
+        const uint16_t half = static_cast<uint16_t>(rounded[j] >> 16);
+        std::memcpy(to + 2 * (i + j), &half, 2);
+      }
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const double value = from[i];
+      std::memcpy(to + 8 * i, &value, 8);
+    }
+  }
+}
+
+// The same over doubles. `scratch` holds n floats.
+inline void widen(Dtype dtype, const char* from, int n, double* to, float* scratch) {
+  if (dtype == Dtype::kF64) {
+    std::memcpy(to, from, 8 * static_cast<size_t>(n));
+    return;
+  }
+  widen(dtype, from, n, scratch);
+  for (int i = 0; i < n; ++i) to[i] = scratch[i];
+}
+
+inline void narrow(const double* from, int n, Dtype dtype, char* to, float* scratch) {
+  if (dtype == Dtype::kF64) {
+    std::memcpy(to, from, 8 * static_cast<size_t>(n));
+    return;
+  }
+  for (int i = 0; i < n; ++i) scratch[i] = static_cast<float>(from[i]);
+  narrow(scratch, n, dtype, to);
+}
+
+}  // namespace
+}  // namespace pymerge

@@ -1,0 +1,23 @@
+// The instruction sets this library was built for, and which of them this machine can run.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace pymerge {
+
+const KernelTable* baseline_table();
+#if !defined(PYMERGE_BASELINE_ONLY)
+const KernelTable* avx2_table();
+const KernelTable* avx512_table();
+#endif
+
+struct CpuVariant {
+  const char* name;
+  const KernelTable* table;
+  bool supported;  // by this machine
+};
+
+// Fastest last. Returns how many there are; `variants` has room for 3.
+int cpu_variants(CpuVariant* variants);
+
+}  // namespace pymerge

@@ -1,0 +1,48 @@
+// The value types that the per-element math is written over.
+//
+// Math headers are templates over F, the value: `float` or `double` on CUDA, a GCC vector of them
+// on the CPU. They need only arithmetic, comparisons that give a mask type, `mask ? a : b`, and the
+// few functions here. Everything has internal linkage: the same header is compiled for several
+// instruction sets into one library, and a shared symbol would let one set's code run on another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define PM_INLINE static __device__ __forceinline__
+#else
+#define PM_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace pymerge {
+
+// Traits<F>: Scalar (float, double), Bits (the integer of the same shape).
+template <class F>
+struct Traits;
+
+template <class To, class From>
+PM_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class F>
+PM_INLINE F splat(typename Traits<F>::Scalar value) {
+  return F{} + value;
+}
+
+template <class F>
+PM_INLINE typename Traits<F>::Bits splat_bits(typename Traits<F>::IntScalar value) {
+  return typename Traits<F>::Bits{} + value;
+}
+
+// bits(|x|): for finite values, ordered as |x| is.
+template <class F>
+PM_INLINE typename Traits<F>::Bits magnitude_key(F x) {
+  return bit_cast<typename Traits<F>::Bits>(x) & Traits<F>::kMagnitudeMask;
+}
+
+}  // namespace pymerge
