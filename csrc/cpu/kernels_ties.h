@@ -202,8 +202,10 @@ Status ties(const TiesArgs* args) {
   parallel_ranges(args->numel, kGrain, args->execution.num_threads, ties_range, &context);
   __builtin_free(many);
   if (context.failed) return Status::kOutOfMemory;
-  args->stats[0] += context.balance;
-  args->stats[1] += context.zero_kept;
+  if (args->want_signs != 0) {
+    args->stats[0] += context.balance;
+    args->stats[1] += context.zero_kept;
+  }
   args->stats[2] += context.nonfinite;
   return Status::kOk;
 }

@@ -1,0 +1,189 @@
+"""The op contract: schemas and fakes of `torch.ops.pymerge.*`.
+
+Every op writes into tensors that the caller owns (tiles of an output), works on contiguous tensors of equal
+length, of dtypes float32, float16, bfloat16 or float64 in any mixture, and computes in float32, or float64
+where `wide`. Arguments are validated by the public API (`pymerge.api`, `pymerge.plan`), not here. `backend`
+is a name of `pymerge.backends.BACKENDS` or "auto".
+
+weighted_sum_:           out = sum_k weights[k] models[k] / divisor; stats[0] += 1 if a result is not finite
+task_arithmetic_:        out = base + scale sum_k weights[k] (models[k] - base) / divisor; the same
+ties_:                   out = trim, elect, disjoint merge, given thresholds on bits(|delta|);
+                         stats[0 .. 2] += balance of elected signs and number of zero votes that kept something
+                         (both only where want_signs), 1 if a delta is not finite
+ties_signs_:             the same statistics, no output
+magnitude_histogram_:    counts[k, 0 .. bins + 1] += keys below, in each bin of, and above a bracket
+magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pymerge.backends import resolve
+
+__all__ = ["NAMES"]
+
+_LIBRARY = torch.library.Library("pymerge", "DEF")
+
+_SCHEMAS = {
+    "weighted_sum_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor[] models, float[] weights, float divisor, *, "
+        "bool wide=False, str backend='auto') -> ()"
+    ),
+    "task_arithmetic_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float[] weights, "
+        "float scale, float divisor, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "ties_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int[] thresholds, "
+        "float[] weights, str weighting, str merge, str elect, int zero_sign, float scale, "
+        "bool want_signs, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "ties_signs_": (
+        "(Tensor(a!) stats, Tensor base, Tensor[] models, int[] thresholds, float[] weights, "
+        "str weighting, str elect, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "magnitude_histogram_": (
+        "(Tensor(a!) counts, Tensor base, Tensor[] models, int[] lo, int[] shift, int[] hot, *, "
+        "bool wide=False, str backend='auto') -> ()"
+    ),
+    "magnitude_equal_counts_": (
+        "(Tensor(a!) counts, Tensor base, Tensor model, int key, int chunk, *, bool wide=False, "
+        "str backend='auto') -> ()"
+    ),
+}
+
+NAMES = tuple(_SCHEMAS)
+
+
+def _weighted_sum_(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    models: list[torch.Tensor],
+    weights: list[float],
+    divisor: float,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = resolve(backend, out.device)
+    chosen.weighted_sum(out, stats, None, models, weights, 1.0, divisor, wide)
+
+
+def _task_arithmetic_(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    weights: list[float],
+    scale: float,
+    divisor: float,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = resolve(backend, out.device)
+    chosen.weighted_sum(out, stats, base, models, weights, scale, divisor, wide)
+
+
+def _ties_(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    thresholds: list[int],
+    weights: list[float],
+    weighting: str,
+    merge: str,
+    elect: str,
+    zero_sign: int,
+    scale: float,
+    want_signs: bool,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    resolve(backend, out.device).ties(
+        out,
+        stats,
+        base,
+        models,
+        thresholds,
+        weights,
+        weighting,
+        merge,
+        elect,
+        zero_sign,
+        scale,
+        want_signs,
+        wide,
+    )
+
+
+def _ties_signs_(
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    thresholds: list[int],
+    weights: list[float],
+    weighting: str,
+    elect: str,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    resolve(backend, base.device).ties(
+        None, stats, base, models, thresholds, weights, weighting, "sum", elect, 0, 1.0, True, wide
+    )
+
+
+def _magnitude_histogram_(
+    counts: torch.Tensor,
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    lo: list[int],
+    shift: list[int],
+    hot: list[int],
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    resolve(backend, base.device).magnitude_histogram(counts, base, models, lo, shift, hot, wide)
+
+
+def _magnitude_equal_counts_(
+    counts: torch.Tensor,
+    base: torch.Tensor,
+    model: torch.Tensor,
+    key: int,
+    chunk: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = resolve(backend, base.device)
+    chosen.magnitude_equal_counts(counts, base, model, key, chunk, wide)
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """All ops write into their arguments and return nothing, so every fake is empty."""
+
+
+def _register() -> None:
+    implementations = {
+        "weighted_sum_": _weighted_sum_,
+        "task_arithmetic_": _task_arithmetic_,
+        "ties_": _ties_,
+        "ties_signs_": _ties_signs_,
+        "magnitude_histogram_": _magnitude_histogram_,
+        "magnitude_equal_counts_": _magnitude_equal_counts_,
+    }
+    for name, schema in _SCHEMAS.items():
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, implementations[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pymerge::{name}", _nothing, lib=_LIBRARY)
+
+
+_register()

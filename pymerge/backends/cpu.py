@@ -1,0 +1,228 @@
+"""The CPU backend: marshals tensors to the C++ kernels of `pymerge._C`.
+
+The extension is loaded at first use. If it is missing or broken, `import pymerge` still works; `reason()`
+keeps the error and says what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAME = "cpu"
+SUMMARY = "C++ kernels"
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_WEIGHTING = {"none": 0, "before": 1, "after": 2}
+_MERGE = {"mean_of_count": 0, "mean_of_weights": 1, "sum": 2, "max": 3}
+_NOTHING = (0, 0)
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from pymerge import _C
+    except ImportError as error:
+        return None, (
+            f"the native library could not be loaded ({error}); reinstall with a C++17 compiler: "
+            "pip install --force-reinstall --no-deps pymerge-kernels"
+        )
+    wanted = os.environ.get("PYMERGE_CPU_ISA", "") or "auto"
+    try:
+        _C.use_isa(wanted)
+    except (ValueError, RuntimeError) as error:
+        return None, str(error)
+    return _C, None
+
+
+def _native() -> Any:
+    module, error = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {error}")
+    return module
+
+
+def reason() -> str | None:
+    """Say why the backend cannot be used, or return None."""
+    return _load()[1]
+
+
+def build() -> dict[str, Any]:
+    """Tell what was built: instruction sets, which one runs, compiler; or the error."""
+    module, error = _load()
+    if module is None:
+        return {"error": error}
+    return {
+        "isa": module.isa(),
+        "isa_built": {name: bool(supported) for name, supported in module.isa_list().items()},
+        "compiler": module.compiler,
+        "abi_version": module.abi_version,
+        "threads": module.default_threads(),
+    }
+
+
+def supported_isas() -> list[str]:
+    """Return the instruction sets of this build that this machine can run."""
+    module, _ = _load()
+    return [] if module is None else [name for name, runs in module.isa_list().items() if runs]
+
+
+def use_isa(name: str) -> None:
+    """Switch to the kernels of one instruction set ("baseline", "avx2", "avx512", "auto")."""
+    _native().use_isa(name)
+
+
+def set_threads(count: int | None) -> None:
+    """Set how many threads the kernels use; None means all cores that the process may run on."""
+    module, _ = _load()
+    if module is not None:
+        module.set_default_threads(count or 0)
+
+
+def _address(tensor: torch.Tensor, numel: int) -> tuple[int, int]:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() != numel:
+        raise ValueError(
+            f"backend 'cpu': expected contiguous CPU tensors of {numel} elements, got "
+            f"{tensor.numel()} on {tensor.device} with strides {tuple(tensor.stride())}"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"backend 'cpu': dtype {tensor.dtype} is not supported")
+    # An empty tensor has no address, but a base that is there must not look like none.
+    return tensor.data_ptr() or 64, _DTYPES[tensor.dtype]
+
+
+def _counters(tensor: torch.Tensor) -> int:
+    if tensor.dtype != torch.int64 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError("backend 'cpu': counters must be contiguous int64 CPU tensors")
+    return tensor.data_ptr()
+
+
+def weighted_sum(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor | None,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    scale: float,
+    divisor: float,
+    wide: bool,
+) -> None:
+    numel = out.numel()
+    nonfinite = _native().weighted_sum(
+        _address(out, numel),
+        _NOTHING if base is None else _address(base, numel),
+        [_address(model, numel) for model in models],
+        weights,
+        scale,
+        divisor,
+        numel,
+        3 if wide else 0,
+        0,
+    )
+    if nonfinite:
+        stats[0] += nonfinite
+
+
+def streaming_floor(
+    out: torch.Tensor, base: torch.Tensor | None, models: Sequence[torch.Tensor], threads: int = 0
+) -> None:
+    """Read base and models and write out, computing nothing: what benchmarks compare with."""
+    numel = out.numel()
+    _native().streaming_floor(
+        _address(out, numel),
+        _NOTHING if base is None else _address(base, numel),
+        [_address(model, numel) for model in models],
+        [1.0] * len(models),
+        1.0,
+        1.0,
+        numel,
+        0,
+        threads,
+    )
+
+
+def ties(
+    out: torch.Tensor | None,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    thresholds: Sequence[int],
+    weights: Sequence[float],
+    weighting: str,
+    merge: str,
+    elect: str,
+    zero_sign: int,
+    scale: float,
+    want_signs: bool,
+    wide: bool,
+) -> None:
+    numel = base.numel()
+    _native().ties(
+        _NOTHING if out is None else _address(out, numel),
+        _counters(stats),
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        thresholds,
+        weights,
+        _WEIGHTING[weighting],
+        _MERGE[merge],
+        elect == "count",
+        zero_sign,
+        scale,
+        want_signs,
+        numel,
+        3 if wide else 0,
+        0,
+    )
+
+
+def magnitude_histogram(
+    counts: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    lo: Sequence[int],
+    shift: Sequence[int],
+    hot: Sequence[int],
+    wide: bool,
+) -> None:
+    numel = base.numel()
+    _native().magnitude_histogram(
+        _counters(counts),
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        lo,
+        shift,
+        hot,
+        counts.shape[1] - 2,
+        numel,
+        3 if wide else 0,
+        0,
+    )
+
+
+def magnitude_equal_counts(
+    counts: torch.Tensor,
+    base: torch.Tensor,
+    model: torch.Tensor,
+    key: int,
+    chunk: int,
+    wide: bool,
+) -> None:
+    numel = base.numel()
+    if counts.numel() != -(-numel // chunk):
+        raise ValueError(f"backend 'cpu': expected {-(-numel // chunk)} counts, got {counts.numel()}")
+    _native().magnitude_equal_counts(
+        _counters(counts),
+        _address(base, numel),
+        _address(model, numel),
+        key,
+        chunk,
+        numel,
+        3 if wide else 0,
+        0,
+    )
