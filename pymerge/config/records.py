@@ -1,0 +1,119 @@
+"""What a configuration says, checked: the method, the models, and what is set for which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pymerge.config.settings import Clause, Setting
+from pymerge.errors import RequestError
+from pymerge.methods import REQUIRED, MethodSpec, Parameter
+
+__all__ = ["MergeConfig", "ModelEntry", "TensorParameters"]
+
+# Resolved parameters of one tensor: a list of K values for those of scope "model", else one value.
+TensorParameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One fine-tuned model of a config.
+
+    `name` is how messages call it ("models[0]", by its place in the file); `where` is that with its
+    line ("config.yml:7: models[0]").
+    """
+
+    path: str
+    parameters: dict[str, Setting]
+    where: str
+    name: str
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A valid configuration.
+
+    `models` are the fine-tuned models: a base listed among them is taken out for methods that need
+    a base. `parameters` are the global settings by `Parameter.name`; `dtype` and `out_dtype` are
+    safetensors codes; `text` is the YAML as given, `raw` its value.
+    """
+
+    method: MethodSpec
+    base_model: str | None
+    models: tuple[ModelEntry, ...]
+    parameters: dict[str, Setting]
+    dtype: str | None
+    out_dtype: str | None
+    text: str
+    where: str
+    base_where: str = ""
+    raw: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def side_files_from(self) -> str:
+        """The model whose config, tokenizer and other files the output gets."""
+        return self.base_model if self.base_model is not None else self.models[0].path
+
+    def resolve(self, tensor: str) -> TensorParameters:
+        """Return every parameter of one tensor, by `Parameter.name`.
+
+        A model's own setting wins over the global one, that over the default; in a `filter` list
+        the first entry that matches the tensor's name wins, and none matching counts as not set.
+
+        Raises:
+            RequestError: a parameter without default is set nowhere.
+        """
+        resolved: TensorParameters = {}
+        for parameter in self.method.parameters:
+            if parameter.no_effect:
+                continue
+            shared = self.value(parameter.name, tensor)
+            if parameter.scope == "method":
+                resolved[parameter.name] = self._required(parameter, shared, tensor, self.where)
+                continue
+            values = []
+            for entry in self.models:
+                setting = entry.parameters.get(parameter.name)
+                own = None if setting is None else setting.value_for(tensor)
+                value = shared if own is None else own
+                values.append(self._required(parameter, value, tensor, entry.where))
+            resolved[parameter.name] = values
+        return resolved
+
+    def value(self, name: str, tensor: str = "") -> Any:
+        """Return the global value of a parameter for a tensor, or its default."""
+        setting = self.parameters.get(name)
+        value = None if setting is None else setting.value_for(tensor)
+        if value is not None:
+            return value
+        parameter = self.method.parameter(name)
+        assert parameter is not None
+        return self.default(parameter)
+
+    def default(self, parameter: Parameter) -> Any:
+        """Return a parameter's default in YAML.
+
+        `yaml_defaults` describe one dialect; where another is chosen, only the choice of dialect is
+        theirs.
+        """
+        defaults = self.method.yaml_defaults
+        dialects = "semantics" in defaults and parameter.name != "semantics"
+        if dialects and self.value("semantics") != defaults["semantics"]:
+            return parameter.default
+        return defaults.get(parameter.name, parameter.default)
+
+    def clauses(self) -> Iterator[Clause]:
+        """Go through everything that is set, globally and per model."""
+        for holder in (self.parameters, *(entry.parameters for entry in self.models)):
+            for setting in holder.values():
+                yield from setting.clauses
+
+    def _required(self, parameter: Parameter, value: Any, tensor: str, where: str) -> Any:
+        if value is REQUIRED:
+            raise RequestError(
+                f"{where}: {self.method.name} needs the parameter '{parameter.yaml_names[0]}', "
+                f"which is not set for tensor '{tensor}'"
+            )
+        return value

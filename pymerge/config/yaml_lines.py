@@ -1,0 +1,194 @@
+"""YAML that remembers its lines: plain Python values, and the line of each.
+
+PyYAML's own loader drops positions and lets the last of two equal keys win; a config needs the line
+in every error, and a key given twice is a mistake. Only the types of `yaml.SafeLoader` can be made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import yaml
+
+from pymerge.errors import RequestError
+
+__all__ = ["LinedYaml", "YamlPath", "load_yaml"]
+
+YamlPath = tuple[str | int, ...]
+
+# Aliases of aliases grow exponentially; no real config comes near this many values.
+_MAX_VALUES = 100_000
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class LinedYaml:
+    """A parsed document: its value, and the line of every key and list item by path."""
+
+    name: str
+    data: Any
+    lines: dict[YamlPath, int] = field(default_factory=dict)
+
+    def where(self, path: YamlPath) -> str:
+        """Return `file:line` of a path, or of its nearest ancestor that is in the file."""
+        for length in range(len(path), -1, -1):
+            line = self.lines.get(path[:length])
+            if line is not None:
+                return f"{self.name}:{line}"
+        return self.name
+
+
+def load_yaml(text: str, name: str) -> LinedYaml:
+    """Parse one YAML document whose top level is a mapping.
+
+    Args:
+        text: the document.
+        name: the file's name, for messages.
+
+    Raises:
+        RequestError: a syntax error, no document or several, a top level that is not a mapping, a
+            key that is given twice or is not a string; with `file:line`.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise RequestError(f"{name}: expected a merge configuration, got an empty file")
+        if not isinstance(node, yaml.MappingNode):
+            kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+            raise RequestError(
+                f"{name}:{_line(node)}: expected a mapping (merge_method: ..., models: ...), got "
+                f"{kind}"
+            )
+        walker = _Walker(loader, name)
+        data = walker.value(node, ())
+        if walker.problems:
+            raise RequestError(walker.problems)
+        return LinedYaml(name, data, walker.lines)
+    except yaml.YAMLError as error:
+        raise RequestError(_syntax_problem(error, name)) from None
+    except RecursionError:
+        raise RequestError(f"{name}: not a config: nested too deeply") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Walker:
+    """Turns nodes into values, recording lines and collecting problems."""
+
+    def __init__(self, loader: yaml.SafeLoader, name: str) -> None:
+        self.loader = loader
+        self.name = name
+        self.lines: dict[YamlPath, int] = {}
+        self.problems: list[str] = []
+        self._open: set[int] = set()
+        self._values = 0
+
+    def value(self, node: yaml.Node, path: YamlPath) -> Any:
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise RequestError(
+                f"{self.name}:{_line(node)}: expands to more than {_MAX_VALUES} values (aliases of "
+                "aliases?)"
+            )
+        self.lines.setdefault(path, _line(node))
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                return self.loader.construct_object(node, deep=True)
+            except ValueError as error:  # e.g. the date 2024-02-31
+                self._problem(node, f"{node.value!r} is not a valid value: {error}")
+                return None
+        if id(node) in self._open:
+            raise RequestError(
+                f"{self.name}:{_line(node)}: an alias refers to a value it is part of"
+            )
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+                return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+            self._problem(
+                node, f"expected a plain mapping, list or value, got the tag {node.tag!r}"
+            )
+            return None
+        finally:
+            self._open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, path: YamlPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        first_line: dict[Hashable, int] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE_TAG:
+                merged.append(value_node)
+                continue
+            key = self._key(key_node)
+            if key is None:
+                continue
+            if key in first_line:
+                self._problem(
+                    key_node,
+                    f"{key!r} is given twice (first on line {first_line[key]}); remove one",
+                )
+                continue
+            first_line[key] = _line(key_node)
+            self.lines[(*path, key)] = _line(key_node)
+            result[key] = self.value(value_node, (*path, key))
+        for value_node in merged:
+            self._merge(value_node, path, result)
+        return result
+
+    def _key(self, node: yaml.Node) -> str | None:
+        key = (
+            self.loader.construct_object(node, deep=True)
+            if isinstance(node, yaml.ScalarNode)
+            else None
+        )
+        if isinstance(key, str):
+            return key
+        text = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        self._problem(
+            node, f"expected a string as key, got {text}; put it in quotes if it is meant as one"
+        )
+        return None
+
+    def _merge(self, node: yaml.Node, path: YamlPath, result: dict[str, Any]) -> None:
+        """Apply `<<: *anchor`: keys that the mapping itself, or an earlier merge, does not have."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                self._problem(node, "'<<' expects a mapping or a list of mappings")
+                return
+            own, self.lines = self.lines, {}
+            value = cast(dict[str, Any], self.value(source, path) or {})
+            merged, self.lines = self.lines, own
+            for key, item in value.items():
+                result.setdefault(key, item)
+            for key, line in merged.items():
+                self.lines.setdefault(key, line)
+
+    def _problem(self, node: yaml.Node, text: str) -> None:
+        self.problems.append(f"{self.name}:{_line(node)}: {text}")
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _syntax_problem(error: yaml.YAMLError, name: str) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark is not None else name
+        problem = error.problem or error.context or "syntax error"
+        if "single document" in (error.context or ""):
+            return f"{where}: expected one YAML document, got several ('---' starts another)"
+        if "'\\t'" in problem or "tab" in problem:
+            problem += "; indent with spaces, YAML does not allow tabs"
+        return f"{where}: not valid YAML: {problem}"
+    reason = " ".join(str(error).split())
+    return f"{name}: not valid YAML: {reason}"
