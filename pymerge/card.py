@@ -1,0 +1,81 @@
+"""The model card: a README.md that says what was merged and how, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pymerge.config import MergeConfig
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    name: str, config: MergeConfig, *, version: str, side_files: Sequence[str] = ()
+) -> str:
+    """Return the README.md of a merged model.
+
+    Args:
+        name: of the model, usually that of its directory.
+        config: what was merged.
+        version: of pymerge.
+        side_files: names of the files copied beside the weights; a config.json among them makes it
+            a model of the transformers library.
+    """
+    method = config.method
+    metadata: dict[str, object] = {}
+    if "config.json" in side_files:
+        metadata["library_name"] = "transformers"
+    metadata["tags"] = ["merge", "pymerge"]
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    models = "\n".join(f"* {_code(_shown(entry.path))}" for entry in config.models)
+    base = ""
+    if config.base_model is not None and method.needs_base:
+        base = f" with {_code(_shown(config.base_model))} as the base"
+    # a fence longer than any in the text
+    ticks = max((len(run) for run in re.findall(r"`{3,}", config.text)), default=2) + 1
+    fence = "`" * max(ticks, 3)
+    text = config.text if config.text.endswith("\n") else config.text + "\n"
+    return f"""---
+{front}---
+# {_escape(name)}
+
+A merge of models made with pymerge {version}.
+
+## Method
+
+[{method.title}]({method.url}){base}: {method.summary}
+
+    {method.formula}
+
+{method.source}.
+
+## Models
+
+{models}
+
+## Configuration
+
+{fence}yaml
+{text}{fence}
+"""
+
+
+def _shown(path: str) -> str:
+    """Return a path without the directories of the machine it was merged on."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _code(text: str) -> str:
+    """Return text as inline code, whatever backticks and line breaks it holds."""
+    text = " ".join(text.split())
+    ticks = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", " ".join(text.split()))

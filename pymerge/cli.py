@@ -1,0 +1,260 @@
+"""The command line: `pymerge merge | plan | methods | info`.
+
+Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
+with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
+tracebacks.
+
+torch takes a second to import, so nothing here imports it before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from pymerge.errors import MergeError, RequestError
+from pymerge.sizes import parse_size
+
+__all__ = ["main"]
+
+_BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that temporary files are removed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; argparse's own errors raise SystemExit(2)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    commands = {"merge": _merge, "plan": _plan, "methods": _methods, "info": _info}
+    try:
+        commands[options.command](options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+    except _Terminated:
+        return _failed("terminated", 143)
+    except RequestError as error:
+        return _failed(str(error), 2)
+    except BrokenPipeError:
+        # the reader of our output is gone (`pymerge methods | head`): nothing to say, nobody to say
+        # it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MergeError, OSError) as error:
+        return _failed(str(error), 1)
+
+
+def _failed(message: str, code: int) -> int:
+    if os.environ.get("PYMERGE_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"pymerge: error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pymerge",
+        description="Merge models: averaging, task arithmetic, TIES; mergekit's YAML, natively.",
+        epilog="Exit codes: 0 done, 1 failure, 2 bad request, 130 interrupted.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    merge = commands.add_parser("merge", help="merge the models of a config into OUT")
+    merge.add_argument("config", metavar="CONFIG", help="a merge configuration (YAML)")
+    merge.add_argument(
+        "out", metavar="OUT", help="directory to write; it appears complete or not at all"
+    )
+    merge.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    merge.add_argument(
+        "--backend", choices=_BACKENDS, default="auto", help="what computes (default: auto)"
+    )
+    _add_plan_options(merge)
+    merge.add_argument(
+        "--report", metavar="FILE", help="write the report (JSON) there too, beside OUT's own"
+    )
+    merge.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    merge.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    merge.add_argument(
+        "--checksums", action="store_true", help="put the SHA-256 of every input file in the report"
+    )
+
+    plan = commands.add_parser(
+        "plan", help="check a config and its models, headers only, and show what a merge would do"
+    )
+    plan.add_argument("config", metavar="CONFIG", help="a merge configuration (YAML)")
+    _add_plan_options(plan)
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    methods = commands.add_parser("methods", help="list the merge methods, or describe one")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+    methods.add_argument("--json", action="store_true", help="print as JSON")
+
+    info = commands.add_parser("info", help="show the installation: build, ISA, GPU, backends")
+    info.add_argument("--json", action="store_true", help="print as JSON")
+    return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        default="2GiB",
+        metavar="SIZE",
+        help="memory to stay under, whatever the models' size (default: 2GiB)",
+    )
+    parser.add_argument(
+        "--threads", type=_integer(1), metavar="N", help="compute threads (default: one per core)"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file to write (default: 5GB)",
+    )
+    parser.add_argument(
+        "--seed", type=_integer(0), default=0, metavar="N", help="of random masks (default: 0)"
+    )
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> NoReturn:
+        from pymerge.report import package_version
+
+        print(f"pymerge {package_version()}")
+        parser.exit(0)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text, "size")
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size: ")) from None
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from pymerge import engine
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        report = engine.merge_checkpoints(
+            options.config,
+            options.out,
+            device=options.device,
+            backend=options.backend,
+            memory=options.memory,
+            threads=options.threads,
+            shard_size=options.shard_size,
+            seed=options.seed,
+            report=options.report,
+            force=options.force,
+            quiet=options.quiet,
+            checksums=options.checksums,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not options.quiet:
+        _print_warnings(report.warnings)
+        print(report.summary())
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pymerge.config import load_config
+
+    config = load_config(options.config)
+    from pymerge.plan import make_plan
+
+    with make_plan(
+        config,
+        memory=options.memory,
+        shard_size=options.shard_size,
+        threads=options.threads,
+        seed=options.seed,
+    ) as plan:
+        if options.json:
+            print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
+        else:
+            from pymerge.show import plan_text
+
+            _print_warnings(plan.warnings)
+            print(plan_text(plan))
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"pymerge: warning: {warning}", file=sys.stderr)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from pymerge import methods, show
+
+    chosen = (
+        list(methods.METHODS.values())
+        if options.name is None
+        else [methods.get(options.name, "methods")]
+    )
+    if options.json:
+        records = [show.method_record(spec) for spec in chosen]
+        result = records if options.name is None else records[0]
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    elif options.name is None:
+        show.print_methods(chosen)
+    else:
+        show.print_method(chosen[0])
+
+
+def _info(options: argparse.Namespace) -> None:
+    from pymerge import show
+
+    info = show.gather_info()
+    if options.json:
+        print(json.dumps(info, indent=2, ensure_ascii=False))
+    else:
+        show.print_info(info)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Memory: what a merge will take (the one model that plan and engine share), and what it took."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pymerge.errors import RequestError
+from pymerge.sizes import format_size
+
+__all__ = ["MemoryPlan", "PeakMemory", "default_threads", "plan_memory"]
+
+MIB = 1 << 20
+
+# Python, torch and the libraries they load, measured once imported, with room for a page of headers
+# per tensor. It does not depend on the models.
+FIXED_BYTES = 256 * MIB
+
+MAX_SLOTS, MIN_SLOTS = 4, 2
+MAX_SLOT_BYTES, MIN_SLOT_BYTES = 16 * MIB, 1 * MIB
+MAX_BINS, MIN_BINS = 1 << 18, 1 << 12
+MAX_SAMPLES, MIN_SAMPLES = 1 << 20, 1 << 14
+
+# Of a sampled element while one model's bracket is found: base, model and delta in float64, its
+# key, and the keys of all tensors put together and partitioned.
+SAMPLE_BYTES = 48
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How much anonymous memory a merge takes, and what it is for.
+
+    slots x slot_bytes: output waiting to be written.
+    histogram_bins: bins of each histogram of |delta|: 4-byte counts per thread and model, and two
+        rows of 8-byte sums per model. 0 where nothing is selected.
+    sample_elements: most elements sampled to guess where a threshold lies, one model at a time.
+    total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
+        page cache: the kernel takes that back when it needs it.
+    """
+
+    slots: int
+    slot_bytes: int
+    histogram_bins: int
+    sample_elements: int
+    total: int
+
+
+def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> MemoryPlan:
+    """Fit a merge into a limit.
+
+    Everything starts at the size that is fastest; the largest part is halved until the sum fits.
+    Results do not depend on it.
+
+    Args:
+        limit: bytes; `--memory`.
+        models: number of fine-tuned models, K.
+        threads: number of compute threads.
+        selects: whether order statistics of |delta| are needed (a trim).
+
+    Raises:
+        RequestError: not even the smallest sizes fit; names the smallest limit that works.
+    """
+    bins = MAX_BINS if selects else 0
+    samples = MAX_SAMPLES if selects else 0
+    slots, slot_bytes = MAX_SLOTS, MAX_SLOT_BYTES
+    while True:
+        parts = {
+            "histogram": models * bins * (4 * threads + 16),
+            "samples": samples * SAMPLE_BYTES,
+            "slots": slots * slot_bytes,
+        }
+        total = FIXED_BYTES + sum(parts.values())
+        if total <= limit:
+            return MemoryPlan(slots, slot_bytes, bins, samples, total)
+        smaller = {
+            "histogram": bins > MIN_BINS,
+            "samples": samples > MIN_SAMPLES,
+            "slots": slot_bytes > MIN_SLOT_BYTES or slots > MIN_SLOTS,
+        }
+        shrinkable = [part for part in parts if smaller[part]]
+        if not shrinkable:
+            least = -(-total // MIB)
+            raise RequestError(
+                f"memory: {format_size(limit)} is too little for {models} models and {threads} "
+                f"threads; the smallest that works is {least}MiB"
+            )
+        largest = max(shrinkable, key=lambda part: parts[part])
+        if largest == "histogram":
+            bins //= 2
+        elif largest == "samples":
+            samples //= 2
+        elif slot_bytes > MIN_SLOT_BYTES:
+            slot_bytes //= 2
+        else:
+            slots //= 2
+
+
+def default_threads() -> int:
+    """Return the number of processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class PeakMemory:
+    """Watches this process while a `with` block runs.
+
+    `anonymous` is the peak of RssAnon, sampled every 20 ms (memory the process allocated, without
+    mapped files); `resident` is the process's highest resident size so far. Both in bytes; where
+    the system has no /proc, `anonymous` is the resident size too.
+    """
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.interval = interval
+        self.anonymous = 0
+        self.resident = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread = threading.Thread(target=self._watch, name="pymerge-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        anonymous, resident = _memory_now()
+        self.anonymous = max(self.anonymous, anonymous)
+        self.resident = max(self.resident, resident)
+
+
+def _memory_now() -> tuple[int, int]:
+    """Return the anonymous memory now and the resident peak, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return _resource_usage()
+    fields: dict[str, int] = {}
+    for line in status.splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("RssAnon", "VmHWM"):
+            fields[name] = int(rest.split()[0]) * 1024
+    if "RssAnon" not in fields or "VmHWM" not in fields:
+        return _resource_usage()
+    return fields["RssAnon"], fields["VmHWM"]
+
+
+def _resource_usage() -> tuple[int, int]:
+    try:
+        import resource
+    except ImportError:
+        return 0, 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes, except on macOS
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return peak, peak
