@@ -81,9 +81,11 @@ struct TiesArgs {
   int64_t* stats;  // [3] += {sum of sign(vote), zero votes that kept something, non-finite seen}
 };
 
-// Counts of bits(|models[k] - base|), added to counts[k][0 .. num_bins + 1]:
+// Counts of bits(|models[k] - base|), added to counts[slot][k][0 .. num_bins + 1]:
 // [0] keys < lo[k]; [1 + j] keys in [lo[k] + (j << shift[k]), lo[k] + ((j + 1) << shift[k]));
-// [num_bins + 1] the rest. hot[k] is a key expected to be frequent (-1: none); it only changes speed.
+// [num_bins + 1] the rest. Each thread counts in a slot of its own; the caller adds the slots up,
+// and must do so before 2^31 elements have been counted. hot[k] is a key expected to be frequent
+// (-1: none); it only changes the speed.
 struct HistogramArgs {
   Execution execution;
   Dtype compute;
@@ -95,7 +97,8 @@ struct HistogramArgs {
   const int64_t* shift;
   const int64_t* hot;
   int64_t num_bins;
-  int64_t* counts;
+  int64_t num_slots;
+  int32_t* counts;
 };
 
 // counts[j] = number of elements in [j * chunk, (j + 1) * chunk) with bits(|model - base|) == key.

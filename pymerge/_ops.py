@@ -11,7 +11,8 @@ ties_:                   out = trim, elect, disjoint merge, given thresholds on 
                          stats[0 .. 2] += balance of elected signs and number of zero votes that kept something
                          (both only where want_signs), 1 if a delta is not finite
 ties_signs_:             the same statistics, no output
-magnitude_histogram_:    counts[k, 0 .. bins + 1] += keys below, in each bin of, and above a bracket
+magnitude_histogram_:    counts[slot, k, 0 .. bins + 1] += keys below, in each bin of, and above a bracket; the
+                         caller adds the slots (one a thread) before 2^31 elements were counted
 magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j
 """
 

@@ -134,8 +134,8 @@ void ties(Address out, uintptr_t stats, Address base, const std::vector<Address>
 
 void magnitude_histogram(uintptr_t counts, Address base, const std::vector<Address>& models,
                          const std::vector<int64_t>& lo, const std::vector<int64_t>& shift,
-                         const std::vector<int64_t>& hot, int64_t num_bins, int64_t numel,
-                         int32_t compute, int32_t threads) {
+                         const std::vector<int64_t>& hot, int64_t num_slots, int64_t num_bins,
+                         int64_t numel, int32_t compute, int32_t threads) {
   const std::vector<Operand> inputs = operands(models);
   HistogramArgs args{};
   args.execution = {nullptr, 0, threads};
@@ -147,8 +147,9 @@ void magnitude_histogram(uintptr_t counts, Address base, const std::vector<Addre
   args.lo = lo.data();
   args.shift = shift.data();
   args.hot = hot.data();
+  args.num_slots = num_slots;
   args.num_bins = num_bins;
-  args.counts = pointer<int64_t>(counts);
+  args.counts = pointer<int32_t>(counts);
   py::gil_scoped_release release;
   require(table().magnitude_histogram(&args), "magnitude_histogram");
 }

@@ -11,9 +11,12 @@ constexpr int64_t kCountBlock = 2048;  // elements of base and one model that st
 
 struct HistogramContext {
   const HistogramArgs* args;
-  uint32_t* bins;     // [ranges][num_models][num_bins]
-  int64_t* sides;     // [ranges][num_models][3]: below, hot, counted
   int32_t failed;
+};
+
+// What one thread found of one model beside the bins.
+struct Sides {
+  int64_t below, hot, counted;
 };
 
 // The bracket of one model.
@@ -38,7 +41,7 @@ Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
 
 template <class Io>
 void histogram_block(const char* base, const char* model, int64_t n, const Bracket<int32_t>& bracket,
-                     uint32_t* bins, int64_t* sides) {
+                     int32_t* bins, Sides& sides) {
   I below{}, hot{};
   const I lo = I{} + bracket.lo, hi = I{} + bracket.hi, frequent = I{} + bracket.hot;
   int64_t counted = 0;
@@ -64,20 +67,20 @@ void histogram_block(const char* base, const char* model, int64_t n, const Brack
     count(magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)));
   }
   for (int j = 0; j < kLanes; ++j) {
-    sides[0] += below[j];
-    sides[1] += hot[j];
+    sides.below += below[j];
+    sides.hot += hot[j];
   }
-  sides[2] += counted;
+  sides.counted += counted;
 }
 
 template <class Int>
-void count_key(Int key, const Bracket<Int>& bracket, uint32_t* bins, int64_t* sides) {
+void count_key(Int key, const Bracket<Int>& bracket, int32_t* bins, Sides& sides) {
   if (key < bracket.lo) {
-    ++sides[0];
+    ++sides.below;
   } else if (key == bracket.hot) {
-    ++sides[1];
+    ++sides.hot;
   } else if (key <= bracket.hi) {
-    ++sides[2];
+    ++sides.counted;
     ++bins[(key - bracket.lo) >> bracket.shift];
   }
 }
@@ -85,7 +88,7 @@ void count_key(Int key, const Bracket<Int>& bracket, uint32_t* bins, int64_t* si
 // Any dtypes, any count: converted block by block. V is float or double.
 template <class V, class Int>
 void histogram_mixed(const HistogramArgs& args, int k, int64_t begin, int64_t end,
-                     const Bracket<Int>& bracket, Room& room, uint32_t* bins, int64_t* sides) {
+                     const Bracket<Int>& bracket, Room& room, int32_t* bins, Sides& sides) {
   V* base = reinterpret_cast<V*>(room.data);
   V* model = base + kBlock;
   char* raw = reinterpret_cast<char*>(model + kBlock);
@@ -116,9 +119,14 @@ void histogram_mixed(const HistogramArgs& args, int k, int64_t begin, int64_t en
   }
 }
 
+// counts of one thread: [num_models][num_bins + 2]
+int32_t* bins_of(const HistogramArgs& args, int32_t* counts, int64_t k) {
+  return counts + k * (args.num_bins + 2) + 1;
+}
+
 template <class Io>
 void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Room& room,
-                       uint32_t* bins, int64_t* sides) {
+                       int32_t* counts, Sides* sides) {
   const int64_t bulk = begin + (end - begin) / kStep * kStep;
   const char* base = static_cast<const char*>(args.base.data);
   for (int64_t at = begin; at < bulk; at += kCountBlock) {
@@ -126,13 +134,13 @@ void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Ro
     for (int k = 0; k < args.num_models; ++k) {
       histogram_block<Io>(base + at * Io::kBytes,
                           static_cast<const char*>(args.models[k].data) + at * Io::kBytes, n,
-                          bracket_of<int32_t>(args, k, INT32_MAX), bins + k * args.num_bins,
-                          sides + 3 * k);
+                          bracket_of<int32_t>(args, k, INT32_MAX), bins_of(args, counts, k),
+                          sides[k]);
     }
   }
   for (int k = 0; k < args.num_models && bulk < end; ++k) {
     histogram_mixed<float, int32_t>(args, k, bulk, end, bracket_of<int32_t>(args, k, INT32_MAX),
-                                    room, bins + k * args.num_bins, sides + 3 * k);
+                                    room, bins_of(args, counts, k), sides[k]);
   }
 }
 
@@ -140,68 +148,47 @@ void histogram_range(void* opaque, int64_t begin, int64_t end, int thread) {
   auto& context = *static_cast<HistogramContext*>(opaque);
   const HistogramArgs& args = *context.args;
   const int64_t models = args.num_models;
-  uint32_t* bins = context.bins + thread * models * args.num_bins;
-  int64_t* sides = context.sides + thread * models * 3;
-  std::memset(bins, 0, static_cast<size_t>(models * args.num_bins) * sizeof(uint32_t));
-  std::memset(sides, 0, static_cast<size_t>(models) * 3 * sizeof(int64_t));
+  int32_t* counts = args.counts + thread * models * (args.num_bins + 2);
   const Streams streams{&args.base, args.models, args.num_models,
                         MutableOperand{nullptr, Dtype::kF32, 0}, args.compute};
+  const int64_t sides_bytes = models * static_cast<int64_t>(sizeof(Sides));
   Room room;
-  if (!room.take(8, 8, 0)) return set_flag(&context.failed);
+  if (!room.take(8, 8, sides_bytes)) return set_flag(&context.failed);
+  auto* sides = reinterpret_cast<Sides*>(room.data - 64 + Room::bytes(8, 8));
+  std::memset(sides, 0, static_cast<size_t>(sides_bytes));
   Dtype dtype;
   if (args.compute == Dtype::kF64) {
     for (int k = 0; k < models; ++k) {
       histogram_mixed<double, int64_t>(args, k, begin, end, bracket_of<int64_t>(args, k, INT64_MAX),
-                                       room, bins + k * args.num_bins, sides + 3 * k);
+                                       room, bins_of(args, counts, k), sides[k]);
     }
   } else if (!streams.uniform(&dtype)) {
     for (int k = 0; k < models; ++k) {
       histogram_mixed<float, int32_t>(args, k, begin, end, bracket_of<int32_t>(args, k, INT32_MAX),
-                                      room, bins + k * args.num_bins, sides + 3 * k);
+                                      room, bins_of(args, counts, k), sides[k]);
     }
   } else if (dtype == Dtype::kBF16) {
-    histogram_uniform<Bf16>(args, begin, end, room, bins, sides);
+    histogram_uniform<Bf16>(args, begin, end, room, counts, sides);
   } else if (dtype == Dtype::kF16) {
-    histogram_uniform<F16>(args, begin, end, room, bins, sides);
+    histogram_uniform<F16>(args, begin, end, room, counts, sides);
   } else {
-    histogram_uniform<F32>(args, begin, end, room, bins, sides);
+    histogram_uniform<F32>(args, begin, end, room, counts, sides);
   }
-}
-
-// One call counts at most 2^31 elements, so that 32-bit bins cannot overflow.
-constexpr int64_t kHistogramElements = int64_t{1} << 31;
-
-Status histogram_part(const HistogramArgs* args) {
-  const int ranges = count_ranges(args->numel, kGrain, args->execution.num_threads);
-  if (ranges == 0) return Status::kOk;
-  const int64_t models = args->num_models;
-  const int64_t bins_each = models * args->num_bins;
-  void* memory = __builtin_malloc(static_cast<size_t>(ranges) * (bins_each * 4 + models * 24) + 8);
-  if (memory == nullptr) return Status::kOutOfMemory;
-  int64_t* sides = static_cast<int64_t*>(memory);
-  uint32_t* bins = reinterpret_cast<uint32_t*>(sides + ranges * models * 3);
-  HistogramContext context{args, bins, sides, 0};
-  parallel_ranges(args->numel, kGrain, args->execution.num_threads, histogram_range, &context);
-  for (int64_t k = 0; k < models && !context.failed; ++k) {
-    int64_t* counts = args->counts + k * (args->num_bins + 2);
-    int64_t below = 0, hot = 0, counted = 0;
-    for (int r = 0; r < ranges; ++r) {
-      below += sides[(r * models + k) * 3];
-      hot += sides[(r * models + k) * 3 + 1];
-      counted += sides[(r * models + k) * 3 + 2];
-      const uint32_t* from = bins + r * bins_each + k * args->num_bins;
-      for (int64_t j = 0; j < args->num_bins; ++j) counts[1 + j] += from[j];
+  for (int64_t k = 0; k < models; ++k) {
+    int32_t* bins = bins_of(args, counts, k);
+    const Sides& found = sides[k];
+    bins[-1] += static_cast<int32_t>(found.below);
+    if (found.hot > 0) {
+      bins[(args.hot[k] - args.lo[k]) >> args.shift[k]] += static_cast<int32_t>(found.hot);
     }
-    if (hot > 0) counts[1 + ((args->hot[k] - args->lo[k]) >> args->shift[k])] += hot;
-    counts[0] += below;
-    counts[1 + args->num_bins] += args->numel - below - hot - counted;
+    bins[args.num_bins] +=
+        static_cast<int32_t>(end - begin - found.below - found.hot - found.counted);
   }
-  __builtin_free(memory);
-  return context.failed ? Status::kOutOfMemory : Status::kOk;
 }
 
 Status magnitude_histogram(const HistogramArgs* args) {
-  if (args->num_models < 1 || args->num_bins < 1 || args->numel < 0 || args->base.data == nullptr) {
+  if (args->num_models < 1 || args->num_bins < 1 || args->num_slots < 1 || args->numel < 0 ||
+      args->numel > INT32_MAX || args->base.data == nullptr) {
     return Status::kBadArgument;
   }
   for (int k = 0; k < args->num_models; ++k) {
@@ -209,28 +196,12 @@ Status magnitude_histogram(const HistogramArgs* args) {
     if (args->lo[k] < 0 || args->shift[k] < 0 || args->shift[k] > bits) return Status::kBadArgument;
     if (bits == 31 && args->lo[k] > INT32_MAX) return Status::kBadArgument;
   }
-  if (args->numel <= kHistogramElements) return histogram_part(args);
-  HistogramArgs part = *args;
-  Operand few[64];
-  auto* models = args->num_models <= 64 ? few
-                                        : static_cast<Operand*>(__builtin_malloc(
-                                              sizeof(Operand) * args->num_models));
-  if (models == nullptr) return Status::kOutOfMemory;
-  Status status = Status::kOk;
-  for (int64_t at = 0; at < args->numel && status == Status::kOk; at += kHistogramElements) {
-    const int64_t left = args->numel - at;
-    part.numel = left < kHistogramElements ? left : kHistogramElements;
-    const auto moved = [at](Operand operand) {
-      operand.data = static_cast<const char*>(operand.data) + at * dtype_bytes(operand.dtype);
-      return operand;
-    };
-    part.base = moved(args->base);
-    for (int k = 0; k < args->num_models; ++k) models[k] = moved(args->models[k]);
-    part.models = models;
-    status = histogram_part(&part);
-  }
-  if (models != few) __builtin_free(models);
-  return status;
+  HistogramContext context{args, 0};
+  const int64_t threads = args->execution.num_threads > 0 ? args->execution.num_threads
+                                                          : default_threads();
+  const int64_t slots = args->num_slots < threads ? args->num_slots : threads;
+  parallel_ranges(args->numel, kGrain, static_cast<int>(slots), histogram_range, &context);
+  return context.failed ? Status::kOutOfMemory : Status::kOk;
 }
 
 struct EqualContext {
@@ -290,8 +261,8 @@ void equal_range(void* opaque, int64_t first, int64_t last, int) {
       }
       at += bulk;
     }
-    uint32_t bin = 0;
-    int64_t sides[3] = {0, 0, 0};
+    int32_t bin = 0;
+    Sides sides{};
     if (args.compute == Dtype::kF64) {
       histogram_mixed<double, int64_t>(one, 0, at, end, bracket_of<int64_t>(one, 0, INT64_MAX), room,
                                        &bin, sides);

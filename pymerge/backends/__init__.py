@@ -55,6 +55,10 @@ class Backend(Protocol):
         wide: bool,
     ) -> None: ...
 
+    def slots(self) -> int:
+        """Return how many slots of counters `magnitude_histogram` can use at once."""
+        ...
+
     def magnitude_histogram(
         self,
         counts: torch.Tensor,

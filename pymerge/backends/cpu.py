@@ -77,6 +77,12 @@ def use_isa(name: str) -> None:
     _native().use_isa(name)
 
 
+def threads() -> int:
+    """Return how many threads the kernels use."""
+    module, _ = _load()
+    return 1 if module is None else int(module.default_threads())
+
+
 def set_threads(count: int | None) -> None:
     """Set how many threads the kernels use; None means all cores that the process may run on."""
     module, _ = _load()
@@ -96,9 +102,9 @@ def _address(tensor: torch.Tensor, numel: int) -> tuple[int, int]:
     return tensor.data_ptr() or 64, _DTYPES[tensor.dtype]
 
 
-def _counters(tensor: torch.Tensor) -> int:
-    if tensor.dtype != torch.int64 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError("backend 'cpu': counters must be contiguous int64 CPU tensors")
+def _counters(tensor: torch.Tensor, dtype: torch.dtype = torch.int64) -> int:
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} CPU tensors")
     return tensor.data_ptr()
 
 
@@ -181,6 +187,11 @@ def ties(
     )
 
 
+def slots() -> int:
+    """Return how many slots of counters `magnitude_histogram` can use at once: one a thread."""
+    return threads()
+
+
 def magnitude_histogram(
     counts: torch.Tensor,
     base: torch.Tensor,
@@ -191,14 +202,18 @@ def magnitude_histogram(
     wide: bool,
 ) -> None:
     numel = base.numel()
+    slots, count, columns = counts.shape
+    if count != len(models):
+        raise ValueError(f"backend 'cpu': expected counts of {len(models)} models, got {count}")
     _native().magnitude_histogram(
-        _counters(counts),
+        _counters(counts, torch.int32),
         _address(base, numel),
         [_address(model, numel) for model in models],
         lo,
         shift,
         hot,
-        counts.shape[1] - 2,
+        slots,
+        columns - 2,
         numel,
         3 if wide else 0,
         0,

@@ -124,6 +124,11 @@ def ties(
     out.copy_((origin + _scalar(scale, merged) * merged).to(out.dtype))
 
 
+def slots() -> int:
+    """Return how many slots of counters `magnitude_histogram` can use at once."""
+    return 1
+
+
 def magnitude_histogram(
     counts: torch.Tensor,
     base: torch.Tensor,
@@ -134,13 +139,13 @@ def magnitude_histogram(
     wide: bool,
 ) -> None:
     """Count keys below, in and above a bracket of bins; `hot` changes only the speed of other backends."""
-    bins = counts.shape[1] - 2
+    bins = counts.shape[2] - 2
     origin = _widen(base, wide)
     for k, model in enumerate(models):
         key = magnitude_key(_widen(model, wide) - origin)
         index = ((key - lo[k]) >> shift[k]).clamp(max=bins)
         index = torch.where(key < lo[k], -1, index) + 1
-        counts[k] += torch.bincount(index, minlength=bins + 2)
+        counts[0, k] += torch.bincount(index, minlength=bins + 2).to(counts.dtype)
 
 
 def magnitude_equal_counts(
