@@ -7,7 +7,7 @@ from pymerge.methods.linear import LINEAR, TASK_ARITHMETIC
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
 from pymerge.methods.ties import TIES
 
-__all__ = ["METHODS", "REQUIRED", "MethodSpec", "Parameter", "get"]
+__all__ = ["METHODS", "REQUIRED", "MethodSpec", "Parameter", "get", "methods"]
 
 METHODS: dict[str, MethodSpec] = {spec.name: spec for spec in (LINEAR, TASK_ARITHMETIC, TIES)}
 
@@ -20,3 +20,12 @@ def get(name: str, where: str = "method") -> MethodSpec:
             f"{where}: unknown merge method {name!r}{nearest(name, METHODS)} (known: {known})"
         )
     return METHODS[name]
+
+
+def methods() -> dict[str, MethodSpec]:
+    """Return the records of all merge methods: parameters, ranges, defaults, papers.
+
+    >>> "ties" in methods()
+    True
+    """
+    return dict(METHODS)

@@ -1,0 +1,150 @@
+"""Runs a method over a source and a sink, tile by tile. It knows which passes a method takes, and no arithmetic.
+
+Both entry points end here: tensors in memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pymerge.backends import resolve
+from pymerge.engine.ties import run_ties
+from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slices
+from pymerge.errors import NonFiniteError, RequestError
+
+__all__ = ["Context", "execute"]
+
+_CHECKED_AT_ONCE = 1 << 22
+
+
+@dataclass
+class Context:
+    """How to run: backend, memory for selection, what to do with NaN, whom to tell."""
+
+    backend: str = "auto"
+    bins: int = 1 << 18
+    sample: int = 1 << 20
+    nan: str = "error"
+    progress: Progress = field(default_factory=lambda: no_progress)
+
+    def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
+        """Raise NonFiniteError naming the culprit if a kernel saw NaN or infinity in [start, stop)."""
+        if self.nan == "keep" or not flag:
+            return
+        base, models = source.load(name)
+        inputs = models if base is None else [base, *models]
+        for label, tensor in zip(source.labels, inputs, strict=True):
+            for begin, end in slices(stop - start, _CHECKED_AT_ONCE):
+                part = tensor[start + begin : start + end]
+                finite = torch.isfinite(part)
+                if not bool(finite.all()):
+                    index = int((~finite).nonzero()[0])
+                    value = float(part[index])
+                    raise NonFiniteError(
+                        f"{label}: {source.describe(name)} holds {value} at flat index "
+                        f"{start + begin + index}; nan='keep' lets NaN and infinity through"
+                    )
+
+
+def execute(
+    method: str, works: Sequence[Work], source: Source, sink: Sink, context: Context
+) -> dict[str, int]:
+    """Compute every work and give it to the sink; return the method's statistics.
+
+    Raises NonFiniteError for NaN or infinity in an input (unless told to keep them), RequestError where
+    integer tensors differ between models.
+    """
+    resolve(context.backend)  # an unavailable backend is refused before anything is read
+    if method == "ties":
+        return run_ties(works, source, sink, context)
+    run = _RUNNERS[method]
+    context.progress.phase(method, total_bytes(works, source))
+    source.announce([work.name for work in works])
+    for work in works:
+        if work.copied:
+            copy_equal(work, source, sink, context)
+        else:
+            run(work, source, sink, context)
+        source.release(work.name)
+    return {}
+
+
+def total_bytes(works: Sequence[Work], source: Source) -> int:
+    """Return the bytes that one pass over the works reads."""
+    total = 0
+    for work in works:
+        base, models = source.load(work.name)
+        total += sum(t.nbytes for t in models) + (0 if base is None else base.nbytes)
+    return total
+
+
+def _divisor(work: Work, weights: Sequence[float]) -> float:
+    return float(sum(weights)) if work.parameters["normalize"] else 1.0
+
+
+def _run_linear(work: Work, source: Source, sink: Sink, context: Context) -> None:
+    weights = work.parameters["weight"]
+    divisor = _divisor(work, weights)
+    _, models = source.load(work.name)
+    for start, out in sink.pieces(work.name):
+        stop = start + out.numel()
+        stats = torch.zeros(3, dtype=torch.int64)
+        torch.ops.pymerge.weighted_sum_(
+            out,
+            stats,
+            [model[start:stop] for model in models],
+            weights,
+            divisor,
+            wide=work.wide,
+            backend=context.backend,
+        )
+        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.progress.advance(sum(model[start:stop].nbytes for model in models))
+
+
+def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Context) -> None:
+    weights = work.parameters["weight"]
+    divisor = _divisor(work, weights)
+    base, models = source.load(work.name)
+    assert base is not None
+    for start, out in sink.pieces(work.name):
+        stop = start + out.numel()
+        stats = torch.zeros(3, dtype=torch.int64)
+        torch.ops.pymerge.task_arithmetic_(
+            out,
+            stats,
+            base[start:stop],
+            [model[start:stop] for model in models],
+            weights,
+            work.parameters["scale"],
+            divisor,
+            wide=work.wide,
+            backend=context.backend,
+        )
+        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
+
+
+_RUNNERS = {"linear": _run_linear, "task_arithmetic": _run_task_arithmetic}
+
+
+def copy_equal(work: Work, source: Source, sink: Sink, context: Context) -> None:
+    """Copy an integer or boolean tensor, which must be the same in all inputs."""
+    base, models = source.load(work.name)
+    inputs = models if base is None else [base, *models]
+    first = inputs[0]
+    for start, out in sink.pieces(work.name):
+        stop = start + out.numel()
+        for label, tensor in zip(source.labels[1:], inputs[1:], strict=True):
+            if not torch.equal(tensor[start:stop], first[start:stop]):
+                index = int((tensor[start:stop] != first[start:stop]).nonzero()[0])
+                raise RequestError(
+                    f"{label}: {source.describe(work.name)} is of dtype {tensor.dtype} and must equal "
+                    f"that of {source.labels[0]}, but at flat index {start + index} it has "
+                    f"{tensor[start + index].item()} where that has {first[start + index].item()}"
+                )
+        out.copy_(first[start:stop])
+        context.progress.advance(sum(t[start:stop].nbytes for t in inputs))

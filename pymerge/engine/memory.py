@@ -1,0 +1,57 @@
+"""Sources and sinks over tensors in memory: what `pymerge.merge` runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+__all__ = ["MemorySink", "MemorySource"]
+
+
+class MemorySource:
+    """Inputs that are dictionaries of tensors with equal keys."""
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        base: Mapping[str, torch.Tensor] | None,
+        models: Sequence[Mapping[str, torch.Tensor]],
+        shown: Mapping[str, str],
+    ) -> None:
+        self.labels = labels
+        self._base = base
+        self._models = models
+        self._shown = shown
+
+    def describe(self, name: str) -> str:
+        return self._shown[name]
+
+    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        base = None if self._base is None else _flat(self._base[name])
+        return base, [_flat(model[name]) for model in self._models]
+
+    def announce(self, names: Sequence[str]) -> None:
+        pass
+
+    def release(self, name: str) -> None:
+        pass
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1)
+
+
+class MemorySink:
+    """Results as new tensors, by name, in `tensors`."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def pieces(self, name: str) -> Iterable[tuple[int, torch.Tensor]]:
+        tensor = self.tensors[name]
+        if tensor.numel() > 0:
+            yield 0, tensor.view(-1)
+
+    def restart(self) -> None:
+        pass

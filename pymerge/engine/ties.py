@@ -1,0 +1,280 @@
+"""The passes of TIES: thresholds, the sign that a zero vote takes, the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pymerge.engine.work import Sink, Source, Work
+from pymerge.methods.ties import TiesRule, ties_rule, trim_target
+from pymerge.select import Cut, Part, order_statistics, sample_parts
+
+if TYPE_CHECKING:
+    from pymerge.engine.execute import Context
+
+__all__ = ["run_ties"]
+
+
+def rule_of(work: Work) -> TiesRule:
+    """Return the dialect that a tensor's parameters ask for."""
+    parameters = work.parameters
+    return ties_rule(
+        parameters["semantics"],
+        scope=parameters["scope"],
+        merge=parameters["merge"],
+        exact_k=parameters["exact_k"],
+        elect=parameters["elect"],
+        normalize=parameters["normalize"],
+        where="ties",
+    )
+
+
+def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
+    """Return the op's arguments that do not change within a tensor."""
+    weights = [float(weight) for weight in work.parameters["weight"]]
+    weighting = rule.weighting
+    merge = rule.merge
+    if merge == "mean":
+        merge = "mean_of_weights" if rule.divisor == "weights" else "mean_of_count"
+    if all(weight == 1.0 for weight in weights):
+        # The same numbers by the shorter way.
+        weighting, weights = "none", []
+        merge = "mean_of_count" if merge == "mean_of_weights" else merge
+    return {"weights": weights, "weighting": weighting, "merge": merge, "elect": rule.elect}
+
+
+def _zero_sign(rule: TiesRule, balance: int) -> int:
+    """Return what a zero vote elects, given the sum of all elected signs of the scope."""
+    if rule.zero == "positive":
+        return 1
+    if rule.zero == "drop":
+        return 0
+    sign = (balance > 0) - (balance < 0)
+    if sign == 0 and rule.zero == "majority" and rule.merge != "max":
+        return -1  # the official code takes the negative branch where the sign is not positive
+    return sign
+
+
+def _needs_balance(rule: TiesRule) -> bool:
+    return rule.zero in ("majority", "majority_or_drop")
+
+
+def stretches(
+    cuts: Sequence[Cut], part: int, start: int, stop: int, numel: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield (begin, end, thresholds) of the stretches of [start, stop) over which no threshold changes."""
+    tables = [cut.thresholds(part, numel) for cut in cuts]
+    borders = sorted({end for table in tables for end, _ in table if start < end < stop} | {stop})
+    begin = start
+    for end in borders:
+        yield begin, end, [next(key for until, key in table if begin < until) for table in tables]
+        begin = end
+
+
+class _Merge:
+    """The merge pass over tensors whose thresholds are known."""
+
+    def __init__(self, source: Source, sink: Sink, context: Context) -> None:
+        self.source = source
+        self.sink = sink
+        self.context = context
+        self.stats = torch.zeros(3, dtype=torch.int64)
+
+    def tensor(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int) -> None:
+        """Merge one tensor; the balance of signs is added up in `stats` where the rule needs it."""
+        how = _how(work, rule)
+        base, models = self.source.load(work.name)
+        assert base is not None
+        for start, out in self.sink.pieces(work.name):
+            stop = start + out.numel()
+            self.stats[2] = 0
+            for begin, end, thresholds in stretches(cuts, part, start, stop, work.numel):
+                torch.ops.pymerge.ties_(
+                    out[begin - start : end - start],
+                    self.stats,
+                    base[begin:end],
+                    [model[begin:end] for model in models],
+                    thresholds,
+                    zero_sign=zero_sign,
+                    scale=work.parameters["scale"],
+                    want_signs=_needs_balance(rule) and rule.scope == "global",
+                    wide=work.wide,
+                    backend=self.context.backend,
+                    **how,
+                )
+            self.context.check_finite(int(self.stats[2]), self.source, work.name, start, stop)
+            self.context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
+
+    def signs(self, work: Work, rule: TiesRule, cuts: list[Cut]) -> torch.Tensor:
+        """Return [balance of elected signs, zero votes that kept something, _] of one tensor."""
+        how = _how(work, rule)
+        del how["merge"]
+        base, models = self.source.load(work.name)
+        assert base is not None
+        stats = torch.zeros(3, dtype=torch.int64)
+        for begin, end, thresholds in stretches(cuts, 0, 0, work.numel, work.numel):
+            torch.ops.pymerge.ties_signs_(
+                stats,
+                base[begin:end],
+                [model[begin:end] for model in models],
+                thresholds,
+                wide=work.wide,
+                backend=self.context.backend,
+                **how,
+            )
+        return stats
+
+
+def run_ties(
+    works: Sequence[Work], source: Source, sink: Sink, context: Context
+) -> dict[str, int]:
+    """Run TIES over all works, trimming over the whole model or tensor by tensor."""
+    merged = [work for work in works if not work.copied]
+    rules = {work.name: rule_of(work) for work in merged}
+    if any(rule.scope == "global" for rule in rules.values()):
+        return _run_global(works, merged, rules, source, sink, context)
+    return _run_tensors(works, rules, source, sink, context)
+
+
+def _run_tensors(
+    works: Sequence[Work],
+    rules: dict[str, TiesRule],
+    source: Source,
+    sink: Sink,
+    context: Context,
+) -> dict[str, int]:
+    from pymerge.engine.execute import copy_equal, total_bytes
+
+    merge = _Merge(source, sink, context)
+    context.progress.phase("ties", total_bytes(works, source))
+    source.announce([work.name for work in works])
+    passes = 0
+    for work in works:
+        if work.copied:
+            copy_equal(work, source, sink, context)
+            source.release(work.name)
+            continue
+        rule = rules[work.name]
+        base, models = source.load(work.name)
+        assert base is not None
+        part: Part = (0, base, models)
+        targets = [trim_target(rule, density, work.numel) for density in work.parameters["density"]]
+        cuts, counted = order_statistics(
+            lambda part=part: iter((part,)),
+            targets,
+            work.numel,
+            bins=context.bins,
+            sample=context.sample,
+            wide=work.wide,
+            backend=context.backend,
+        )
+        passes = max(passes, counted)
+        zero_sign = _zero_sign(rule, 0)
+        if _needs_balance(rule):
+            signs = merge.signs(work, rule, cuts)
+            zero_sign = _zero_sign(rule, int(signs[0]))
+        merge.tensor(work, rule, 0, cuts, zero_sign)
+        source.release(work.name)
+    return {"selection_passes": passes}
+
+
+def _run_global(
+    works: Sequence[Work],
+    merged: Sequence[Work],
+    rules: dict[str, TiesRule],
+    source: Source,
+    sink: Sink,
+    context: Context,
+) -> dict[str, int]:
+    from pymerge.engine.execute import copy_equal, total_bytes
+
+    first = merged[0]
+    rule = rules[first.name]  # scope, count and election are the same for all tensors
+    wide = any(work.wide for work in merged)
+    # The flat order of the official code: names sorted as strings. It decides between equal magnitudes.
+    flat = sorted(merged, key=lambda work: work.name)
+    numbers = {work.name: number for number, work in enumerate(flat)}
+    total = sum(work.numel for work in merged)
+
+    def parts() -> Iterator[Part]:
+        context.progress.phase("thresholds", total_bytes(flat, source))
+        source.announce([work.name for work in flat])
+        for number, work in enumerate(flat):
+            base, models = source.load(work.name)
+            assert base is not None
+            yield number, base, models
+            context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
+            source.release(work.name)
+
+    def quietly() -> Iterator[Part]:
+        for number, work in enumerate(flat):
+            base, models = source.load(work.name)
+            assert base is not None
+            yield number, base, models
+
+    samples = sample_parts(quietly, total, context.sample)
+    targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
+    cuts, passes = order_statistics(
+        parts,
+        targets,
+        total,
+        bins=context.bins,
+        sample=context.sample,
+        wide=wide,
+        backend=context.backend,
+        samples=samples,
+    )
+
+    # The sign of a zero vote is a statistic of the whole merge: guess it from the sample, merge, and look.
+    zero_sign = _zero_sign(rule, _guess_balance(first, rule, samples, cuts, wide, context))
+    merge = _Merge(source, sink, context)
+    attempts = 0
+    while True:
+        attempts += 1
+        merge.stats.zero_()
+        context.progress.phase("ties", total_bytes(works, source))
+        source.announce([work.name for work in works])
+        for work in works:
+            if work.copied:
+                copy_equal(work, source, sink, context)
+            else:
+                work = Work(work.name, work.numel, wide, False, work.parameters)
+                merge.tensor(work, rules[work.name], numbers[work.name], cuts, zero_sign)
+            source.release(work.name)
+        balance, undecided = int(merge.stats[0]), int(merge.stats[1])
+        actual = _zero_sign(rule, balance)
+        # Where nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
+        matters = undecided > 0 or any(rules[work.name].merge == "max" for work in merged)
+        if actual == zero_sign or not matters:
+            break
+        zero_sign = actual
+        sink.restart()
+    return {"selection_passes": passes, "merge_passes": attempts, "zero_votes": undecided}
+
+
+def _guess_balance(
+    work: Work,
+    rule: TiesRule,
+    samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]],
+    cuts: Sequence[Cut],
+    wide: bool,
+    context: Context,
+) -> int:
+    if not _needs_balance(rule) or not samples:
+        return 0
+    how = _how(work, rule)
+    del how["merge"]
+    stats = torch.zeros(3, dtype=torch.int64)
+    for base, models in samples:
+        torch.ops.pymerge.ties_signs_(
+            stats,
+            base.reshape(-1),
+            [model.reshape(-1) for model in models],
+            [cut.key for cut in cuts],
+            wide=wide,
+            backend=context.backend,
+            **how,
+        )
+    return int(stats[0])

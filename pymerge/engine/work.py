@@ -1,0 +1,94 @@
+"""What the engine works on: output tensors, where their inputs come from, where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["NoProgress", "Progress", "Sink", "Source", "Work", "no_progress"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One output tensor.
+
+    wide: compute in float64. copied: integers and booleans, equal in all models. parameters: resolved for
+    this tensor, by `Parameter.name`; parameters of scope "model" are lists.
+    """
+
+    name: str
+    numel: int
+    wide: bool
+    copied: bool
+    parameters: Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Gives the inputs of a tensor: 1-D, contiguous, in their own dtypes, not to be written to."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """What messages call the inputs: the base first, where there is one, then the models."""
+        ...
+
+    def describe(self, name: str) -> str:
+        """Return what messages call a tensor."""
+        ...
+
+    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return (base or None, models)."""
+        ...
+
+    def announce(self, names: Sequence[str]) -> None:
+        """Tell the order in which tensors are about to be loaded, so that they can be read ahead."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Tell that a tensor is not needed for now."""
+        ...
+
+
+class Sink(Protocol):
+    """Takes results. Tensors come in the order of the works given to the engine."""
+
+    def pieces(self, name: str) -> Iterable[tuple[int, torch.Tensor]]:
+        """Yield (first element, writable 1-D tensor); each is filled before the next is asked for."""
+        ...
+
+    def restart(self) -> None:
+        """Begin again from the first tensor."""
+        ...
+
+
+class Progress(Protocol):
+    """Hears how far the work is."""
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """A phase begins that will read so many bytes."""
+        ...
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes of the phase have been read."""
+        ...
+
+
+class NoProgress:
+    """A Progress that tells nobody."""
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+
+no_progress: Progress = NoProgress()
+
+
+def slices(numel: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of stretches of at most `most` elements."""
+    for start in range(0, numel, most):
+        yield start, min(start + most, numel)
