@@ -199,9 +199,9 @@ def _merge(
 ) -> Any:
     models = _check_models(spec, where, base, models)
     first = models[0] if base is None else base
-    inputs = {} if base is None else {"base": _named(base, f"{where}: base", first)}
+    inputs = {} if base is None else {"base": named_tensors(base, f"{where}: base", first)}
     inputs |= {
-        f"models[{k}]": _named(model, f"{where}: models[{k}]", first)
+        f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", first)
         for k, model in enumerate(models)
     }
     _check_tensors(where, inputs)
@@ -236,7 +236,7 @@ def _merge(
     execute(spec.name, works, source, MemorySink(results), context)
     for name, kept in tied.items():
         results[name] = results[kept]
-    return _structured(first, {name: results[name] for name in leader})
+    return structured(first, {name: results[name] for name in leader})
 
 
 def resolve_parameters(
@@ -319,7 +319,7 @@ def _check_models(spec: MethodSpec, where: str, base: Any, models: Any) -> list[
     return list(models)
 
 
-def _named(value: Any, where: str, like: Any) -> dict[str, torch.Tensor]:
+def named_tensors(value: Any, where: str, like: Any) -> dict[str, torch.Tensor]:
     """Return a structure as a dictionary of tensors; lists get names whose order is the list's."""
     kinds = {torch.Tensor: "a tensor", Mapping: "a state dict", Sequence: "a list of tensors"}
     kind = next((k for k in kinds if isinstance(value, k)), None)
@@ -420,7 +420,7 @@ def _tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]
     return tied
 
 
-def _structured(like: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def structured(like: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(like, torch.Tensor):
         return tensors[""]
     if isinstance(like, Mapping):

@@ -74,11 +74,7 @@ def execute(
 
 def total_bytes(works: Sequence[Work], source: Source) -> int:
     """Return the bytes that one pass over the works reads."""
-    total = 0
-    for work in works:
-        base, models = source.load(work.name)
-        total += sum(t.nbytes for t in models) + (0 if base is None else base.nbytes)
-    return total
+    return sum(source.nbytes(work.name) for work in works)
 
 
 def _divisor(work: Work, weights: Sequence[float]) -> float:

@@ -27,6 +27,10 @@ class MemorySource:
     def describe(self, name: str) -> str:
         return self._shown[name]
 
+    def nbytes(self, name: str) -> int:
+        base, models = self.load(name)
+        return sum(model.nbytes for model in models) + (0 if base is None else base.nbytes)
+
     def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         base = None if self._base is None else _flat(self._base[name])
         return base, [_flat(model[name]) for model in self._models]

@@ -38,6 +38,10 @@ class Source(Protocol):
         """Return what messages call a tensor."""
         ...
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that loading a tensor reads, of all inputs together."""
+        ...
+
     def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return (base or None, models)."""
         ...

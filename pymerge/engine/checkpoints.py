@@ -1,0 +1,305 @@
+"""Merges checkpoints on disk: plan, stream, and put the result in place, complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymerge import _ops as _ops  # declares torch.ops.pymerge
+from pymerge.backends import BACKENDS, cpu, resolve
+from pymerge.card import model_card
+from pymerge.checkpoint import Checkpoint
+from pymerge.config import load_config
+from pymerge.engine.execute import Context, execute
+from pymerge.engine.progress import Recorder
+from pymerge.engine.work import Work
+from pymerge.errors import MergeError, RequestError
+from pymerge.memory import PeakMemory
+from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
+from pymerge.plan import MergePlan, make_plan
+from pymerge.report import REPORT_NAME, InputFile, InputReport, MergeReport, OutputReport
+from pymerge.report import package_version
+from pymerge.sizes import parse_size
+
+__all__ = ["CheckpointSource", "merge_checkpoints"]
+
+_READ_AHEAD = 256 << 20  # bytes asked for before they are needed
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class CheckpointSource:
+    """Inputs that are checkpoints: views of memory-mapped files, read ahead in the announced order."""
+
+    def __init__(self, base: Checkpoint | None, models: Sequence[Checkpoint]) -> None:
+        self._base = base
+        self._models = models
+        self._all = [*([] if base is None else [base]), *models]
+        self.labels = [checkpoint.label for checkpoint in self._all]
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="pymerge-read-ahead")
+        self._order: dict[str, int] = {}
+        self._names: list[str] = []
+        self._asked = 0  # how many of _names were asked for
+        self._ahead = 0  # their bytes that have not been loaded yet
+
+    def describe(self, name: str) -> str:
+        return f"tensor {name!r}"
+
+    def nbytes(self, name: str) -> int:
+        return sum(
+            (checkpoint.tensors.get(name) or checkpoint.tensors[checkpoint.tied[name]]).nbytes
+            for checkpoint in self._all
+        )
+
+    def announce(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._order = {name: position for position, name in enumerate(self._names)}
+        self._asked = self._ahead = 0
+
+    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        position = self._order.get(name)
+        if position is not None:
+            self._read_ahead(position)
+        base = None if self._base is None else self._base.flat(name)
+        return base, [model.flat(name) for model in self._models]
+
+    def _read_ahead(self, position: int) -> None:
+        if position >= self._asked:
+            self._asked, self._ahead = position + 1, 0
+        while self._asked < len(self._names) and self._ahead < _READ_AHEAD:
+            name = self._names[self._asked]
+            self._asked += 1
+            self._ahead += self.nbytes(name)
+            self._reader.submit(self._will_need, name)
+
+    def _will_need(self, name: str) -> None:
+        for checkpoint in self._all:
+            checkpoint.will_need(name)
+
+    def release(self, name: str) -> None:
+        self._ahead = max(0, self._ahead - self.nbytes(name))
+        for checkpoint in self._all:
+            checkpoint.release(name)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def merge_checkpoints(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    backend: str | None = "auto",
+    memory: int | str = "2GiB",
+    threads: int | None = None,
+    shard_size: int | str = "5GB",
+    seed: int = 0,
+    report: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    quiet: bool = True,
+    checksums: bool = False,
+) -> MergeReport:
+    """Merge checkpoints as a mergekit-style config says, and write a checkpoint.
+
+    The output directory appears under its name only when it is complete. Its bytes do not depend on
+    `backend`, `threads`, `memory` or the way the inputs are sharded.
+
+    Args:
+        config: path of a YAML file, or its content as a mapping.
+        out: directory to write; must not exist unless `force`.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+        memory: bytes of anonymous memory to stay within, or a size such as "2GiB".
+        threads: of the CPU kernels; default one for each core the process may run on.
+        shard_size: bytes of an output file, or a size such as "5GB".
+        seed: of random masks; recorded in the report.
+        report: also write the report there.
+        force: replace an existing `out`.
+        quiet: show no progress on stderr.
+        checksums: put the SHA-256 of every input file into the report.
+
+    Returns:
+        What was merged, from what, how, how long it took and how much memory.
+
+    Raises:
+        RequestError: something is wrong with the request or the inputs; lists every problem.
+        MergeError: the output could not be written.
+    """
+    started = time.monotonic()
+    settings = load_config(config if isinstance(config, Mapping) else Path(config))
+    problems = _device_problems(device)
+    try:
+        chosen = resolve(backend)
+    except RequestError as error:
+        problems += error.problems
+        chosen = BACKENDS["reference"]
+    report_path = None if report is None else Path(report)
+    if report_path is not None and not report_path.parent.is_dir():
+        problems.append(f"report: the directory {report_path.parent} does not exist")
+
+    with ExitStack() as stack:
+        peak = stack.enter_context(PeakMemory())
+        recorder = stack.enter_context(Recorder(quiet=quiet))
+        recorder.phase("plan", 0)
+        plan: MergePlan | None = None
+        try:
+            plan = stack.enter_context(
+                make_plan(
+                    settings,
+                    memory=parse_size(memory, "memory"),
+                    shard_size=parse_size(shard_size, "shard_size"),
+                    threads=threads,
+                    seed=seed,
+                )
+            )
+        except RequestError as error:
+            problems += error.problems
+        inputs = [settings.base_model] if settings.base_model is not None else []
+        inputs += [entry.path for entry in settings.models]
+        directory = OutputDirectory(Path(out), force=force, inputs=[Path(path) for path in inputs])
+        problems += directory.check()
+        if problems or plan is None:
+            raise RequestError(problems)
+        input_reports = _describe_inputs(plan, recorder if checksums else None)
+
+        stack.enter_context(_thread_count(plan.threads))
+        with directory:
+            _stream(plan, directory.path, chosen.NAME, recorder)
+            recorder.phase("finish", 0)
+            side_files = _write_side_files(plan, directory.path, Path(out).name)
+            result = MergeReport(
+                method=settings.method.name,
+                config=settings.raw,
+                config_text=settings.text,
+                seed=seed,
+                backend=chosen.NAME,
+                isa=cpu.build().get("isa") if chosen.NAME == "cpu" else None,
+                device="cpu",
+                threads=plan.threads,
+                inputs=input_reports,
+                output=OutputReport(
+                    str(Path(out).absolute()),
+                    {shard.filename: shard.nbytes for shard in plan.layout.shards},
+                    sum(shard.nbytes for shard in plan.layout.shards),
+                ),
+                tensors=len(plan.tensors),
+                parameters=plan.parameters_count,
+                phases=recorder.phases,
+                seconds=time.monotonic() - started,
+                peak_anonymous=peak.anonymous,
+                peak_resident=peak.resident,
+                warnings=plan.warnings,
+            )
+            _write(directory.path / REPORT_NAME, result.to_json())
+            assert "model.safetensors" not in side_files
+            directory.commit()
+        recorder.close()
+        result.seconds = time.monotonic() - started
+        result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
+    if report_path is not None:
+        _write(report_path, result.to_json())
+    return result
+
+
+def _device_problems(device: str) -> list[str]:
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        return [f"device: expected auto, cpu, cuda or cuda:N; got {device!r}"]
+    if kind == "cuda":
+        return [f"device: {device!r} is not available: {BACKENDS['cuda'].reason()}"]
+    return []
+
+
+@contextmanager
+def _thread_count(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cpu.set_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        cpu.set_threads(None)
+
+
+def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) -> None:
+    works = [
+        Work(tensor.name, tensor.numel, tensor.compute == "F64", tensor.compute is None, tensor.parameters)
+        for tensor in plan.tensors.values()
+    ]
+    nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
+    context = Context(
+        backend=backend,
+        bins=plan.memory.histogram_bins or 1,
+        sample=plan.memory.sample_elements or 1,
+        nan=nan,
+        progress=recorder,
+    )
+    source = CheckpointSource(plan.base, plan.models)
+    writer = ShardWriter(
+        directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots
+    )
+    try:
+        execute(plan.config.method.name, works, source, writer, context)
+        recorder.phase("write", 0)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        source.close()
+    if plan.layout.index is not None:
+        _write(directory / INDEX_NAME, plan.layout.index.decode())
+
+
+def _write_side_files(plan: MergePlan, directory: Path, name: str) -> list[str]:
+    dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
+    try:
+        copied = copy_side_files(
+            plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
+        )
+    except OSError as error:
+        raise MergeError(f"copying the files beside the weights of {plan.side_files}: {error}") from error
+    card = model_card(name, plan.config, version=package_version(), side_files=copied)
+    _write(directory / "README.md", card)
+    return copied
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _describe_inputs(plan: MergePlan, recorder: Recorder | None) -> list[InputReport]:
+    """List the input files; with a recorder, hash them."""
+    if recorder is not None:
+        recorder.phase("checksums", sum(size for c in plan.inputs for _, size in c.files))
+    known: dict[Path, str] = {}
+    reports = []
+    for checkpoint in plan.inputs:
+        files = []
+        for path, size in checkpoint.files:
+            if recorder is not None and path not in known:
+                known[path] = _sha256(path, recorder)
+            files.append(InputFile(path.name, size, known.get(path)))
+        reports.append(InputReport(checkpoint.label, str(checkpoint.path), files))
+    return reports
+
+
+def _sha256(path: Path, recorder: Recorder) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+            recorder.advance(len(block))
+    return digest.hexdigest()

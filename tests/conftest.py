@@ -1,0 +1,71 @@
+"""Shared fixtures. Fresh memory is filled with NaN, so that an output that was not written fails loudly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+from pymerge.backends import BACKENDS, cpu
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REQUIRED = [name for name in os.environ.get("PYMERGE_REQUIRE", "cpu").split(",") if name]
+
+
+def pytest_report_header() -> str:
+    found = {name: backend.reason() or "available" for name, backend in BACKENDS.items()}
+    return "pymerge backends: " + "; ".join(f"{name}: {state}" for name, state in found.items())
+
+
+def pytest_configure() -> None:
+    """A backend that PYMERGE_REQUIRE names must be there; by default the native CPU kernels."""
+    for name in REQUIRED:
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"PYMERGE_REQUIRE: unknown backend {name!r}")
+        reason = BACKENDS[name].reason()
+        if reason is not None:
+            raise pytest.UsageError(f"PYMERGE_REQUIRE: backend {name!r} is not available: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.empty and torch.empty_like return NaN (or a large integer)."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "meta" or type(tensor) is not torch.Tensor:
+            return tensor
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype is not torch.bool and not tensor.is_complex():
+            tensor.fill_(77)
+        return tensor
+
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs))
+        )
+
+
+# Every way to compute: the reference, and the CPU kernels of each instruction set that runs here.
+NATIVE = [f"cpu-{isa}" for isa in cpu.supported_isas()]
+BACKEND_IDS = ["reference", *NATIVE]
+
+
+@pytest.fixture
+def use_backend() -> Iterator[object]:
+    """Return a function that turns an id of BACKEND_IDS into a backend name, choosing the kernels."""
+
+    def choose(identifier: str) -> str:
+        name, _, isa = identifier.partition("-")
+        if isa:
+            cpu.use_isa(isa)
+        return name
+
+    yield choose
+    if cpu.reason() is None:
+        cpu.use_isa(os.environ.get("PYMERGE_CPU_ISA") or "auto")
