@@ -1,0 +1,162 @@
+"""Every op on every backend: equal to the reference, bit by bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pymerge import _ops
+from pymerge.backends import cpu
+from tests.cases import CASES, DTYPES, Case, Inputs, make_inputs
+from tests.conftest import NATIVE
+
+SIZES = [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 1023, 4097]
+COUNTS = [1, 2, 3, 8, 17]
+LARGE = 1_700_003  # three ranges of it are large enough to be stored past the caches
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Equal bits, except that a NaN equals any NaN."""
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        raw = tensor.view(kinds[tensor.element_size()])
+        return torch.where(tensor.isnan(), torch.full_like(raw, -1), raw)
+
+    return first.keys() == second.keys() and all(
+        torch.equal(bits(first[name]), bits(second[name])) for name in first
+    )
+
+
+_BY_NAME = {case.name: case for case in CASES}
+
+
+@functools.cache
+def reference(
+    name: str,
+    numel: int,
+    count: int,
+    dtypes: tuple[torch.dtype, ...],
+    result: torch.dtype,
+    misaligned: bool = False,
+) -> tuple[Inputs, dict[str, torch.Tensor]]:
+    """Return inputs and what the reference makes of them; shared by the tests of all instruction sets."""
+    inputs = make_inputs(numel, count, dtypes, misaligned=misaligned)
+    wide = torch.float64 in dtypes
+    return inputs, _BY_NAME[name].run(inputs, result, "reference", wide)
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equal_to_reference(
+    case: Case, dtypes: str, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    backend = use_backend(identifier)
+    wide = dtypes == "f64"
+    for numel in SIZES:
+        for count in COUNTS:
+            for result in {DTYPES[dtypes][0], torch.float32}:
+                inputs, expected = reference(
+                    case.name, numel, count, DTYPES[dtypes], result, numel % 2 == 1
+                )
+                got = case.run(inputs, result, backend, wide)
+                assert same(expected, got), (numel, count, result)
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
+@pytest.mark.parametrize("count", range(1, 18))
+def test_every_number_of_models(
+    count: int, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    """The kernels are unrolled for up to 16 models and loop beyond."""
+    backend = use_backend(identifier)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in CASES:
+            inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
+            assert same(expected, case.run(inputs, dtype, backend)), (case.name, dtype)
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_outputs_and_threads(
+    threads: int, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    """Large outputs are stored past the caches; ranges of threads begin anywhere."""
+    backend = use_backend(identifier)
+    cpu.set_threads(threads)
+    try:
+        for misaligned in (False, True):
+            for case in CASES:
+                inputs, expected = reference(
+                    case.name, LARGE, 3, (torch.bfloat16,), torch.bfloat16, misaligned
+                )
+                assert same(expected, case.run(inputs, torch.bfloat16, backend)), case.name
+    finally:
+        cpu.set_threads(None)
+
+
+SPECIAL = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1e-45, -0.0, 0.0, 65504.0, 1.0]
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_non_finite_values(
+    case: Case, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    backend = use_backend(identifier)
+    grid = torch.tensor(SPECIAL)
+    base = grid.repeat_interleave(len(SPECIAL) ** 2)
+    first = grid.repeat(len(SPECIAL)).repeat_interleave(len(SPECIAL))
+    second = grid.repeat(len(SPECIAL) ** 2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = base.to(dtype), [first.to(dtype), second.to(dtype)]
+        expected = case.run(inputs, dtype, "reference")
+        assert same(expected, case.run(inputs, dtype, backend)), dtype
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
+def test_rounding_of_every_half(identifier: str, use_backend: Callable[[str], str]) -> None:
+    """Every bf16 and f16 value loads exactly, and every store rounds to nearest even."""
+    backend = use_backend(identifier)
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        fine = torch.cat([every.float() * (1 + step * 2**-13) for step in range(-4, 5)])
+        for values, kind in ((every, torch.float32), (every, dtype), (fine, dtype)):
+            out = torch.zeros(values.shape, dtype=kind)
+            stats = torch.zeros(3, dtype=torch.int64)
+            torch.ops.pymerge.weighted_sum_(out, stats, [values], [1.0], 1.0, backend=backend)
+            # 0 + -0 is 0
+            assert same({"out": out}, {"out": (values.float() + 0.0).to(kind)})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(case: Case, backend: str) -> None:
+    base, models = make_inputs(100, 2, [torch.float32])
+    op = getattr(torch.ops.pymerge, case.op).default
+    arguments = {**case.outputs(base, models, torch.float32), **case.arguments(base, models)}
+    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
+    positional = tuple(arguments.pop(name) for name in names)
+    torch.library.opcheck(op, positional, {**arguments, "backend": backend})
+
+
+def test_case_table_covers_every_op() -> None:
+    assert {case.op for case in CASES} == set(_ops.NAMES)
+
+
+def test_kernels_refuse_what_they_cannot_take() -> None:
+    """An op called directly with unfit tensors raises; it does not read past their ends."""
+    out, stats = torch.zeros(8), torch.zeros(3, dtype=torch.int64)
+    op = torch.ops.pymerge.weighted_sum_
+    with pytest.raises(ValueError, match="contiguous CPU tensors of 8"):
+        op(out, stats, [torch.zeros(7)], [1.0], 1.0, backend="cpu")
+    with pytest.raises(ValueError, match="contiguous"):
+        op(out, stats, [torch.zeros(16)[::2]], [1.0], 1.0, backend="cpu")
+    with pytest.raises(ValueError, match="int32 is not supported"):
+        op(out, stats, [torch.zeros(8, dtype=torch.int32)], [1.0], 1.0, backend="cpu")
