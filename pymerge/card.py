@@ -1,4 +1,4 @@
-"""The model card: a README.md that says what was merged and how, as the Hugging Face hub reads it."""
+"""The model card: a README.md that says what was merged and how, as the hub reads it."""
 
 from __future__ import annotations
 

@@ -229,13 +229,10 @@ def _print_warnings(warnings: Sequence[str]) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from pymerge import methods, show
+    from pymerge import show
+    from pymerge.methods import METHODS, get
 
-    chosen = (
-        list(methods.METHODS.values())
-        if options.name is None
-        else [methods.get(options.name, "methods")]
-    )
+    chosen = list(METHODS.values()) if options.name is None else [get(options.name, "methods")]
     if options.json:
         records = [show.method_record(spec) for spec in chosen]
         result = records if options.name is None else records[0]

@@ -160,9 +160,10 @@ def versions() -> dict[str, str]:
 
 
 def package_version() -> str:
-    """Return pymerge's own version; a source tree that is not installed has none."""
-    found = distribution_version("pymerge-kernels")
-    return "unknown" if found == "not installed" else found
+    """Return pymerge's own version."""
+    from pymerge._version import __version__
+
+    return __version__
 
 
 def distribution_version(name: str) -> str:
