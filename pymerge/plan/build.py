@@ -1,0 +1,161 @@
+"""Builds the plan of a merge from a configuration and the headers of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pymerge.checkpoint import TensorInfo
+from pymerge.config import MergeConfig
+from pymerge.errors import RequestError
+from pymerge.memory import MemoryPlan, default_threads, plan_memory
+from pymerge.output import OutputTensor, plan_layout
+from pymerge.plan.inputs import FLOATS, Inputs, header, open_inputs
+from pymerge.plan.parameters import PassCounter, resolve_parameters, unused_filters
+from pymerge.plan.records import MergePlan, PlannedTensor
+
+__all__ = ["make_plan"]
+
+
+def make_plan(
+    config: MergeConfig,
+    *,
+    memory: int = 2 << 30,
+    shard_size: int = 5_000_000_000,
+    threads: int | None = None,
+    seed: int = 0,
+) -> MergePlan:
+    """Plan a merge: open all checkpoints, check everything, read no tensor.
+
+    Args:
+        config: from `load_config`.
+        memory: bytes of anonymous memory that the merge may take.
+        shard_size: bytes of an output file; a larger tensor gets a file of its own.
+        threads: compute threads; default one per processor.
+        seed: of random masks, 0 <= seed < 2**63.
+
+    Raises:
+        RequestError: listing every problem of the request and of all inputs.
+    """
+    problems = _check_numbers(memory, shard_size, threads, seed)
+    threads = threads or default_threads()
+    inputs = open_inputs(config)
+    try:
+        problems += inputs.problems
+        planned = _plan_tensors(config, inputs, problems)
+        selects = any(tensor.passes > 1 for tensor in planned)
+        fitted = _fit_memory(config, memory, threads, selects, problems)
+        if problems or fitted is None:
+            raise RequestError(problems)
+        layout = plan_layout(
+            [OutputTensor(tensor.name, tensor.dtype, tensor.shape) for tensor in planned],
+            shard_size,
+        )
+        by_name = {tensor.name: tensor for tensor in planned}
+        tensors = {name: by_name[name] for name in layout.order}
+        passes = max(tensor.passes for tensor in planned)
+        return MergePlan(
+            config=config,
+            base=inputs.base,
+            models=inputs.models,
+            side_files=Path(config.side_files_from),
+            tensors=tensors,
+            layout=layout,
+            passes=passes,
+            passes_text=_passes_text(config, planned, passes),
+            bytes_to_read=_bytes_to_read(inputs, planned),
+            bytes_to_write=sum(shard.nbytes for shard in layout.shards),
+            memory=fitted,
+            threads=threads,
+            seed=seed,
+            warnings=[
+                *config.warnings,
+                *inputs.warnings,
+                *unused_filters(config, list(tensors)),
+            ],
+        )
+    except BaseException:
+        inputs.close()
+        raise
+
+
+def _check_numbers(memory: int, shard_size: int, threads: int | None, seed: int) -> list[str]:
+    problems: list[str] = []
+    for name, value in (("memory", memory), ("shard_size", shard_size)):
+        if value < 1:
+            problems.append(f"{name}: expected a positive number of bytes, got {value}")
+    if threads is not None and threads < 1:
+        problems.append(f"threads: expected at least 1, got {threads}")
+    if not 0 <= seed < 2**63:
+        problems.append(f"seed: expected an integer in [0, 2**63), got {seed}")
+    return problems
+
+
+def _plan_tensors(config: MergeConfig, inputs: Inputs, problems: list[str]) -> list[PlannedTensor]:
+    """Return the output's tensors; those that could not be planned are in `problems`."""
+    if inputs.reference is None:
+        # Without a model to take the names from, settings can still be checked against each other.
+        if not any(clause.filter is not None for clause in config.clauses()):
+            resolve_parameters(config, ["*"], problems)
+        return []
+    infos = inputs.reference.tensors
+    computed = {name: info for name, info in infos.items() if info.dtype in FLOATS}
+    resolved = resolve_parameters(config, list(computed), problems)
+    counter = PassCounter(config, sum(info.numel for info in computed.values()))
+    planned: list[PlannedTensor] = []
+    for name, info in infos.items():
+        if name not in computed:
+            planned.append(PlannedTensor(name, info.dtype, info.shape, None, {}))
+        elif name in resolved:
+            dtype, compute = _dtypes(config, _dtypes_of(inputs, name))
+            parameters = resolved[name]
+            passes = counter.passes(parameters, info.numel)
+            planned.append(PlannedTensor(name, dtype, info.shape, compute, parameters, passes))
+    return planned
+
+
+def _dtypes_of(inputs: Inputs, name: str) -> list[str]:
+    """Return the dtypes of a tensor in all checkpoints that have it as a float."""
+    return [info.dtype for info in _headers(inputs, name) if info.dtype in FLOATS]
+
+
+def _headers(inputs: Inputs, name: str) -> list[TensorInfo]:
+    return [
+        header(checkpoint, name)
+        for checkpoint in inputs.all
+        if name in checkpoint.tensors or name in checkpoint.tied
+    ]
+
+
+def _dtypes(config: MergeConfig, dtypes: list[str]) -> tuple[str, Literal["F32", "F64"]]:
+    """Return the dtype of the output and that of the arithmetic."""
+    compute = "F64" if "F64" in (*dtypes, config.dtype) else "F32"
+    if config.out_dtype is not None:
+        return config.out_dtype, compute
+    if config.dtype is not None:
+        return config.dtype, compute
+    # neither of F16 and BF16 holds the other
+    if "F16" in dtypes and "BF16" in dtypes:
+        dtypes = [*dtypes, "F32"]
+    return max(dtypes, key=FLOATS.index), compute
+
+
+def _fit_memory(
+    config: MergeConfig, memory: int, threads: int, selects: bool, problems: list[str]
+) -> MemoryPlan | None:
+    try:
+        return plan_memory(memory, models=len(config.models), threads=threads, selects=selects)
+    except RequestError as error:
+        problems += error.problems
+        return None
+
+
+def _bytes_to_read(inputs: Inputs, planned: list[PlannedTensor]) -> int:
+    return sum(
+        info.nbytes * tensor.passes for tensor in planned for info in _headers(inputs, tensor.name)
+    )
+
+
+def _passes_text(config: MergeConfig, planned: list[PlannedTensor], passes: int) -> str:
+    computed = {tensor.name: tensor.parameters for tensor in planned if tensor.compute is not None}
+    return PassCounter(config, 0).text(computed, passes)

@@ -1,0 +1,229 @@
+"""Opens the checkpoints of a merge and checks that they fit each other, headers only."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from pymerge.config import MergeConfig
+from pymerge.errors import RequestError, nearest
+
+__all__ = ["COPIED", "FLOATS", "Inputs", "header", "open_inputs"]
+
+# Floats from narrow to wide; a merge of two is at least as wide as both.
+FLOATS = ("F16", "BF16", "F32", "F64")
+COPIED = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+_SHOWN = 20
+_VOCABULARY = re.compile(r"embed|lm_head|wte\b|shared\.weight|output\.weight|vocab")
+
+
+@dataclass
+class Inputs:
+    """The open checkpoints; `reference` is the one whose tensors the output has."""
+
+    base: Checkpoint | None = None
+    models: list[Checkpoint] = field(default_factory=list)
+    reference: Checkpoint | None = None
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Checkpoint]:
+        return [*([] if self.base is None else [self.base]), *self.models]
+
+    def close(self) -> None:
+        for checkpoint in self.all:
+            checkpoint.close()
+
+
+def header(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """Return the header of a tensor, or of the tensor that it is tied to."""
+    info = checkpoint.tensors.get(name)
+    return checkpoint.tensors[checkpoint.tied[name]] if info is None else info
+
+
+def open_inputs(config: MergeConfig) -> Inputs:
+    """Open every checkpoint and compare it with the reference, collecting problems."""
+    inputs = Inputs()
+    missing = 0
+    try:
+        if config.base_model is not None and config.method.needs_base:
+            inputs.base = _open(config.base_model, "base_model", config.base_where, inputs, config)
+        for entry in config.models:
+            model = _open(entry.path, entry.name, entry.where, inputs, config)
+            if model is None:
+                missing += 1
+            else:
+                inputs.models.append(model)
+    except BaseException:
+        inputs.close()
+        raise
+    if config.base_model is not None and not config.method.needs_base:
+        _check_exists(config.base_model, config.base_where, inputs.problems, config)
+
+    if config.method.needs_base:
+        inputs.reference = inputs.base
+    elif missing == 0:
+        inputs.reference = _like_base(config, inputs.models)
+    for checkpoint in inputs.all:
+        inputs.warnings += [f"{checkpoint.label}: {text}" for text in checkpoint.warnings]
+        if inputs.reference is not None and checkpoint is not inputs.reference:
+            _compare(inputs.reference, checkpoint, inputs)
+    if inputs.reference is not None:
+        if not inputs.reference.tensors:
+            inputs.problems.append(f"{inputs.reference.label}: holds no tensors")
+        for checkpoint in inputs.all:
+            _check_dtypes(inputs.reference, checkpoint, inputs.problems)
+    return inputs
+
+
+def _like_base(config: MergeConfig, models: list[Checkpoint]) -> Checkpoint:
+    """Return the model that gives the config files where it is merged too, else the first one."""
+    real = os.path.realpath(config.side_files_from)
+    for entry, model in zip(config.models, models, strict=True):
+        if os.path.realpath(entry.path) == real:
+            return model
+    return models[0]
+
+
+def _open(
+    path: str, name: str, where: str, inputs: Inputs, config: MergeConfig
+) -> Checkpoint | None:
+    if not _check_exists(path, where, inputs.problems, config):
+        return None
+    try:
+        return open_checkpoint(path, f"{name} ({path})")
+    except RequestError as error:
+        inputs.problems += error.problems
+    except OSError as error:
+        inputs.problems.append(f"{name} ({path}): cannot read: {error.strerror or error}")
+    return None
+
+
+def _check_exists(path: str, where: str, problems: list[str], config: MergeConfig) -> bool:
+    if os.path.exists(path):
+        return True
+    problem = f"{where}: no such file or directory: {path}"
+    if not os.path.isabs(path):
+        problem += f" (relative to the current directory, {os.getcwd()})"
+        beside = Path(config.where).parent / path
+        if beside.exists():
+            problem += f"; it exists beside the config file: give {beside.resolve()}"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            problem += "; models of the Hugging Face hub have to be downloaded first"
+    problems.append(problem)
+    return False
+
+
+def _compare(reference: Checkpoint, model: Checkpoint, inputs: Inputs) -> None:
+    """Find missing and extra tensors, and those of another shape or kind of dtype."""
+    like = _short(reference)
+    missing = [
+        name for name in reference.tensors if name not in model.tensors and name not in model.tied
+    ]
+    if missing:
+        extra = [name for name in model.tensors if name not in reference.tensors]
+        hint = nearest(missing[0], extra) if len(missing) == 1 else ""
+        inputs.problems.append(
+            f"{model.label}: lacks {_tensors(missing)} of {like}: {_listed(missing)}{hint}"
+        )
+    _check_extra(reference, model, inputs)
+    _check_shapes(reference, model, inputs.problems)
+
+
+def _check_extra(reference: Checkpoint, model: Checkpoint, inputs: Inputs) -> None:
+    extra: list[str] = []
+    for name, info in model.tensors.items():
+        if name in reference.tensors:
+            continue
+        if name not in reference.tied:
+            extra.append(name)
+            continue
+        target = header(reference, name)
+        if info.shape == target.shape:
+            inputs.warnings.append(
+                f"{model.label}: '{name}' is left out, because it is tied to '{target.name}' in "
+                f"{_short(reference)} and so in the output"
+            )
+        else:
+            inputs.problems.append(_shape_problem(model, info, target.shape, reference))
+    if extra:
+        inputs.problems.append(
+            f"{model.label}: has {_tensors(extra)} that {_short(reference)} lacks: {_listed(extra)}"
+        )
+
+
+def _check_shapes(reference: Checkpoint, model: Checkpoint, problems: list[str]) -> None:
+    found: list[str] = []
+    for name, expected in reference.tensors.items():
+        if name not in model.tensors and name not in model.tied:
+            continue
+        info = header(model, name)
+        if info.shape != expected.shape:
+            found.append(_shape_problem(model, info, expected.shape, reference, name))
+        if info.dtype != expected.dtype and not (info.dtype in FLOATS and expected.dtype in FLOATS):
+            known = (*FLOATS, *COPIED)
+            if info.dtype in known and expected.dtype in known:
+                found.append(
+                    f"{model.label}: '{name}' has dtype {info.dtype}, expected {expected.dtype} "
+                    f"like {_short(reference)}"
+                )
+    problems += found[:_SHOWN]
+    if len(found) > _SHOWN:
+        problems.append(
+            f"{model.label}: {len(found) - _SHOWN} more tensors differ in shape or dtype from "
+            f"{_short(reference)}"
+        )
+
+
+def _shape_problem(
+    model: Checkpoint,
+    info: TensorInfo,
+    expected: tuple[int, ...],
+    reference: Checkpoint,
+    name: str | None = None,
+) -> str:
+    name = name or info.name
+    hint = ""
+    if (
+        len(info.shape) == len(expected) > 0
+        and info.shape[1:] == expected[1:]
+        and _VOCABULARY.search(name)
+    ):
+        hint = " (another vocabulary; aligning vocabularies and tokenizers is not supported yet)"
+    return (
+        f"{model.label}: '{name}' has shape {info.shape}, expected {expected} like "
+        f"{_short(reference)}{hint}"
+    )
+
+
+def _check_dtypes(reference: Checkpoint, checkpoint: Checkpoint, problems: list[str]) -> None:
+    """Refuse dtypes without exact arithmetic here: float8, complex and the like."""
+    refused: dict[str, list[str]] = {}
+    for name in reference.tensors:
+        if name in checkpoint.tensors or name in checkpoint.tied:
+            dtype = header(checkpoint, name).dtype
+            if dtype not in FLOATS and dtype not in COPIED:
+                refused.setdefault(dtype, []).append(name)
+    for dtype, names in refused.items():
+        problems.append(
+            f"{checkpoint.label}: {_tensors(names)} of dtype {dtype}, which cannot be merged "
+            f"(expected {', '.join(FLOATS)}, integers or BOOL): {_listed(names)}"
+        )
+
+
+def _short(checkpoint: Checkpoint) -> str:
+    return checkpoint.label.split(" (", 1)[0]
+
+
+def _tensors(names: list[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+
+
+def _listed(names: list[str]) -> str:
+    text = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    return f"{text} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else text

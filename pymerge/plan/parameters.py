@@ -1,0 +1,111 @@
+"""Resolves the parameters of every tensor, checks them together, and counts passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pymerge.config import MergeConfig, TensorParameters
+from pymerge.errors import RequestError
+from pymerge.methods.ties import TiesRule, ties_rule, trim_target
+
+__all__ = ["PassCounter", "resolve_parameters", "rule_of", "unused_filters"]
+
+# Methods whose `normalize` divides by the plain sum of the weights.
+_DIVIDE_BY_WEIGHTS = ("linear", "task_arithmetic")
+_RULE_PARAMETERS = ("scope", "merge", "exact_k", "elect", "normalize")
+
+
+def resolve_parameters(
+    config: MergeConfig, names: Sequence[str], problems: list[str]
+) -> dict[str, TensorParameters]:
+    """Resolve the parameters of the named tensors, and check them together.
+
+    Args:
+        config: the configuration.
+        names: the tensors that are computed (not copied).
+        problems: gets what is wrong: weights that sum to 0, details of a dialect that contradict
+            each other, a required parameter that is not set.
+    """
+    resolved: dict[str, TensorParameters] = {}
+    cancelling: dict[tuple[float, ...], list[str]] = {}
+    for name in names:
+        try:
+            parameters = config.resolve(name)
+            if config.method.name == "ties":
+                rule_of(parameters, config.where)
+        except RequestError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+            continue
+        resolved[name] = parameters
+        if config.method.name in _DIVIDE_BY_WEIGHTS and parameters["normalize"]:
+            weights = parameters["weight"]
+            if abs(sum(weights)) < 1e-8:
+                cancelling.setdefault(tuple(weights), []).append(name)
+    for weights, tensors in cancelling.items():
+        models = ", ".join(
+            f"{entry.name} {weight:g}" for entry, weight in zip(config.models, weights, strict=True)
+        )
+        more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+        problems.append(
+            f"{config.where}: the weights sum to 0 for '{tensors[0]}'{more} ({models}), and "
+            f"{config.method.name} with normalize: true divides by the sum; change the weights or "
+            "set normalize: false"
+        )
+    return resolved
+
+
+def rule_of(parameters: Mapping[str, Any], where: str) -> TiesRule:
+    """Return the dialect of TIES that resolved parameters describe."""
+    details = {name: parameters[name] for name in _RULE_PARAMETERS}
+    return ties_rule(parameters["semantics"], **details, where=where)
+
+
+def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
+    """Return a warning for each filter that is in no tensor's name."""
+    warnings: list[str] = []
+    for clause in config.clauses():
+        if clause.filter is not None and not any(clause.matches(name) for name in names):
+            warnings.append(f"{clause.where}: the filter '{clause.filter}' matches no tensor")
+    return warnings
+
+
+class PassCounter:
+    """Tells how often a tensor's inputs are read.
+
+    A merge is one pass. TIES reads before it what its trim needs, an order statistic of |delta|
+    (over the tensor or the whole model), and what a zero sum elects in some dialects, a majority
+    over the whole model. Tensors that are copied, or trimmed by nothing, are read once.
+    """
+
+    def __init__(self, config: MergeConfig, numel: int) -> None:
+        self.config = config
+        self.numel = numel  # computed elements of the whole model
+
+    def passes(self, parameters: TensorParameters, numel: int) -> int:
+        """Return the number of passes over a tensor of that many elements."""
+        return 2 if self.selects(parameters, numel) or self._majority(parameters) else 1
+
+    def selects(self, parameters: TensorParameters, numel: int) -> bool:
+        """Return whether a trim needs an order statistic."""
+        if self.config.method.name != "ties":
+            return False
+        rule = rule_of(parameters, self.config.where)
+        total = self.numel if rule.scope == "global" else numel
+        return any(
+            trim_target(rule, density, total).keep == "rank" for density in parameters["density"]
+        )
+
+    def _majority(self, parameters: TensorParameters) -> bool:
+        if self.config.method.name != "ties":
+            return False
+        return rule_of(parameters, self.config.where).zero.startswith("majority")
+
+    def text(self, planned: Mapping[str, TensorParameters], passes: int) -> str:
+        """Explain the passes of the whole merge in words."""
+        if passes == 1:
+            return "1: read, merge and write in one go"
+        rule = rule_of(next(iter(planned.values())), self.config.where)
+        if rule.scope == "global":
+            return "2: the thresholds of |delta| over the whole model, then the merge"
+        return "2: the threshold of |delta| in each tensor that is trimmed, then the merge"
