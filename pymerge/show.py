@@ -12,6 +12,7 @@ from pymerge.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pymerge.config import MergeConfig
     from pymerge.plan import MergePlan
 
 __all__ = [
@@ -36,8 +37,9 @@ def plan_text(plan: MergePlan) -> str:
             f"{format_size(size)} in {_files(len(checkpoint.files))}"
         )
     lines += [
-        f"settings  {name}: {_setting(config.value(name), config, name)}"
-        for name in _shown_parameters(plan)
+        f"settings  {parameter.yaml_names[0]}: {_setting(config, parameter.name)}"
+        for parameter in config.method.parameters
+        if not parameter.no_effect and config.value(parameter.name) is not None
     ]
     dtypes = _counts(tensor.dtype for tensor in plan.tensors.values())
     lines += [
@@ -57,19 +59,11 @@ def plan_text(plan: MergePlan) -> str:
     return "\n".join(lines)
 
 
-def _shown_parameters(plan: MergePlan) -> list[str]:
-    return [
-        parameter.name
-        for parameter in plan.config.method.parameters
-        if not parameter.no_effect and plan.config.value(parameter.name) is not None
-    ]
-
-
-def _setting(value: Any, config: Any, name: str) -> str:
+def _setting(config: MergeConfig, name: str) -> str:
     """Return a parameter's value, noting where models or tensors have their own."""
     holders = [entry for entry in config.models if name in entry.parameters]
     shared = config.parameters.get(name)
-    text = "by tensor" if shared is not None and shared.by_tensor else _value(value)
+    text = "by tensor" if shared is not None and shared.by_tensor else _value(config.value(name))
     own = ", ".join(
         f"{entry.name} "
         + (

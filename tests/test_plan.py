@@ -464,7 +464,7 @@ def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         "base_model (base): 4 tensors (3 BF16, 1 I64)",
         "settings  weight: 1; models[0] 0.5\n",
         "settings  density: 0.5; models[1] by tensor\n",
-        "settings  scale: 0.25\n",
+        "settings  lambda: 0.25\n",
         "passes    2: ",
         "model.safetensors",
         "2 threads",
