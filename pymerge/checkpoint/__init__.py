@@ -1,0 +1,16 @@
+"""Local checkpoints: strict headers, model directories, zero-copy tensors over memory maps."""
+
+from __future__ import annotations
+
+from pymerge.checkpoint.dtypes import DTYPES, dtype_code, torch_dtype
+from pymerge.checkpoint.header import TensorInfo
+from pymerge.checkpoint.open import Checkpoint, open_checkpoint
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "TensorInfo",
+    "dtype_code",
+    "open_checkpoint",
+    "torch_dtype",
+]

@@ -1,0 +1,56 @@
+"""Renames of directories that never overwrite by accident, and swap two where Linux can."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+__all__ = ["exchange", "rename_to_free_name"]
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def rename_to_free_name(source: Path, target: Path) -> None:
+    """Rename a directory; FileExistsError if the target exists, even as an empty directory."""
+    if not _rename(source, target, _RENAME_NOREPLACE):
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.rename(source, target)
+
+
+def exchange(first: Path, second: Path, aside: Path) -> None:
+    """Swap two directories: atomically where the system can, else by way of `aside`.
+
+    Args:
+        first: ends up at `second`.
+        second: ends up at `first`.
+        aside: a free name in the same file system. Dying between the renames leaves `second` there.
+    """
+    if _rename(first, second, _RENAME_EXCHANGE):
+        return
+    os.rename(second, aside)
+    try:
+        os.rename(first, second)
+    except BaseException:
+        os.rename(aside, second)
+        raise
+    os.rename(aside, first)
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Call renameat2; False where the system or the file system does not have it."""
+    if _renameat2 is None:
+        return False
+    if _renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
