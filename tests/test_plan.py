@@ -128,7 +128,9 @@ def test_output_order_and_shards_follow_the_layout() -> None:
         ("parameters: {density: 1.0}", 1, "in one go"),
         ("", 1, "in one go"),
         ("parameters: {semantics: official}", 2, "over the whole model"),
-        ("parameters: {semantics: official, density: 1.0}", 2, "over the whole model"),
+        ("parameters: {semantics: official, density: 1.0}", 1, "in one go"),
+        ("parameters: {semantics: official, scope: tensor}", 3, "the majority sign of each"),
+        ("parameters: {semantics: mergelm, scope: tensor, density: 1}", 2, "the majority sign"),
         ("parameters: {semantics: mergekit, scope: global, density: 1.0}", 1, "in one go"),
         ("parameters: {semantics: peft, density: 0.0}", 1, "in one go"),
     ],
@@ -140,7 +142,7 @@ def test_passes_of_ties(extra: str, passes: int, words: str) -> None:
     assert words in made.passes_text
     computed, copied = (48 + 16 + 4) * 2, 6 * 8
     assert made.bytes_to_read == 3 * (passes * computed + copied)
-    assert (made.memory.histogram_bins > 0) == (passes == 2)
+    assert (made.memory.histogram_bins > 0) == ("the thresholds" in made.passes_text)
 
 
 def test_tensors_that_are_not_trimmed_are_read_once() -> None:
@@ -153,6 +155,15 @@ def test_tensors_that_are_not_trimmed_are_read_once() -> None:
         "position_ids": 1,
     }
     assert made.bytes_to_read == 3 * ((48 + 2 * 16 + 4) * 2 + 6 * 8)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_models_of_integers_alone_are_copied(method: str) -> None:
+    integers = {"position_ids": torch.arange(6)}
+    save_three(base=integers, a=integers, b=integers)
+    made = plan(method, "parameters: {nan: keep}\n")
+    assert [tensor.compute for tensor in made.tensors.values()] == [None]
+    assert (made.passes, made.memory.histogram_bins) == (1, 0)
 
 
 # dtypes

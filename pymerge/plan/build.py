@@ -42,8 +42,10 @@ def make_plan(
     inputs = open_inputs(config)
     try:
         problems += inputs.problems
-        planned = _plan_tensors(config, inputs, problems)
-        selects = any(tensor.passes > 1 for tensor in planned)
+        counter = _count_passes(config, inputs)
+        planned = _plan_tensors(config, inputs, counter, problems)
+        computed = [tensor for tensor in planned if tensor.compute is not None]
+        selects = any(counter.selects(tensor.parameters, tensor.numel) for tensor in computed)
         fitted = _fit_memory(config, memory, threads, selects, problems)
         if problems or fitted is None:
             raise RequestError(problems)
@@ -53,7 +55,6 @@ def make_plan(
         )
         by_name = {tensor.name: tensor for tensor in planned}
         tensors = {name: by_name[name] for name in layout.order}
-        passes = max(tensor.passes for tensor in planned)
         return MergePlan(
             config=config,
             base=inputs.base,
@@ -61,8 +62,8 @@ def make_plan(
             side_files=Path(config.side_files_from),
             tensors=tensors,
             layout=layout,
-            passes=passes,
-            passes_text=_passes_text(config, planned, passes),
+            passes=max(tensor.passes for tensor in planned),
+            passes_text=counter.text(computed[0].parameters if computed else {}, selects),
             bytes_to_read=_bytes_to_read(inputs, planned),
             bytes_to_write=sum(shard.nbytes for shard in layout.shards),
             memory=fitted,
@@ -91,7 +92,14 @@ def _check_numbers(memory: int, shard_size: int, threads: int | None, seed: int)
     return problems
 
 
-def _plan_tensors(config: MergeConfig, inputs: Inputs, problems: list[str]) -> list[PlannedTensor]:
+def _count_passes(config: MergeConfig, inputs: Inputs) -> PassCounter:
+    infos = {} if inputs.reference is None else inputs.reference.tensors
+    return PassCounter(config, sum(info.numel for info in infos.values() if info.dtype in FLOATS))
+
+
+def _plan_tensors(
+    config: MergeConfig, inputs: Inputs, counter: PassCounter, problems: list[str]
+) -> list[PlannedTensor]:
     """Return the output's tensors; those that could not be planned are in `problems`."""
     if inputs.reference is None:
         # Without a model to take the names from, settings can still be checked against each other.
@@ -101,7 +109,6 @@ def _plan_tensors(config: MergeConfig, inputs: Inputs, problems: list[str]) -> l
     infos = inputs.reference.tensors
     computed = {name: info for name, info in infos.items() if info.dtype in FLOATS}
     resolved = resolve_parameters(config, list(computed), problems)
-    counter = PassCounter(config, sum(info.numel for info in computed.values()))
     planned: list[PlannedTensor] = []
     for name, info in infos.items():
         if name not in computed:
@@ -154,8 +161,3 @@ def _bytes_to_read(inputs: Inputs, planned: list[PlannedTensor]) -> int:
     return sum(
         info.nbytes * tensor.passes for tensor in planned for info in _headers(inputs, tensor.name)
     )
-
-
-def _passes_text(config: MergeConfig, planned: list[PlannedTensor], passes: int) -> str:
-    computed = {tensor.name: tensor.parameters for tensor in planned if tensor.compute is not None}
-    return PassCounter(config, 0).text(computed, passes)

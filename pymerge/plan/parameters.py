@@ -73,9 +73,11 @@ def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
 class PassCounter:
     """Tells how often a tensor's inputs are read.
 
-    A merge is one pass. TIES reads before it what its trim needs, an order statistic of |delta|
-    (over the tensor or the whole model), and what a zero sum elects in some dialects, a majority
-    over the whole model. Tensors that are copied, or trimmed by nothing, are read once.
+    A merge is one pass. TIES reads once before it where its trim needs an order statistic of
+    |delta| (over the tensor or the whole model), and once more where a zero vote takes the majority
+    sign of its tensor. The majority of a whole model is guessed from a sample and seen in the merge
+    itself, which is repeated in the rare case that the guess was wrong and mattered: that is not
+    counted.
     """
 
     def __init__(self, config: MergeConfig, numel: int) -> None:
@@ -84,7 +86,7 @@ class PassCounter:
 
     def passes(self, parameters: TensorParameters, numel: int) -> int:
         """Return the number of passes over a tensor of that many elements."""
-        return 2 if self.selects(parameters, numel) or self._majority(parameters) else 1
+        return 1 + self.selects(parameters, numel) + self._votes_first(parameters)
 
     def selects(self, parameters: TensorParameters, numel: int) -> bool:
         """Return whether a trim needs an order statistic."""
@@ -96,16 +98,26 @@ class PassCounter:
             trim_target(rule, density, total).keep == "rank" for density in parameters["density"]
         )
 
-    def _majority(self, parameters: TensorParameters) -> bool:
-        if self.config.method.name != "ties":
+    def _votes_first(self, parameters: TensorParameters) -> bool:
+        if self.config.method.name != "ties" or not parameters:
             return False
-        return rule_of(parameters, self.config.where).zero.startswith("majority")
+        rule = rule_of(parameters, self.config.where)
+        return rule.scope == "tensor" and rule.zero.startswith("majority")
 
-    def text(self, planned: Mapping[str, TensorParameters], passes: int) -> str:
-        """Explain the passes of the whole merge in words."""
-        if passes == 1:
+    def text(self, parameters: TensorParameters, selects: bool) -> str:
+        """Explain the passes of the whole merge in words.
+
+        Args:
+            parameters: of any computed tensor; the dialect is the same for all.
+            selects: whether any tensor is trimmed.
+        """
+        steps: list[str] = []
+        if selects:
+            scope = rule_of(parameters, self.config.where).scope
+            over = "over the whole model" if scope == "global" else "in each tensor that is trimmed"
+            steps.append(f"the thresholds of |delta| {over}")
+        if self._votes_first(parameters):
+            steps.append("the majority sign of each tensor")
+        if not steps:
             return "1: read, merge and write in one go"
-        rule = rule_of(next(iter(planned.values())), self.config.where)
-        if rule.scope == "global":
-            return "2: the thresholds of |delta| over the whole model, then the merge"
-        return "2: the threshold of |delta| in each tensor that is trimmed, then the merge"
+        return f"{len(steps) + 1}: {', '.join(steps)}, then the merge"
