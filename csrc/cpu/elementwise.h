@@ -7,7 +7,7 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kGrain = 8192;   // ranges of threads begin at multiples of this many elements
+constexpr int64_t kGrain = 1 << 16;  // elements that are worth waking another thread for
 constexpr int kBlock = 512;        // elements converted at a time where dtypes are mixed
 constexpr int64_t kStreamBytes = 1 << 20;  // outputs from this size on go past the caches
 

@@ -282,7 +282,8 @@ Status magnitude_equal_counts(const EqualCountsArgs* args) {
   }
   EqualContext context{args, 0};
   const int64_t chunks = (args->numel + args->chunk - 1) / args->chunk;
-  parallel_ranges(chunks, 1, args->execution.num_threads, equal_range, &context);
+  const int64_t grain = args->chunk < kGrain ? kGrain / args->chunk : 1;
+  parallel_ranges(chunks, grain, args->execution.num_threads, equal_range, &context);
   return context.failed ? Status::kOutOfMemory : Status::kOk;
 }
 
