@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,12 @@ class PickledFiles:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def load(
-        self, path: Path, where: str, problems: Problems, warnings: list[str]
+        self, path: Path, where: str, problems: Problems, notes: list[str]
     ) -> list[TensorInfo] | None:
-        """Load one file and return its tensors, or None with the problems recorded."""
+        """Load one file and return its tensors, or None with the problems recorded.
+
+        What the user should know of a file that loads goes to `notes`.
+        """
         start = read_start(path, where, 4, problems)
         if start is None:
             return None
@@ -42,15 +47,14 @@ class PickledFiles:
             text = f"is truncated or damaged: {size} bytes of a zip archive that lacks its end"
             problems.add(where, text)
             return None
-        warnings.append(
+        notes.append(
             f"{problems.label}: {where}: pickle, read with weights_only; safetensors is safer"
             + ("" if mapped else "; its old format cannot be mapped, so it is held in memory")
         )
         try:
             loaded = _torch_load(path, mapped)
         except Exception as error:  # a hostile or damaged pickle can raise anything
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            problems.add(where, f"weights_only loading refused it: {reason[0][:300]}; {_CONVERT}")
+            problems.add(where, f"weights_only loading refused it: {_reason(error)}; {_CONVERT}")
             return None
         state = _state_dict(loaded, where, problems)
         if state is None:
@@ -85,7 +89,22 @@ class PickledFiles:
 def _torch_load(path: Path, mapped: bool) -> Any:
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with warnings.catch_warnings():
+        # About pickle protocols and old storages; what they lead to is reported where it matters.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, without torch's advice to load the file unsafely."""
+    text = str(error).strip()
+    found = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
+    if found:
+        text = found.group(1).split(" Please use ")[0]
+    elif text.startswith("Weights only load failed"):
+        text = text.partition("\n")[2].strip() or text
+    lines = text.splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__
 
 
 def _state_dict(loaded: Any, where: str, problems: Problems) -> dict[str, Any] | None:
