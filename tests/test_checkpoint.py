@@ -304,6 +304,12 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     assert run.stdout.strip() == "['a']", run.stderr
 
 
+def test_tensor_info_is_a_value() -> None:
+    info = TensorInfo("a", "BF16", (2, 3), Path("x"), 8, 12)
+    assert info.numel == 6
+    assert info == TensorInfo("a", "BF16", (2, 3), Path("x"), 8, 12)
+
+
 # ------------------------------------------------------------------ tied embeddings
 
 
@@ -361,68 +367,3 @@ def test_tied_head_of_a_text_config(tmp_path: Path) -> None:
 )
 def test_not_tied(tmp_path: Path, names: list[str], config: dict) -> None:
     assert open_named(tmp_path, names, config) == {}
-
-
-# ------------------------------------------------------------------ pickled files
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "x.pt", "x.pth"])
-def test_pickled_directory(tmp_path: Path, name: str) -> None:
-    torch.save(weights(), tmp_path / name)
-    torch.save({"lr": 1.0}, tmp_path / "training_args.bin")
-    torch.save({"lr": 1.0}, tmp_path / "optimizer.pt")
-    (tmp_path / "rng_state_0.pth").write_bytes(b"")
-    with open_checkpoint(tmp_path, LABEL) as checkpoint:
-        assert_holds(checkpoint, weights())
-        assert len(checkpoint.warnings) == 1
-        assert f"{name}: pickle, read with weights_only" in checkpoint.warnings[0]
-        assert "held in memory" not in checkpoint.warnings[0]
-        assert [path.name for path, _ in checkpoint.files] == [name]
-
-
-def test_pickled_index(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / "p-1.bin")
-    torch.save({"b": torch.zeros(3)}, tmp_path / "p-2.bin")
-    content = {"metadata": {}, "weight_map": {"a": "p-1.bin", "b": "p-2.bin"}}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(content))
-    checkpoint = open_checkpoint(tmp_path, LABEL)
-    assert_holds(checkpoint, {"a": torch.ones(2), "b": torch.zeros(3)})
-    assert len(checkpoint.warnings) == 2
-
-
-def test_pickled_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
-    whole = torch.arange(24, dtype=torch.float32).view(4, 6)
-    tensors = {
-        "transposed": whole.t(),
-        "strided": whole[:, ::2],
-        "expanded": torch.ones(1).expand(5),
-        "shared": whole,
-        "parameter": torch.nn.Parameter(torch.ones(3)),
-        "negated": torch.tensor([1 + 2j]).conj().imag,
-    }
-    path = tmp_path / "x.pt"
-    torch.save({"state_dict": tensors}, path)
-    checkpoint = open_checkpoint(path, LABEL)
-    for name, tensor in tensors.items():
-        flat = checkpoint.flat(name)
-        checkpoint.will_need(name)
-        checkpoint.release(name)
-        assert torch.equal(flat, tensor.detach().reshape(-1))
-        assert flat.is_contiguous()
-        assert not flat.is_neg()
-        assert not flat.requires_grad
-    assert checkpoint.flat("shared").data_ptr() == checkpoint.flat("shared").data_ptr()  # a view
-
-
-def test_legacy_pickle_is_held_in_memory(tmp_path: Path) -> None:
-    path = tmp_path / "old.pt"
-    torch.save(weights(), path, _use_new_zipfile_serialization=False)
-    checkpoint = open_checkpoint(path, LABEL)
-    assert_holds(checkpoint, weights())
-    assert "held in memory" in checkpoint.warnings[0]
-
-
-def test_tensor_info_is_a_value() -> None:
-    info = TensorInfo("a", "BF16", (2, 3), Path("x"), 8, 12)
-    assert info.numel == 6
-    assert info == TensorInfo("a", "BF16", (2, 3), Path("x"), 8, 12)

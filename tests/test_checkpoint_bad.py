@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -429,70 +426,3 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(tmp_path) == [f"{name}: cannot be read: Permission denied" for name in expected]
     monkeypatch.setattr(os, "listdir", denied)
     assert refusal(tmp_path) == ["the directory cannot be read: Permission denied"]
-
-
-# ------------------------------------------------------------------ pickled files
-
-
-class Harmful:
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return os.system, ("touch harmed",)
-
-
-def write_pickle(path: Path, value: object) -> None:
-    with path.open("wb") as file:
-        pickle.dump(value, file)
-
-
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: write_pickle(path, value)])
-def test_a_harmful_pickle_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[object, Path], None]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write({"a": Harmful()}, tmp_path / "x.bin")
-    (problem,) = refusal(tmp_path / "x.bin")
-    assert problem.startswith("x.bin: weights_only loading refused it: ")
-    assert "posix.system" in problem or "Unsupported operand" in problem
-    assert "save the plain weights as safetensors" in problem
-    assert "set to `False`" not in problem
-    assert not (tmp_path / "harmed").exists()
-
-
-FLAT = 'x.pt: expected a dict of tensors, or one under the single key "state_dict", '
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (torch.ones(2), f"{FLAT}got Tensor"),
-        ([torch.ones(2)], f"{FLAT}got list"),
-        ({"model": {"a": torch.ones(2)}, "epoch": 3}, f"{FLAT}found 'model': dict, 'epoch': int"),
-        ({"model": OrderedDict(a=torch.ones(2))}, f"{FLAT}found 'model': OrderedDict"),
-        ({"state_dict": {"a": 1}}, f"{FLAT}found 'a': int"),
-        ({3: torch.ones(2)}, f"{FLAT}found 3: Tensor"),
-        ({}, "holds no tensors"),
-        (
-            {"a": torch.ones(2).to_sparse()},
-            "x.pt: tensor 'a': expected a dense tensor, got torch.sparse_coo on cpu",
-        ),
-        (
-            {"a": torch.ones(2, dtype=torch.complex128)},
-            "x.pt: tensor 'a': dtype: safetensors has no code for torch.complex128",
-        ),
-    ],
-)
-def test_pickles_without_a_flat_state_dict(tmp_path: Path, value: object, expected: str) -> None:
-    torch.save(value, tmp_path / "x.pt")
-    (problem,) = refusal(tmp_path / "x.pt")
-    assert problem.startswith(expected)
-
-
-@pytest.mark.parametrize("kept", [0, 2, 100, 0.5, -30])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_truncated_pickles(tmp_path: Path, kept: float, zipped: bool) -> None:
-    path = tmp_path / "x.bin"
-    torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=zipped)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else int(kept)])
-    (problem,) = refusal(path)
-    assert problem.startswith(("x.bin: weights_only loading refused it", "x.bin: is truncated or"))

@@ -1,9 +1,8 @@
-"""The output directory that appears complete or not at all, and the files beside the weights."""
+"""The output directory that appears complete or not at all."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 
 import pymerge
-from pymerge.errors import CheckpointError, MergeError, RequestError
-from pymerge.output import OutputDirectory, copy_side_files, replace
+from pymerge.errors import MergeError, RequestError
+from pymerge.output import OutputDirectory, replace
 
 
 def make(path: Path, **contents: str) -> Path:
@@ -176,6 +175,28 @@ def test_a_replaced_directory_that_cannot_be_deleted_is_a_warning(
     (warning,) = directory.warnings
     assert str(directory.path) in warning
     assert "Permission denied" in warning
+
+
+def test_commit_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file, every directory and the parent are synced, and before the rename."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def recorded(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", recorded)
+    out = tmp_path / "out"
+    with OutputDirectory(out, force=False, inputs=[]) as directory:
+        (directory.path / "weights").write_text("new")
+        directory.commit()
+    temporary = str(directory.path)
+    assert {f"{temporary}/weights", temporary, str(tmp_path)} <= set(synced)
+    assert synced.index(f"{temporary}/weights") < synced.index(temporary)
+    assert synced[-1] == str(tmp_path)
 
 
 # ------------------------------------------------------------------ processes that die
@@ -382,148 +403,3 @@ def test_checking_touches_nothing(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_for_the_temporary(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"cannot be created: .*File name too long"):
         write(tmp_path / ("n" * 250))
-
-
-# ------------------------------------------------------------------ files beside the weights
-
-WANTED = {
-    "config.json": '{"torch_dtype": "float32"}',
-    "generation_config.json": "{}",
-    "tokenizer.json": "{}",
-    "tokenizer_config.json": "{}",
-    "tokenizer.model": "x",
-    "special_tokens_map.json": "{}",
-    "added_tokens.json": "{}",
-    "vocab.txt": "x",
-    "vocab.json": "{}",
-    "merges.txt": "x",
-    "spiece.model": "x",
-    "qwen.tiktoken": "x",
-    "chat_template.jinja": "x",
-    "preprocessor_config.json": "{}",
-    "video_preprocessor_config.json": "{}",
-    "processor_config.json": "{}",
-    "modeling_x.py": "x",
-    "other.json": "{}",
-    "LICENSE": "x",
-    "LICENSE.txt": "x",
-    "Notice": "x",
-}
-UNWANTED = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "consolidated.00.pth",
-    "tokenizer.bin",
-    "vocab.pt",
-    "model.gguf",
-    "optimizer.pt",
-    "optimizer.json",
-    "scheduler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-    "training_args.json",
-    "rng_state_0.pth",
-    "adapter_config.json",
-    "pymerge_report.json",
-    "README.md",
-    ".gitattributes",
-    ".hidden.json",
-)
-
-
-def test_side_files(tmp_path: Path) -> None:
-    source, target = make(tmp_path / "source", **WANTED), make(tmp_path / "target")
-    for name in UNWANTED:
-        (source / name).write_text("x")
-    make(source / "onnx", **{"config.json": "{}"})
-    make(source / "tokenizer_dir")
-    make(source / "additional_chat_templates", **{"tool.jinja": "x", "model.bin": "x"})
-    copied = copy_side_files(source, target, dtype=None)
-    assert copied == sorted([*WANTED, "additional_chat_templates/tool.jinja"])
-    assert names(target) == sorted([*WANTED, "additional_chat_templates"])
-    for name, text in WANTED.items():
-        assert (target / name).read_text() == text
-    assert names(target / "additional_chat_templates") == ["tool.jinja"]
-
-
-def test_side_files_that_are_links_become_files(tmp_path: Path) -> None:
-    source, target = make(tmp_path / "source"), make(tmp_path / "target")
-    (tmp_path / "blob").write_text("{}")
-    (tmp_path / "blob").chmod(0o400)
-    (source / "tokenizer.json").symlink_to("../blob")
-    (source / "vocab.txt").symlink_to("../nowhere")
-    assert copy_side_files(source, target, dtype="F32") == ["tokenizer.json"]
-    assert not (target / "tokenizer.json").is_symlink()
-    assert (target / "tokenizer.json").stat().st_mode & 0o200
-
-
-def test_a_single_file_has_no_side_files(tmp_path: Path) -> None:
-    source, target = make(tmp_path / "source", **WANTED), make(tmp_path / "target")
-    (source / "model.safetensors").write_text("x")
-    assert copy_side_files(source / "model.safetensors", target, dtype="BF16") == []
-    assert names(target) == []
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({"torch_dtype": "float32", "z": 1}, {"torch_dtype": "bfloat16", "z": 1}),
-        ({"dtype": None}, {"dtype": "bfloat16"}),
-        ({"dtype": "x", "torch_dtype": "y"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
-        (
-            {"text_config": {"dtype": "float32"}, "quantization_config": {"dtype": "int8"}},
-            {"text_config": {"dtype": "bfloat16"}, "quantization_config": {"dtype": "int8"}},
-        ),
-        ({"hidden": {"dtype": "x"}}, {"hidden": {"dtype": "x"}}),
-    ],
-)
-def test_config_says_the_dtype_of_the_output(tmp_path: Path, before: dict, after: dict) -> None:
-    source, target = make(tmp_path / "source"), make(tmp_path / "target")
-    (source / "config.json").write_text(json.dumps(before))
-    copy_side_files(source, target, dtype="BF16")
-    written = json.loads((target / "config.json").read_text())
-    assert written == after
-    assert list(written) == list(before)
-
-
-@pytest.mark.parametrize(
-    "text", ['{"a":   1, "b": "\\ud800é"}', '{"dtype":   "bfloat16"}', "[1,  2]"]
-)
-def test_config_that_needs_no_change_keeps_its_bytes(tmp_path: Path, text: str) -> None:
-    source, target = make(tmp_path / "source"), make(tmp_path / "target")
-    (source / "config.json").write_text(text)
-    copy_side_files(source, target, dtype="BF16")
-    assert (target / "config.json").read_text() == text
-
-
-def test_side_files_that_fail(tmp_path: Path) -> None:
-    source, target = make(tmp_path / "source"), make(tmp_path / "target")
-    (source / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
-        copy_side_files(source, target, dtype="F32")
-    with pytest.raises(MergeError, match=r"config\.json: cannot be copied to .*No such file"):
-        copy_side_files(source, tmp_path / "gone" / "deeper", dtype=None)
-
-
-def test_commit_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file, every directory and the parent are synced, and before the rename."""
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def recorded(fd: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
-        fsync(fd)
-
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("needs /proc")
-    monkeypatch.setattr(os, "fsync", recorded)
-    out = tmp_path / "out"
-    with OutputDirectory(out, force=False, inputs=[]) as directory:
-        (directory.path / "weights").write_text("new")
-        directory.commit()
-    temporary = str(directory.path)
-    assert {f"{temporary}/weights", temporary, str(tmp_path)} <= set(synced)
-    assert synced.index(f"{temporary}/weights") < synced.index(temporary)
-    assert synced[-1] == str(tmp_path)

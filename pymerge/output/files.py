@@ -107,7 +107,7 @@ class OutputFile:
             except InterruptedError:
                 continue
             except OSError as error:
-                if direct is None or error.errno != errno.EINVAL:
+                if direct is None or error.errno not in _UNSUPPORTED:
                     raise
                 self._drop_direct()  # this device wants another alignment: go on buffered
                 continue
