@@ -150,27 +150,29 @@ def test_pieces_are_aligned_and_within_the_slots(tmp_path: Path) -> None:
     assert len(seen) <= 3
 
 
-@pytest.mark.parametrize("filled", [0, 3, 8])
+@pytest.mark.parametrize("until", [None, "model.0.w", "model.embed", "the end"])
 @pytest.mark.parametrize("limit", [10**9, 20_000])
-def test_restart_writes_everything_anew(tmp_path: Path, filled: int, limit: int) -> None:
+def test_restart_writes_everything_anew(tmp_path: Path, until: str | None, limit: int) -> None:
+    """Before anything is written, in the middle of a tensor of the first or a later file, ..."""
     once, again = tmp_path / "once", tmp_path / "again"
     once.mkdir()
     again.mkdir()
     layout = plan_layout(MIXED, limit)
     write_all(once, MIXED, layout)
     with ShardWriter(again, layout, slot_bytes=PAGE, slots=2) as writer:
-        for name in layout.order[:filled]:
-            for _, piece in writer.pieces(name):
+        stale: Iterator[tuple[int, torch.Tensor]] = iter(())
+        for name in layout.order if until else []:
+            stale = writer.pieces(name)
+            for i, (_, piece) in enumerate(stale):
                 piece.view(torch.uint8).fill_(99)
-        if filled == 3:  # in the middle of a tensor
-            stale = writer.pieces(layout.order[filled])
-            next(stale)[1].view(torch.uint8).fill_(98)
-            next(stale)
-            writer.restart()
+                if name == until and i == 2:
+                    break
+            if name == until:
+                break
+        writer.restart()
+        if until in layout.order:
             with pytest.raises(RuntimeError, match="before a restart"):
                 next(stale)
-        else:
-            writer.restart()
         write(writer, MIXED, layout.order)
         writer.finish()
     assert bytes_of(again) == bytes_of(once)
@@ -307,6 +309,8 @@ def test_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             assert offset % PAGE == 0
             assert len(data) % PAGE == 0
             calls["direct"] += 1
+            if when == "later" and calls["direct"] == 1:
+                return real_pwrite(fd, data[:100], offset)  # what follows is not aligned
             if when == "at the first write" or calls["direct"] > 2:
                 raise OSError(errno.EINVAL, "Invalid argument")
         else:
