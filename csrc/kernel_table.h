@@ -81,11 +81,14 @@ struct TiesArgs {
   int64_t* stats;  // [3] += {sum of sign(vote), zero votes that kept something, non-finite seen}
 };
 
-// Counts of bits(|models[k] - base|), added to counts[slot][k][0 .. num_bins + 1]:
+// Counts of bits(|models[k] - base|), added to counts[slot][k][0 .. num_bins + 2]:
 // [0] keys < lo[k]; [1 + j] keys in [lo[k] + (j << shift[k]), lo[k] + ((j + 1) << shift[k]));
-// [num_bins + 1] the rest. Each thread counts in a slot of its own; the caller adds the slots up,
-// and must do so before 2^31 elements have been counted. hot[k] is a key expected to be frequent
-// (-1: none); it only changes the speed.
+// [num_bins + 1] keys above; [num_bins + 2] keys == hot[k], which are counted there and nowhere
+// else (-1: none). Each thread counts in a slot of its own; the caller adds the slots up, and must
+// do so before 2^31 elements have been counted. hot_chunks, where not null, gets the hot keys of
+// each stretch of kHotChunk elements: hot_chunks[k][j], models one row of num_chunks apart.
+constexpr int64_t kHotChunk = 1 << 16;
+
 struct HistogramArgs {
   Execution execution;
   Dtype compute;
@@ -99,6 +102,8 @@ struct HistogramArgs {
   int64_t num_bins;
   int64_t num_slots;
   int32_t* counts;
+  int64_t num_chunks;
+  int32_t* hot_chunks;
 };
 
 // counts[j] = number of elements in [j * chunk, (j + 1) * chunk) with bits(|model - base|) == key.

@@ -11,8 +11,10 @@ ties_:                   out = trim, elect, disjoint merge, given thresholds on 
                          stats[0 .. 2] += balance of elected signs and number of zero votes that kept something
                          (both only where want_signs), 1 if a delta is not finite
 ties_signs_:             the same statistics, no output
-magnitude_histogram_:    counts[slot, k, 0 .. bins + 1] += keys below, in each bin of, and above a bracket; the
-                         caller adds the slots (one a thread) before 2^31 elements were counted
+magnitude_histogram_:    counts[slot, k, 0 .. bins + 2] += keys below, in each bin of, and above a bracket, and
+                         those equal to hot[k], counted apart; the caller adds the slots (one a thread)
+                         before 2^31 elements were counted; hot_chunks[k, j] = those equal to hot[k] among
+                         each 65536 elements (not counted where hot_chunks has no columns)
 magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j
 """
 
@@ -47,7 +49,8 @@ _SCHEMAS = {
         "str weighting, str elect, *, bool wide=False, str backend='auto') -> ()"
     ),
     "magnitude_histogram_": (
-        "(Tensor(a!) counts, Tensor base, Tensor[] models, int[] lo, int[] shift, int[] hot, *, "
+        "(Tensor(a!) counts, Tensor(b!) hot_chunks, Tensor base, Tensor[] models, int[] lo, "
+        "int[] shift, int[] hot, *, "
         "bool wide=False, str backend='auto') -> ()"
     ),
     "magnitude_equal_counts_": (
@@ -142,6 +145,7 @@ def _ties_signs_(
 
 def _magnitude_histogram_(
     counts: torch.Tensor,
+    hot_chunks: torch.Tensor,
     base: torch.Tensor,
     models: list[torch.Tensor],
     lo: list[int],
@@ -151,7 +155,9 @@ def _magnitude_histogram_(
     wide: bool = False,
     backend: str = "auto",
 ) -> None:
-    resolve(backend, base.device).magnitude_histogram(counts, base, models, lo, shift, hot, wide)
+    resolve(backend, base.device).magnitude_histogram(
+        counts, hot_chunks, base, models, lo, shift, hot, wide
+    )
 
 
 def _magnitude_equal_counts_(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,17 +23,17 @@ import torch
 from pymerge.backends import resolve
 from pymerge.methods.ties import TrimTarget
 
-__all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "order_statistics", "sample_brackets"]
+__all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "Workspace", "order_statistics", "sample_parts"]
 
 KEEP_ALL = 0
 KEEP_NONE = 2**63 - 1
 
 LINE = 32  # elements sampled together: a cache line of bf16
-_SPREAD = 6.0  # half-width of a sampled bracket in standard errors; lines are not independent draws
+_SPREAD = 4.0  # half-width of a sampled bracket in standard errors; a miss costs one more pass
+_SAMPLED_AT_ONCE = 512  # lines; small enough for torch not to wake its threads
 _SMALL = 1 << 16  # below this many elements a first bracket from a sample is not worth its cost
-_EQUAL_CHUNK = 4096
-_EQUAL_WINDOW = 1 << 22
-_COUNTED_AT_ONCE = (1 << 31) - 1  # what 32-bit counters hold
+_HOT_CHUNK = 1 << 16  # of magnitude_histogram_
+_COUNTED_AT_ONCE = (1 << 31) - _HOT_CHUNK  # what 32-bit counters hold, in whole chunks
 
 # One tensor of a scope: its number in flat order, the base, the models. All 1-D and contiguous.
 Part = tuple[int, torch.Tensor, Sequence[torch.Tensor]]
@@ -77,9 +77,61 @@ class _Search:
     lo: int
     span: int  # keys lo .. lo + span - 1
     hot: int  # the sample's guess, -1 for none
+    exact: bool
     key: int | None = None
     below: int = 0
     equal: int = 0
+    # How often the guess occurs in each chunk of each part; kept once the guess turned out right.
+    chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def shift(self, bins: int) -> int:
+        """Return the log2 width of a bin; moves `lo` so that the guess is the first key of its bin."""
+        shift = _width(self.span, bins - 1)
+        if self.hot >= 0:
+            before = (self.lo - self.hot) % (1 << shift)
+            if before > self.lo:  # keys are not negative
+                before -= 1 << shift
+            self.lo, self.span = self.lo - before, self.span + before
+        return shift
+
+    def narrow(self, row: np.ndarray, shift: int, wide: bool) -> None:
+        """Take one pass's counts (see `magnitude_histogram_`): finish, or set the next bracket."""
+        below, bins, hot_count = int(row[0]), row[1:-2], int(row[-1])
+        sums = np.cumsum(bins, dtype=np.int64)
+        sums += below
+        guess = (self.hot - self.lo) >> shift if self.hot >= 0 else len(bins)
+        sums[guess:] += hot_count
+        if self.rank <= below:  # the bracket lies too high
+            self.lo, self.span, self.hot = 0, self.lo, -1
+        elif self.rank > sums[-1]:  # too low
+            lo = self.lo + (len(bins) << shift)
+            self.lo, self.span, self.hot = lo, _largest(wide) - lo + 1, -1
+        else:
+            found = int(np.searchsorted(sums, self.rank))
+            start = self.lo + (found << shift)
+            equal = hot_count if found == guess else int(bins[found])
+            before = int(sums[found]) - int(bins[found]) - (hot_count if found == guess else 0)
+            if shift == 0 or (found == guess and self.rank <= before + hot_count):
+                self.key, self.below, self.equal = start, before, equal
+                if found != guess:
+                    self.chunks.clear()
+                return
+            self.lo, self.span, self.hot = start, 1 << shift, -1
+        self.chunks.clear()
+
+
+class Workspace:
+    """Counters that are kept between scopes: fresh memory costs more than clearing what is there."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.int32)
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Return an int32 tensor of zeros, valid until the next call."""
+        numel = math.prod(shape)
+        if self._memory.numel() < numel:
+            self._memory = torch.empty(numel, dtype=torch.int32)
+        return self._memory[:numel].zero_().view(shape)
 
 
 def _largest(wide: bool) -> int:
@@ -92,10 +144,12 @@ def _width(span: int, bins: int) -> int:
 
 
 def magnitude_keys(base: torch.Tensor, model: torch.Tensor, wide: bool) -> np.ndarray:
-    """Return bits(|model - base|) of a small sample, as int64."""
+    """Return bits(|model - base|) of a few elements, as int64 where wide, else int32."""
     dtype = torch.float64 if wide else torch.float32
-    delta = (model.to(dtype) - base.to(dtype)).abs().cpu().numpy()
-    return delta.view(np.int64 if wide else np.int32).astype(np.int64, copy=False).reshape(-1)
+    delta = model.to(dtype).sub_(base.to(dtype)).abs_() if model.dtype != dtype else (
+        (model - base.to(dtype)).abs_()
+    )
+    return delta.cpu().numpy().view(np.int64 if wide else np.int32).reshape(-1)
 
 
 def sample_lines(tensor: torch.Tensor, stride: int, lines: int) -> torch.Tensor:
@@ -105,7 +159,7 @@ def sample_lines(tensor: torch.Tensor, stride: int, lines: int) -> torch.Tensor:
 
 def sample_size(total: int, most: int) -> int:
     """Return how many elements to sample of `total`: about total^(2/3), the cheapest (docs/design.md)."""
-    return int(min(most, max(4096, total ** (2 / 3))))
+    return int(min(most, max(4096, 2 * total ** (2 / 3))))
 
 
 def sample_parts(parts: Parts, total: int, most: int) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
@@ -137,7 +191,15 @@ def sample_brackets(
     """Return keys (lo, guess, hi) that very likely enclose the order statistic, or None without a sample."""
     if not samples:
         return None
-    keys = np.concatenate([magnitude_keys(base, models[model], wide) for base, models in samples])
+    keys = np.concatenate(
+        [
+            magnitude_keys(some, other, wide)
+            for base, models in samples
+            for some, other in zip(
+                base.split(_SAMPLED_AT_ONCE), models[model].split(_SAMPLED_AT_ONCE), strict=True
+            )
+        ]
+    )
     size = len(keys)
     share = rank / total
     middle = share * size
@@ -160,6 +222,7 @@ def order_statistics(
     wide: bool = False,
     backend: str = "auto",
     samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]] | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[list[Cut], int]:
     """Find the threshold of every model exactly; return the cuts and the number of counting passes.
 
@@ -169,28 +232,28 @@ def order_statistics(
     bins: bins of a histogram, a power of two; only the memory and the number of passes depend on it.
     sample: most elements to sample; as above.
     wide: deltas and keys are of float64.
+    samples: of all parts, from `sample_parts`; taken here by default.
+    workspace: counters to use again.
     """
     cuts = [Cut(KEEP_ALL if t.keep == "all" else KEEP_NONE, Cut.END) for t in targets]
     ranked = [k for k, target in enumerate(targets) if target.keep == "rank"]
     if not ranked:
         return cuts, 0
-    if total < _SMALL:
-        bins = min(bins, 1 << 11)
-    if samples is None and total >= _SMALL:
+    if total <= min(_SMALL, sample):
+        return _order_statistics_at_once(parts, targets, cuts, wide), 1
+    if samples is None:
         samples = sample_parts(parts, total, sample)
     searches = []
     for k in ranked:
         bracket = sample_brackets(samples or (), k, targets[k].rank, total, wide)
         lo, hot, hi = bracket if bracket is not None else (0, -1, _largest(wide))
-        searches.append(_Search(k, targets[k].rank, lo, hi - lo + 1, hot))
+        searches.append(_Search(k, targets[k].rank, lo, hi - lo + 1, hot, targets[k].exact))
 
     passes = 0
     while any(search.key is None for search in searches):
         open_ = [search for search in searches if search.key is None]
-        counts = _count(parts, open_, bins, wide, backend)
+        _count(parts, open_, bins, wide, backend, workspace or Workspace())
         passes += 1
-        for search, row in zip(open_, counts, strict=True):
-            _narrow(search, row, _width(search.span, bins), wide)
 
     for search in searches:
         assert search.key is not None
@@ -201,33 +264,64 @@ def order_statistics(
             above = total - search.below - search.equal
             wanted = total - target.rank + 1 - above
             if wanted < search.equal:
-                part, index = _position(parts, search.model, search.key, wanted, wide, backend)
+                if not search.chunks:
+                    search.chunks = _equal_chunks(parts, search.model, search.key, wide, backend)
+                    passes += 1
+                part, index = _position(parts, search, wanted, wide)
                 cuts[search.model] = Cut(search.key, part, index)
-                passes += 1
     return cuts, passes
 
 
+def _order_statistics_at_once(
+    parts: Parts, targets: Sequence[TrimTarget], cuts: list[Cut], wide: bool
+) -> list[Cut]:
+    """The same for a scope so small that its magnitudes can simply be held and sorted."""
+    held = [(part, base, models) for part, base, models in parts() if base.numel() > 0]
+    ends = np.cumsum([base.numel() for _, base, _ in held])
+    for k, target in enumerate(targets):
+        if target.keep != "rank":
+            continue
+        keys = np.concatenate([magnitude_keys(base, models[k], wide) for _, base, models in held])
+        key = int(np.partition(keys, target.rank - 1)[target.rank - 1])
+        cuts[k] = Cut(key, Cut.END)
+        if target.exact:
+            wanted = len(keys) - target.rank + 1 - int((keys > key).sum())
+            last = int(np.flatnonzero(keys == key)[wanted - 1])
+            number = int(np.searchsorted(ends, last, side="right"))
+            begin = int(ends[number]) - held[number][1].numel()
+            cuts[k] = Cut(key, held[number][0], last - begin + 1)
+    return cuts
+
+
 def _count(
-    parts: Parts, searches: Sequence[_Search], bins: int, wide: bool, backend: str
-) -> np.ndarray:
-    """Make one pass: return int64 counts [searches, 1 + bins + 1] of keys below, in and above each bracket."""
-    shifts = [_width(search.span, bins) for search in searches]
+    parts: Parts,
+    searches: Sequence[_Search],
+    bins: int,
+    wide: bool,
+    backend: str,
+    workspace: Workspace,
+) -> None:
+    """Make one pass over all parts, and let every search take its counts."""
+    shifts = [search.shift(bins) for search in searches]
     # No more bins than the widest bracket needs: clearing and adding them up costs too.
     used = max(-(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True))
-    slots = resolve(backend).slots()
-    counts = torch.zeros(slots, len(searches), used + 2, dtype=torch.int32)
-    totals = np.zeros((len(searches), used + 2), dtype=np.int64)
+    counts = workspace.zeros(resolve(backend).slots(), len(searches), used + 3)
+    totals: np.ndarray | None = None
     counted = 0
-    for _, base, models in parts():
+    wants_chunks = any(search.exact and search.hot >= 0 for search in searches)
+    for part, base, models in parts():
         for start in range(0, base.numel(), _COUNTED_AT_ONCE):
             stop = min(start + _COUNTED_AT_ONCE, base.numel())
             if counted + stop - start > _COUNTED_AT_ONCE:
-                totals += counts.numpy().sum(axis=0, dtype=np.int64)
+                totals = _add_slots(counts, totals)
                 counts.zero_()
                 counted = 0
             counted += stop - start
+            chunks = -(-(stop - start) // _HOT_CHUNK) if wants_chunks else 0
+            hot_chunks = torch.zeros(len(searches), chunks, dtype=torch.int32)
             torch.ops.pymerge.magnitude_histogram_(
                 counts,
+                hot_chunks,
                 base[start:stop],
                 [models[search.model][start:stop] for search in searches],
                 [search.lo for search in searches],
@@ -236,58 +330,55 @@ def _count(
                 wide=wide,
                 backend=backend,
             )
-    return totals + counts.numpy().sum(axis=0, dtype=np.int64)
+            if wants_chunks:
+                for search, row in zip(searches, hot_chunks.numpy(), strict=True):
+                    search.chunks.append((part, row))
+    rows = _add_slots(counts, totals)
+    for search, row, shift in zip(searches, rows, shifts, strict=True):
+        search.narrow(row, shift, wide)
 
 
-def _narrow(search: _Search, row: np.ndarray, shift: int, wide: bool) -> None:
-    """Take one pass's counts: finish the search, or set its next bracket."""
-    below = int(row[0])
-    sums = below + np.cumsum(row[1:-1])
-    if search.rank <= below:  # the bracket lies too high
-        search.lo, search.span, search.hot = 0, search.lo, -1
-    elif search.rank > sums[-1]:  # too low
-        lo = search.lo + (len(sums) << shift)
-        search.lo, search.span, search.hot = lo, _largest(wide) - lo + 1, -1
-    else:
-        found = int(np.searchsorted(sums, search.rank))
-        lo = search.lo + (found << shift)
-        if shift == 0:
-            search.key = lo
-            search.equal = int(row[1 + found])
-            search.below = int(sums[found]) - search.equal
-        else:
-            search.lo, search.span = lo, 1 << shift
+def _add_slots(counts: torch.Tensor, totals: np.ndarray | None) -> np.ndarray:
+    """Add up the slots, in 32 bits as long as that is enough."""
+    slots = counts.numpy()
+    for slot in slots[1:]:
+        slots[0] += slot
+    return slots[0].copy() if totals is None else totals + slots[0].astype(np.int64)
 
 
-def _position(
-    parts: Parts, model: int, key: int, wanted: int, wide: bool, backend: str
-) -> tuple[int, int]:
-    """Return (part, index) just past the wanted-th element, in flat order, whose key equals `key`."""
+def _equal_chunks(
+    parts: Parts, model: int, key: int, wide: bool, backend: str
+) -> list[tuple[int, np.ndarray]]:
+    """Count the elements whose key equals `key` in every chunk of every part."""
+    found = []
+    for part, base, models in parts():
+        counts = torch.zeros(-(-base.numel() // _HOT_CHUNK), dtype=torch.int64)
+        torch.ops.pymerge.magnitude_equal_counts_(
+            counts, base, models[model], key, _HOT_CHUNK, wide=wide, backend=backend
+        )
+        found.append((part, counts.numpy()))
+    return found
+
+
+def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[int, int]:
+    """Return (part, index) just past the wanted-th element, in flat order, whose key is the threshold."""
     if wanted == 0:
         return -1, 0
-    left = wanted
-    for part, base, models in parts():
-        tensor = models[model]
-        for start in range(0, base.numel(), _EQUAL_WINDOW):
-            stop = min(start + _EQUAL_WINDOW, base.numel())
-            counts = torch.zeros(-(-(stop - start) // _EQUAL_CHUNK), dtype=torch.int64)
-            torch.ops.pymerge.magnitude_equal_counts_(
-                counts,
-                base[start:stop],
-                tensor[start:stop],
-                key,
-                _EQUAL_CHUNK,
-                wide=wide,
-                backend=backend,
-            )
-            sums = counts.numpy().cumsum()
-            if sums[-1] < left:
-                left -= int(sums[-1])
-                continue
-            chunk = int(np.searchsorted(sums, left))
-            left -= int(sums[chunk] - counts[chunk])
-            begin = start + chunk * _EQUAL_CHUNK
-            end = min(begin + _EQUAL_CHUNK, stop)
-            equal = magnitude_keys(base[begin:end], tensor[begin:end], wide) == key
-            return part, begin + int(np.flatnonzero(equal)[left - 1]) + 1
+    left, chunk_at = wanted, 0
+    for position, (part, counts) in enumerate(search.chunks):
+        # A part longer than one call of the histogram has several rows of chunks.
+        again = position > 0 and search.chunks[position - 1][0] == part
+        chunk_at = chunk_at if again else 0
+        sums = counts.cumsum(dtype=np.int64)
+        if len(sums) == 0 or sums[-1] < left:
+            left -= int(sums[-1]) if len(sums) else 0
+            chunk_at += len(sums)
+            continue
+        chunk = int(np.searchsorted(sums, left))
+        left -= int(sums[chunk] - counts[chunk])
+        begin = (chunk_at + chunk) * _HOT_CHUNK
+        base, models = next((b, m) for number, b, m in parts() if number == part)
+        end = min(begin + _HOT_CHUNK, base.numel())
+        keys = magnitude_keys(base[begin:end], models[search.model][begin:end], wide)
+        return part, begin + int(np.flatnonzero(keys == search.key)[left - 1]) + 1
     raise AssertionError("the counts of equal magnitudes changed between two passes over the inputs")

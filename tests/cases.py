@@ -133,7 +133,11 @@ def _histogram(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]
 
 
 def _counts(base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {"counts": torch.zeros(2, len(models), 258, dtype=torch.int32)}
+    chunks = -(-base.numel() // 65536)
+    return {
+        "counts": torch.zeros(2, len(models), 259, dtype=torch.int32),
+        "hot_chunks": torch.zeros(len(models), chunks, dtype=torch.int32),
+    }
 
 
 CHUNK = 1000

@@ -132,7 +132,7 @@ void ties(Address out, uintptr_t stats, Address base, const std::vector<Address>
   require(table().ties(&args), "ties");
 }
 
-void magnitude_histogram(uintptr_t counts, Address base, const std::vector<Address>& models,
+void magnitude_histogram(uintptr_t counts, uintptr_t hot_chunks, int64_t num_chunks, Address base, const std::vector<Address>& models,
                          const std::vector<int64_t>& lo, const std::vector<int64_t>& shift,
                          const std::vector<int64_t>& hot, int64_t num_slots, int64_t num_bins,
                          int64_t numel, int32_t compute, int32_t threads) {
@@ -150,6 +150,8 @@ void magnitude_histogram(uintptr_t counts, Address base, const std::vector<Addre
   args.num_slots = num_slots;
   args.num_bins = num_bins;
   args.counts = pointer<int32_t>(counts);
+  args.num_chunks = num_chunks;
+  args.hot_chunks = num_chunks > 0 ? pointer<int32_t>(hot_chunks) : nullptr;
   py::gil_scoped_release release;
   require(table().magnitude_histogram(&args), "magnitude_histogram");
 }
@@ -182,6 +184,7 @@ py::dict isa_list() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pymerge. Use pymerge or torch.ops.pymerge, not this module.";
   m.attr("abi_version") = kAbiVersion;
+  m.attr("hot_chunk") = kHotChunk;
   m.attr("compiler") = __VERSION__;
   m.attr("version") = PYMERGE_VERSION;
   m.def("isa_list", &isa_list, "Instruction sets of this build -> whether this machine runs them.");

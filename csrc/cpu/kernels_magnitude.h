@@ -33,10 +33,7 @@ Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
   const int64_t room = static_cast<int64_t>(largest) - lo;
   const bool fits = args.num_bins <= (room >> shift);
   const int64_t hi = fits ? lo + (args.num_bins << shift) - 1 : static_cast<int64_t>(largest);
-  const int64_t hot = args.hot[k];
-  // A hot key outside the bracket would be counted twice.
-  return {static_cast<Int>(lo), static_cast<Int>(hi),
-          static_cast<Int>(hot >= lo && hot <= hi ? hot : -1), shift};
+  return {static_cast<Int>(lo), static_cast<Int>(hi), static_cast<Int>(args.hot[k]), shift};
 }
 
 template <class Io>
@@ -44,41 +41,36 @@ void histogram_block(const char* base, const char* model, int64_t n, const Brack
                      int32_t* bins, Sides& sides) {
   I below{}, hot{};
   const I lo = I{} + bracket.lo, hi = I{} + bracket.hi, frequent = I{} + bracket.hot;
-  int64_t counted = 0;
-  const auto count = [&](I key) {
-    below -= key < lo;
+  const I one = I{} + 1;
+  // Keys inside the bracket are few: they are put aside without a branch and counted afterwards.
+  int32_t aside[kCountBlock + kLanes];
+  int64_t count = 0;
+  const auto look = [&](I key) {
     const I is_hot = key == frequent;
-    hot -= is_hot;
-    const I inside = (key >= lo) & (key <= hi) & ~is_hot;
-    uint32_t mask = lane_mask(inside);
-    if (__builtin_expect(mask != 0, 0)) {
-      const U index = (U)(key - lo) >> bracket.shift;
-      counted += __builtin_popcount(mask);
-      do {
-        ++bins[index[__builtin_ctz(mask)]];
-        mask &= mask - 1;
-      } while (mask != 0);
-    }
+    hot = hot + (is_hot ? one : I{});
+    below = below + ((key < lo) & ~is_hot ? one : I{});
+    count += compress(aside + count, key - lo, (key >= lo) & (key <= hi) & ~is_hot);
   };
   for (int64_t i = 0; i < n; i += kStep) {
     const char* b = base + i * Io::kBytes;
     const char* m = model + i * Io::kBytes;
-    count(magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)));
-    count(magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)));
+    look(magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)));
+    look(magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)));
   }
+  for (int64_t i = 0; i < count; ++i) ++bins[aside[i] >> bracket.shift];
   for (int j = 0; j < kLanes; ++j) {
     sides.below += below[j];
     sides.hot += hot[j];
   }
-  sides.counted += counted;
+  sides.counted += count;
 }
 
 template <class Int>
 void count_key(Int key, const Bracket<Int>& bracket, int32_t* bins, Sides& sides) {
-  if (key < bracket.lo) {
-    ++sides.below;
-  } else if (key == bracket.hot) {
+  if (key == bracket.hot) {
     ++sides.hot;
+  } else if (key < bracket.lo) {
+    ++sides.below;
   } else if (key <= bracket.hi) {
     ++sides.counted;
     ++bins[(key - bracket.lo) >> bracket.shift];
@@ -119,11 +111,21 @@ void histogram_mixed(const HistogramArgs& args, int k, int64_t begin, int64_t en
   }
 }
 
-// counts of one thread: [num_models][num_bins + 2]
+// counts of one thread: [num_models][num_bins + 3]
 int32_t* bins_of(const HistogramArgs& args, int32_t* counts, int64_t k) {
-  return counts + k * (args.num_bins + 2) + 1;
+  return counts + k * (args.num_bins + 3) + 1;
 }
 
+// One model over [begin, end), any dtypes.
+template <class V, class Int>
+void histogram_slow(const HistogramArgs& args, int k, int64_t begin, int64_t end, Room& room,
+                    int32_t* counts, Sides* sides) {
+  constexpr Int largest = sizeof(V) == 8 ? static_cast<Int>(INT64_MAX) : INT32_MAX;
+  histogram_mixed<V, Int>(args, k, begin, end, bracket_of<Int>(args, k, largest), room,
+                          bins_of(args, counts, k), sides[k]);
+}
+
+// One stretch of at most kHotChunk elements, all models.
 template <class Io>
 void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Room& room,
                        int32_t* counts, Sides* sides) {
@@ -139,33 +141,18 @@ void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Ro
     }
   }
   for (int k = 0; k < args.num_models && bulk < end; ++k) {
-    histogram_mixed<float, int32_t>(args, k, bulk, end, bracket_of<int32_t>(args, k, INT32_MAX),
-                                    room, bins_of(args, counts, k), sides[k]);
+    histogram_slow<float, int32_t>(args, k, bulk, end, room, counts, sides);
   }
 }
 
-void histogram_range(void* opaque, int64_t begin, int64_t end, int thread) {
-  auto& context = *static_cast<HistogramContext*>(opaque);
-  const HistogramArgs& args = *context.args;
-  const int64_t models = args.num_models;
-  int32_t* counts = args.counts + thread * models * (args.num_bins + 2);
-  const Streams streams{&args.base, args.models, args.num_models,
-                        MutableOperand{nullptr, Dtype::kF32, 0}, args.compute};
-  const int64_t sides_bytes = models * static_cast<int64_t>(sizeof(Sides));
-  Room room;
-  if (!room.take(8, 8, sides_bytes)) return set_flag(&context.failed);
-  auto* sides = reinterpret_cast<Sides*>(room.data - 64 + Room::bytes(8, 8));
-  std::memset(sides, 0, static_cast<size_t>(sides_bytes));
+void histogram_stretch(const HistogramArgs& args, const Streams& streams, int64_t begin, int64_t end,
+                       Room& room, int32_t* counts, Sides* sides) {
   Dtype dtype;
-  if (args.compute == Dtype::kF64) {
-    for (int k = 0; k < models; ++k) {
-      histogram_mixed<double, int64_t>(args, k, begin, end, bracket_of<int64_t>(args, k, INT64_MAX),
-                                       room, bins_of(args, counts, k), sides[k]);
-    }
-  } else if (!streams.uniform(&dtype)) {
-    for (int k = 0; k < models; ++k) {
-      histogram_mixed<float, int32_t>(args, k, begin, end, bracket_of<int32_t>(args, k, INT32_MAX),
-                                      room, bins_of(args, counts, k), sides[k]);
+  if (args.compute == Dtype::kF64 || !streams.uniform(&dtype)) {
+    for (int k = 0; k < args.num_models; ++k) {
+      args.compute == Dtype::kF64
+          ? histogram_slow<double, int64_t>(args, k, begin, end, room, counts, sides)
+          : histogram_slow<float, int32_t>(args, k, begin, end, room, counts, sides);
     }
   } else if (dtype == Dtype::kBF16) {
     histogram_uniform<Bf16>(args, begin, end, room, counts, sides);
@@ -174,21 +161,43 @@ void histogram_range(void* opaque, int64_t begin, int64_t end, int thread) {
   } else {
     histogram_uniform<F32>(args, begin, end, room, counts, sides);
   }
-  for (int64_t k = 0; k < models; ++k) {
-    int32_t* bins = bins_of(args, counts, k);
-    const Sides& found = sides[k];
-    bins[-1] += static_cast<int32_t>(found.below);
-    if (found.hot > 0) {
-      bins[(args.hot[k] - args.lo[k]) >> args.shift[k]] += static_cast<int32_t>(found.hot);
+}
+
+void histogram_range(void* opaque, int64_t begin, int64_t end, int thread) {
+  auto& context = *static_cast<HistogramContext*>(opaque);
+  const HistogramArgs& args = *context.args;
+  const int64_t models = args.num_models;
+  int32_t* counts = args.counts + thread * models * (args.num_bins + 3);
+  const Streams streams{&args.base, args.models, args.num_models,
+                        MutableOperand{nullptr, Dtype::kF32, 0}, args.compute};
+  const int64_t sides_bytes = models * static_cast<int64_t>(sizeof(Sides));
+  Room room;
+  if (!room.take(8, 8, sides_bytes)) return set_flag(&context.failed);
+  auto* sides = reinterpret_cast<Sides*>(room.data - 64 + Room::bytes(8, 8));
+  for (int64_t at = begin; at < end; at += kHotChunk) {
+    const int64_t stop = end - at < kHotChunk ? end : at + kHotChunk;
+    std::memset(sides, 0, static_cast<size_t>(sides_bytes));
+    histogram_stretch(args, streams, at, stop, room, counts, sides);
+    for (int64_t k = 0; k < models; ++k) {
+      int32_t* bins = bins_of(args, counts, k);
+      const Sides& found = sides[k];
+      bins[-1] += static_cast<int32_t>(found.below);
+      bins[args.num_bins] +=
+          static_cast<int32_t>(stop - at - found.below - found.hot - found.counted);
+      bins[args.num_bins + 1] += static_cast<int32_t>(found.hot);
+      if (args.hot_chunks != nullptr) {
+        args.hot_chunks[k * args.num_chunks + at / kHotChunk] = static_cast<int32_t>(found.hot);
+      }
     }
-    bins[args.num_bins] +=
-        static_cast<int32_t>(end - begin - found.below - found.hot - found.counted);
   }
 }
 
 Status magnitude_histogram(const HistogramArgs* args) {
   if (args->num_models < 1 || args->num_bins < 1 || args->num_slots < 1 || args->numel < 0 ||
       args->numel > INT32_MAX || args->base.data == nullptr) {
+    return Status::kBadArgument;
+  }
+  if (args->hot_chunks != nullptr && args->num_chunks * kHotChunk < args->numel) {
     return Status::kBadArgument;
   }
   for (int k = 0; k < args->num_models; ++k) {
@@ -200,6 +209,7 @@ Status magnitude_histogram(const HistogramArgs* args) {
   const int64_t threads = args->execution.num_threads > 0 ? args->execution.num_threads
                                                           : default_threads();
   const int64_t slots = args->num_slots < threads ? args->num_slots : threads;
+  static_assert(kGrain % kHotChunk == 0, "ranges begin at chunks");
   parallel_ranges(args->numel, kGrain, static_cast<int>(slots), histogram_range, &context);
   return context.failed ? Status::kOutOfMemory : Status::kOk;
 }

@@ -88,6 +88,27 @@ PM_INLINE uint32_t lane_mask(I mask) {
 #endif
 }
 
+// Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
+// any order; returns how many there are.
+PM_INLINE int compress(int32_t* to, I values, I mask) {
+#if defined(__AVX512F__)
+  const __mmask16 chosen = _mm512_movepi32_mask((__m512i)mask);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(chosen, (__m512i)values));
+  return __builtin_popcount(chosen);
+#else
+  uint32_t chosen = lane_mask(mask);
+  if (__builtin_expect(chosen == 0, 1)) return 0;
+  alignas(PM_VECTOR_BYTES) int32_t lanes[kLanes];
+  store_bits(lanes, (U)values);
+  int count = 0;
+  do {
+    to[count++] = lanes[__builtin_ctz(chosen)];
+    chosen &= chosen - 1;
+  } while (chosen != 0);
+  return count;
+#endif
+}
+
 // fp32 -> bf16 in the high half of each lane, round to nearest even, NaN stays NaN.
 PM_INLINE U round_bf16(F x) {
   const U u = (U)x;

@@ -62,6 +62,7 @@ class Backend(Protocol):
     def magnitude_histogram(
         self,
         counts: torch.Tensor,
+        hot_chunks: torch.Tensor,
         base: torch.Tensor,
         models: Sequence[torch.Tensor],
         lo: Sequence[int],

@@ -21,6 +21,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64:
 _WEIGHTING = {"none": 0, "before": 1, "after": 2}
 _MERGE = {"mean_of_count": 0, "mean_of_weights": 1, "sum": 2, "max": 3}
 _NOTHING = (0, 0)
+HOT_CHUNK = 1 << 16  # elements; csrc/kernel_table.h
 
 
 @functools.cache
@@ -194,6 +195,7 @@ def slots() -> int:
 
 def magnitude_histogram(
     counts: torch.Tensor,
+    hot_chunks: torch.Tensor,
     base: torch.Tensor,
     models: Sequence[torch.Tensor],
     lo: Sequence[int],
@@ -205,15 +207,20 @@ def magnitude_histogram(
     slots, count, columns = counts.shape
     if count != len(models):
         raise ValueError(f"backend 'cpu': expected counts of {len(models)} models, got {count}")
+    chunks = hot_chunks.shape[1]
+    if hot_chunks.shape[0] != count or 0 < chunks < -(-numel // HOT_CHUNK):
+        raise ValueError(f"backend 'cpu': hot_chunks of shape {tuple(hot_chunks.shape)} are too few")
     _native().magnitude_histogram(
         _counters(counts, torch.int32),
+        _counters(hot_chunks, torch.int32),
+        chunks,
         _address(base, numel),
         [_address(model, numel) for model in models],
         lo,
         shift,
         hot,
         slots,
-        columns - 2,
+        columns - 3,
         numel,
         3 if wide else 0,
         0,

@@ -12,6 +12,7 @@ import torch
 
 NAME = "reference"
 SUMMARY = "pure torch: the definition, slow"
+HOT_CHUNK = 1 << 16  # elements
 
 
 def reason() -> str | None:
@@ -131,6 +132,7 @@ def slots() -> int:
 
 def magnitude_histogram(
     counts: torch.Tensor,
+    hot_chunks: torch.Tensor,
     base: torch.Tensor,
     models: Sequence[torch.Tensor],
     lo: Sequence[int],
@@ -138,14 +140,17 @@ def magnitude_histogram(
     hot: Sequence[int],
     wide: bool,
 ) -> None:
-    """Count keys below, in and above a bracket of bins; `hot` changes only the speed of other backends."""
-    bins = counts.shape[2] - 2
+    """Count keys below, in and above a bracket of bins, and apart from them those that equal `hot`."""
+    bins = counts.shape[2] - 3
     origin = _widen(base, wide)
     for k, model in enumerate(models):
         key = magnitude_key(_widen(model, wide) - origin)
-        index = ((key - lo[k]) >> shift[k]).clamp(max=bins)
-        index = torch.where(key < lo[k], -1, index) + 1
-        counts[0, k] += torch.bincount(index, minlength=bins + 2).to(counts.dtype)
+        column = torch.where(key < lo[k], -1, ((key - lo[k]) >> shift[k]).clamp(max=bins)) + 1
+        column = torch.where(key == hot[k], bins + 2, column)
+        counts[0, k] += torch.bincount(column, minlength=bins + 3).to(counts.dtype)
+        if hot_chunks.shape[1] > 0:
+            for j, part in enumerate((key == hot[k]).split(HOT_CHUNK)):
+                hot_chunks[k, j] = int(part.sum())
 
 
 def magnitude_equal_counts(

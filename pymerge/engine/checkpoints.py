@@ -85,6 +85,9 @@ class CheckpointSource:
 
     def release(self, name: str) -> None:
         self._ahead = max(0, self._ahead - self.nbytes(name))
+        self._reader.submit(self._release, name)
+
+    def _release(self, name: str) -> None:
         for checkpoint in self._all:
             checkpoint.release(name)
 

@@ -9,7 +9,7 @@ import torch
 
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.ties import TiesRule, ties_rule, trim_target
-from pymerge.select import Cut, Part, order_statistics, sample_parts
+from pymerge.select import Cut, Part, Workspace, order_statistics, sample_parts
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
@@ -150,7 +150,7 @@ def _run_tensors(
     merge = _Merge(source, sink, context)
     context.progress.phase("ties", total_bytes(works, source))
     source.announce([work.name for work in works])
-    passes = 0
+    passes, workspace = 0, Workspace()
     for work in works:
         if work.copied:
             copy_equal(work, source, sink, context)
@@ -169,6 +169,7 @@ def _run_tensors(
             sample=context.sample,
             wide=work.wide,
             backend=context.backend,
+            workspace=workspace,
         )
         passes = max(passes, counted)
         zero_sign = _zero_sign(rule, 0)
@@ -214,6 +215,7 @@ def _run_global(
             assert base is not None
             yield number, base, models
 
+    context.progress.phase("sample", 0)
     samples = sample_parts(quietly, total, context.sample)
     targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
     cuts, passes = order_statistics(

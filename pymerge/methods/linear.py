@@ -48,5 +48,6 @@ TASK_ARITHMETIC = MethodSpec(
         NAN,
         Parameter("density", "float", 1.0, "Not used by this method.", scope="model", no_effect=True),
         Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True),
+        Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
     ),
 )

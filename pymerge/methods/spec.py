@@ -28,7 +28,7 @@ class Parameter:
     differ between tensors in a YAML config (`filter` lists) unless `per_tensor` is False.
     `names` are the spellings that a YAML config may use; the first is the one that documents show.
     `no_effect` marks a parameter that other tools have and that is accepted, with a warning, for
-    compatibility only.
+    compatibility only. `only` is the one value that is taken so far of a parameter that other tools have.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Parameter:
     names: tuple[str, ...] = ()
     per_tensor: bool = True
     no_effect: bool = False
+    only: Any = None
     default_doc: str = ""
 
     @property
@@ -51,6 +52,8 @@ class Parameter:
     @property
     def expected(self) -> str:
         """What a value must be, in words: `a number in [0, 1]`, `one of 'mean', 'sum', 'max'`."""
+        if self.only is not None:
+            return f"{str(self.only).lower()} (nothing else is supported yet)"
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         words = {"float": "a finite number", "int": "an integer", "bool": "true or false", "str": "a string"}
@@ -71,7 +74,7 @@ class Parameter:
         """
         bad = RequestError(f"{where}: expected {self.expected}, got {value!r}")
         if self.kind == "bool":
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) or (self.only is not None and value != self.only):
                 raise bad
             return value
         if self.kind == "str":

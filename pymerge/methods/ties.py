@@ -228,6 +228,7 @@ TIES = MethodSpec(
         ),
         NAN,
         Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True),
+        Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
     ),
     yaml_defaults={"semantics": "mergekit", "density": 1.0},
 )
