@@ -1,7 +1,8 @@
-"""pymerge: merge neural networks with fused native kernels, exactly, at the speed of reading the files.
+"""pymerge: merge neural networks, exactly, at the speed of reading the files.
 
-The Python API: `merge`, `linear`, `task_arithmetic`, `ties_merge` over tensors, lists and state dicts;
-`merge_checkpoints` over sharded checkpoints; `TaskVector`; `methods()`. The command line: `pymerge --help`.
+The Python API: `merge`, `linear`, `task_arithmetic`, `ties_merge` over tensors, lists and state
+dicts; `merge_checkpoints` over sharded checkpoints; `TaskVector`; `methods()`. The command line:
+`pymerge --help`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge._version import __version__
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
 
-# The function takes the place of the package's name; `from pymerge.methods import ...` works as ever.
+# The function takes the place of the package's name; `from pymerge.methods import` works as ever.
 from pymerge.methods import methods
 
 if TYPE_CHECKING:

@@ -1,21 +1,22 @@
 """The op contract: schemas and fakes of `torch.ops.pymerge.*`.
 
-Every op writes into tensors that the caller owns (tiles of an output), works on contiguous tensors of equal
-length, of dtypes float32, float16, bfloat16 or float64 in any mixture, and computes in float32, or float64
-where `wide`. Arguments are validated by the public API (`pymerge.api`, `pymerge.plan`), not here. `backend`
-is a name of `pymerge.backends.BACKENDS` or "auto".
+Every op writes into tensors that the caller owns (tiles of an output), works on contiguous tensors
+of equal length, of dtypes float32, float16, bfloat16 or float64 in any mixture, and computes in
+float32, or float64 where `wide`. Arguments are validated by the public API (`pymerge.api`,
+`pymerge.plan`), not here. `backend` is a name of `pymerge.backends.BACKENDS` or "auto".
 
-weighted_sum_:           out = sum_k weights[k] models[k] / divisor; stats[0] += 1 if a result is not finite
-task_arithmetic_:        out = base + scale sum_k weights[k] (models[k] - base) / divisor; the same
-ties_:                   out = trim, elect, disjoint merge, given thresholds on bits(|delta|);
-                         stats[0 .. 2] += balance of elected signs and number of zero votes that kept something
-                         (both only where want_signs), 1 if a delta is not finite
-ties_signs_:             the same statistics, no output
-magnitude_histogram_:    counts[slot, k, 0 .. bins + 2] += keys below, in each bin of, and above a bracket, and
-                         those equal to hot[k], counted apart; the caller adds the slots (one a thread)
-                         before 2^31 elements were counted; hot_chunks[k, j] = those equal to hot[k] among
-                         each 65536 elements (not counted where hot_chunks has no columns)
-magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j
+weighted_sum_: out = sum_k weights[k] models[k] / divisor;
+    stats[0] += 1 if a result is not finite.
+task_arithmetic_: out = base + scale sum_k weights[k] (models[k] - base) / divisor; the same.
+ties_: out = trim, elect, disjoint merge, given thresholds on bits(|delta|);
+    stats[0 .. 2] += balance of the elected signs, number of zero votes that kept something (both
+    only where want_signs), 1 if a delta is not finite.
+ties_signs_: the same statistics, no output.
+magnitude_histogram_: counts[slot, k, 0 .. bins + 2] += keys below, in each bin of, and above a
+    bracket, and those equal to hot[k], counted apart; the caller adds the slots (one a thread)
+    before 2^31 elements were counted. hot_chunks[k, j] = those equal to hot[k] among each 65536
+    elements (not counted where hot_chunks has no columns).
+magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j.
 """
 
 from __future__ import annotations

@@ -38,23 +38,24 @@ def merge(
 
     Args:
         method: a name of `methods()`.
-        base: the pre-trained model: a tensor, a list of tensors, or a state dict. `linear` does without
-            (None), and leaves it out of the average if it is given.
+        base: the pre-trained model: a tensor, a list of tensors, or a state dict. `linear`
+            does without (None), and leaves it out of the average if it is given.
         models: the fine-tuned models, each of the structure, keys and shapes of `base`.
         weights: one for each model, or one for all; default 1.
         backend: "reference", "cpu", "cuda", "triton", or None for the fastest that can run.
         dtype: of the result; default the dtypes of `base` (of `models[0]` without one).
-        parameters: the method's own, e.g. `density`, `scale`; those of scope "model" may be one number or
-            one for each model.
+        parameters: the method's own, e.g. `density`, `scale`; those of scope "model" may be one
+            number or one for each model.
 
     Returns:
-        The merged model, in the structure of `base`. Integer and boolean tensors must be equal in all
-        models and are copied. Tensors that share memory in `base` share it in the result, if they are
-        equal in all models.
+        The merged model, in the structure of `base`. Integer and boolean tensors must be equal in
+        all models and are copied. Tensors that share memory in `base` share it in the result, if
+        they are equal in all models.
 
     Raises:
-        RequestError (a ValueError): unknown names, values out of range, structures, shapes or dtypes that
-            do not fit, weights that sum to zero where they are divided by, NaN or infinity in an input.
+        RequestError (a ValueError): unknown names, values out of range, structures, shapes or
+            dtypes that do not fit, weights that sum to zero where they are divided by, NaN or
+            infinity in an input.
 
     >>> base = torch.zeros(4)
     >>> merge("task_arithmetic", base, [base + 1, base + 2], weights=[1, 0.5])
@@ -103,7 +104,9 @@ def task_arithmetic(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """Add scaled task vectors: theta_0 + scale * sum_k w_k (theta_k - theta_0) (Ilharco et al. 2023).
+    """Add scaled task vectors (Ilharco et al. 2023).
+
+    theta_0 + scale * sum_k w_k (theta_k - theta_0)
 
     A negative weight forgets a task; weights [1, 1, -1] make the analogy "C and B as A".
 
@@ -145,19 +148,21 @@ def ties_merge(
     normalize: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """Merge by TIES: trim each task vector, elect a sign per element, merge what agrees (Yadav et al. 2023).
+    """Merge by TIES: trim, elect a sign per element, merge what agrees (Yadav et al. 2023).
 
     Args:
         base, models: as in `merge`.
-        density: share of each task vector that is kept, in [0, 1]; one number or one for each model.
+        density: share of each task vector that is kept, in [0, 1]; one number or one for each
+            model.
         scale: the scaling coefficient (lambda).
-        weights: one for each model, or one for all; default 1. They scale the trimmed task vectors before
-            the election ("mergekit", and as an extension the dialects that know no weights), or only what is
-            summed ("peft").
-        semantics: whose TIES: "official", "mergekit", "peft", "mergelm", "adamerging" (= "fusionbench"),
-            "sd_mecha". docs/methods.md lists the differences.
-        scope, merge, exact_k, elect: single details that override the semantics: "global" | "tensor";
-            "mean" | "sum" | "max"; keep exactly k or all at the threshold; "mass" | "count".
+        weights: one for each model, or one for all; default 1. They scale the trimmed task vectors
+            before the election ("mergekit", and as an extension the dialects that know no weights),
+            or only what is summed ("peft").
+        semantics: whose TIES: "official", "mergekit", "peft", "mergelm", "adamerging" (the same as
+            "fusionbench"), "sd_mecha". docs/methods.md lists the differences.
+        scope, merge, exact_k, elect: single details that override the semantics: "global" or
+            "tensor"; "mean", "sum" or "max"; keep exactly k or all at the threshold; "mass" or
+            "count".
         normalize: mergekit's word for merge="mean" (True) or "sum" (False).
         nan: "error" or "keep".
         backend, dtype: as in `merge`.
@@ -220,7 +225,9 @@ def _merge(
         if name in tied:
             continue
         floating = tensor.is_floating_point()
-        wide = dtype == torch.float64 or any(t[name].dtype == torch.float64 for t in inputs.values())
+        wide = dtype == torch.float64 or any(
+            t[name].dtype == torch.float64 for t in inputs.values()
+        )
         works.append(Work(name, tensor.numel(), floating and wide, not floating, resolved))
         kind = dtype if dtype is not None and floating else tensor.dtype
         results[name] = torch.empty(tensor.shape, dtype=kind, device=tensor.device)
@@ -267,14 +274,13 @@ def resolve_parameters(
             problems.extend(error.problems)
     if not problems and spec.name == "ties":
         overrides = ("scope", "merge", "exact_k", "elect", "normalize")
-        ties_rule(
-            values["semantics"], **{name: values[name] for name in overrides}, where=where
-        )
+        ties_rule(values["semantics"], **{name: values[name] for name in overrides}, where=where)
     if not problems and values.get("normalize") and spec.name in ("linear", "task_arithmetic"):
         total = sum(values["weight"])
         if abs(total) < 1e-8:
             problems.append(
-                f"{where}: weights {values['weight']} sum to {total:g}, and normalize=True divides by "
+                f"{where}: weights {values['weight']} sum to {total:g}, and normalize=True "
+                f"divides by "
                 "their sum; give other weights or normalize=False"
             )
     if problems:
@@ -326,7 +332,8 @@ def named_tensors(value: Any, where: str, like: Any) -> dict[str, torch.Tensor]:
     expected = next((k for k in kinds if isinstance(like, k)), None)
     if kind is None or isinstance(value, str):
         raise RequestError(
-            f"{where}: expected a tensor, a list of tensors or a state dict, got {type(value).__name__}"
+            f"{where}: expected a tensor, a list of tensors or a state dict, got "
+            f"{type(value).__name__}"
         )
     if kind is not expected and expected is not None:
         raise RequestError(f"{where}: expected {kinds[expected]} like the first, got {kinds[kind]}")
@@ -371,7 +378,8 @@ def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]]) ->
             problems.append(f"{where}: {leader}{suffix(name)}: {tensor.dtype} cannot be merged")
         elif tensor.is_floating_point() and tensor.dtype not in _FLOATS:
             problems.append(
-                f"{where}: {leader}{suffix(name)}: dtype {tensor.dtype} cannot be merged; convert it"
+                f"{where}: {leader}{suffix(name)}: dtype {tensor.dtype} cannot be merged; "
+                f"convert it"
             )
     for label in labels[1:]:
         tensors = inputs[label]
@@ -384,7 +392,8 @@ def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]]) ->
             shown = f"{where}: {label}{suffix(name)}"
             if mine.shape != tensor.shape:
                 problems.append(
-                    f"{shown} has shape {tuple(tensor.shape)}, expected {tuple(mine.shape)} like {leader}"
+                    f"{shown} has shape {tuple(tensor.shape)}, expected {tuple(mine.shape)} like "
+                    f"{leader}"
                 )
             floats = mine.is_floating_point(), tensor.is_floating_point()
             if floats[0] != floats[1] or (not floats[0] and mine.dtype != tensor.dtype):
@@ -394,13 +403,16 @@ def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]]) ->
             elif floats[1] and tensor.dtype not in _FLOATS:
                 problems.append(f"{shown}: dtype {tensor.dtype} cannot be merged; convert it")
             if mine.device != tensor.device:
-                problems.append(f"{shown} is on {tensor.device}, expected {mine.device} like {leader}")
+                problems.append(
+                    f"{shown} is on {tensor.device}, expected {mine.device} like {leader}"
+                )
     if problems:
         raise RequestError(sorted(problems))
 
 
 def _tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """Return {name: the earlier name it shares its memory with in the first input and equals in all}."""
+    """Return {name: the earlier name it shares its memory with in the first input and equals in
+    all}."""
     seen: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
     first, *others = inputs.values()

@@ -1,14 +1,15 @@
 """Exact order statistics of |delta| over any number of tensors, streamed.
 
-A threshold of TIES is an order statistic of the magnitudes of one task vector, over a tensor or over the whole
-model. It is found without ever holding a task vector: magnitudes are compared by their bits, which are ordered
-as they are, and counted in a histogram over a bracket of keys. A sample of the data gives the first bracket, so
-that one counting pass nearly always suffices; the counts themselves show whether the wanted rank lies inside, so
-the result is exact whatever the sample was. A bracket that missed, or whose bins are wider than one key, is
-narrowed and counted again.
+A threshold of TIES is an order statistic of the magnitudes of one task vector, over a tensor or
+over the whole model. It is found without ever holding a task vector: magnitudes are compared by
+their bits, which are ordered as they are, and counted in a histogram over a bracket of keys. A
+sample of the data gives the first bracket, so that one counting pass nearly always suffices; the
+counts themselves show whether the wanted rank lies inside, so the result is exact whatever the
+sample was. A bracket that missed, or whose bins are wider than one key, is narrowed and counted
+again.
 
-Where exactly k elements are to be kept and several equal the threshold, those with the lowest flat index are
-kept: a second, cheap count finds the position of the last of them.
+Where exactly k elements are to be kept and several equal the threshold, those with the lowest flat
+index are kept: a second, cheap count finds the position of the last of them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Parts = Callable[[], Iterable[Part]]
 
 @dataclass(frozen=True)
 class Cut:
-    """A threshold: keep keys > key everywhere, and keys == key before position (part, index) in flat order.
+    """A threshold: keep keys > key everywhere, and keys == key before position (part, index) in
+    flat order.
 
     part = -1 keeps no equal key, part = END keeps all.
     """
@@ -85,7 +87,8 @@ class _Search:
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     def shift(self, bins: int) -> int:
-        """Return the log2 width of a bin; moves `lo` so that the guess is the first key of its bin."""
+        """Return the log2 width of a bin; moves `lo` so that the guess is the first key of its
+        bin."""
         shift = _width(self.span, bins - 1)
         if self.hot >= 0:
             before = (self.lo - self.hot) % (1 << shift)
@@ -121,7 +124,8 @@ class _Search:
 
 
 class Workspace:
-    """Counters that are kept between scopes: fresh memory costs more than clearing what is there."""
+    """Counters that are kept between scopes: fresh memory costs more than clearing what is
+    there."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.int32)
@@ -146,8 +150,10 @@ def _width(span: int, bins: int) -> int:
 def magnitude_keys(base: torch.Tensor, model: torch.Tensor, wide: bool) -> np.ndarray:
     """Return bits(|model - base|) of a few elements, as int64 where wide, else int32."""
     dtype = torch.float64 if wide else torch.float32
-    delta = model.to(dtype).sub_(base.to(dtype)).abs_() if model.dtype != dtype else (
-        (model - base.to(dtype)).abs_()
+    delta = (
+        model.to(dtype).sub_(base.to(dtype)).abs_()
+        if model.dtype != dtype
+        else ((model - base.to(dtype)).abs_())
     )
     return delta.cpu().numpy().view(np.int64 if wide else np.int32).reshape(-1)
 
@@ -158,11 +164,14 @@ def sample_lines(tensor: torch.Tensor, stride: int, lines: int) -> torch.Tensor:
 
 
 def sample_size(total: int, most: int) -> int:
-    """Return how many elements to sample of `total`: about total^(2/3), the cheapest (docs/design.md)."""
+    """Return how many elements to sample of `total`: about total^(2/3), the cheapest
+    (docs/design.md)."""
     return int(min(most, max(4096, 2 * total ** (2 / 3))))
 
 
-def sample_parts(parts: Parts, total: int, most: int) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+def sample_parts(
+    parts: Parts, total: int, most: int
+) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Return small samples (base, models) spread evenly over all parts."""
     # An odd stride does not keep hitting the same columns of a matrix.
     stride = max(LINE, total * LINE // sample_size(total, most)) | 1
@@ -188,7 +197,8 @@ def sample_brackets(
     total: int,
     wide: bool,
 ) -> tuple[int, int, int] | None:
-    """Return keys (lo, guess, hi) that very likely enclose the order statistic, or None without a sample."""
+    """Return keys (lo, guess, hi) that very likely enclose the order statistic, or None without a
+    sample."""
     if not samples:
         return None
     keys = np.concatenate(
@@ -229,7 +239,8 @@ def order_statistics(
     parts: called for each pass; yields the tensors of the scope in flat order.
     targets: what to keep of each model.
     total: number of elements in the scope.
-    bins: bins of a histogram, a power of two; only the memory and the number of passes depend on it.
+    bins: bins of a histogram, a power of two; only the memory and the number of passes depend on
+        it.
     sample: most elements to sample; as above.
     wide: deltas and keys are of float64.
     samples: of all parts, from `sample_parts`; taken here by default.
@@ -304,7 +315,9 @@ def _count(
     """Make one pass over all parts, and let every search take its counts."""
     shifts = [search.shift(bins) for search in searches]
     # No more bins than the widest bracket needs: clearing and adding them up costs too.
-    used = max(-(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True))
+    used = max(
+        -(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True)
+    )
     counts = workspace.zeros(resolve(backend).slots(), len(searches), used + 3)
     totals: np.ndarray | None = None
     counted = 0
@@ -361,7 +374,8 @@ def _equal_chunks(
 
 
 def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[int, int]:
-    """Return (part, index) just past the wanted-th element, in flat order, whose key is the threshold."""
+    """Return (part, index) just past the wanted-th element, in flat order, whose key is the
+    threshold."""
     if wanted == 0:
         return -1, 0
     left, chunk_at = wanted, 0
@@ -381,4 +395,6 @@ def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[i
         end = min(begin + _HOT_CHUNK, base.numel())
         keys = magnitude_keys(base[begin:end], models[search.model][begin:end], wide)
         return part, begin + int(np.flatnonzero(keys == search.key)[left - 1]) + 1
-    raise AssertionError("the counts of equal magnitudes changed between two passes over the inputs")
+    raise AssertionError(
+        "the counts of equal magnitudes changed between two passes over the inputs"
+    )

@@ -1,4 +1,4 @@
-"""Task vectors: what fine-tuning changed, as a thing to add, negate, scale and apply (Ilharco et al. 2023)."""
+"""Task vectors: what fine-tuning changed, to add, negate, scale and apply (Ilharco et al. 2023)."""
 
 from __future__ import annotations
 
@@ -69,9 +69,11 @@ class _Term:
 
 
 class TaskVector(Mapping[str, torch.Tensor]):
-    """A linear combination of task vectors, sum_i c_i (theta_i - theta_0i), computed when it is used.
+    """A linear combination of task vectors, sum_i c_i (theta_i - theta_0i), computed when it is
+    used.
 
-    Nothing is subtracted or copied before it is asked for: `tv[name]` computes one tensor, `apply_to` streams.
+    Nothing is subtracted or copied before it is asked for: `tv[name]` computes one tensor,
+        `apply_to` streams.
     Make one with `from_models`; combine with `+`, `-`, unary `-`, `*` and `/` by a number.
 
     >>> base = {"w": torch.zeros(2)}
@@ -91,7 +93,8 @@ class TaskVector(Mapping[str, torch.Tensor]):
         """Return theta - theta_0.
 
         Args:
-            base, model: tensors, lists of tensors or state dicts of equal structure, or paths of checkpoints.
+            base, model: tensors, lists of tensors or state dicts of equal structure, or paths of
+                checkpoints.
 
         Raises:
             RequestError: names, shapes or kinds of tensors differ (all differences are listed).
@@ -143,7 +146,9 @@ class TaskVector(Mapping[str, torch.Tensor]):
         return self * (1.0 / divisor)
 
     def __repr__(self) -> str:
-        terms = " ".join(f"{term.coefficient:+g} (model_{i} - base_{i})" for i, term in enumerate(self._terms))
+        terms = " ".join(
+            f"{term.coefficient:+g} (model_{i} - base_{i})" for i, term in enumerate(self._terms)
+        )
         return f"<TaskVector of {len(self)} tensors: {terms}>"
 
     def _delta(self, name: str) -> torch.Tensor:
@@ -172,16 +177,17 @@ class TaskVector(Mapping[str, torch.Tensor]):
         """Return base + scale * (this task vector).
 
         Args:
-            base: a tensor, list, state dict, or path of a checkpoint; it need not be the base that the task
-                vector was made from.
+            base: a tensor, list, state dict, or path of a checkpoint; it need not be the base that
+                the task vector was made from.
             scale: the scaling coefficient (lambda).
-            out: with a checkpoint as base, the directory to write; then every model must be a checkpoint too,
-                the merge is streamed, and `options` go to `merge_checkpoints`.
+            out: with a checkpoint as base, the directory to write; then every model must be a
+                checkpoint too, the merge is streamed, and `options` go to `merge_checkpoints`.
             dtype: of the result; default that of `base`.
             backend: as in `merge`.
 
         Returns:
-            The structure of `base` (a state dict where `base` is a path); the MergeReport where `out` is given.
+            The structure of `base` (a state dict where `base` is a path); the MergeReport where
+            `out` is given.
             Integer and boolean tensors are those of `base`.
 
         Raises:
@@ -205,7 +211,10 @@ class TaskVector(Mapping[str, torch.Tensor]):
                 backend=backend,
             )
         else:
-            merged = {name: self._applied(name, tensor, scale, dtype) for name, tensor in target.tensors.items()}
+            merged = {
+                name: self._applied(name, tensor, scale, dtype)
+                for name, tensor in target.tensors.items()
+            }
         return merged if target.path is not None else structured(target.given, merged)
 
     def _applied(
@@ -284,7 +293,8 @@ def _check(
     for name in first:
         if name in second and first[name].shape != second[name].shape:
             problems.append(
-                f"TaskVector: tensor {name!r} of {second_label} has shape {tuple(second[name].shape)}, "
+                f"TaskVector: tensor {name!r} of {second_label} has shape "
+                f"{tuple(second[name].shape)}, "
                 f"expected {tuple(first[name].shape)} like {first_label}"
             )
         elif name in second and first[name].is_floating_point() != second[name].is_floating_point():

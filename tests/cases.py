@@ -1,5 +1,5 @@
-"""The case table: one row per op and mode. A row gives the correctness test on every backend, opcheck, and the
-benchmark (`python -m benchmarks.run`)."""
+"""The case table: one row per op and mode. A row gives the correctness test on every backend,
+opcheck, and the benchmark (`python -m benchmarks.run`)."""
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ class Case:
         return outputs
 
 
-def _out(base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _out(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     out = torch.full(base.shape, float("nan"), dtype=dtype)
     return {"out": out, "stats": torch.zeros(3, dtype=torch.int64)}
 
 
-def _stats(base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _stats(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     return {"stats": torch.zeros(3, dtype=torch.int64)}
 
 
@@ -132,7 +136,9 @@ def _histogram(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]
     }
 
 
-def _counts(base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _counts(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     chunks = -(-base.numel() // 65536)
     return {
         "counts": torch.zeros(2, len(models), 259, dtype=torch.int32),
@@ -171,7 +177,11 @@ CASES = [
     Case("ties_signs", "ties_signs_", _signs, _stats, streams_out=False),
     Case("magnitude_histogram", "magnitude_histogram_", _histogram, _counts, streams_out=False),
     Case(
-        "magnitude_equal_counts", "magnitude_equal_counts_", _equal, _equal_counts, streams_out=False
+        "magnitude_equal_counts",
+        "magnitude_equal_counts_",
+        _equal,
+        _equal_counts,
+        streams_out=False,
     ),
 ]
 
@@ -187,7 +197,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 def make_inputs(
     numel: int, count: int, dtypes: Sequence[torch.dtype], seed: str = "", misaligned: bool = False
 ) -> Inputs:
-    """Return a base and models whose deltas have many equal magnitudes, zeros, subnormals and both signs."""
+    """Return a base and models whose deltas have many equal magnitudes, zeros, subnormals and both
+    signs."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{numel} {count} {seed}".encode()))
 
     def stored(values: torch.Tensor, k: int) -> torch.Tensor:

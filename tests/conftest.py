@@ -1,4 +1,5 @@
-"""Shared fixtures. Fresh memory is filled with NaN, so that an output that was not written fails loudly."""
+"""Shared fixtures. Fresh memory is filled with NaN, so that an output that was not written fails
+loudly."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
         monkeypatch.setattr(
-            torch, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs))
+            torch,
+            name,
+            lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)),
         )
 
 
@@ -58,7 +61,8 @@ BACKEND_IDS = ["reference", *NATIVE]
 
 @pytest.fixture
 def use_backend() -> Iterator[object]:
-    """Return a function that turns an id of BACKEND_IDS into a backend name, choosing the kernels."""
+    """Return a function that turns an id of BACKEND_IDS into a backend name, choosing the
+    kernels."""
 
     def choose(identifier: str) -> str:
         name, _, isa = identifier.partition("-")

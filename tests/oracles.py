@@ -1,5 +1,5 @@
-"""Independent re-implementations of the published TIES codes, written from their descriptions in the plainest
-torch: whole vectors in memory, kthvalue and sort. They share nothing with pymerge."""
+"""Independent re-implementations of the published TIES codes, written from their descriptions in
+the plainest torch: whole vectors in memory, kthvalue and sort. They share nothing with pymerge."""
 
 from __future__ import annotations
 

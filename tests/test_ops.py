@@ -45,7 +45,8 @@ def reference(
     result: torch.dtype,
     misaligned: bool = False,
 ) -> tuple[Inputs, dict[str, torch.Tensor]]:
-    """Return inputs and what the reference makes of them; shared by the tests of all instruction sets."""
+    """Return inputs and what the reference makes of them; shared by the tests of all instruction
+    sets."""
     inputs = make_inputs(numel, count, dtypes, misaligned=misaligned)
     wide = torch.float64 in dtypes
     return inputs, _BY_NAME[name].run(inputs, result, "reference", wide)
@@ -106,9 +107,7 @@ SPECIAL = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1e-45, -0.0, 
 
 @pytest.mark.parametrize("identifier", NATIVE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_non_finite_values(
-    case: Case, identifier: str, use_backend: Callable[[str], str]
-) -> None:
+def test_non_finite_values(case: Case, identifier: str, use_backend: Callable[[str], str]) -> None:
     backend = use_backend(identifier)
     grid = torch.tensor(SPECIAL)
     base = grid.repeat_interleave(len(SPECIAL) ** 2)

@@ -1,4 +1,5 @@
-"""TIES: golden vectors of the published codes, independent re-implementations, and where dialects differ."""
+"""TIES: golden vectors of the published codes, independent re-implementations, and where dialects
+differ."""
 
 from __future__ import annotations
 
@@ -75,13 +76,20 @@ def test_official_trim_keeps_one_more_and_all_ties(density: float, kept: list[in
         assert int((merged != 0).sum()) == count
 
 
-SHAPES = {"b.weight": (32, 40), "a.bias": (40,), "c.scale": (), "d.empty": (0, 4), "B.weight": (40, 90)}
+SHAPES = {
+    "b.weight": (32, 40),
+    "a.bias": (40,),
+    "c.scale": (),
+    "d.empty": (0, 4),
+    "B.weight": (40, 90),
+}
 
 
 def random_models(
     count: int, dtype: torch.dtype, seed: int, coarse: bool
 ) -> tuple[oracles.State, list[oracles.State]]:
-    """Return a base and fine-tuned models; coarse deltas are dyadic, with many ties and cancelling votes."""
+    """Return a base and fine-tuned models; coarse deltas are dyadic, with many ties and cancelling
+    votes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
@@ -112,7 +120,8 @@ def test_official_whole_model(
     identifier: str,
     use_backend: Callable[[str], str],
 ) -> None:
-    """Equal to the official algorithm on the flattened model, with many equal magnitudes and zero votes."""
+    """Equal to the official algorithm on the flattened model, with many equal magnitudes and zero
+    votes."""
     backend = use_backend(identifier)
     for count, density in itertools.product([1, 2, 3, 8], [0.0, 0.05, 0.2, 0.5]):
         base, models = random_models(count, dtype, seed=count, coarse=coarse)
@@ -142,7 +151,9 @@ def test_per_tensor_dialects(
     dtype: torch.dtype, identifier: str, use_backend: Callable[[str], str]
 ) -> None:
     backend = use_backend(identifier)
-    for count, density, coarse in itertools.product([1, 2, 3, 8], [0.0, 0.1, 0.5, 1.0], [True, False]):
+    for count, density, coarse in itertools.product(
+        [1, 2, 3, 8], [0.0, 0.1, 0.5, 1.0], [True, False]
+    ):
         base, models = random_models(count, dtype, seed=100 + count, coarse=coarse)
         weights = WEIGHTS[:count]
         rules: list[tuple[dict[str, object], Callable[[torch.Tensor], torch.Tensor]]] = [
@@ -162,7 +173,10 @@ def test_per_tensor_dialects(
                 {"semantics": "peft", "weights": weights, "elect": "count"},
                 lambda d, w=weights: oracles.peft_delta(d, density, w, frequency=True),
             ),
-            ({"semantics": "sd_mecha"}, lambda d: oracles.sd_mecha_delta(d, density, by_mass=False)),
+            (
+                {"semantics": "sd_mecha"},
+                lambda d: oracles.sd_mecha_delta(d, density, by_mass=False),
+            ),
             (
                 {"semantics": "sd_mecha", "elect": "mass"},
                 lambda d: oracles.sd_mecha_delta(d, density, by_mass=True),
@@ -190,14 +204,17 @@ def test_mergelm(coarse: bool) -> None:
 def test_zero_vote_takes_the_sign_of_the_whole_model(
     extra: float | None, sign: int, identifier: str, use_backend: Callable[[str], str]
 ) -> None:
-    """Official: a zero vote takes the majority of all signs; 0 acts as negative. MergeLM: 0 keeps nothing."""
+    """Official: a zero vote takes the majority of all signs; 0 acts as negative. MergeLM: 0 keeps
+    nothing."""
     backend = use_backend(identifier)
     first = {"a": torch.tensor([2.0, 0.5]), "z": torch.tensor([0.0 if extra is None else extra])}
     second = {"a": torch.tensor([-2.0, -0.5]), "z": torch.zeros(1)}
     base = {name: torch.zeros_like(tensor) for name, tensor in first.items()}
 
     def merged(**details: str) -> torch.Tensor:
-        return pymerge.ties_merge(base, [first, second], density=1.0, backend=backend, **details)["a"]
+        return pymerge.ties_merge(base, [first, second], density=1.0, backend=backend, **details)[
+            "a"
+        ]
 
     value = torch.tensor([2.0, 0.5])
     assert torch.equal(merged(), value if sign > 0 else -value)
@@ -209,7 +226,8 @@ def test_zero_vote_takes_the_sign_of_the_whole_model(
 
 
 def test_majority_guessed_wrong_is_found_out() -> None:
-    """A large model whose sample says + while the whole says -: the second merge pass puts it right."""
+    """A large model whose sample says + while the whole says -: the second merge pass puts it
+    right."""
     numel = 1 << 18
     base = torch.zeros(numel)
     first, second = torch.full((numel,), -1.0), torch.full((numel,), -1.0)

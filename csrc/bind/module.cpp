@@ -132,10 +132,11 @@ void ties(Address out, uintptr_t stats, Address base, const std::vector<Address>
   require(table().ties(&args), "ties");
 }
 
-void magnitude_histogram(uintptr_t counts, uintptr_t hot_chunks, int64_t num_chunks, Address base, const std::vector<Address>& models,
-                         const std::vector<int64_t>& lo, const std::vector<int64_t>& shift,
-                         const std::vector<int64_t>& hot, int64_t num_slots, int64_t num_bins,
-                         int64_t numel, int32_t compute, int32_t threads) {
+void magnitude_histogram(uintptr_t counts, uintptr_t hot_chunks, int64_t num_chunks, Address base,
+                         const std::vector<Address>& models, const std::vector<int64_t>& lo,
+                         const std::vector<int64_t>& shift, const std::vector<int64_t>& hot,
+                         int64_t num_slots, int64_t num_bins, int64_t numel, int32_t compute,
+                         int32_t threads) {
   const std::vector<Operand> inputs = operands(models);
   HistogramArgs args{};
   args.execution = {nullptr, 0, threads};

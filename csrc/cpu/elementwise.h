@@ -7,8 +7,8 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // elements that are worth waking another thread for
-constexpr int kBlock = 512;        // elements converted at a time where dtypes are mixed
+constexpr int64_t kGrain = 1 << 16;        // elements that are worth waking another thread for
+constexpr int kBlock = 512;                // elements converted at a time where dtypes are mixed
 constexpr int64_t kStreamBytes = 1 << 20;  // outputs from this size on go past the caches
 
 // Whether a vector of keys, each the largest of its lane, tells of NaN or infinity.
@@ -104,8 +104,8 @@ void run_uniform(Kernel& kernel, const Streams& streams, Room& room, int64_t beg
     for (int i = 0; i < streams.count(); ++i) {
       room.pointers[i] = static_cast<const char*>(streams.at(i).data) + begin * Io::kBytes;
     }
-    kernel.template run<Io>(room.pointers, out == nullptr ? nullptr : out + begin * Io::kBytes, bulk,
-                            store);
+    kernel.template run<Io>(room.pointers, out == nullptr ? nullptr : out + begin * Io::kBytes,
+                            bulk, store);
     if (store == Store::kStream) stream_fence();
   }
   if (begin + bulk < end) {

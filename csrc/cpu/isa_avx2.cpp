@@ -6,9 +6,9 @@
 namespace pymerge {
 
 const KernelTable* avx2_table() {
-  static const KernelTable table{kAbiVersion,         sizeof(KernelTable),    "avx2",
-                                 weighted_sum,        ties,                   magnitude_histogram,
-                                 magnitude_equal_counts, streaming_floor};
+  static const KernelTable table{
+      kAbiVersion,         sizeof(KernelTable),    "avx2",         weighted_sum, ties,
+      magnitude_histogram, magnitude_equal_counts, streaming_floor};
   return &table;
 }
 

@@ -6,9 +6,9 @@
 namespace pymerge {
 
 const KernelTable* avx512_table() {
-  static const KernelTable table{kAbiVersion,         sizeof(KernelTable),    "avx512",
-                                 weighted_sum,        ties,                   magnitude_histogram,
-                                 magnitude_equal_counts, streaming_floor};
+  static const KernelTable table{
+      kAbiVersion,         sizeof(KernelTable),    "avx512",       weighted_sum, ties,
+      magnitude_histogram, magnitude_equal_counts, streaming_floor};
   return &table;
 }
 

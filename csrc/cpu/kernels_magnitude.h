@@ -37,8 +37,8 @@ Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
 }
 
 template <class Io>
-void histogram_block(const char* base, const char* model, int64_t n, const Bracket<int32_t>& bracket,
-                     int32_t* bins, Sides& sides) {
+void histogram_block(const char* base, const char* model, int64_t n,
+                     const Bracket<int32_t>& bracket, int32_t* bins, Sides& sides) {
   I below{}, hot{};
   const I lo = I{} + bracket.lo, hi = I{} + bracket.hi, frequent = I{} + bracket.hot;
   const I one = I{} + 1;
@@ -105,8 +105,9 @@ void histogram_mixed(const HistogramArgs& args, int k, int64_t begin, int64_t en
       const V delta = model[i] - base[i];
       Int key;
       std::memcpy(&key, &delta, sizeof(V));
-      count_key<Int>(key & (sizeof(V) == 8 ? static_cast<Int>(INT64_MAX) : static_cast<Int>(INT32_MAX)),
-                     bracket, bins, sides);
+      count_key<Int>(
+          key & (sizeof(V) == 8 ? static_cast<Int>(INT64_MAX) : static_cast<Int>(INT32_MAX)),
+          bracket, bins, sides);
     }
   }
 }
@@ -134,10 +135,9 @@ void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Ro
   for (int64_t at = begin; at < bulk; at += kCountBlock) {
     const int64_t n = bulk - at < kCountBlock ? bulk - at : kCountBlock;
     for (int k = 0; k < args.num_models; ++k) {
-      histogram_block<Io>(base + at * Io::kBytes,
-                          static_cast<const char*>(args.models[k].data) + at * Io::kBytes, n,
-                          bracket_of<int32_t>(args, k, INT32_MAX), bins_of(args, counts, k),
-                          sides[k]);
+      histogram_block<Io>(
+          base + at * Io::kBytes, static_cast<const char*>(args.models[k].data) + at * Io::kBytes,
+          n, bracket_of<int32_t>(args, k, INT32_MAX), bins_of(args, counts, k), sides[k]);
     }
   }
   for (int k = 0; k < args.num_models && bulk < end; ++k) {
@@ -145,8 +145,8 @@ void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Ro
   }
 }
 
-void histogram_stretch(const HistogramArgs& args, const Streams& streams, int64_t begin, int64_t end,
-                       Room& room, int32_t* counts, Sides* sides) {
+void histogram_stretch(const HistogramArgs& args, const Streams& streams, int64_t begin,
+                       int64_t end, Room& room, int32_t* counts, Sides* sides) {
   Dtype dtype;
   if (args.compute == Dtype::kF64 || !streams.uniform(&dtype)) {
     for (int k = 0; k < args.num_models; ++k) {
@@ -206,8 +206,8 @@ Status magnitude_histogram(const HistogramArgs* args) {
     if (bits == 31 && args->lo[k] > INT32_MAX) return Status::kBadArgument;
   }
   HistogramContext context{args, 0};
-  const int64_t threads = args->execution.num_threads > 0 ? args->execution.num_threads
-                                                          : default_threads();
+  const int64_t threads =
+      args->execution.num_threads > 0 ? args->execution.num_threads : default_threads();
   const int64_t slots = args->num_slots < threads ? args->num_slots : threads;
   static_assert(kGrain % kHotChunk == 0, "ranges begin at chunks");
   parallel_ranges(args->numel, kGrain, static_cast<int>(slots), histogram_range, &context);
@@ -274,8 +274,8 @@ void equal_range(void* opaque, int64_t first, int64_t last, int) {
     int32_t bin = 0;
     Sides sides{};
     if (args.compute == Dtype::kF64) {
-      histogram_mixed<double, int64_t>(one, 0, at, end, bracket_of<int64_t>(one, 0, INT64_MAX), room,
-                                       &bin, sides);
+      histogram_mixed<double, int64_t>(one, 0, at, end, bracket_of<int64_t>(one, 0, INT64_MAX),
+                                       room, &bin, sides);
     } else {
       histogram_mixed<float, int32_t>(one, 0, at, end, bracket_of<int32_t>(one, 0, INT32_MAX), room,
                                       &bin, sides);

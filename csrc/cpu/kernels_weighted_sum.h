@@ -138,7 +138,7 @@ void weighted_sum_range(void* opaque, int64_t begin, int64_t end, int) {
   Room room;
   if (!room.take(streams.count(), wide ? 8 : 4, 0)) return set_flag(&context.failed);
   if (wide) {
-    WeightedSum64 kernel{args.weights,        args.num_models, has_base, args.divisor != 1.0,
+    WeightedSum64 kernel{args.weights, args.num_models, has_base, args.divisor != 1.0,
                          args.divisor, args.scale,      true};
     run_mixed<Mixed64>(kernel, streams, room, begin, end);
     if (!kernel.finite) set_flag(&context.nonfinite);
@@ -204,7 +204,8 @@ Status streaming_floor(const WeightedSumArgs* args) {
   Dtype dtype;
   if (args->num_models < 1 || !streams_of(*args).uniform(&dtype)) return Status::kBadArgument;
   WeightedSumContext context{args, nullptr, 0, 0};
-  parallel_ranges(args->numel, kGrain, args->execution.num_threads, streaming_floor_range, &context);
+  parallel_ranges(args->numel, kGrain, args->execution.num_threads, streaming_floor_range,
+                  &context);
   return context.failed ? Status::kOutOfMemory : Status::kOk;
 }
 

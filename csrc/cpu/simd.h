@@ -47,9 +47,9 @@ struct Traits<D> {
 
 namespace {
 
-constexpr int kLanes = PM_VECTOR_BYTES / 4;      // floats in a vector
-constexpr int kDLanes = PM_VECTOR_BYTES / 8;     // doubles in a vector
-constexpr int kStep = 2 * kLanes;                // elements that one step of a kernel takes
+constexpr int kLanes = PM_VECTOR_BYTES / 4;   // floats in a vector
+constexpr int kDLanes = PM_VECTOR_BYTES / 8;  // doubles in a vector
+constexpr int kStep = 2 * kLanes;             // elements that one step of a kernel takes
 
 PM_INLINE U load_bits(const void* p) { return (U) * static_cast<const Unaligned*>(p); }
 PM_INLINE void store_bits(void* p, U v) { *static_cast<Unaligned*>(p) = (Unaligned)v; }
@@ -136,7 +136,8 @@ PM_INLINE F load_f16(const void* p) {
 
 PM_INLINE void store_f16(void* p, F x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else

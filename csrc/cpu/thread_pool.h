@@ -12,7 +12,8 @@ using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int th
 // Split [0, size) into at most `num_threads` contiguous ranges whose borders are multiples of
 // `grain`, and run them; the caller takes the first. Returns the number of ranges.
 // num_threads <= 0 means default_threads().
-int parallel_ranges(int64_t size, int64_t grain, int num_threads, RangeFunction function, void* context);
+int parallel_ranges(int64_t size, int64_t grain, int num_threads, RangeFunction function,
+                    void* context);
 
 // How many ranges parallel_ranges would make.
 int count_ranges(int64_t size, int64_t grain, int num_threads);

@@ -88,8 +88,8 @@ PM_INLINE void ties_count_signs(F vote, typename Traits<F>::Bits kept, TiesSigns
 // mean or sum; weights, if any, apply before the election and make up the divisor.
 // load(k) gives theta_k. `worst` collects the largest key, to find NaN and infinity.
 template <int K, bool kWeighted, bool kSigns, class F, class Load>
-PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call,
-                       typename Traits<F>::Bits& worst, TiesSigns<F>& signs) {
+PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call, typename Traits<F>::Bits& worst,
+                       TiesSigns<F>& signs) {
   using Bits = typename Traits<F>::Bits;
   F v[K];
   F s{};
@@ -152,7 +152,8 @@ PM_INLINE F ties_point_any(F base, Load load, const TiesCall<F>& call, F* v,
     } else {
       merged = merged + c;
     }
-    divisor = divisor + (u > F{} ? (call.divide_by_weights ? splat<F>(call.weights[k]) : one) : F{});
+    divisor =
+        divisor + (u > F{} ? (call.divide_by_weights ? splat<F>(call.weights[k]) : one) : F{});
   }
   if (call.divide) merged = merged / (divisor == F{} ? one : divisor);
   merged = elected == F{} ? F{} : merged;

@@ -1,7 +1,7 @@
 """The backends: who computes an op. Each turns tensors into pointers, or is pure torch; no more.
 
-`reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend that cannot be used
-says why: `describe()` is what `pymerge info` prints.
+`reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend that cannot be
+used says why: `describe()` is what `pymerge info` prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ __all__ = ["BACKENDS", "Backend", "describe", "resolve"]
 
 
 class Backend(Protocol):
-    """What a backend module offers. Tensors are contiguous and of equal length; see `pymerge._ops`."""
+    """What a backend module offers. Tensors are contiguous and of equal length; see
+    `pymerge._ops`."""
 
     NAME: str
 
@@ -95,7 +96,8 @@ _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
-    """Return the backend of that name, or the fastest that can run on the device for None and "auto".
+    """Return the backend of that name, or the fastest that can run on the device for None and
+    "auto".
 
     Raises RequestError with the reason where a backend named explicitly cannot be used.
     """
@@ -107,7 +109,9 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
         return BACKENDS["reference"]
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
-        raise RequestError(f"backend: expected one of {known}; got {name!r}{nearest(name, BACKENDS)}")
+        raise RequestError(
+            f"backend: expected one of {known}; got {name!r}{nearest(name, BACKENDS)}"
+        )
     backend = BACKENDS[name]
     reason = backend.reason()
     if reason is not None:

@@ -1,7 +1,7 @@
 """The CPU backend: marshals tensors to the C++ kernels of `pymerge._C`.
 
-The extension is loaded at first use. If it is missing or broken, `import pymerge` still works; `reason()`
-keeps the error and says what to do.
+The extension is loaded at first use. If it is missing or broken, `import pymerge` still works;
+`reason()` keeps the error and says what to do.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def magnitude_histogram(
         raise ValueError(f"backend 'cpu': expected counts of {len(models)} models, got {count}")
     chunks = hot_chunks.shape[1]
     if hot_chunks.shape[0] != count or 0 < chunks < -(-numel // HOT_CHUNK):
-        raise ValueError(f"backend 'cpu': hot_chunks of shape {tuple(hot_chunks.shape)} are too few")
+        raise ValueError(
+            f"backend 'cpu': hot_chunks of shape {tuple(hot_chunks.shape)} are too few"
+        )
     _native().magnitude_histogram(
         _counters(counts, torch.int32),
         _counters(hot_chunks, torch.int32),
@@ -237,7 +239,9 @@ def magnitude_equal_counts(
 ) -> None:
     numel = base.numel()
     if counts.numel() != -(-numel // chunk):
-        raise ValueError(f"backend 'cpu': expected {-(-numel // chunk)} counts, got {counts.numel()}")
+        raise ValueError(
+            f"backend 'cpu': expected {-(-numel // chunk)} counts, got {counts.numel()}"
+        )
     _native().magnitude_equal_counts(
         _counters(counts),
         _address(base, numel),

@@ -1,7 +1,8 @@
-"""The reference backend: pure torch, on any device. It is the definition; every kernel is tested against it.
+"""The reference backend: pure torch, on any device.
 
-Arithmetic is in float32 (float64 where `wide`), models in order, one rounding at the store. Nothing here is
-fast, and nothing here may be changed without changing what pymerge computes.
+It is the definition; every kernel is tested against it. Arithmetic is in float32 (float64 where
+`wide`), models in order, one rounding at the store. Nothing here is fast, and nothing here may be
+changed without changing what pymerge computes.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def magnitude_histogram(
     hot: Sequence[int],
     wide: bool,
 ) -> None:
-    """Count keys below, in and above a bracket of bins, and apart from them those that equal `hot`."""
+    """Count keys below, in and above a bracket of bins, and apart from them those that equal
+    `hot`."""
     bins = counts.shape[2] - 3
     origin = _widen(base, wide)
     for k, model in enumerate(models):

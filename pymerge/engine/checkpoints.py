@@ -25,8 +25,14 @@ from pymerge.errors import MergeError, RequestError
 from pymerge.memory import PeakMemory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.plan import MergePlan, make_plan
-from pymerge.report import REPORT_NAME, InputFile, InputReport, MergeReport, OutputReport
-from pymerge.report import package_version
+from pymerge.report import (
+    REPORT_NAME,
+    InputFile,
+    InputReport,
+    MergeReport,
+    OutputReport,
+    package_version,
+)
 from pymerge.sizes import parse_size
 
 __all__ = ["CheckpointSource", "merge_checkpoints"]
@@ -36,7 +42,8 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class CheckpointSource:
-    """Inputs that are checkpoints: views of memory-mapped files, read ahead in the announced order."""
+    """Inputs that are checkpoints: views of memory-mapped files, read ahead in the announced
+    order."""
 
     def __init__(self, base: Checkpoint | None, models: Sequence[Checkpoint]) -> None:
         self._base = base
@@ -177,7 +184,7 @@ def merge_checkpoints(
         with directory:
             _stream(plan, directory.path, chosen.NAME, recorder)
             recorder.phase("finish", 0)
-            side_files = _write_side_files(plan, directory.path, Path(out).name)
+            _write_side_files(plan, directory.path, Path(out).name)
             result = MergeReport(
                 method=settings.method.name,
                 config=settings.raw,
@@ -202,8 +209,8 @@ def merge_checkpoints(
                 warnings=plan.warnings,
             )
             _write(directory.path / REPORT_NAME, result.to_json())
-            assert "model.safetensors" not in side_files
             directory.commit()
+        result.warnings += directory.warnings
         recorder.close()
         result.seconds = time.monotonic() - started
         result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
@@ -235,7 +242,13 @@ def _thread_count(threads: int) -> Iterator[None]:
 
 def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) -> None:
     works = [
-        Work(tensor.name, tensor.numel, tensor.compute == "F64", tensor.compute is None, tensor.parameters)
+        Work(
+            tensor.name,
+            tensor.numel,
+            tensor.compute == "F64",
+            tensor.compute is None,
+            tensor.parameters,
+        )
         for tensor in plan.tensors.values()
     ]
     nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
@@ -247,9 +260,7 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
         progress=recorder,
     )
     source = CheckpointSource(plan.base, plan.models)
-    writer = ShardWriter(
-        directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots
-    )
+    writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
     try:
         execute(plan.config.method.name, works, source, writer, context)
         recorder.phase("write", 0)
@@ -263,17 +274,18 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
         _write(directory / INDEX_NAME, plan.layout.index.decode())
 
 
-def _write_side_files(plan: MergePlan, directory: Path, name: str) -> list[str]:
+def _write_side_files(plan: MergePlan, directory: Path, name: str) -> None:
     dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
     try:
         copied = copy_side_files(
             plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
         )
     except OSError as error:
-        raise MergeError(f"copying the files beside the weights of {plan.side_files}: {error}") from error
+        raise MergeError(
+            f"copying the files beside the weights of {plan.side_files}: {error}"
+        ) from error
     card = model_card(name, plan.config, version=package_version(), side_files=copied)
     _write(directory / "README.md", card)
-    return copied
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
-"""Runs a method over a source and a sink, tile by tile. It knows which passes a method takes, and no arithmetic.
+"""Runs a method over a source and a sink, tile by tile.
 
-Both entry points end here: tensors in memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
+It knows which passes a method takes, and no arithmetic. Both entry points end here: tensors in
+memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Context:
     progress: Progress = field(default_factory=lambda: no_progress)
 
     def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
-        """Raise NonFiniteError naming the culprit if a kernel saw NaN or infinity in [start, stop)."""
+        """Raise NonFiniteError naming the culprit if a kernel saw NaN or infinity in [start,
+        stop)."""
         if self.nan == "keep" or not flag:
             return
         base, models = source.load(name)
@@ -54,8 +56,8 @@ def execute(
 ) -> dict[str, int]:
     """Compute every work and give it to the sink; return the method's statistics.
 
-    Raises NonFiniteError for NaN or infinity in an input (unless told to keep them), RequestError where
-    integer tensors differ between models.
+    Raises NonFiniteError for NaN or infinity in an input (unless told to keep them), RequestError
+    where integer tensors differ between models.
     """
     resolve(context.backend)  # an unavailable backend is refused before anything is read
     if method == "ties":
@@ -138,7 +140,8 @@ def copy_equal(work: Work, source: Source, sink: Sink, context: Context) -> None
             if not torch.equal(tensor[start:stop], first[start:stop]):
                 index = int((tensor[start:stop] != first[start:stop]).nonzero()[0])
                 raise RequestError(
-                    f"{label}: {source.describe(work.name)} is of dtype {tensor.dtype} and must equal "
+                    f"{label}: {source.describe(work.name)} is of dtype {tensor.dtype} and must "
+                    f"equal "
                     f"that of {source.labels[0]}, but at flat index {start + index} it has "
                     f"{tensor[start + index].item()} where that has {first[start + index].item()}"
                 )

@@ -1,4 +1,4 @@
-"""Progress of a long merge: a bar on a terminal, plain lines elsewhere, and the times for the report."""
+"""Progress of a merge: a bar on a terminal, plain lines elsewhere, the times for the report."""
 
 from __future__ import annotations
 
@@ -60,8 +60,14 @@ class Recorder:
 
     def _show_bar(self, name: str, total_bytes: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         if self._bar is None:
             self._bar = Progress(

@@ -64,7 +64,8 @@ def _needs_balance(rule: TiesRule) -> bool:
 def stretches(
     cuts: Sequence[Cut], part: int, start: int, stop: int, numel: int
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield (begin, end, thresholds) of the stretches of [start, stop) over which no threshold changes."""
+    """Yield (begin, end, thresholds) of the stretches of [start, stop) over which no threshold
+    changes."""
     tables = [cut.thresholds(part, numel) for cut in cuts]
     borders = sorted({end for table in tables for end, _ in table if start < end < stop} | {stop})
     begin = start
@@ -82,7 +83,9 @@ class _Merge:
         self.context = context
         self.stats = torch.zeros(3, dtype=torch.int64)
 
-    def tensor(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int) -> None:
+    def tensor(
+        self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int
+    ) -> None:
         """Merge one tensor; the balance of signs is added up in `stats` where the rule needs it."""
         how = _how(work, rule)
         base, models = self.source.load(work.name)
@@ -127,9 +130,7 @@ class _Merge:
         return stats
 
 
-def run_ties(
-    works: Sequence[Work], source: Source, sink: Sink, context: Context
-) -> dict[str, int]:
+def run_ties(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
     """Run TIES over all works, trimming over the whole model or tensor by tensor."""
     merged = [work for work in works if not work.copied]
     rules = {work.name: rule_of(work) for work in merged}
@@ -194,7 +195,8 @@ def _run_global(
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
     wide = any(work.wide for work in merged)
-    # The flat order of the official code: names sorted as strings. It decides between equal magnitudes.
+    # The flat order of the official code: names sorted as strings. It decides between equal
+    # magnitudes.
     flat = sorted(merged, key=lambda work: work.name)
     numbers = {work.name: number for number, work in enumerate(flat)}
     total = sum(work.numel for work in merged)
@@ -229,7 +231,8 @@ def _run_global(
         samples=samples,
     )
 
-    # The sign of a zero vote is a statistic of the whole merge: guess it from the sample, merge, and look.
+    # The sign of a zero vote is a statistic of the whole merge: guess it from the sample, merge,
+    # and look.
     zero_sign = _zero_sign(rule, _guess_balance(first, rule, samples, cuts, wide, context))
     merge = _Merge(source, sink, context)
     attempts = 0

@@ -15,8 +15,8 @@ __all__ = ["NoProgress", "Progress", "Sink", "Source", "Work", "no_progress"]
 class Work:
     """One output tensor.
 
-    wide: compute in float64. copied: integers and booleans, equal in all models. parameters: resolved for
-    this tensor, by `Parameter.name`; parameters of scope "model" are lists.
+    wide: compute in float64. copied: integers and booleans, equal in all models. parameters:
+    resolved for this tensor, by `Parameter.name`; parameters of scope "model" are lists.
     """
 
     name: str
@@ -47,7 +47,8 @@ class Source(Protocol):
         ...
 
     def announce(self, names: Sequence[str]) -> None:
-        """Tell the order in which tensors are about to be loaded, so that they can be read ahead."""
+        """Tell the order in which tensors are about to be loaded, so that they can be read
+        ahead."""
         ...
 
     def release(self, name: str) -> None:
@@ -59,7 +60,8 @@ class Sink(Protocol):
     """Takes results. Tensors come in the order of the works given to the engine."""
 
     def pieces(self, name: str) -> Iterable[tuple[int, torch.Tensor]]:
-        """Yield (first element, writable 1-D tensor); each is filled before the next is asked for."""
+        """Yield (first element, writable 1-D tensor); each is filled before the next is asked
+        for."""
         ...
 
     def restart(self) -> None:

@@ -10,8 +10,8 @@ NAN = Parameter(
     "nan",
     "str",
     "error",
-    "What to do with NaN and infinity in an input: `error` names the model and the tensor and writes "
-    "nothing; `keep` computes on and lets them reach the output.",
+    "What to do with NaN and infinity in an input: `error` names the model and the tensor and "
+    "writes nothing; `keep` computes on and lets them reach the output.",
     choices=("error", "keep"),
     per_tensor=False,
 )
@@ -27,7 +27,9 @@ LINEAR = MethodSpec(
     min_models=1,
     parameters=(
         Parameter("weight", "float", 1.0, "Weight w_k of model k.", scope="model"),
-        Parameter("normalize", "bool", True, "Divide by the sum of the weights, which must not be 0."),
+        Parameter(
+            "normalize", "bool", True, "Divide by the sum of the weights, which must not be 0."
+        ),
         NAN,
     ),
 )
@@ -43,10 +45,16 @@ TASK_ARITHMETIC = MethodSpec(
     min_models=1,
     parameters=(
         Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model"),
-        Parameter("scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")),
-        Parameter("normalize", "bool", False, "Divide by the sum of the weights, which must not be 0."),
+        Parameter(
+            "scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")
+        ),
+        Parameter(
+            "normalize", "bool", False, "Divide by the sum of the weights, which must not be 0."
+        ),
         NAN,
-        Parameter("density", "float", 1.0, "Not used by this method.", scope="model", no_effect=True),
+        Parameter(
+            "density", "float", 1.0, "Not used by this method.", scope="model", no_effect=True
+        ),
         Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True),
         Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
     ),

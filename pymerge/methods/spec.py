@@ -24,11 +24,12 @@ REQUIRED: Any = _Required()
 class Parameter:
     """One parameter of a method.
 
-    `scope` is "model" for one value per fine-tuned model, "method" for one value per merge. Both kinds may
-    differ between tensors in a YAML config (`filter` lists) unless `per_tensor` is False.
+    `scope` is "model" for one value per fine-tuned model, "method" for one value per merge. Both
+    kinds may differ between tensors in a YAML config (`filter` lists) unless `per_tensor` is False.
     `names` are the spellings that a YAML config may use; the first is the one that documents show.
     `no_effect` marks a parameter that other tools have and that is accepted, with a warning, for
-    compatibility only. `only` is the one value that is taken so far of a parameter that other tools have.
+    compatibility only. `only` is the one value that is taken so far of a parameter that other tools
+    have.
     """
 
     name: str
@@ -56,7 +57,12 @@ class Parameter:
             return f"{str(self.only).lower()} (nothing else is supported yet)"
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
-        words = {"float": "a finite number", "int": "an integer", "bool": "true or false", "str": "a string"}
+        words = {
+            "float": "a finite number",
+            "int": "an integer",
+            "bool": "true or false",
+            "str": "a string",
+        }
         text = words[self.kind]
         if self.minimum is not None and self.maximum is not None:
             return f"{text} in [{self.minimum:g}, {self.maximum:g}]"
@@ -85,14 +91,14 @@ class Parameter:
 
                 raise RequestError(str(bad) + nearest(value, self.choices))
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            # numbers of numpy and 0-dim tensors are numbers too
+        if not isinstance(value, (bool, int, float)) and hasattr(value, "item"):
+            # numbers of numpy and tensors of one element are numbers too
             try:
                 value = value.item()
-            except (AttributeError, ValueError, RuntimeError):
+            except (ValueError, RuntimeError):
                 raise bad from None
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise bad
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise bad
         if self.kind == "int":
             if isinstance(value, float):
                 if not value.is_integer():

@@ -1,8 +1,8 @@
 """TIES: its record, and the dialects in which codes and papers disagree.
 
-A dialect (`semantics=`) fixes how many elements a trim keeps, over which scope, how signs are elected, what
-a zero sum elects, what is summed and what it is divided by. `TiesRule` is one fully resolved choice; the
-engine and the kernels see nothing else.
+A dialect (`semantics=`) fixes how many elements a trim keeps, over which scope, how signs are
+elected, what a zero sum elects, what is summed and what it is divided by. `TiesRule` is one fully
+resolved choice; the engine and the kernels see nothing else.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ class TiesRule:
 
     scope: "global" trims all parameters of a task vector together, "tensor" each tensor alone.
     count: whose arithmetic turns density into a number of elements.
-    exact_k: True keeps exactly that many (among equal magnitudes, the lowest flat index first); False keeps
-        every element at or above the threshold.
+    exact_k: True keeps exactly that many (among equal magnitudes, the lowest flat index first);
+        False keeps every element at or above the threshold.
     elect: "mass" takes the sign of the sum, "count" the sign of the sum of signs.
-    zero: what a zero sum elects: "majority" (the sign of the sum of all elected signs over the scope, 0 acting
-        as negative), "majority_or_drop" (the same, but 0 keeps nothing), "positive", or "drop".
-    weighting: "before" scales the trimmed task vectors before the election, "after" only what is summed.
-    merge: "mean", "sum" or "max" (largest magnitude) over the models that agree with the elected sign.
+    zero: what a zero sum elects: "majority" (the sign of the sum of all elected signs over the
+        scope, 0 acting as negative), "majority_or_drop" (the same, but 0 keeps nothing),
+        "positive", or "drop".
+    weighting: "before" scales the trimmed task vectors before the election, "after" only what is
+        summed.
+    merge: "mean", "sum" or "max" (largest magnitude) over the models that agree with the elected
+        sign.
     divisor: "count" of the agreeing models, or the sum of their "weights"; used by "mean" only.
     """
 
@@ -52,7 +55,9 @@ SEMANTICS: dict[str, TiesRule] = {
     "adamerging": replace(_OFFICIAL, merge="sum"),
     "fusionbench": replace(_OFFICIAL, merge="sum"),
     "mergelm": replace(_OFFICIAL, count="mergelm", zero="majority_or_drop"),
-    "mergekit": TiesRule("tensor", "mergekit", True, "mass", "positive", "before", "mean", "weights"),
+    "mergekit": TiesRule(
+        "tensor", "mergekit", True, "mass", "positive", "before", "mean", "weights"
+    ),
     "peft": TiesRule("tensor", "peft", True, "mass", "positive", "after", "mean", "count"),
     "sd_mecha": TiesRule("tensor", "sd_mecha", False, "count", "drop", "before", "mean", "count"),
 }
@@ -70,8 +75,8 @@ def ties_rule(
 ) -> TiesRule:
     """Resolve a dialect and the details that override it.
 
-    Raises RequestError for an unknown name, and where `normalize` (mergekit's word: true is "mean", false is
-    "sum") contradicts `merge`.
+    Raises RequestError for an unknown name, and where `normalize` (mergekit's word: true is "mean",
+    false is "sum") contradicts `merge`.
     """
     if semantics not in SEMANTICS:
         known = ", ".join(SEMANTICS)
@@ -82,8 +87,8 @@ def ties_rule(
         implied = "mean" if normalize else "sum"
         if merge is not None and merge != implied:
             raise RequestError(
-                f"{where}: normalize={str(normalize).lower()} means merge={implied!r}, but merge={merge!r} "
-                "was given too; give one of the two"
+                f"{where}: normalize={str(normalize).lower()} means merge={implied!r}, but "
+                f"merge={merge!r} was given too; give one of the two"
             )
         merge = implied
     for name, value, known_values in (
@@ -104,9 +109,10 @@ def ties_rule(
 class TrimTarget:
     """What a trim of `total` elements keeps.
 
-    keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order statistic that
-    is the threshold. With `exact` the number kept is total - rank + 1, else every element at or above it.
-    The threshold rules' own rank keeps one element more than k; asked for exactly k, they take the next rank.
+    keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order
+    statistic that is the threshold. With `exact` the number kept is total - rank + 1, else every
+    element at or above it. The threshold rules' own rank keeps one element more than k; asked for
+    exactly k, they take the next rank.
     """
 
     keep: Literal["all", "none", "rank"]
@@ -117,9 +123,9 @@ class TrimTarget:
 def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
     """Turn a density into the order statistic that the dialect's own code would take.
 
-    The products are taken in double precision and truncated, as the codes do: `int(total * density)` and
-    `int(total * (1 - density))` differ for some sizes. Where a code would fail (official and MergeLM at
-    density 1), everything is kept.
+    The products are taken in double precision and truncated, as the codes do: `int(total *
+    density)` and `int(total * (1 - density))` differ for some sizes. Where a code would fail
+    (official and MergeLM at density 1), everything is kept.
     """
     if total == 0:
         return TrimTarget("all")
@@ -152,7 +158,7 @@ def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
 TIES = MethodSpec(
     name="ties",
     title="TIES (trim, elect sign, disjoint merge)",
-    summary="Keeps each task vector's largest elements, elects one sign per element, merges what agrees.",
+    summary="Keeps each task vector's largest elements, elects signs, merges what agrees.",
     formula=(
         "theta = theta_0 + scale * merge over {k: sgn(t_k) = s} of t_k, "
         "t_k = w_k top_density(theta_k - theta_0), s = sgn(sum_k t_k)"
@@ -174,7 +180,9 @@ TIES = MethodSpec(
             maximum=1.0,
             default_doc="0.2; 1.0 in YAML with semantics mergekit, as in mergekit",
         ),
-        Parameter("scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")),
+        Parameter(
+            "scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")
+        ),
         Parameter(
             "semantics",
             "str",
@@ -212,8 +220,8 @@ TIES = MethodSpec(
             "exact_k",
             "bool",
             None,
-            "Keep exactly k elements (lowest flat index first among equal magnitudes), or all at or above "
-            "the threshold.",
+            "Keep exactly k elements (lowest flat index first among equal magnitudes), or all at "
+            "or above the threshold.",
             default_doc="the semantics'",
             per_tensor=False,
         ),
