@@ -66,6 +66,8 @@ def stretches(
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Yield (begin, end, thresholds) of the stretches of [start, stop) over which no threshold
     changes."""
+    if start == stop:
+        return
     tables = [cut.thresholds(part, numel) for cut in cuts]
     borders = sorted({end for table in tables for end, _ in table if start < end < stop} | {stop})
     begin = start
