@@ -1,0 +1,364 @@
+"""Benchmark of the CPU kernels: data in memory, bf16, K = 4, every instruction set that runs here.
+
+Each row of the case table (tests/cases.py) is timed in turns with a loop that reads the same
+arrays, writes the same output and computes nothing. What was timed is compared with the reference
+before its number is shown.
+
+    python -m benchmarks.kernels --elements 8Mi --cases linear,ties_mean
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+from benchmarks.eager import EAGER
+from benchmarks.measure import Timing, WrongResult, interleave
+from benchmarks.tables import Table, console, save
+from pymerge.backends import cpu
+from pymerge.sizes import parse_size
+from tests.cases import CASES, CHUNK, Case, Inputs
+
+__all__ = ["DEFAULT_CASES", "Measurement", "measure_case", "run", "tables"]
+
+DEFAULT_CASES = (
+    "linear",
+    "task_arithmetic",
+    "ties_mean",
+    "ties_mergekit",
+    "ties_mean_signs",
+    "ties_signs",
+    "magnitude_histogram",
+    "magnitude_equal_counts",
+)
+MODELS = 4
+STRETCHES, STRETCH = 64, 4096
+_TILE = CHUNK << 10  # elements that the reference works on at once, a whole number of chunks
+_SAMPLE = 1 << 20  # elements that thresholds are taken from
+
+
+def make_arrays(elements: int, seed: int = 0) -> Inputs:
+    """Return a bf16 base (deviation 0.02) and four models (deltas of deviation 0.001)."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.empty(elements, dtype=torch.bfloat16)
+    models = [torch.empty_like(base) for _ in range(MODELS)]
+    for start in range(0, elements, _TILE):
+        stop = min(start + _TILE, elements)
+        base[start:stop] = torch.randn(stop - start, generator=generator) * 0.02
+        origin = base[start:stop].float()
+        for model in models:
+            model[start:stop] = origin + torch.randn(stop - start, generator=generator) * 1e-3
+    return base, models
+
+
+def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Return the case's arguments over the whole arrays, with thresholds from their first part."""
+    base, models = inputs
+    arguments = case.arguments(base[:_SAMPLE], [model[:_SAMPLE] for model in models])
+    whole = {"base": base, "models": models, "model": models[0]}
+    return {name: whole.get(name, value) for name, value in arguments.items()}
+
+
+def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    part = dict(arguments)
+    for name in ("base", "model"):
+        if name in part:
+            part[name] = part[name][start:stop]
+    if "models" in part:
+        part["models"] = [model[start:stop] for model in part["models"]]
+    return part
+
+
+@dataclass
+class Expected:
+    """What the reference gives: the output in stretches (start, values), and counters."""
+
+    stretches: list[tuple[int, torch.Tensor]]
+    counters: dict[str, torch.Tensor]
+
+
+def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0) -> Expected:
+    """Run the reference: on random stretches, and over everything for counters of everything."""
+    base, models = inputs
+    numel = base.numel()
+
+    def reference(start: int, stop: int) -> dict[str, torch.Tensor]:
+        part = base[start:stop], [model[start:stop] for model in models]
+        outputs = case.outputs(*part, base.dtype)
+        op = getattr(torch.ops.pymerge, case.op)
+        op(**outputs, **_part(arguments, start, stop), backend="reference")
+        return outputs
+
+    expected = Expected([], {})
+    if case.streams_out:
+        last = max(0, numel - STRETCH)
+        drawn = random.Random(seed).sample(range(last + 1), min(STRETCHES - 2, last + 1))
+        for start in sorted({0, last, *drawn}):
+            stop = min(start + STRETCH, numel)
+            expected.stretches.append((start, reference(start, stop)["out"]))
+    if case.streams_out and not arguments.get("want_signs"):
+        expected.counters["stats"] = torch.zeros(3, dtype=torch.int64)
+        return expected
+    tiles = [reference(start, min(start + _TILE, numel)) for start in range(0, numel, _TILE)]
+    for name in tiles[0].keys() - {"out"}:
+        values = [tile[name] for tile in tiles]
+        together = name == "counts" and values[0].dim() == 1
+        expected.counters[name] = torch.cat(values) if together else torch.stack(values).sum(dim=0)
+    return expected
+
+
+def check(name: str, expected: Expected, outputs: dict[str, torch.Tensor]) -> None:
+    """Raise WrongResult unless what a kernel wrote is what the reference writes, bit for bit."""
+    for start, values in expected.stretches:
+        found = outputs["out"][start : start + values.numel()]
+        if not torch.equal(found, values):
+            index = int((found != values).nonzero()[0])
+            raise WrongResult(
+                f"{name}: at {start + index} the kernel wrote {found[index]}, the reference "
+                f"{values[index]}"
+            )
+    for key, values in expected.counters.items():
+        found = outputs[key]
+        if found.dim() == 3:  # [slots, models, bins]
+            found, values = found.sum(dim=0), values.sum(dim=0)
+        if not torch.equal(found.to(torch.int64), values.to(torch.int64)):
+            raise WrongResult(f"{name}: {key} differs from the reference's")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case on one instruction set and number of threads.
+
+    nbytes: read and written per call; share: speed relative to the streaming loop, in bytes per
+    second; eager: median seconds of plain torch, where there is such a version.
+    """
+
+    case: str
+    isa: str
+    threads: int
+    elements: int
+    nbytes: int
+    seconds: float
+    spread: float
+    repetitions: int
+    floor_seconds: float
+    share: float
+    eager_seconds: float | None
+
+    @property
+    def rate(self) -> float:
+        return self.nbytes / self.seconds
+
+
+def measure_case(
+    case: Case,
+    inputs: Inputs,
+    isas: Sequence[str],
+    thread_counts: Sequence[int],
+    *,
+    seconds: float = 1.0,
+    eager: bool = True,
+) -> list[Measurement]:
+    """Time one case on each instruction set and number of threads, and check what was timed.
+
+    Raises:
+        WrongResult: a kernel, the streaming loop or plain torch gave something wrong.
+    """
+    base, models = inputs
+    arguments = arguments_of(case, inputs)
+    expected = expect(case, inputs, arguments)
+    outputs = case.outputs(base, models, base.dtype)
+    if "counts" in outputs and outputs["counts"].dim() == 3:
+        shape = (max(2, *thread_counts), *outputs["counts"].shape[1:])
+        outputs["counts"] = outputs["counts"].new_zeros(shape)
+    out = outputs["out"] if case.streams_out else torch.empty_like(base)
+    floor_base = arguments.get("base")
+    floor_models = arguments["models"] if "models" in arguments else [arguments["model"]]
+    read = [*floor_models, *([] if floor_base is None else [floor_base])]
+    read_bytes = sum(tensor.nbytes for tensor in read)
+    nbytes = read_bytes + (out.nbytes if case.streams_out else 0)
+    widest = isas[-1]
+    op = getattr(torch.ops.pymerge, case.op)
+
+    results = []
+    for threads in thread_counts:
+        cpu.set_threads(threads)
+        torch.set_num_threads(threads)
+        eager_seconds = None
+        if eager and case.name in EAGER and threads == max(thread_counts):
+            eager_seconds = _time_eager(case.name, arguments, expected).median
+        for isa in isas:
+
+            def kernel(isa: str = isa) -> None:
+                cpu.use_isa(isa)
+                for name in outputs.keys() - {"out"}:
+                    outputs[name].zero_()
+                op(**outputs, **arguments, backend="cpu")
+
+            def floor(threads: int = threads) -> None:
+                cpu.use_isa(widest)
+                cpu.streaming_floor(out, floor_base, floor_models, threads)
+
+            times = interleave({"floor": floor, "kernel": kernel}, seconds=seconds)
+            check(f"{case.name} on {isa}, {threads} threads", expected, outputs)
+            floor()
+            _check_floor(out, read)
+            rate = nbytes / times["kernel"].median
+            floor_rate = (read_bytes + out.nbytes) / times["floor"].median
+            results.append(
+                Measurement(
+                    case.name,
+                    isa,
+                    threads,
+                    base.numel(),
+                    nbytes,
+                    times["kernel"].median,
+                    times["kernel"].spread,
+                    len(times["kernel"].seconds),
+                    times["floor"].median,
+                    rate / floor_rate,
+                    eager_seconds,
+                )
+            )
+    cpu.use_isa("auto")
+    cpu.set_threads(None)
+    return results
+
+
+def _check_floor(out: torch.Tensor, read: Sequence[torch.Tensor]) -> None:
+    """The streaming loop combines the bits of all inputs, so that none of them can be left out."""
+    for start in range(0, out.numel(), max(1, out.numel() // STRETCHES)):
+        bits = torch.zeros_like(out[start : start + STRETCH].view(torch.int16))
+        for tensor in read:
+            bits |= tensor[start : start + STRETCH].view(torch.int16)
+        if not torch.equal(out[start : start + STRETCH].view(torch.int16), bits):
+            raise WrongResult(f"streaming loop: wrong bits from {start} on")
+
+
+def _time_eager(name: str, arguments: dict[str, Any], expected: Expected) -> Timing:
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        kept[:] = [EAGER[name](arguments)]
+
+    timing = interleave({"eager": call}, seconds=0.0, least=3)["eager"]
+    for start, values in expected.stretches:
+        found = kept[0][start : start + values.numel()]
+        if found.dtype != values.dtype or not torch.allclose(found, values, rtol=2**-7, atol=1e-6):
+            raise WrongResult(f"{name}: plain torch computes something else")
+    return timing
+
+
+def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
+    """Return the tables: all of it, and the widest instruction set on all threads."""
+    first = measurements[0]
+    title = f"CPU kernels, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}"
+    notes = [
+        "GB/s: bytes read and written per second. Of streaming: relative, in bytes per second, to "
+        "a loop over the same arrays that combines bits and writes them (widest instruction set, "
+        "the same threads), timed in turns with the kernel. ties_signs and magnitude_* only read; "
+        "the loop that they are compared with also writes.",
+        "Medians; spread is the distance between the quartiles. Each timed result was equal, bit "
+        f"for bit, to the reference backend's: outputs on {STRETCHES} random stretches of "
+        f"{STRETCH} elements, counters as a whole. Plain torch: the same in eager operators.",
+    ]
+    columns = ["kernel", "ISA", "threads", "ms", "spread", "GB/s", "B/param", "of streaming"]
+    everything = Table(title, [*columns, "torch, ms"], notes=notes)
+    short = Table(title, ["kernel", "ms", "GB/s", "of streaming", "plain torch"], notes=notes)
+    top = max(m.threads for m in measurements)
+    widest = [m.isa for m in measurements][-1]
+    for m in measurements:
+        eager = "" if m.eager_seconds is None else f"{m.eager_seconds * 1e3:.0f}"
+        everything.add(
+            m.case,
+            m.isa,
+            str(m.threads),
+            f"{m.seconds * 1e3:.1f}",
+            f"{m.spread:.0%}",
+            f"{m.rate / 1e9:.1f}",
+            f"{m.nbytes / m.elements:g}",
+            f"{m.share:.0%}",
+            eager,
+        )
+        if m.threads == top and m.isa == widest:
+            versus = eager and f"{eager} ms ({(m.eager_seconds or 0) / m.seconds:.0f}x)"
+            short.add(
+                m.case, f"{m.seconds * 1e3:.1f}", f"{m.rate / 1e9:.1f}", f"{m.share:.0%}", versus
+            )
+    short.title += f", {widest}, {top} threads"
+    return {"kernels": short, "kernels-all": everything}
+
+
+def run(options: argparse.Namespace) -> dict[str, Table]:
+    """Measure, show and save."""
+    reason = cpu.reason()
+    if reason is not None:
+        raise RuntimeError(f"backend cpu: {reason}")
+    names = [case.name for case in CASES] if options.cases == "all" else options.cases.split(",")
+    known = {case.name: case for case in CASES}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"--cases: unknown {', '.join(unknown)}; known: all, {', '.join(known)}")
+    isas = options.isa.split(",") if options.isa else cpu.supported_isas()
+    thread_counts = sorted({1, options.threads or cpu.threads()})
+    before = torch.get_num_threads()
+    console.print(f"kernels: making {MODELS + 1} arrays of {options.elements:,} elements")
+    inputs = make_arrays(options.elements)
+    measurements: list[Measurement] = []
+    for name in names:
+        torch.set_num_threads(before)
+        measurements += measure_case(
+            known[name],
+            inputs,
+            isas,
+            thread_counts,
+            seconds=options.seconds,
+            eager=not options.no_eager,
+        )
+        last = measurements[-1]
+        console.print(
+            f"  {name}: {last.rate / 1e9:.1f} GB/s, {last.share:.0%} of streaming "
+            f"({last.isa}, {last.threads} threads)",
+            highlight=False,
+        )
+    torch.set_num_threads(before)
+    made = tables(measurements)
+    made["kernels-all"].show()
+    save("kernels", made, [asdict(m) for m in measurements], options.results)
+    return made
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's options."""
+    group = parser.add_argument_group("kernels")
+    group.add_argument(
+        "--elements",
+        type=lambda text: parse_size(text.removesuffix("B") + "B", "elements"),
+        default=64 << 20,
+        metavar="N",
+        help="elements of each array (default 64Mi)",
+    )
+    group.add_argument("--cases", default=",".join(DEFAULT_CASES), help="rows, or 'all'")
+    group.add_argument("--isa", default="", help="instruction sets (default: all that run here)")
+    group.add_argument("--threads", type=int, help="besides 1 (default: all cores)")
+    group.add_argument("--seconds", type=float, default=1.0, help="for each measurement")
+    group.add_argument("--no-eager", action="store_true", help="leave plain torch out")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    from benchmarks.run import parser
+
+    made = parser(__doc__ or "")
+    add_options(made)
+    run(made.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

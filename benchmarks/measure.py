@@ -1,0 +1,142 @@
+"""Measures: functions interleaved with each other, and programs in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ProcessRun", "Timing", "WrongResult", "interleave", "run_process"]
+
+_POLL_SECONDS = 0.005
+
+
+class WrongResult(Exception):
+    """A timed result is not what it should be; no number of it may be shown."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every repetition."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    least: int = 5,
+    most: int = 25,
+) -> dict[str, Timing]:
+    """Time functions in turns (A B A B ...): a busy moment of the machine meets all of them.
+
+    Args:
+        functions: what to time; each is called once before, untimed.
+        seconds: stop after a round when this much time has passed.
+        least, most: bounds on the number of rounds.
+    """
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
+    for done in range(1, most + 1):
+        for name, function in functions.items():
+            before = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - before)
+        if done >= least and time.perf_counter() - started > seconds:
+            break
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+@dataclass(frozen=True)
+class ProcessRun:
+    """What a finished process took.
+
+    wall: seconds from its start to its end, interpreter and imports included.
+    cpu: seconds of all its threads, user and system.
+    peak_resident: largest resident set (with mapped files), bytes.
+    peak_anonymous: largest RssAnon that was seen from outside, bytes; 0 where /proc has none.
+    """
+
+    wall: float
+    cpu: float
+    peak_resident: int
+    peak_anonymous: int
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (OSError, ValueError):
+        return 0
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def run_process(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> ProcessRun:
+    """Run a program to its end and measure it.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    peak = 0
+    ended = threading.Event()
+    with tempfile.TemporaryFile("w+b") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            list(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
+
+        def watch() -> None:
+            nonlocal peak
+            while not ended.wait(_POLL_SECONDS):
+                peak = max(peak, _anonymous_bytes(process.pid))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - started
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            ended.set()
+            watcher.join()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            log.seek(0)
+            tail = log.read()[-3000:].decode(errors="replace")
+            raise RuntimeError(
+                f"{' '.join(arguments)} ended with exit code {process.returncode}:\n{tail}"
+            )
+    return ProcessRun(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, peak)

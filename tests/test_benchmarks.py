@@ -1,0 +1,182 @@
+"""The benchmarks run, and they fail where a result is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import checkpoints, engine, kernels, peers, readme_table
+from benchmarks.checkpoints import CheckpointSet
+from benchmarks.measure import Timing, WrongResult, interleave, run_process
+from benchmarks.tables import Table, save
+from pymerge import merge_checkpoints
+from pymerge.backends import cpu
+from tests.cases import CASES, Case, Inputs
+
+NAMES = {case.name: case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Inputs:
+    return kernels.make_arrays(10_007)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_can_be_measured(case: Case, arrays: Inputs) -> None:
+    isas = cpu.supported_isas()
+    found = kernels.measure_case(case, arrays, isas, [1, 2], seconds=0.0)
+    assert [(m.isa, m.threads) for m in found] == [(isa, n) for n in (1, 2) for isa in isas]
+    assert all(m.nbytes > 0 and m.seconds > 0 and m.share > 0 for m in found)
+    assert cpu.threads() == cpu.build()["threads"]
+
+
+@pytest.mark.parametrize("name", ["linear", "ties_mean_signs", "magnitude_histogram"])
+def test_a_wrong_kernel_gives_no_figure(
+    name: str, arrays: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(function: str, argument: int, index: tuple[int, ...]) -> None:
+        original = getattr(cpu, function)
+
+        def changed(*arguments: object) -> None:
+            original(*arguments)
+            written = arguments[argument]
+            assert isinstance(written, torch.Tensor)
+            written[index] += 1
+
+        monkeypatch.setattr(cpu, function, changed)
+
+    if name == "linear":
+        wrong("weighted_sum", 0, (10_006,))
+    elif name == "ties_mean_signs":
+        wrong("ties", 1, (0,))
+    else:
+        wrong("magnitude_histogram", 0, (0, 1, 3))
+    with pytest.raises(WrongResult, match=name):
+        kernels.measure_case(NAMES[name], arrays, ["baseline"], [1], seconds=0.0)
+
+
+def test_plain_torch_is_checked(arrays: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.eager import EAGER
+
+    monkeypatch.setitem(EAGER, "linear", lambda arguments: arguments["models"][0])
+    with pytest.raises(WrongResult, match="plain torch"):
+        kernels.measure_case(NAMES["linear"], arrays, ["baseline"], [1], seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> CheckpointSet:
+    root = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    return checkpoints.make_checkpoints(root, checkpoints.LLAMA_TINY)
+
+
+def test_checkpoints_are_sharded_differently_and_repeatable(
+    tiny: CheckpointSet, tmp_path: Path
+) -> None:
+    files = [len(list(path.glob("*.safetensors"))) for path in (tiny.base, *tiny.models)]
+    assert len(set(files)) > 2
+    again = checkpoints.make_checkpoints(tmp_path / "again", tiny.shape, models=1)
+    for path in tiny.models[0].glob("*.safetensors"):
+        assert path.read_bytes() == (again.models[0] / path.name).read_bytes()
+    linked = checkpoints.make_checkpoints(tmp_path / "linked", tiny.shape, models=3, distinct=2)
+    config = linked.models[2] / "config.json"
+    assert config.samefile(linked.models[0] / "config.json")
+
+
+@pytest.mark.parametrize("method", engine.METHODS)
+def test_wrong_output_is_found(method: str, tiny: CheckpointSet, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge_checkpoints(engine.make_config(method, tiny), out)
+    engine.check_output(method, out, tiny)
+
+    file = out / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name].view(-1)[77] += 0.01
+    save_file(tensors, file)
+    with pytest.raises(WrongResult, match="q_proj"):
+        engine.check_output(method, out, tiny)
+
+    tensors[name] = tensors[name].float()
+    save_file(tensors, file)
+    with pytest.raises(WrongResult, match="float32"):
+        engine.check_output(method, out, tiny)
+
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(WrongResult, match="q_proj"):
+        engine.check_output(method, out, tiny)
+
+
+def test_distinct_checkpoints_have_distinct_exact_deltas(tmp_path: Path) -> None:
+    paths = checkpoints.make_distinct_checkpoints(tmp_path, checkpoints.LLAMA_TINY, models=1)
+    base, model = peers.Reader(paths.base), peers.Reader(paths.models[0])
+    for name in base.names:
+        delta = model.get(name) - base.get(name)
+        assert torch.equal(base.get(name) + delta, model.get(name))
+        assert len(delta.abs().unique()) == delta.numel()
+
+
+def test_compare_counts_equal_elements(tiny: CheckpointSet, tmp_path: Path) -> None:
+    merge_checkpoints(engine.make_config("linear", tiny), tmp_path / "a")
+    merge_checkpoints(engine.make_config("task_arithmetic", tiny), tmp_path / "b")
+    same = peers.compare(tmp_path / "a", tmp_path / "a")
+    assert (same.equal, same.largest) == (tiny.shape.parameters, 0.0)
+    other = peers.compare(tmp_path / "a", tmp_path / "b")
+    assert other.elements == tiny.shape.parameters
+    assert other.share < 0.9
+    assert other.largest > 0
+
+
+def test_one_merge_in_a_process(tiny: CheckpointSet, tmp_path: Path) -> None:
+    config = tmp_path / "linear.yml"
+    config.write_text(json.dumps(engine.make_config("linear", tiny)))
+    merge = engine.merge_once("linear", config, tmp_path / "out")
+    engine.check_output("linear", tmp_path / "out", tiny)
+    assert 0 < merge.inside < merge.process.wall
+    assert merge.process.peak_resident > merge.peak_anonymous > 0
+    data = sum(f.stat().st_size for path in tiny.models for f in path.glob("*.safetensors"))
+    assert merge.input_bytes == data
+
+
+def test_a_failing_program_is_an_error_with_its_output() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 3.*no such luck"):
+        run_process(["sh", "-c", "echo no such luck; exit 3"])
+
+
+def test_interleave_takes_turns() -> None:
+    calls: list[str] = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = interleave(functions, seconds=0.0, least=3)
+    assert calls == ["a", "b"] * 4  # one round to warm up
+    assert [len(timing.seconds) for timing in times.values()] == [3, 3]
+
+
+def test_timing() -> None:
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 10.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx(2 / 3)
+
+
+def test_documents_take_their_tables_from_the_newest_results(tmp_path: Path) -> None:
+    table = Table("Kernels", ["kernel", "GB/s"], notes=["checked"])
+    table.add("linear", "12.3")
+    path = save("kernels", {"kernels": table}, [], tmp_path)
+    path.rename(tmp_path / "kernels-2020-01-02.json")
+    table.rows = [["linear", "45.6"]]
+    save("kernels", {"kernels": table}, [], tmp_path)
+
+    tables = readme_table.latest_tables(tmp_path)
+    text = "before\n<!-- benchmark:kernels -->\nold\n<!-- /benchmark:kernels -->\nafter\n"
+    text += "<!-- benchmark:none -->\nkept\n<!-- /benchmark:none -->\n"
+    filled, missing = readme_table.fill(text, tables)
+    assert "| linear | 45.6 |" in filled
+    assert "12.3" not in filled
+    assert "old" not in filled
+    assert "kept" in filled
+    assert filled.startswith("before\n")
+    assert missing == ["none"]
+    assert readme_table.fill(filled, tables)[0] == filled
