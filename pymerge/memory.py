@@ -12,7 +12,7 @@ from types import TracebackType
 from pymerge.errors import RequestError
 from pymerge.sizes import format_size
 
-__all__ = ["MemoryPlan", "PeakMemory", "default_threads", "plan_memory"]
+__all__ = ["MemoryPlan", "PeakMemory", "available_memory", "default_threads", "plan_memory"]
 
 MIB = 1 << 20
 
@@ -23,7 +23,7 @@ FIXED_BYTES = 256 * MIB
 MAX_SLOTS, MIN_SLOTS = 4, 2
 MAX_SLOT_BYTES, MIN_SLOT_BYTES = 16 * MIB, 1 * MIB
 MAX_BINS, MIN_BINS = 1 << 18, 1 << 12
-MAX_SAMPLES, MIN_SAMPLES = 1 << 20, 1 << 14
+MAX_SAMPLES, MIN_SAMPLES = 1 << 17, 1 << 14
 
 # Of a sampled element while one model's bracket is found: base, model and delta in float64, its
 # key, and the keys of all tensors put together and partitioned.
@@ -104,6 +104,18 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Return the bytes that could be used without swapping, page cache included; 0 if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 class PeakMemory:

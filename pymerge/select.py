@@ -172,7 +172,7 @@ def sample_size(total: int, most: int) -> int:
 def sample_parts(
     parts: Parts, total: int, most: int
 ) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Return small samples (base, models) spread evenly over all parts."""
+    """Return small samples (base, models), spread evenly over all parts, as copies."""
     # An odd stride does not keep hitting the same columns of a matrix.
     stride = max(LINE, total * LINE // sample_size(total, most)) | 1
     samples = []
@@ -183,8 +183,8 @@ def sample_parts(
             continue
         samples.append(
             (
-                sample_lines(base, stride, lines),
-                [sample_lines(model, stride, lines) for model in models],
+                sample_lines(base, stride, lines).clone(),
+                [sample_lines(model, stride, lines).clone() for model in models],
             )
         )
     return samples
@@ -228,7 +228,7 @@ def order_statistics(
     total: int,
     *,
     bins: int = 1 << 18,
-    sample: int = 1 << 20,
+    sample: int = 1 << 17,
     wide: bool = False,
     backend: str = "auto",
     samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]] | None = None,

@@ -22,7 +22,7 @@ from pymerge.engine.execute import Context, execute
 from pymerge.engine.progress import Recorder
 from pymerge.engine.work import Work
 from pymerge.errors import MergeError, RequestError
-from pymerge.memory import PeakMemory
+from pymerge.memory import PeakMemory, available_memory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.plan import MergePlan, make_plan
 from pymerge.report import (
@@ -69,6 +69,9 @@ class CheckpointSource:
         self._names = list(names)
         self._order = {name: position for position, name in enumerate(self._names)}
         self._asked = self._ahead = 0
+
+    def can_hold(self, nbytes: int) -> bool:
+        return nbytes < 0.8 * available_memory()
 
     def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         position = self._order.get(name)

@@ -27,7 +27,7 @@ class Context:
 
     backend: str = "auto"
     bins: int = 1 << 18
-    sample: int = 1 << 20
+    sample: int = 1 << 17
     nan: str = "error"
     progress: Progress = field(default_factory=lambda: no_progress)
 

@@ -38,6 +38,9 @@ class MemorySource:
     def announce(self, names: Sequence[str]) -> None:
         pass
 
+    def can_hold(self, nbytes: int) -> bool:
+        return True
+
     def release(self, name: str) -> None:
         pass
 

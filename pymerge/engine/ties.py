@@ -213,14 +213,21 @@ def _run_global(
             context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
             source.release(work.name)
 
-    def quietly() -> Iterator[Part]:
+    def sampled() -> Iterator[Part]:
+        reads = total_bytes(flat, source)
+        context.progress.phase("sample", reads)
+        # A sample touches lines all over the files. Where they are not in memory yet, reading them
+        # through, which the next pass needs anyway, is faster than that many small reads; unless
+        # they would be gone again by then.
+        source.announce([work.name for work in flat] if source.can_hold(reads) else [])
         for number, work in enumerate(flat):
             base, models = source.load(work.name)
             assert base is not None
             yield number, base, models
+            context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
+            source.release(work.name)
 
-    context.progress.phase("sample", 0)
-    samples = sample_parts(quietly, total, context.sample)
+    samples = sample_parts(sampled, total, context.sample)
     targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
     cuts, passes = order_statistics(
         parts,

@@ -51,6 +51,10 @@ class Source(Protocol):
         ahead."""
         ...
 
+    def can_hold(self, nbytes: int) -> bool:
+        """Say whether so many bytes, once read, will still be in memory for the next pass."""
+        ...
+
     def release(self, name: str) -> None:
         """Tell that a tensor is not needed for now."""
         ...
