@@ -6,6 +6,7 @@ used says why: `describe()` is what `pymerge info` prints.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -106,6 +107,12 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
         for candidate in ("cuda", "triton", "cpu"):
             if _DEVICES[candidate] == kind and BACKENDS[candidate].reason() is None:
                 return BACKENDS[candidate]
+        if kind == "cpu":
+            warnings.warn(
+                f"pymerge computes with the slow reference backend: {cpu.reason()}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return BACKENDS["reference"]
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])

@@ -214,6 +214,8 @@ def merge_checkpoints(
             _write(directory.path / REPORT_NAME, result.to_json())
             directory.commit()
         result.warnings += directory.warnings
+        if chosen.NAME == "reference" and backend in (None, "auto"):
+            result.warnings.append(f"computed with the slow reference backend: {cpu.reason()}")
         recorder.close()
         result.seconds = time.monotonic() - started
         result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
