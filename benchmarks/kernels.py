@@ -10,8 +10,11 @@ before its number is shown.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ from benchmarks.eager import EAGER
 from benchmarks.measure import Timing, WrongResult, interleave
 from benchmarks.tables import Table, console, save
 from pymerge.backends import cpu
+from pymerge.backends.reference import HOT_CHUNK
 from pymerge.sizes import parse_size
 from tests.cases import CASES, CHUNK, Case, Inputs
 
@@ -39,8 +43,10 @@ DEFAULT_CASES = (
 )
 MODELS = 4
 STRETCHES, STRETCH = 64, 4096
-_TILE = CHUNK << 10  # elements that the reference works on at once, a whole number of chunks
-_SAMPLE = 1 << 20  # elements that thresholds are taken from
+# Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
+# the magnitude kernels count separately.
+_TILE = math.lcm(CHUNK, HOT_CHUNK)
+_SAMPLE = 1 << 20  # elements made at once, and those that thresholds are taken from
 
 
 def make_arrays(elements: int, seed: int = 0) -> Inputs:
@@ -48,8 +54,8 @@ def make_arrays(elements: int, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     base = torch.empty(elements, dtype=torch.bfloat16)
     models = [torch.empty_like(base) for _ in range(MODELS)]
-    for start in range(0, elements, _TILE):
-        stop = min(start + _TILE, elements)
+    for start in range(0, elements, _SAMPLE):
+        stop = min(start + _SAMPLE, elements)
         base[start:stop] = torch.randn(stop - start, generator=generator) * 0.02
         origin = base[start:stop].float()
         for model in models:
@@ -108,8 +114,11 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
     tiles = [reference(start, min(start + _TILE, numel)) for start in range(0, numel, _TILE)]
     for name in tiles[0].keys() - {"out"}:
         values = [tile[name] for tile in tiles]
-        together = name == "counts" and values[0].dim() == 1
-        expected.counters[name] = torch.cat(values) if together else torch.stack(values).sum(dim=0)
+        per_chunk = name == "hot_chunks" or (name == "counts" and values[0].dim() == 1)
+        if per_chunk:
+            expected.counters[name] = torch.cat(values, dim=-1)
+        else:
+            expected.counters[name] = torch.stack(values).sum(dim=0)
     return expected
 
 
@@ -183,52 +192,62 @@ def measure_case(
     read = [*floor_models, *([] if floor_base is None else [floor_base])]
     read_bytes = sum(tensor.nbytes for tensor in read)
     nbytes = read_bytes + (out.nbytes if case.streams_out else 0)
-    widest = isas[-1]
     op = getattr(torch.ops.pymerge, case.op)
 
+    def kernel() -> None:
+        cpu.use_isa(isa)
+        for name in outputs.keys() - {"out"}:
+            outputs[name].zero_()
+        op(**outputs, **arguments, backend="cpu")
+
+    def floor() -> None:
+        cpu.use_isa(isas[-1])
+        cpu.streaming_floor(out, floor_base, floor_models, threads)
+
     results = []
-    for threads in thread_counts:
-        cpu.set_threads(threads)
-        torch.set_num_threads(threads)
-        eager_seconds = None
-        if eager and case.name in EAGER and threads == max(thread_counts):
-            eager_seconds = _time_eager(case.name, arguments, expected).median
-        for isa in isas:
-
-            def kernel(isa: str = isa) -> None:
-                cpu.use_isa(isa)
-                for name in outputs.keys() - {"out"}:
-                    outputs[name].zero_()
-                op(**outputs, **arguments, backend="cpu")
-
-            def floor(threads: int = threads) -> None:
-                cpu.use_isa(widest)
-                cpu.streaming_floor(out, floor_base, floor_models, threads)
-
-            times = interleave({"floor": floor, "kernel": kernel}, seconds=seconds)
-            check(f"{case.name} on {isa}, {threads} threads", expected, outputs)
-            floor()
-            _check_floor(out, read)
-            rate = nbytes / times["kernel"].median
-            floor_rate = (read_bytes + out.nbytes) / times["floor"].median
-            results.append(
-                Measurement(
-                    case.name,
-                    isa,
-                    threads,
-                    base.numel(),
-                    nbytes,
-                    times["kernel"].median,
-                    times["kernel"].spread,
-                    len(times["kernel"].seconds),
-                    times["floor"].median,
-                    rate / floor_rate,
-                    eager_seconds,
+    with _settings_kept():
+        for threads in thread_counts:
+            cpu.set_threads(threads)
+            torch.set_num_threads(threads)
+            eager_seconds = None
+            if eager and case.name in EAGER and threads == max(thread_counts):
+                eager_seconds = _time_eager(case.name, arguments, expected).median
+            for isa in isas:
+                # The kernel comes last: the output then holds its result over the loop's.
+                times = interleave({"floor": floor, "kernel": kernel}, seconds=seconds)
+                check(f"{case.name} on {isa}, {threads} threads", expected, outputs)
+                floor()
+                _check_floor(out, read)
+                rate = nbytes / times["kernel"].median
+                floor_rate = (read_bytes + out.nbytes) / times["floor"].median
+                results.append(
+                    Measurement(
+                        case.name,
+                        isa,
+                        threads,
+                        base.numel(),
+                        nbytes,
+                        times["kernel"].median,
+                        times["kernel"].spread,
+                        len(times["kernel"].seconds),
+                        times["floor"].median,
+                        rate / floor_rate,
+                        eager_seconds,
+                    )
                 )
-            )
-    cpu.use_isa("auto")
-    cpu.set_threads(None)
     return results
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Put threads and instruction set back at the end."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        cpu.use_isa(os.environ.get("PYMERGE_CPU_ISA") or "auto")
+        cpu.set_threads(None)
 
 
 def _check_floor(out: torch.Tensor, read: Sequence[torch.Tensor]) -> None:
@@ -307,12 +326,10 @@ def run(options: argparse.Namespace) -> dict[str, Table]:
         raise SystemExit(f"--cases: unknown {', '.join(unknown)}; known: all, {', '.join(known)}")
     isas = options.isa.split(",") if options.isa else cpu.supported_isas()
     thread_counts = sorted({1, options.threads or cpu.threads()})
-    before = torch.get_num_threads()
     console.print(f"kernels: making {MODELS + 1} arrays of {options.elements:,} elements")
     inputs = make_arrays(options.elements)
     measurements: list[Measurement] = []
     for name in names:
-        torch.set_num_threads(before)
         measurements += measure_case(
             known[name],
             inputs,
@@ -327,7 +344,6 @@ def run(options: argparse.Namespace) -> dict[str, Table]:
             f"({last.isa}, {last.threads} threads)",
             highlight=False,
         )
-    torch.set_num_threads(before)
     made = tables(measurements)
     made["kernels-all"].show()
     save("kernels", made, [asdict(m) for m in measurements], options.results)

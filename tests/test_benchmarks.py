@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ from pymerge.backends import cpu
 from tests.cases import CASES, Case, Inputs
 
 NAMES = {case.name: case for case in CASES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here: threads of torch would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,18 @@ def test_a_wrong_kernel_gives_no_figure(
         wrong("magnitude_histogram", 0, (0, 1, 3))
     with pytest.raises(WrongResult, match=name):
         kernels.measure_case(NAMES[name], arrays, ["baseline"], [1], seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [("ties_signs", 1 << 16), ("magnitude_histogram", 1 << 16), ("magnitude_equal_counts", 40_000)],
+)
+def test_counters_are_put_together_from_tiles(
+    name: str, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_TILE", tile)
+    inputs = kernels.make_arrays(150_001)
+    kernels.measure_case(NAMES[name], inputs, cpu.supported_isas()[-1:], [2], seconds=0.0)
 
 
 def test_plain_torch_is_checked(arrays: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
