@@ -56,7 +56,7 @@ test: $(DONE)/extra-test
 test-packaging: $(DONE)/extra-packaging
 	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
 
-lint: $(DONE)/extra-lint
+lint: $(DONE)/extra-lint $(DONE)/data-demo-small
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
