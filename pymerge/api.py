@@ -14,7 +14,7 @@ from pymerge.engine.memory import MemorySink, MemorySource
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
 from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
-from pymerge.methods.ties import ties_rule
+from pymerge.methods.ties import TiesRule
 
 __all__ = ["Tensors", "linear", "merge", "task_arithmetic", "ties_merge"]
 
@@ -43,7 +43,7 @@ def merge(
         models: the fine-tuned models, each of the structure, keys and shapes of `base`.
         weights: one for each model, or one for all; default 1.
         backend: "reference", "cpu", "cuda", "triton", or None for the fastest that can run.
-        dtype: of the result; default the dtypes of `base` (of `models[0]` without one).
+        dtype: of the result; default the dtypes of `base` (`linear`: of `models[0]`).
         parameters: the method's own, e.g. `density`, `scale`; those of scope "model" may be one
             number or one for each model.
 
@@ -209,7 +209,7 @@ def _merge(
         f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", first)
         for k, model in enumerate(models)
     }
-    _check_tensors(where, inputs)
+    _check_tensors(where, inputs, first)
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(
             f"{where}: dtype: expected float32, float16, bfloat16 or float64; got {dtype}"
@@ -261,6 +261,11 @@ def resolve_parameters(
         for name in given
         if name not in known or name == "weight"
     ]
+    problems += [
+        f"{where}: {name} has no effect in method {spec.name}; leave it out"
+        for name in given
+        if name in known and (known[name].no_effect or known[name].only is not None)
+    ]
     values: dict[str, Any] = {}
     for name, parameter in known.items():
         shown = f"{where}: {'weights' if name == 'weight' else name}"
@@ -273,15 +278,13 @@ def resolve_parameters(
         except RequestError as error:
             problems.extend(error.problems)
     if not problems and spec.name == "ties":
-        overrides = ("scope", "merge", "exact_k", "elect", "normalize")
-        ties_rule(values["semantics"], **{name: values[name] for name in overrides}, where=where)
+        TiesRule.of(values, where)
     if not problems and values.get("normalize") and spec.name in ("linear", "task_arithmetic"):
         total = sum(values["weight"])
         if abs(total) < 1e-8:
             problems.append(
                 f"{where}: weights {values['weight']} sum to {total:g}, and normalize=True "
-                f"divides by "
-                "their sum; give other weights or normalize=False"
+                "divides by their sum; give other weights or normalize=False"
             )
     if problems:
         raise RequestError(problems)
@@ -363,15 +366,13 @@ def _shown(name: str, like: Any) -> str:
     return f"tensor{_suffix(name, like)}" if _suffix(name, like) else "the tensor"
 
 
-def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]]) -> None:
+def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], like: Any) -> None:
     labels = list(inputs)
     leader, first = labels[0], inputs[labels[0]]
     problems = []
 
     def suffix(name: str) -> str:
-        if name == "":
-            return ""
-        return f"[{int(name)}]" if len(name) == 12 and name.isdigit() else f"[{name!r}]"
+        return _suffix(name, like)
 
     for name, tensor in first.items():
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:

@@ -56,7 +56,7 @@ class OutputReport:
 
 @dataclass
 class Phase:
-    """Time and bytes of one phase ("plan", "select", "merge", "finish"...)."""
+    """Time and bytes of one phase: "plan", "sample", "thresholds", a method's name, "write"..."""
 
     seconds: float
     bytes: int = 0

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pymerge.backends import resolve
+from pymerge.backends.reference import HOT_CHUNK
 from pymerge.methods.ties import TrimTarget
 
 __all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "Workspace", "order_statistics", "sample_parts"]
@@ -33,8 +34,7 @@ LINE = 32  # elements sampled together: a cache line of bf16
 _SPREAD = 4.0  # half-width of a sampled bracket in standard errors; a miss costs one more pass
 _SAMPLED_AT_ONCE = 512  # lines; small enough for torch not to wake its threads
 _SMALL = 1 << 16  # below this many elements a first bracket from a sample is not worth its cost
-_HOT_CHUNK = 1 << 16  # of magnitude_histogram_
-_COUNTED_AT_ONCE = (1 << 31) - _HOT_CHUNK  # what 32-bit counters hold, in whole chunks
+_COUNTED_AT_ONCE = (1 << 31) - HOT_CHUNK  # what 32-bit counters hold, in whole chunks
 
 # One tensor of a scope: its number in flat order, the base, the models. All 1-D and contiguous.
 Part = tuple[int, torch.Tensor, Sequence[torch.Tensor]]
@@ -46,7 +46,7 @@ class Cut:
     """A threshold: keep keys > key everywhere, and keys == key before position (part, index) in
     flat order.
 
-    part = -1 keeps no equal key, part = END keeps all.
+    part = END keeps all that are equal.
     """
 
     key: int
@@ -330,7 +330,7 @@ def _count(
                 counts.zero_()
                 counted = 0
             counted += stop - start
-            chunks = -(-(stop - start) // _HOT_CHUNK) if wants_chunks else 0
+            chunks = -(-(stop - start) // HOT_CHUNK) if wants_chunks else 0
             hot_chunks = torch.zeros(len(searches), chunks, dtype=torch.int32)
             torch.ops.pymerge.magnitude_histogram_(
                 counts,
@@ -365,9 +365,9 @@ def _equal_chunks(
     """Count the elements whose key equals `key` in every chunk of every part."""
     found = []
     for part, base, models in parts():
-        counts = torch.zeros(-(-base.numel() // _HOT_CHUNK), dtype=torch.int64)
+        counts = torch.zeros(-(-base.numel() // HOT_CHUNK), dtype=torch.int64)
         torch.ops.pymerge.magnitude_equal_counts_(
-            counts, base, models[model], key, _HOT_CHUNK, wide=wide, backend=backend
+            counts, base, models[model], key, HOT_CHUNK, wide=wide, backend=backend
         )
         found.append((part, counts.numpy()))
     return found
@@ -376,8 +376,6 @@ def _equal_chunks(
 def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[int, int]:
     """Return (part, index) just past the wanted-th element, in flat order, whose key is the
     threshold."""
-    if wanted == 0:
-        return -1, 0
     left, chunk_at = wanted, 0
     for position, (part, counts) in enumerate(search.chunks):
         # A part longer than one call of the histogram has several rows of chunks.
@@ -390,9 +388,9 @@ def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[i
             continue
         chunk = int(np.searchsorted(sums, left))
         left -= int(sums[chunk] - counts[chunk])
-        begin = (chunk_at + chunk) * _HOT_CHUNK
+        begin = (chunk_at + chunk) * HOT_CHUNK
         base, models = next((b, m) for number, b, m in parts() if number == part)
-        end = min(begin + _HOT_CHUNK, base.numel())
+        end = min(begin + HOT_CHUNK, base.numel())
         keys = magnitude_keys(base[begin:end], models[search.model][begin:end], wide)
         return part, begin + int(np.flatnonzero(keys == search.key)[left - 1]) + 1
     raise AssertionError(

@@ -39,7 +39,8 @@ def plan_text(plan: MergePlan) -> str:
     lines += [
         f"settings  {parameter.yaml_names[0]}: {_setting(config, parameter.name)}"
         for parameter in config.method.parameters
-        if not parameter.no_effect and config.value(parameter.name) is not None
+        if not (parameter.no_effect or parameter.only is not None)
+        and config.value(parameter.name) is not None
     ]
     dtypes = _counts(tensor.dtype for tensor in plan.tensors.values())
     lines += [

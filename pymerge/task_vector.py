@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pymerge.api import Tensors, named_tensors, structured, task_arithmetic
+from pymerge.api import Tensors, linear, named_tensors, structured, task_arithmetic
 from pymerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
         Returns:
             The structure of `base` (a state dict where `base` is a path); the MergeReport where
             `out` is given.
-            Integer and boolean tensors are those of `base`.
+            Integer and boolean tensors must be equal in all models, and are copied.
 
         Raises:
             RequestError: tensors that do not fit, or `out` for models in memory.
@@ -201,7 +201,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
         if options:
             name = next(iter(options))
             raise RequestError(f"apply_to: {name}: only with out=, the directory to write")
-        if all(term.base.same_as(target) for term in self._terms) and not _has_integers(target):
+        if all(term.base.same_as(target) for term in self._terms):
             merged = task_arithmetic(
                 dict(target.tensors),
                 [dict(term.model.tensors) for term in self._terms],
@@ -211,19 +211,23 @@ class TaskVector(Mapping[str, torch.Tensor]):
                 backend=backend,
             )
         else:
-            merged = {
-                name: self._applied(name, tensor, scale, dtype)
-                for name, tensor in target.tensors.items()
-            }
+            weighted = self._weighted(target, scale)
+            merged = linear(
+                [dict(side.tensors) for side, _ in weighted],
+                weights=[weight for _, weight in weighted],
+                normalize=False,
+                dtype=dtype,
+                backend=backend,
+            )
         return merged if target.path is not None else structured(target.given, merged)
 
-    def _applied(
-        self, name: str, base: torch.Tensor, scale: float, dtype: torch.dtype | None
-    ) -> torch.Tensor:
-        if not base.is_floating_point():
-            return base.clone()
-        delta = self._delta(name)
-        return (base.detach().to(delta.dtype) + scale * delta).to(dtype or base.dtype)
+    def _weighted(self, target: _Side, scale: float) -> list[tuple[_Side, float]]:
+        """Return base + scale * (this) as one weighted sum over all the models involved."""
+        sides = [(target, 1.0)]
+        for term in self._terms:
+            sides.append((term.model, scale * term.coefficient))
+            sides.append((term.base, -scale * term.coefficient))
+        return sides
 
     def _write(
         self,
@@ -251,11 +255,15 @@ class TaskVector(Mapping[str, torch.Tensor]):
                 "parameters": {"scale": float(scale)},
             }
         else:
-            # Another base than the task vectors': one weighted sum over all the models involved.
-            entries = [_entry(target, 1.0)]
-            for term in self._terms:
-                entries.append(_entry(term.model, scale * term.coefficient))
-                entries.append(_entry(term.base, -scale * term.coefficient))
+            entries = [_entry(side, weight) for side, weight in self._weighted(target, scale)]
+            # A weighted sum is of the widest dtype; what is asked for is the base's.
+            kinds = {t.dtype for t in target.tensors.values() if t.is_floating_point()}
+            if dtype is None and len(kinds) > 1:
+                raise RequestError(
+                    f"apply_to: dtype: the base has tensors of {sorted(map(str, kinds))}; name the "
+                    "dtype of the result"
+                )
+            dtype = dtype or next(iter(kinds), None)
             config = {
                 "merge_method": "linear",
                 "models": entries,
@@ -268,10 +276,6 @@ class TaskVector(Mapping[str, torch.Tensor]):
 
 def _entry(side: _Side, weight: float) -> dict[str, Any]:
     return {"model": str(side.path), "parameters": {"weight": float(weight)}}
-
-
-def _has_integers(side: _Side) -> bool:
-    return any(not tensor.is_floating_point() for tensor in side.tensors.values())
 
 
 def _check(

@@ -1,5 +1,5 @@
 // pymerge._C: loads kernel tables and marshals. Pointers come as integers; the Python side has
-// already validated everything (pymerge/backends/native.py).
+// already validated everything (pymerge/backends/cpu.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,10 +32,10 @@ void use_isa(const std::string& name) {
   CpuVariant variants[3];
   const CpuVariant* variant = find_variant(name, variants);
   if (variant == nullptr) {
-    throw std::invalid_argument("PYMERGE_CPU_ISA: this build has no kernels for '" + name + "'");
+    throw std::invalid_argument("this build has no kernels for the instruction set '" + name + "'");
   }
   if (!variant->supported) {
-    throw std::invalid_argument("PYMERGE_CPU_ISA: this machine cannot run '" + name + "'");
+    throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
   }
   const KernelTable* table = variant->table;
   if (table->abi_version != kAbiVersion || table->struct_size != sizeof(KernelTable)) {
@@ -68,6 +68,13 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void require_size(const char* name, size_t size, size_t expected) {
+  if (size != expected) {
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) +
+                                " values, one for each model; got " + std::to_string(size));
+  }
+}
+
 void require(Status status, const char* what) {
   switch (status) {
     case Status::kOk:
@@ -88,6 +95,7 @@ int64_t weighted_sum(Address out, Address base, const std::vector<Address>& mode
                      const std::vector<double>& weights, double scale, double divisor,
                      int64_t numel, int32_t compute, int32_t threads) {
   const std::vector<Operand> inputs = operands(models);
+  require_size("weights", weights.size(), inputs.size());
   int64_t nonfinite = 0;
   WeightedSumArgs args{};
   args.execution = {nullptr, 0, threads};
@@ -111,6 +119,8 @@ void ties(Address out, uintptr_t stats, Address base, const std::vector<Address>
           int32_t weighting, int32_t merge, bool elect_count, int32_t zero_sign, double scale,
           bool want_signs, int64_t numel, int32_t compute, int32_t threads) {
   const std::vector<Operand> inputs = operands(models);
+  require_size("thresholds", thresholds.size(), inputs.size());
+  if (weighting != 0) require_size("weights", weights.size(), inputs.size());
   TiesArgs args{};
   args.execution = {nullptr, 0, threads};
   args.compute = static_cast<Dtype>(compute);
@@ -120,7 +130,7 @@ void ties(Address out, uintptr_t stats, Address base, const std::vector<Address>
   args.models = inputs.data();
   args.out = output(out);
   args.thresholds = thresholds.data();
-  args.weights = weights.empty() ? nullptr : weights.data();
+  args.weights = weighting != 0 ? weights.data() : nullptr;
   args.weighting = static_cast<Weighting>(weighting);
   args.merge = static_cast<TiesMerge>(merge);
   args.elect_count = elect_count;
@@ -138,6 +148,9 @@ void magnitude_histogram(uintptr_t counts, uintptr_t hot_chunks, int64_t num_chu
                          int64_t num_slots, int64_t num_bins, int64_t numel, int32_t compute,
                          int32_t threads) {
   const std::vector<Operand> inputs = operands(models);
+  require_size("lo", lo.size(), inputs.size());
+  require_size("shift", shift.size(), inputs.size());
+  require_size("hot", hot.size(), inputs.size());
   HistogramArgs args{};
   args.execution = {nullptr, 0, threads};
   args.compute = static_cast<Dtype>(compute);

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from pymerge.backends.reference import HOT_CHUNK
+
 NAME = "cpu"
 SUMMARY = "C++ kernels"
 
@@ -21,7 +23,6 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64:
 _WEIGHTING = {"none": 0, "before": 1, "after": 2}
 _MERGE = {"mean_of_count": 0, "mean_of_weights": 1, "sum": 2, "max": 3}
 _NOTHING = (0, 0)
-HOT_CHUNK = 1 << 16  # elements; csrc/kernel_table.h
 
 
 @functools.cache
@@ -37,7 +38,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         _C.use_isa(wanted)
     except (ValueError, RuntimeError) as error:
-        return None, str(error)
+        return None, f"PYMERGE_CPU_ISA={wanted}: {error}"
+    if _C.hot_chunk != HOT_CHUNK:
+        return None, f"the native library counts chunks of {_C.hot_chunk}, expected {HOT_CHUNK}"
     return _C, None
 
 
@@ -103,7 +106,9 @@ def _address(tensor: torch.Tensor, numel: int) -> tuple[int, int]:
     return tensor.data_ptr() or 64, _DTYPES[tensor.dtype]
 
 
-def _counters(tensor: torch.Tensor, dtype: torch.dtype = torch.int64) -> int:
+def _counters(tensor: torch.Tensor, dtype: torch.dtype = torch.int64, least: int = 0) -> int:
+    if tensor.numel() < least:
+        raise ValueError(f"backend 'cpu': expected {least} counters, got {tensor.numel()}")
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} CPU tensors")
     return tensor.data_ptr()
@@ -171,7 +176,7 @@ def ties(
     numel = base.numel()
     _native().ties(
         _NOTHING if out is None else _address(out, numel),
-        _counters(stats),
+        _counters(stats, least=3),
         _address(base, numel),
         [_address(model, numel) for model in models],
         thresholds,

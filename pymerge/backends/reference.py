@@ -13,7 +13,7 @@ import torch
 
 NAME = "reference"
 SUMMARY = "pure torch: the definition, slow"
-HOT_CHUNK = 1 << 16  # elements
+HOT_CHUNK = 1 << 16  # elements of a row of hot_chunks; csrc/kernel_table.h has the same
 
 
 def reason() -> str | None:
@@ -149,7 +149,7 @@ def magnitude_histogram(
         key = magnitude_key(_widen(model, wide) - origin)
         column = torch.where(key < lo[k], -1, ((key - lo[k]) >> shift[k]).clamp(max=bins)) + 1
         column = torch.where(key == hot[k], bins + 2, column)
-        counts[0, k] += torch.bincount(column, minlength=bins + 3).to(counts.dtype)
+        counts[0, k] += torch.bincount(column, minlength=bins + 3).to(counts)
         if hot_chunks.shape[1] > 0:
             for j, part in enumerate((key == hot[k]).split(HOT_CHUNK)):
                 hot_chunks[k, j] = int(part.sum())

@@ -67,7 +67,7 @@ class MergeConfig:
         """
         resolved: TensorParameters = {}
         for parameter in self.method.parameters:
-            if parameter.no_effect:
+            if parameter.no_effect or parameter.only is not None:
                 continue
             shared = self.value(parameter.name, tensor)
             if parameter.scope == "method":

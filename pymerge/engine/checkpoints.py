@@ -24,6 +24,7 @@ from pymerge.engine.work import Work
 from pymerge.errors import MergeError, RequestError
 from pymerge.memory import PeakMemory, available_memory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
+from pymerge.output.layout import INDEX_NAME
 from pymerge.plan import MergePlan, make_plan
 from pymerge.report import (
     REPORT_NAME,
@@ -38,7 +39,6 @@ from pymerge.sizes import parse_size
 __all__ = ["CheckpointSource", "merge_checkpoints"]
 
 _READ_AHEAD = 256 << 20  # bytes asked for before they are needed
-INDEX_NAME = "model.safetensors.index.json"
 
 
 class CheckpointSource:
@@ -184,6 +184,9 @@ def merge_checkpoints(
         input_reports = _describe_inputs(plan, recorder if checksums else None)
 
         stack.enter_context(_thread_count(plan.threads))
+        warnings = list(plan.warnings)
+        if chosen.NAME == "reference" and backend in (None, "auto"):
+            warnings.append(f"computed with the slow reference backend: {cpu.reason()}")
         with directory:
             _stream(plan, directory.path, chosen.NAME, recorder)
             recorder.phase("finish", 0)
@@ -209,13 +212,11 @@ def merge_checkpoints(
                 seconds=time.monotonic() - started,
                 peak_anonymous=peak.anonymous,
                 peak_resident=peak.resident,
-                warnings=plan.warnings,
+                warnings=warnings,
             )
             _write(directory.path / REPORT_NAME, result.to_json())
             directory.commit()
-        result.warnings += directory.warnings
-        if chosen.NAME == "reference" and backend in (None, "auto"):
-            result.warnings.append(f"computed with the slow reference backend: {cpu.reason()}")
+        result.warnings = warnings + directory.warnings
         recorder.close()
         result.seconds = time.monotonic() - started
         result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
@@ -281,14 +282,9 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
 
 def _write_side_files(plan: MergePlan, directory: Path, name: str) -> None:
     dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
-    try:
-        copied = copy_side_files(
-            plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
-        )
-    except OSError as error:
-        raise MergeError(
-            f"copying the files beside the weights of {plan.side_files}: {error}"
-        ) from error
+    copied = copy_side_files(
+        plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
+    )
     card = model_card(name, plan.config, version=package_version(), side_files=copied)
     _write(directory / "README.md", card)
 

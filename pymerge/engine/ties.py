@@ -8,27 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pymerge.engine.work import Sink, Source, Work
-from pymerge.methods.ties import TiesRule, ties_rule, trim_target
+from pymerge.methods.ties import TiesRule, trim_target
 from pymerge.select import Cut, Part, Workspace, order_statistics, sample_parts
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
 __all__ = ["run_ties"]
-
-
-def rule_of(work: Work) -> TiesRule:
-    """Return the dialect that a tensor's parameters ask for."""
-    parameters = work.parameters
-    return ties_rule(
-        parameters["semantics"],
-        scope=parameters["scope"],
-        merge=parameters["merge"],
-        exact_k=parameters["exact_k"],
-        elect=parameters["elect"],
-        normalize=parameters["normalize"],
-        where="ties",
-    )
 
 
 def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
@@ -135,7 +121,7 @@ class _Merge:
 def run_ties(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
     """Run TIES over all works, trimming over the whole model or tensor by tensor."""
     merged = [work for work in works if not work.copied]
-    rules = {work.name: rule_of(work) for work in merged}
+    rules = {work.name: TiesRule.of(work.parameters, "ties") for work in merged}
     if any(rule.scope == "global" for rule in rules.values()):
         return _run_global(works, merged, rules, source, sink, context)
     return _run_tensors(works, rules, source, sink, context)
@@ -242,7 +228,7 @@ def _run_global(
 
     # The sign of a zero vote is a statistic of the whole merge: guess it from the sample, merge,
     # and look.
-    zero_sign = _zero_sign(rule, _guess_balance(first, rule, samples, cuts, wide, context))
+    balance = _guess_balance(first, rule, samples, cuts, wide, context)
     merge = _Merge(source, sink, context)
     attempts = 0
     while True:
@@ -255,15 +241,16 @@ def _run_global(
                 copy_equal(work, source, sink, context)
             else:
                 work = Work(work.name, work.numel, wide, False, work.parameters)
-                merge.tensor(work, rules[work.name], numbers[work.name], cuts, zero_sign)
+                own = rules[work.name]
+                merge.tensor(work, own, numbers[work.name], cuts, _zero_sign(own, balance))
             source.release(work.name)
-        balance, undecided = int(merge.stats[0]), int(merge.stats[1])
-        actual = _zero_sign(rule, balance)
+        guess, balance = balance, int(merge.stats[0])
+        undecided = int(merge.stats[1])
+        right = all(_zero_sign(own, guess) == _zero_sign(own, balance) for own in rules.values())
         # Where nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
-        matters = undecided > 0 or any(rules[work.name].merge == "max" for work in merged)
-        if actual == zero_sign or not matters:
+        matters = undecided > 0 or any(own.merge == "max" for own in rules.values())
+        if right or not matters:
             break
-        zero_sign = actual
         sink.restart()
     return {"selection_passes": passes, "merge_passes": attempts, "zero_votes": undecided}
 

@@ -39,7 +39,7 @@ TASK_ARITHMETIC = MethodSpec(
     title="Task arithmetic",
     summary="Adds scaled task vectors to the base; negative weights negate, and make analogies.",
     formula="theta = theta_0 + scale * sum_k w_k (theta_k - theta_0)   (/ sum_k w_k if normalize)",
-    source="Ilharco et al., Editing Models with Task Arithmetic, 2023, section 2",
+    source="Ilharco et al., Editing Models with Task Arithmetic, 2023",
     url="https://arxiv.org/abs/2212.04089",
     needs_base=True,
     min_models=1,

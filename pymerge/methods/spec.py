@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, nearest
 
 __all__ = ["REQUIRED", "MethodSpec", "Parameter"]
 
@@ -87,8 +87,6 @@ class Parameter:
             if not isinstance(value, str):
                 raise bad
             if self.choices is not None and value not in self.choices:
-                from pymerge.errors import nearest
-
                 raise RequestError(str(bad) + nearest(value, self.choices))
             return value
         if not isinstance(value, (bool, int, float)) and hasattr(value, "item"):

@@ -7,8 +7,9 @@ resolved choice; the engine and the kernels see nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pymerge.errors import RequestError, nearest
 from pymerge.methods.linear import NAN
@@ -46,6 +47,14 @@ class TiesRule:
     weighting: Literal["before", "after"]
     merge: Literal["mean", "sum", "max"]
     divisor: Literal["count", "weights"]
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], where: str) -> TiesRule:
+        """Return the dialect that resolved parameters of `ties` describe."""
+        overrides = ("scope", "merge", "exact_k", "elect", "normalize")
+        return ties_rule(
+            parameters["semantics"], **{name: parameters[name] for name in overrides}, where=where
+        )
 
 
 _OFFICIAL = TiesRule("global", "official", False, "mass", "majority", "before", "mean", "count")
@@ -136,6 +145,8 @@ def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
     elif rule.count == "mergelm":
         rank = int(total * (1.0 - density))
     elif rule.count == "sd_mecha":
+        if rule.exact_k and density >= 1.0:
+            return TrimTarget("all")
         rank = max(int((1.0 - density) * total), 1)
     elif rule.count == "mergekit":
         if density <= 0.0:
@@ -163,7 +174,7 @@ TIES = MethodSpec(
         "theta = theta_0 + scale * merge over {k: sgn(t_k) = s} of t_k, "
         "t_k = w_k top_density(theta_k - theta_0), s = sgn(sum_k t_k)"
     ),
-    source="Yadav et al., TIES-Merging, 2023, section 4 and Algorithm 1",
+    source="Yadav et al., TIES-Merging, 2023",
     url="https://arxiv.org/abs/2306.01708",
     needs_base=True,
     min_models=1,

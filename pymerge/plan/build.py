@@ -136,7 +136,7 @@ def _headers(inputs: Inputs, name: str) -> list[TensorInfo]:
 
 def _dtypes(config: MergeConfig, dtypes: list[str]) -> tuple[str, Literal["F32", "F64"]]:
     """Return the dtype of the output and that of the arithmetic."""
-    compute = "F64" if "F64" in (*dtypes, config.dtype) else "F32"
+    compute = "F64" if "F64" in (*dtypes, config.dtype, config.out_dtype) else "F32"
     if config.out_dtype is not None:
         return config.out_dtype, compute
     if config.dtype is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pymerge.config import MergeConfig, TensorParameters
 from pymerge.errors import RequestError
-from pymerge.methods.ties import TiesRule, ties_rule, trim_target
+from pymerge.methods.ties import TiesRule, trim_target
 
-__all__ = ["PassCounter", "resolve_parameters", "rule_of", "unused_filters"]
+__all__ = ["PassCounter", "resolve_parameters", "unused_filters"]
 
 # Methods whose `normalize` divides by the plain sum of the weights.
 _DIVIDE_BY_WEIGHTS = ("linear", "task_arithmetic")
-_RULE_PARAMETERS = ("scope", "merge", "exact_k", "elect", "normalize")
 
 
 def resolve_parameters(
@@ -33,7 +31,7 @@ def resolve_parameters(
         try:
             parameters = config.resolve(name)
             if config.method.name == "ties":
-                rule_of(parameters, config.where)
+                TiesRule.of(parameters, config.where)
         except RequestError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue
@@ -53,12 +51,6 @@ def resolve_parameters(
             "set normalize: false"
         )
     return resolved
-
-
-def rule_of(parameters: Mapping[str, Any], where: str) -> TiesRule:
-    """Return the dialect of TIES that resolved parameters describe."""
-    details = {name: parameters[name] for name in _RULE_PARAMETERS}
-    return ties_rule(parameters["semantics"], **details, where=where)
 
 
 def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
@@ -92,7 +84,7 @@ class PassCounter:
         """Return whether a trim needs an order statistic."""
         if self.config.method.name != "ties":
             return False
-        rule = rule_of(parameters, self.config.where)
+        rule = TiesRule.of(parameters, self.config.where)
         total = self.numel if rule.scope == "global" else numel
         return any(
             trim_target(rule, density, total).keep == "rank" for density in parameters["density"]
@@ -101,7 +93,7 @@ class PassCounter:
     def _votes_first(self, parameters: TensorParameters) -> bool:
         if self.config.method.name != "ties" or not parameters:
             return False
-        rule = rule_of(parameters, self.config.where)
+        rule = TiesRule.of(parameters, self.config.where)
         return rule.scope == "tensor" and rule.zero.startswith("majority")
 
     def text(self, parameters: TensorParameters, selects: bool) -> str:
@@ -113,7 +105,7 @@ class PassCounter:
         """
         steps: list[str] = []
         if selects:
-            scope = rule_of(parameters, self.config.where).scope
+            scope = TiesRule.of(parameters, self.config.where).scope
             over = "over the whole model" if scope == "global" else "in each tensor that is trimmed"
             steps.append(f"the thresholds of |delta| {over}")
         if self._votes_first(parameters):
