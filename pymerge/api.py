@@ -240,7 +240,8 @@ def _merge(
         {name: _shown(name, first) for name in leader},
     )
     context = Context(backend=chosen, nan=resolved["nan"])
-    execute(spec.name, works, source, MemorySink(results), context)
+    if device.type != "meta":  # of meta tensors there is nothing but the shapes and dtypes
+        execute(spec.name, works, source, MemorySink(results), context)
     for name, kept in tied.items():
         results[name] = results[kept]
     return structured(first, {name: results[name] for name in leader})
@@ -374,14 +375,11 @@ def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], li
     def suffix(name: str) -> str:
         return _suffix(name, like)
 
-    for name, tensor in first.items():
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-            problems.append(f"{where}: {leader}{suffix(name)}: {tensor.dtype} cannot be merged")
-        elif tensor.is_floating_point() and tensor.dtype not in _FLOATS:
-            problems.append(
-                f"{where}: {leader}{suffix(name)}: dtype {tensor.dtype} cannot be merged; "
-                f"convert it"
-            )
+    for label in labels:
+        for name, tensor in inputs[label].items():
+            reason = _refusal(tensor)
+            if reason is not None:
+                problems.append(f"{where}: {label}{suffix(name)}: {reason}")
     for label in labels[1:]:
         tensors = inputs[label]
         for name in first.keys() - tensors.keys():
@@ -401,14 +399,22 @@ def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], li
                 problems.append(
                     f"{shown} has dtype {tensor.dtype}, expected {mine.dtype} like {leader}"
                 )
-            elif floats[1] and tensor.dtype not in _FLOATS:
-                problems.append(f"{shown}: dtype {tensor.dtype} cannot be merged; convert it")
             if mine.device != tensor.device:
                 problems.append(
                     f"{shown} is on {tensor.device}, expected {mine.device} like {leader}"
                 )
     if problems:
         raise RequestError(sorted(problems))
+
+
+def _refusal(tensor: torch.Tensor) -> str | None:
+    """Say why a tensor cannot be merged, or return None."""
+    if tensor.layout != torch.strided:
+        return f"layout {tensor.layout} cannot be merged; make it dense"
+    unknown = tensor.is_floating_point() and tensor.dtype not in _FLOATS
+    if unknown or tensor.is_complex() or tensor.is_quantized:
+        return f"dtype {tensor.dtype} cannot be merged; convert it"
+    return None
 
 
 def _tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]:
@@ -418,7 +424,7 @@ def _tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]
     tied: dict[str, str] = {}
     first, *others = inputs.values()
     for name, tensor in first.items():
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 or tensor.is_meta:
             continue
         memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         earlier = seen.setdefault(memory, name)
