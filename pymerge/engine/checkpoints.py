@@ -183,7 +183,7 @@ def merge_checkpoints(
             raise RequestError(problems)
         input_reports = _describe_inputs(plan, recorder if checksums else None)
 
-        stack.enter_context(_thread_count(plan.threads))
+        stack.enter_context(_thread_count(plan.threads, chosen.NAME))
         warnings = list(plan.warnings)
         if chosen.NAME == "reference" and backend in (None, "auto"):
             warnings.append(f"computed with the slow reference backend: {cpu.reason()}")
@@ -235,9 +235,11 @@ def _device_problems(device: str) -> list[str]:
 
 
 @contextmanager
-def _thread_count(threads: int) -> Iterator[None]:
+def _thread_count(threads: int, backend: str) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    # Beside native kernels torch only sees small samples, for which it need not wake its own pool:
+    # that spins while it waits, on the cores that the kernels use.
+    torch.set_num_threads(threads if backend == "reference" else 1)
     cpu.set_threads(threads)
     try:
         yield

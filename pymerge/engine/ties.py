@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
 __all__ = ["run_ties"]
+
+_PLAIN = 6.0  # standard errors from 0 at which a sampled balance of signs is taken for plain
 
 
 def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
@@ -98,14 +102,14 @@ class _Merge:
             self.context.check_finite(int(self.stats[2]), self.source, work.name, start, stop)
             self.context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
-    def signs(self, work: Work, rule: TiesRule, cuts: list[Cut]) -> torch.Tensor:
+    def signs(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut]) -> torch.Tensor:
         """Return [balance of elected signs, zero votes that kept something, _] of one tensor."""
         how = _how(work, rule)
         del how["merge"]
         base, models = self.source.load(work.name)
         assert base is not None
         stats = torch.zeros(3, dtype=torch.int64)
-        for begin, end, thresholds in stretches(cuts, 0, 0, work.numel, work.numel):
+        for begin, end, thresholds in stretches(cuts, part, 0, work.numel, work.numel):
             torch.ops.pymerge.ties_signs_(
                 stats,
                 base[begin:end],
@@ -163,7 +167,7 @@ def _run_tensors(
         passes = max(passes, counted)
         zero_sign = _zero_sign(rule, 0)
         if _needs_balance(rule):
-            signs = merge.signs(work, rule, cuts)
+            signs = merge.signs(work, rule, 0, cuts)
             zero_sign = _zero_sign(rule, int(signs[0]))
         merge.tensor(work, rule, 0, cuts, zero_sign)
         source.release(work.name)
@@ -183,6 +187,9 @@ def _run_global(
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
     wide = any(work.wide for work in merged)
+    # One order needs one arithmetic: keys of float32 and float64 cannot be compared.
+    merged = [replace(work, wide=wide) for work in merged]
+    by_name = {work.name: work for work in merged}
     # The flat order of the official code: names sorted as strings. It decides between equal
     # magnitudes.
     flat = sorted(merged, key=lambda work: work.name)
@@ -226,10 +233,18 @@ def _run_global(
         samples=samples,
     )
 
-    # The sign of a zero vote is a statistic of the whole merge: guess it from the sample, merge,
-    # and look.
-    balance = _guess_balance(first, rule, samples, cuts, wide, context)
+    # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain, merge
+    # with that and see that it was right; else count first.
     merge = _Merge(source, sink, context)
+    balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
+    counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
+    if counts_first:
+        context.progress.phase("signs", total_bytes(flat, source))
+        source.announce([work.name for work in flat])
+        balance = 0
+        for number, work in enumerate(flat):
+            balance += int(merge.signs(work, rules[work.name], number, cuts)[0])
+            source.release(work.name)
     attempts = 0
     while True:
         attempts += 1
@@ -240,9 +255,8 @@ def _run_global(
             if work.copied:
                 copy_equal(work, source, sink, context)
             else:
-                work = Work(work.name, work.numel, wide, False, work.parameters)
-                own = rules[work.name]
-                merge.tensor(work, own, numbers[work.name], cuts, _zero_sign(own, balance))
+                own, number = rules[work.name], numbers[work.name]
+                merge.tensor(by_name[work.name], own, number, cuts, _zero_sign(own, balance))
             source.release(work.name)
         guess, balance = balance, int(merge.stats[0])
         undecided = int(merge.stats[1])
@@ -262,9 +276,10 @@ def _guess_balance(
     cuts: Sequence[Cut],
     wide: bool,
     context: Context,
-) -> int:
-    if not _needs_balance(rule) or not samples:
-        return 0
+) -> tuple[int, int]:
+    """Return the balance of signs in the sample, and the number of elements in it."""
+    if not _needs_balance(rule):
+        return 0, 0
     how = _how(work, rule)
     del how["merge"]
     stats = torch.zeros(3, dtype=torch.int64)
@@ -278,4 +293,4 @@ def _guess_balance(
             backend=context.backend,
             **how,
         )
-    return int(stats[0])
+    return int(stats[0]), sum(base.numel() for base, _ in samples)
