@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.measure import in_threads
+
 __all__ = [
     "LLAMA_057B",
     "LLAMA_114B",
@@ -119,7 +121,7 @@ Values = Callable[[str, int], torch.Tensor]
 def _write(
     directory: Path, shape: LlamaShape, dtype: torch.dtype, shards: float, values: Values
 ) -> None:
-    """Write a checkpoint in about `shards` shards, one shard in memory at a time."""
+    """Write a checkpoint in about `shards` shards, one of them in memory."""
     shapes = shape.tensors()
     limit = shape.parameters * dtype.itemsize / shards
     groups: list[list[str]] = [[]]
@@ -156,7 +158,7 @@ def _stretches(pool: torch.Tensor, name: str, numel: int) -> Iterator[tuple[slic
     position = zlib.crc32(name.encode()) % pool.numel()
     done = 0
     while done < numel:
-        count = min(numel - done, pool.numel() - position, 1 << 20)
+        count = min(numel - done, pool.numel() - position, 1 << 18)
         yield slice(done, done + count), pool[position : position + count]
         done += count
         position = (position + count) % pool.numel()
@@ -185,25 +187,25 @@ def make_checkpoints(
             out[part] = noise + (1.0 if "norm" in name else 0.0)
         return out
 
-    base = root / "base"
-    _write(base, shape, dtype, 2.3, base_values)
-    paths = []
-    own = models if distinct is None else min(distinct, models)
-    for number in range(1, models + 1):
-        path = root / f"model-{number}"
-        paths.append(path)
-        if number > own:
-            link_checkpoint(paths[(number - 1) % own], path)
-            continue
+    def write(number: int) -> None:
+        if number == 0:
+            return _write(base, shape, dtype, 2.3, base_values)
         pool = _pool(number, longest) * DELTA_DEVIATION
 
-        def values(name: str, numel: int, pool: torch.Tensor = pool) -> torch.Tensor:
+        def values(name: str, numel: int) -> torch.Tensor:
             out = base_values(name, numel)
             for part, noise in _stretches(pool, name, numel):
-                out[part] = out[part].float() + noise
+                out[part] = out[part].float().add_(noise)
             return out
 
-        _write(path, shape, dtype, 2.3 + 0.7 * number, values)
+        return _write(paths[number - 1], shape, dtype, 2.3 + 0.7 * number, values)
+
+    base = root / "base"
+    paths = [root / f"model-{number}" for number in range(1, models + 1)]
+    own = models if distinct is None else min(distinct, models)
+    in_threads(write, range(own + 1))
+    for number in range(own, models):
+        link_checkpoint(paths[number % own], paths[number])
     return CheckpointSet(base, tuple(paths), shape, shape.parameters * dtype.itemsize)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from benchmarks.measure import WrongResult
+from benchmarks.measure import WrongResult, in_threads
 
 __all__ = [
     "Reader",
@@ -26,7 +26,7 @@ __all__ = [
     "sample_names",
 ]
 
-_TILE = 1 << 22
+_TILE = 1 << 18
 
 
 class Reader:
@@ -158,39 +158,36 @@ def _equal(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def official_thresholds(base: Reader, models: Sequence[Reader], density: float) -> list[float]:
-    """Return each whole task vector's threshold: the (d - int(d density))-th smallest |delta|.
+    """Return each whole task vector's threshold: the (d - int(d density))-th smallest |delta|."""
+    return in_threads(lambda model: _official_threshold(base, model, density), models)
 
-    One pass: a bracket from a sample, a count below it, and an exact selection inside.
-    """
+
+def _magnitudes(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    return model.float().sub_(base.float()).abs_()
+
+
+def _official_threshold(base: Reader, model: Reader, density: float) -> float:
+    """One pass: a bracket from a sample, a count below it, and an exact selection inside."""
     sizes = {name: base.get(name).numel() for name in base.names}
     total = sum(sizes.values())
     rank = total - int(total * density)
-    found = []
-    step = max(1, total // (1 << 20))
-    for model in models:
-        sample = torch.cat(
-            [(model.get(n)[::step].float() - base.get(n)[::step].float()).abs() for n in base.names]
-        )
-        middle = rank / total
-        ends = torch.tensor([max(0.0, middle - 0.005), min(1.0, middle + 0.005)])
-        order = sample.sort().values
-        low, high = order[((len(order) - 1) * ends).long()].tolist()
-        below, inside = 0, []
-        for name in base.names:
-            origin, tuned = base.get(name), model.get(name)
-            for start in range(0, sizes[name], _TILE):
-                stop = min(start + _TILE, sizes[name])
-                magnitude = (tuned[start:stop].float() - origin[start:stop].float()).abs()
-                below += int((magnitude < low).sum())
-                inside.append(magnitude[(magnitude >= low) & (magnitude <= high)])
-        candidates = torch.cat(inside)
-        if not 0 < rank - below <= candidates.numel():
-            candidates = torch.cat(
-                [(model.get(n).float() - base.get(n).float()).abs() for n in base.names]
-            )
-            below = 0
-        found.append(float(candidates.kthvalue(rank - below).values))
-    return found
+    step = max(1, total >> 20)
+    sample = torch.cat([_magnitudes(base.get(n)[::step], model.get(n)[::step]) for n in sizes])
+    share = torch.tensor([rank / total - 0.005, rank / total + 0.005]).clamp(0, 1)
+    low, high = sample.sort().values[((len(sample) - 1) * share).long()].tolist()
+    below, inside = 0, []
+    for name, numel in sizes.items():
+        origin, tuned = base.get(name), model.get(name)
+        for start in range(0, numel, _TILE):
+            magnitude = _magnitudes(origin[start : start + _TILE], tuned[start : start + _TILE])
+            reached = magnitude >= low
+            below += magnitude.numel() - int(torch.count_nonzero(reached))
+            chosen = reached.logical_and_(magnitude <= high).nonzero().view(-1)
+            inside.append(magnitude[chosen])
+    candidates = torch.cat(inside)
+    if not 0 < rank - below <= candidates.numel():
+        raise RuntimeError("the sample gave no bracket around the threshold")
+    return float(candidates.kthvalue(rank - below).values)
 
 
 def check_ties_official(

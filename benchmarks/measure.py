@@ -8,17 +8,40 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["ProcessRun", "Timing", "WrongResult", "interleave", "run_process"]
+import torch
+
+__all__ = ["ProcessRun", "Timing", "WrongResult", "in_threads", "interleave", "run_process"]
 
 _POLL_SECONDS = 0.005
 
 
 class WrongResult(Exception):
     """A timed result is not what it should be; no number of it may be shown."""
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Apply a function to items, one thread for each core and torch single-threaded in each.
+
+    For preparing and checking, not for timing: on busy cores, torch's own threads mostly wait for
+    each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

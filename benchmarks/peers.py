@@ -26,12 +26,13 @@ from benchmarks import checkpoints, checks
 from benchmarks.checkpoints import CheckpointSet
 from benchmarks.checks import Reader
 from benchmarks.engine import METHODS, Merge, check_output, make_config, merge_once
-from benchmarks.measure import ProcessRun, WrongResult, run_process
+from benchmarks.measure import ProcessRun, WrongResult, in_threads, run_process
 from benchmarks.tables import Table, console, save
 
 __all__ = ["Agreement", "compare", "find_peer", "run"]
 
 _PEER_METHODS = ("linear", "task_arithmetic", "ties_tensor")
+_TILE = 1 << 18
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -85,18 +86,19 @@ def compare(first: Path, second: Path) -> Agreement:
     """
     left, right = Reader(first), Reader(second)
     checks.check_same_names(left, right)
-    elements = equal = 0
-    largest = 0.0
-    for name in left.names:
+
+    def tensor(name: str) -> tuple[int, int, float]:
         a, b = left.get(name), right.get(name)
         if a.dtype != b.dtype or a.numel() != b.numel():
             raise WrongResult(f"{name}: {a.dtype}[{a.numel()}] and {b.dtype}[{b.numel()}]")
-        for start in range(0, a.numel(), 1 << 22):
-            x, y = a[start : start + (1 << 22)], b[start : start + (1 << 22)]
-            elements += x.numel()
-            equal += int((x == y).sum())
-            largest = max(largest, float((x.float() - y.float()).abs().max()))
-    return Agreement(len(left.names), elements, equal, largest)
+        unequal, largest = 0, 0.0
+        for x, y in zip(a.split(_TILE), b.split(_TILE), strict=True):
+            unequal += int(torch.count_nonzero(x != y))
+            largest = max(largest, float(x.float().sub_(y.float()).abs_().max()))
+        return a.numel(), a.numel() - unequal, largest
+
+    elements, equal, largest = zip(*in_threads(tensor, left.names), strict=True)
+    return Agreement(len(left.names), sum(elements), sum(equal), max(largest))
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> Path:

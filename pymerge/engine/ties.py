@@ -233,8 +233,8 @@ def _run_global(
         samples=samples,
     )
 
-    # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain, merge
-    # with that and see that it was right; else count first.
+    # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain,
+    # merge with that and see that it was right; else count first.
     merge = _Merge(source, sink, context)
     balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
     counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
