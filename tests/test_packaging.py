@@ -21,7 +21,7 @@ import pymerge
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "pymerge-kernels"
 NOT_SOURCES = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*cache", ".benchmarks"
+    ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*cache"
 )
 BUILDS = pytest.mark.packaging
 
