@@ -36,6 +36,11 @@ class _Side:
             return cls(model, _Mapped(path, f"{label} ({path})"), path)
         return cls(model, named_tensors(model, label, model))
 
+    @property
+    def headers(self) -> Mapping[str, torch.Tensor]:
+        """The tensors, or meta tensors like those on disk, of which nothing is read."""
+        return self.tensors.headers() if isinstance(self.tensors, _Mapped) else self.tensors
+
     def same_as(self, other: _Side) -> bool:
         if self.path is not None and other.path is not None:
             return self.path.resolve() == other.path.resolve()
@@ -53,6 +58,14 @@ class _Mapped(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self._checkpoint.tensors[name]
         return self._checkpoint.flat(name).view(info.shape)
+
+    def headers(self) -> dict[str, torch.Tensor]:
+        from pymerge.checkpoint import torch_dtype
+
+        return {
+            name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+            for name, info in self._checkpoint.tensors.items()
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.tensors)
@@ -100,7 +113,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
             RequestError: names, shapes or kinds of tensors differ (all differences are listed).
         """
         term = _Term(1.0, _Side.of(base, "base"), _Side.of(model, "model"))
-        _check(term.base.tensors, "base", term.model.tensors, "model")
+        _check(term.base.headers, "base", term.model.headers, "model")
         return cls([term])
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -119,7 +132,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
     def __add__(self, other: TaskVector) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
-        mine, theirs = self._terms[0].base.tensors, other._terms[0].base.tensors
+        mine, theirs = self._terms[0].base.headers, other._terms[0].base.headers
         _check(mine, "the left task vector", theirs, "the right task vector")
         return TaskVector([*self._terms, *other._terms])
 
@@ -194,8 +207,8 @@ class TaskVector(Mapping[str, torch.Tensor]):
             RequestError: tensors that do not fit, or `out` for models in memory.
         """
         target = _Side.of(base, "base")
-        first = self._terms[0].base.tensors
-        _check(first, "the task vector", target.tensors, "base")
+        first = self._terms[0].base.headers
+        _check(first, "the task vector", target.headers, "base")
         if out is not None:
             return self._write(target, scale, Path(out), dtype, backend, options)
         if options:
@@ -257,7 +270,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
         else:
             entries = [_entry(side, weight) for side, weight in self._weighted(target, scale)]
             # A weighted sum is of the widest dtype; what is asked for is the base's.
-            kinds = {t.dtype for t in target.tensors.values() if t.is_floating_point()}
+            kinds = {t.dtype for t in target.headers.values() if t.is_floating_point()}
             if dtype is None and len(kinds) > 1:
                 raise RequestError(
                     f"apply_to: dtype: the base has tensors of {sorted(map(str, kinds))}; name the "
