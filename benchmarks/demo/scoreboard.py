@@ -55,8 +55,14 @@ class Scoreboard:
 
     def show(self, console: Console) -> None:
         """Print the table with its notes."""
+        # narrow enough for 80 columns
         table = Table(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
         head, *rest = self._columns()
         table.add_column(head, no_wrap=True)
