@@ -6,6 +6,7 @@ Nothing here uses pymerge: tensors are read with `safetensors`, and the selectio
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,23 @@ __all__ = [
     "check_task_arithmetic",
     "check_ties_official",
     "check_ties_tensor",
+    "digest",
     "official_thresholds",
     "sample_names",
 ]
 
 _TILE = 1 << 18
+
+
+def digest(directory: Path) -> str:
+    """Return a hash of the weight files of a directory, names included."""
+    found = hashlib.blake2b()
+    for path in sorted(directory.glob("*.safetensors")):
+        found.update(path.name.encode())
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(16 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 class Reader:

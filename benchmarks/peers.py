@@ -25,7 +25,7 @@ import yaml
 from benchmarks import checkpoints, checks
 from benchmarks.checkpoints import CheckpointSet
 from benchmarks.checks import Reader
-from benchmarks.engine import METHODS, Merge, check_output, make_config, merge_once
+from benchmarks.engine import METHODS, Merge, check_again, make_config, merge_once
 from benchmarks.measure import ProcessRun, WrongResult, in_threads, run_process
 from benchmarks.tables import Table, console, save
 
@@ -139,13 +139,19 @@ def _measure(
     root: Path, paths: CheckpointSet, python: Path, method: str, repetitions: int
 ) -> tuple[list[Merge], ProcessRun, Agreement]:
     config = _write_config(root / f"{method}.yml", make_config(method, paths))
-    ours = [merge_once(method, config, root / "out") for _ in range(repetitions - repetitions // 2)]
+    digests: dict[str, str] = {}
+
+    def merge() -> Merge:
+        done = merge_once(method, config, root / "out")
+        check_again(method, root / "out", paths, digests)
+        return done
+
+    ours = [merge() for _ in range(repetitions - repetitions // 2)]
     console.print(
         f"  {method}: pymerge {ours[-1].process.wall:.2f} s; mergekit...", highlight=False
     )
     theirs = run_mergekit(python, config, root / "out-mergekit")
-    ours += [merge_once(method, config, root / "out") for _ in range(repetitions // 2)]
-    check_output(method, root / "out", paths)
+    ours += [merge() for _ in range(repetitions // 2)]
     found = compare(root / "out", root / "out-mergekit")
     console.print(
         f"  {method}: mergekit {theirs.wall:.1f} s, pymerge {ours[-1].process.wall:.2f} s",

@@ -133,6 +133,20 @@ def test_wrong_output_is_found(method: str, tiny: CheckpointSet, tmp_path: Path)
         engine.check_output(method, out, tiny)
 
 
+def test_repetitions_must_write_the_same_bytes(tiny: CheckpointSet, tmp_path: Path) -> None:
+    out, digests = tmp_path / "out", dict[str, str]()
+    merge_checkpoints(engine.make_config("linear", tiny), out)
+    engine.check_again("linear", out, tiny, digests)
+    engine.check_again("linear", out, tiny, digests)
+    tensors = load_file(out / "model.safetensors")
+    unsampled = "model.layers.1.self_attn.k_proj.weight"  # the first check alone would not see it
+    tensors[unsampled].view(-1)[3] += 0.01
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    engine.check_output("linear", out, tiny)
+    with pytest.raises(WrongResult, match="other bytes"):
+        engine.check_again("linear", out, tiny, digests)
+
+
 def test_distinct_checkpoints_have_distinct_exact_deltas(tmp_path: Path) -> None:
     paths = checkpoints.make_distinct_checkpoints(tmp_path, checkpoints.LLAMA_TINY, models=1)
     base, model = peers.Reader(paths.base), peers.Reader(paths.models[0])
