@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from pymerge.cli import main
+from pymerge.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -10,6 +10,7 @@ torch takes a second to import, so nothing here imports it before a command need
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import NoReturn
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 _BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -253,5 +254,21 @@ def _info(options: argparse.Namespace) -> None:
         show.print_info(info)
 
 
+def run() -> NoReturn:
+    """Run the command line and end the process with its exit code.
+
+    It ends at once: everything is written by then, and taking torch apart again, module by module,
+    costs half a second.
+    """
+    try:
+        code = main()
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else 2
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
