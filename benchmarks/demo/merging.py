@@ -51,8 +51,8 @@ class Recipe:
         return config
 
 
-# One setting each, fixed beforehand: nothing is tuned on the held-out data. The first three are
-# mergekit's language and mean there what they mean here; `semantics` is pymerge's own word.
+# One customary setting each, none of them searched for. The first three are mergekit's language and
+# mean there what they mean here; `semantics` is pymerge's own word.
 RECIPES = (
     Recipe("averaging", "averaging", "linear", False, {"weight": 1.0}),
     Recipe("task-arithmetic", "task arithmetic", "task_arithmetic", True, {"weight": 0.5}),
