@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -279,9 +282,15 @@ def workspace(need: int, *, keep: bool = False) -> Iterator[Path]:
             f"the benchmark needs {need / 1e9:.1f} GB in {parent}, where {free / 1e9:.1f} GB are "
             "free; PYMERGE_BENCH_DIR names another place"
         )
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)  # so that the directory does not stay behind
+
+    before = signal.signal(signal.SIGTERM, terminate)
     root = Path(tempfile.mkdtemp(prefix="pymerge-bench-", dir=parent))
     try:
         yield root
     finally:
+        signal.signal(signal.SIGTERM, before)
         if not keep:
             shutil.rmtree(root, ignore_errors=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +183,22 @@ def test_one_merge_in_a_process(tiny: CheckpointSet, tmp_path: Path) -> None:
 def test_a_failing_program_is_an_error_with_its_output() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)exit code 3.*no such luck"):
         run_process(["sh", "-c", "echo no such luck; exit 3"])
+
+
+def test_a_terminated_benchmark_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYMERGE_BENCH_DIR", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    # The program that is being measured ends the benchmark, and would itself go on.
+    program = "kill -TERM $PPID; exec sleep 60"
+    started = time.monotonic()
+    with pytest.raises(SystemExit), checkpoints.workspace(1) as root:
+        (root / "large").write_text("data")
+        run_process(["sh", "-c", program])
+    assert time.monotonic() - started < 30
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_interleave_takes_turns() -> None:
