@@ -193,9 +193,14 @@ def test_a_terminated_benchmark_leaves_nothing_behind(
     # The program that is being measured ends the benchmark, and would itself go on.
     program = "kill -TERM $PPID; exec sleep 60"
     started = time.monotonic()
-    with pytest.raises(SystemExit), checkpoints.workspace(1) as root:
-        (root / "large").write_text("data")
-        run_process(["sh", "-c", program])
+
+    def measure() -> None:
+        with checkpoints.workspace(1) as root:
+            (root / "large").write_text("data")
+            run_process(["sh", "-c", program])
+
+    with pytest.raises(SystemExit):
+        measure()
     assert time.monotonic() - started < 30
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
