@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,9 @@ def expected(scope: Scope, k: int, target: TrimTarget, dtype: torch.dtype) -> to
     return torch.from_numpy(kept)
 
 
-def check(scope: Scope, targets: list[TrimTarget], *, wide: bool = False, **options: object) -> int:
+def check(scope: Scope, targets: list[TrimTarget], *, wide: bool = False, **options: Any) -> int:
     """Compare the cuts with a sort; return the number of counting passes."""
-    cuts, passes = order_statistics(scope.parts, targets, scope.total, wide=wide, **options)  # type: ignore[arg-type]
+    cuts, passes = order_statistics(scope.parts, targets, scope.total, wide=wide, **options)
     dtype = torch.float64 if wide else torch.float32
     for k, (target, cut) in enumerate(zip(targets, cuts, strict=True)):
         got = scope.kept(k, cut, dtype)
@@ -133,7 +134,11 @@ SIZE = 100_000
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, SIZE // 2, SIZE - 1, SIZE])
 def test_first_and_last_ranks(rank: int, exact: bool) -> None:
-    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"bins": 1 << 8, "sample": 100})):
+    cases: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (torch.float32, {}),
+        (torch.bfloat16, {"bins": 1 << 8, "sample": 100}),
+    ]
+    for dtype, options in cases:
         scope = draw([40_000, 60_000], 1, dtype, seed=1)
         check(scope, [TrimTarget("rank", rank, exact)], **options)
 
