@@ -158,9 +158,9 @@ def test_keep_lets_them_through_bit_by_bit(
     assert bool(touched[100:].isfinite().all())
     if "official" in method:  # what is not finite counts among the largest of the whole model
         return
-    arguments = METHODS[method]
+    arguments = dict(METHODS[method])
     if method.startswith("ties"):
-        arguments = {"semantics": "mergekit"} | arguments
+        arguments["semantics"] = "mergekit"
     origin = None if method == "linear" else base
     clean = pymerge.merge(method.split("-")[0], origin, tuned, **arguments)
     for key in first:
