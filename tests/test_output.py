@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,24 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def open_files(folder: Path) -> list[str]:
+    """What this process has open below a folder; other threads may have other files open."""
+    if not os.path.isdir("/proc/self/fd"):
+        return []
+    targets = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            targets.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [target for target in targets if target.startswith(str(folder))]
+
+
 @pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
+def nothing_leaks(tmp_path: Path) -> Iterator[None]:
     """No test leaves a thread or a file descriptor behind."""
-    threads = threading.active_count()
-    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    threads = set(threading.enumerate())
     yield
-    assert threading.active_count() == threads
-    if files:
-        assert len(os.listdir("/proc/self/fd")) == files
+    assert set(threading.enumerate()) <= threads
+    assert open_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("limit", [10**9, 20_000, 1])
