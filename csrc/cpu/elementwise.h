@@ -8,15 +8,14 @@ namespace pymerge {
 namespace {
 
 constexpr int64_t kGrain = 1 << 16;        // elements that are worth waking another thread for
+constexpr int kLine = 64;                  // bytes of a cache line
+constexpr int kPrefetchBytes = 512;        // how far ahead of the work memory is asked for
 constexpr int kBlock = 512;                // elements converted at a time where dtypes are mixed
 constexpr int64_t kStreamBytes = 1 << 20;  // outputs from this size on go past the caches
 
 // Whether a vector of keys, each the largest of its lane, tells of NaN or infinity.
 inline bool has_nonfinite(I worst) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (worst[i] >= Traits<F>::kInfinity) return true;
-  }
-  return false;
+  return lane_bits(FloatMasks::at_least(worst, I{} + Traits<F>::kInfinity)) != 0;
 }
 
 inline void set_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }

@@ -7,7 +7,7 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kCountBlock = 2048;  // elements of base and one model that stay in the L1 cache
+constexpr int64_t kCountBlock = 1024;  // elements of base and one model that stay in the L1 cache
 
 struct HistogramContext {
   const HistogramArgs* args;
@@ -36,24 +36,33 @@ Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
   return {static_cast<Int>(lo), static_cast<Int>(hi), static_cast<Int>(args.hot[k]), shift};
 }
 
+// n elements, a multiple of kStep, at most kCountBlock; the guess is not below the bracket. `next`
+// and `next_base` are what the next call will read.
 template <class Io>
-void histogram_block(const char* base, const char* model, int64_t n,
-                     const Bracket<int32_t>& bracket, int32_t* bins, Sides& sides) {
+void histogram_block(const char* base, const char* model, int64_t n, const char* next,
+                     const char* next_base, const Bracket<int32_t>& bracket, int32_t* bins,
+                     Sides& sides) {
+  using T = Traits<F>;
   I below{}, hot{};
-  const I lo = I{} + bracket.lo, hi = I{} + bracket.hi, frequent = I{} + bracket.hot;
-  const I one = I{} + 1;
+  const I lo = I{} + bracket.lo, span = I{} + (bracket.hi - bracket.lo);
+  const I frequent = I{} + bracket.hot;
   // Keys inside the bracket are few: they are put aside without a branch and counted afterwards.
   int32_t aside[kCountBlock + kLanes];
   int64_t count = 0;
   const auto look = [&](I key) {
-    const I is_hot = key == frequent;
-    hot = hot + (is_hot ? one : I{});
-    below = below + ((key < lo) & ~is_hot ? one : I{});
-    count += compress(aside + count, key - lo, (key >= lo) & (key <= hi) & ~is_hot);
+    const auto is_hot = T::equal(key, frequent);
+    hot = T::count(hot, is_hot);
+    below = T::count(below, T::less(key, lo));
+    const I offset = key - lo;
+    count += compress(aside + count, offset, T::within(offset, span, is_hot));
   };
   for (int64_t i = 0; i < n; i += kStep) {
     const char* b = base + i * Io::kBytes;
     const char* m = model + i * Io::kBytes;
+    for (int line = 0; line < kStep * Io::kBytes; line += kLine) {
+      __builtin_prefetch(next + i * Io::kBytes + line);
+      __builtin_prefetch(next_base + i * Io::kBytes + line);
+    }
     look(magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)));
     look(magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)));
   }
@@ -135,9 +144,20 @@ void histogram_uniform(const HistogramArgs& args, int64_t begin, int64_t end, Ro
   for (int64_t at = begin; at < bulk; at += kCountBlock) {
     const int64_t n = bulk - at < kCountBlock ? bulk - at : kCountBlock;
     for (int k = 0; k < args.num_models; ++k) {
-      histogram_block<Io>(
-          base + at * Io::kBytes, static_cast<const char*>(args.models[k].data) + at * Io::kBytes,
-          n, bracket_of<int32_t>(args, k, INT32_MAX), bins_of(args, counts, k), sides[k]);
+      const auto bracket = bracket_of<int32_t>(args, k, INT32_MAX);
+      if (bracket.hot >= 0 && bracket.hot < bracket.lo) {
+        histogram_slow<float, int32_t>(args, k, at, at + n, room, counts, sides);
+        continue;
+      }
+      const auto at_model = [&](int model) {
+        return static_cast<const char*>(args.models[model].data) + at * Io::kBytes;
+      };
+      const bool last = k + 1 == args.num_models;
+      const int64_t block = kCountBlock * Io::kBytes;
+      const char* next = last ? at_model(0) + block : at_model(k + 1);
+      const char* next_base = base + at * Io::kBytes + (last ? block : 0);
+      histogram_block<Io>(base + at * Io::kBytes, at_model(k), n, next, next_base, bracket,
+                          bins_of(args, counts, k), sides[k]);
     }
   }
   for (int k = 0; k < args.num_models && bulk < end; ++k) {
@@ -221,13 +241,16 @@ struct EqualContext {
 
 template <class Io>
 int64_t count_equal(const char* base, const char* model, int64_t n, int32_t key) {
+  using T = Traits<F>;
   I equal{};
   const I wanted = I{} + key;
   for (int64_t i = 0; i < n; i += kStep) {
     const char* b = base + i * Io::kBytes;
     const char* m = model + i * Io::kBytes;
-    equal -= magnitude_key(Io::template load<0>(m) - Io::template load<0>(b)) == wanted;
-    equal -= magnitude_key(Io::template load<1>(m) - Io::template load<1>(b)) == wanted;
+    const F first = Io::template load<0>(m) - Io::template load<0>(b);
+    const F second = Io::template load<1>(m) - Io::template load<1>(b);
+    equal = T::count(equal, T::equal(magnitude_key(first), wanted));
+    equal = T::count(equal, T::equal(magnitude_key(second), wanted));
   }
   int64_t total = 0;
   for (int j = 0; j < kLanes; ++j) total += equal[j];

@@ -7,9 +7,6 @@
 namespace pymerge {
 namespace {
 
-// Lane counters are flushed before they could overflow.
-constexpr int64_t kFlushSteps = 1 << 24;
-
 struct TiesTotals {
   int64_t balance = 0;
   int64_t zero_kept = 0;
@@ -46,37 +43,63 @@ struct TiesKernel {
     }
   }
 
+  // [begin, end), at most kCheckSteps of them. K = 0 is the version for everything.
+  template <class Io, int K, bool kWeighted, bool kSigns>
+  PM_INLINE I steps(const TiesCall<F>& call, const char* const* in, F* values, char* out,
+                    int64_t begin, int64_t end, Store store, TiesTotals& totals) {
+    I worst{};
+    TiesSigns<F> signs{};
+    for (int64_t i = begin; i < end; i += kStep) {
+      const int64_t at = i * Io::kBytes;
+      if (K > 0) prefetch_ahead<Io, K + 1>(in, at);
+      const F a = point<Io, K, kWeighted, kSigns, 0>(call, in, at, values, worst, signs);
+      const F b = point<Io, K, kWeighted, kSigns, 1>(call, in, at, values, worst, signs);
+      store_step<Io, (K > 0)>(out, i, a, b, store);
+    }
+    if (K == 0 || !has_nonfinite(worst)) flush(signs, totals);
+    return worst;
+  }
+
+  template <class Io>
+  __attribute__((noinline)) I careful_steps(const TiesCall<F>& call, const char* const* in,
+                                            F* values, char* out, int64_t begin, int64_t end,
+                                            Store store, TiesTotals& totals) {
+    return steps<Io, 0, true, true>(call, in, values, out, begin, end, store, totals);
+  }
+
   template <class Io, int K, bool kWeighted, bool kSigns>
   void loop(const char* const* streams, char* out, int64_t n, Store store) {
     // Local copies of everything: what the stores write must not be able to change them.
     const TiesCall<F> mine = call;
+    F* const room = values;
+    TiesTotals found = totals;
+    I seen = worst;
     int32_t thresholds[K > 0 ? K : 1];
     float weights[K > 0 ? K : 1];
     const char* in[K + 1];
     TiesCall<F> unrolled = mine;
     if (K > 0) {
       for (int k = 0; k < K; ++k) {
-        thresholds[k] = mine.thresholds[k];
+        thresholds[k] = mine.thresholds[k] > 0 ? mine.thresholds[k] : 1;
         weights[k] = kWeighted ? mine.weights[k] : 1.0f;
       }
       for (int k = 0; k <= K; ++k) in[k] = streams[k];
       unrolled.thresholds = thresholds;
       unrolled.weights = weights;
     }
-    const char* const* at = K > 0 ? in : streams;
-    I seen = worst;
-    TiesSigns<F> signs{};
-    for (int64_t i = 0; i < n;) {
-      const int64_t stop = n - i < kFlushSteps * kStep ? n : i + kFlushSteps * kStep;
-      for (; i < stop; i += kStep) {
-        const int64_t bytes = i * Io::kBytes;
-        const F a = point<Io, K, kWeighted, kSigns, 0>(unrolled, at, bytes, values, seen, signs);
-        const F b = point<Io, K, kWeighted, kSigns, 1>(unrolled, at, bytes, values, seen, signs);
-        store_step<Io>(out, i, a, b, store);
+    for (int64_t i = 0; i < n; i += kCheckSteps * kStep) {
+      const int64_t end = n - i < kCheckSteps * kStep ? n : i + kCheckSteps * kStep;
+      I keys{};
+      if (K > 0) {
+        keys = steps<Io, K, kWeighted, kSigns>(unrolled, in, room, out, i, end, store, found);
       }
-      flush(signs, totals);
+      if (K == 0 || has_nonfinite(keys)) {
+        keys = careful_steps<Io>(mine, streams, room, out, i, end, store, found);
+      }
+      seen = keys > seen ? keys : seen;
     }
     worst = seen;
+    totals = found;
   }
 
   template <class Io>
@@ -136,6 +159,7 @@ TiesCall<V> ties_call(const TiesArgs& args, const typename Traits<V>::IntScalar*
   call.weigh_after = args.weighting == Weighting::kAfter;
   call.largest = args.merge == TiesMerge::kMax;
   call.elect_count = args.elect_count != 0;
+  call.zero_step = args.zero_sign < 0 ? -1 : 0;
   call.zero_sign = splat<V>(static_cast<Scalar>(args.zero_sign));
   call.scale = splat<V>(static_cast<Scalar>(args.scale));
   return call;
@@ -171,7 +195,11 @@ void ties_range(void* opaque, int64_t begin, int64_t end, int) {
         args.merge == (kernel.weighted ? TiesMerge::kMeanOfWeights : TiesMerge::kMeanOfCount);
     kernel.any = !(mean_as_usual || args.merge == TiesMerge::kSum) || args.zero_sign == 0 ||
                  args.elect_count != 0 || args.weighting == Weighting::kAfter ||
-                 (kernel.weighted && kernel.want_signs);
+                 (kernel.weighted && kernel.want_signs) || args.scale == 0 ||
+                 !__builtin_isfinite(static_cast<float>(args.scale));
+    for (int k = 0; k < args.num_models; ++k) {
+      kernel.any = kernel.any || context.thresholds[k] > Traits<F>::kInfinity;
+    }
     run_range(kernel, streams, room, begin, end);
     totals = kernel.totals;
     nonfinite = has_nonfinite(kernel.worst);

@@ -7,12 +7,29 @@
 namespace pymerge {
 namespace {
 
-template <class Io>
+template <class Io, bool kFinite>
 PM_INLINE void store_step(char* out, int64_t i, F a, F b, Store store) {
   if (store == Store::kStream) {
-    Io::template store<true>(out + i * Io::kBytes, a, b);
+    Io::template store<true, kFinite>(out + i * Io::kBytes, a, b);
   } else if (store == Store::kCached) {
-    Io::template store<false>(out + i * Io::kBytes, a, b);
+    Io::template store<false, kFinite>(out + i * Io::kBytes, a, b);
+  }
+}
+
+// Finite numbers take a shorter way. After so many steps it is looked whether all were finite; if
+// not, these steps are done again: what they read is still in the cache. No output overlaps an
+// input.
+constexpr int64_t kCheckSteps = 128;
+
+// Asks for what a step some way ahead will read. A kernel that computes fills the reorder buffer
+// with few steps, too few to keep the memory busy by themselves.
+template <class Io, int kStreams>
+PM_INLINE void prefetch_ahead(const char* const* in, int64_t at) {
+#pragma GCC unroll 17
+  for (int i = 0; i < kStreams; ++i) {
+    for (int line = 0; line < kStep * Io::kBytes; line += kLine) {
+      __builtin_prefetch(in[i] + at + kPrefetchBytes + line);
+    }
   }
 }
 
@@ -62,6 +79,23 @@ struct WeightedSumKernel {
     return weighted_sum_finish(sum, call.divide, splat<F>(call.divisor));
   }
 
+  // [begin, end); returns the largest key of the results.
+  template <class Io, int K, bool kBase, bool kFinite>
+  PM_INLINE I steps(const WeightedSumKernel& call, const char* const* in, char* out, int64_t begin,
+                    int64_t end, Store store) {
+    I seen{};
+    for (int64_t i = begin; i < end; i += kStep) {
+      prefetch_ahead<Io, K == 0 ? 0 : K + (kBase ? 1 : 0)>(in, i * Io::kBytes);
+      const F a = point<Io, K, kBase, 0>(call, in, i * Io::kBytes);
+      const F b = point<Io, K, kBase, 1>(call, in, i * Io::kBytes);
+      const I key_a = magnitude_key(a), key_b = magnitude_key(b);
+      seen = key_a > seen ? key_a : seen;
+      seen = key_b > seen ? key_b : seen;
+      store_step<Io, kFinite>(out, i, a, b, store);
+    }
+    return seen;
+  }
+
   template <class Io, int K, bool kBase>
   void loop(const char* const* streams, char* out, int64_t n, Store store) {
     const WeightedSumKernel call = *this;
@@ -70,16 +104,20 @@ struct WeightedSumKernel {
       for (int i = 0; i < K + (kBase ? 1 : 0); ++i) in[i] = streams[i];
     }
     const char* const* at = K > 0 ? in : streams;
-    I seen = worst;
-    for (int64_t i = 0; i < n; i += kStep) {
-      const F a = point<Io, K, kBase, 0>(call, at, i * Io::kBytes);
-      const F b = point<Io, K, kBase, 1>(call, at, i * Io::kBytes);
-      const I key_a = magnitude_key(a), key_b = magnitude_key(b);
-      seen = key_a > seen ? key_a : seen;
-      seen = key_b > seen ? key_b : seen;
-      store_step<Io>(out, i, a, b, store);
+    I seen = call.worst;
+    for (int64_t i = 0; i < n; i += kCheckSteps * kStep) {
+      const int64_t end = n - i < kCheckSteps * kStep ? n : i + kCheckSteps * kStep;
+      const I keys = steps<Io, K, kBase, true>(call, at, out, i, end, store);
+      if (has_nonfinite(keys)) careful_steps<Io, kBase>(call, streams, out, i, end, store);
+      seen = keys > seen ? keys : seen;
     }
     worst = seen;
+  }
+
+  template <class Io, bool kBase>
+  __attribute__((noinline)) void careful_steps(const WeightedSumKernel& call, const char* const* in,
+                                               char* out, int64_t begin, int64_t end, Store store) {
+    steps<Io, 0, kBase, false>(call, in, out, begin, end, store);
   }
 
   template <class Io>

@@ -25,8 +25,48 @@ using L = PM_VECTOR(int64_t);
 using Unaligned = uint32_t
     __attribute__((vector_size(PM_VECTOR_BYTES), aligned(1), may_alias));  // any address, any type
 
+#if defined(__AVX512F__)
+struct FloatMasks {
+  using Mask = __mmask16;
+  PM_INLINE Mask at_least(I key, I threshold) {
+    return _mm512_cmp_epi32_mask((__m512i)key, (__m512i)threshold, _MM_CMPINT_NLT);
+  }
+  PM_INLINE Mask positive(F x, Mask among) {
+    return _mm512_mask_cmp_ps_mask(among, (__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  }
+  PM_INLINE Mask zero(F x) {
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  }
+  PM_INLINE Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
+  PM_INLINE Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
+  PM_INLINE F keep(F x, Mask chosen) { return (F)_mm512_maskz_mov_ps(chosen, (__m512)x); }
+  PM_INLINE F add(F sum, F x, Mask chosen) {
+    return (F)_mm512_mask_add_ps((__m512)sum, chosen, (__m512)sum, (__m512)x);
+  }
+  PM_INLINE I count(I counts, Mask chosen) {
+    return (I)_mm512_mask_sub_epi32((__m512i)counts, chosen, (__m512i)counts,
+                                    _mm512_set1_epi32(-1));
+  }
+  PM_INLINE Mask equal(I a, I b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+  PM_INLINE Mask less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
+  PM_INLINE Mask within(I offset, I span, Mask not_these) {
+    const Mask within = _mm512_cmple_epu32_mask((__m512i)offset, (__m512i)span);
+    return _kandn_mask16(not_these, within);
+  }
+};
+#else
+struct FloatMasks : VectorMasks<F, I> {
+  PM_INLINE Mask equal(I a, I b) { return a == b; }
+  PM_INLINE Mask less(I a, I b) { return a < b; }
+  // 0 <= offset <= span
+  PM_INLINE Mask within(I offset, I span, Mask not_these) {
+    return (offset >= I{}) & (offset <= span) & ~not_these;
+  }
+};
+#endif
+
 template <>
-struct Traits<F> {
+struct Traits<F> : FloatMasks {
   using Scalar = float;
   using IntScalar = int32_t;
   using Bits = I;
@@ -36,7 +76,7 @@ struct Traits<F> {
 };
 
 template <>
-struct Traits<D> {
+struct Traits<D> : VectorMasks<D, L> {
   using Scalar = double;
   using IntScalar = int64_t;
   using Bits = L;
@@ -73,10 +113,10 @@ PM_INLINE void stream_fence() {
 #endif
 }
 
-// One bit per lane of a comparison's result.
-PM_INLINE uint32_t lane_mask(I mask) {
+// One bit per lane.
+PM_INLINE uint32_t lane_bits(FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
+  return mask;
 #elif defined(__AVX2__)
   return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
 #elif defined(__SSE2__)
@@ -90,13 +130,12 @@ PM_INLINE uint32_t lane_mask(I mask) {
 
 // Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
 // any order; returns how many there are.
-PM_INLINE int compress(int32_t* to, I values, I mask) {
+PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
-  const __mmask16 chosen = _mm512_movepi32_mask((__m512i)mask);
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(chosen, (__m512i)values));
-  return __builtin_popcount(chosen);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)values));
+  return __builtin_popcount(mask);
 #else
-  uint32_t chosen = lane_mask(mask);
+  uint32_t chosen = lane_bits(mask);
   if (__builtin_expect(chosen == 0, 1)) return 0;
   alignas(PM_VECTOR_BYTES) int32_t lanes[kLanes];
   store_bits(lanes, (U)values);
@@ -109,11 +148,13 @@ PM_INLINE int compress(int32_t* to, I values, I mask) {
 #endif
 }
 
-// fp32 -> bf16 in the high half of each lane, round to nearest even, NaN stays NaN.
+// fp32 -> bf16 in the high half of each lane, round to nearest even. NaN stays NaN, unless kFinite
+// says that there is none.
+template <bool kFinite>
 PM_INLINE U round_bf16(F x) {
   const U u = (U)x;
   const U rounded = u + 0x7fff + ((u >> 16) & 1);
-  return (I)(x != x) ? U{} + 0x7fc00000 : rounded;
+  return kFinite ? rounded : (I)(x != x) ? U{} + 0x7fc00000 : rounded;
 }
 
 PM_INLINE F load_f16(const void* p) {
@@ -157,6 +198,9 @@ PM_INLINE void store_f16(void* p, F x) {
 #endif
 }
 
+// load<Half> gives one of the two vectors of a step, store<Stream, kFinite> takes both; kFinite
+// promises that there is no NaN.
+//
 // How a step of kStep elements is cut into two vectors. Elementwise kernels do not care which lane
 // holds which element, so bf16 takes the even elements first and the odd ones second: one
 // operation each instead of a widening shuffle.
@@ -168,9 +212,9 @@ struct Bf16 {
     const U pair = load_bits(p);
     return Half == 0 ? (F)(pair << 16) : (F)(pair & 0xffff0000u);
   }
-  template <bool Stream>
+  template <bool Stream, bool kFinite>
   PM_INLINE void store(char* p, F even, F odd) {
-    const U pair = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u);
+    const U pair = (round_bf16<kFinite>(even) >> 16) | (round_bf16<kFinite>(odd) & 0xffff0000u);
     Stream ? stream_bits(p, pair) : store_bits(p, pair);
   }
 };
@@ -182,7 +226,7 @@ struct F16 {
   PM_INLINE F load(const char* p) {
     return load_f16(p + Half * 2 * kLanes);
   }
-  template <bool Stream>
+  template <bool Stream, bool kFinite>
   PM_INLINE void store(char* p, F low, F high) {
     alignas(PM_VECTOR_BYTES) char both[PM_VECTOR_BYTES];
     store_f16(both, low);
@@ -199,7 +243,7 @@ struct F32 {
   PM_INLINE F load(const char* p) {
     return (F)load_bits(p + Half * PM_VECTOR_BYTES);
   }
-  template <bool Stream>
+  template <bool Stream, bool kFinite>
   PM_INLINE void store(char* p, F low, F high) {
     if (Stream) {
       stream_bits(p, (U)low);
@@ -245,7 +289,7 @@ inline void narrow(const float* from, int n, Dtype dtype, char* to) {
     for (int i = 0; i < n; i += kLanes) store_f16(to + 2 * i, (F)load_bits(from + i));
   } else if (dtype == Dtype::kBF16) {
     for (int i = 0; i < n; i += kLanes) {
-      const U rounded = round_bf16((F)load_bits(from + i));
+      const U rounded = round_bf16<false>((F)load_bits(from + i));
       for (int j = 0; j < kLanes; ++j) {
         const uint16_t half = static_cast<uint16_t>(rounded[j] >> 16);
         std::memcpy(to + 2 * (i + j), &half, 2);

@@ -63,9 +63,10 @@ struct TiesCall {
   bool divide_by_weights;  // read by ties_point_any only, as are the next three
   bool weigh_before;
   bool weigh_after;
-  bool largest;      // merge by max |c_k|
-  bool elect_count;  // s is a sum of signs
-  F zero_sign;       // +1, -1; 0 only for ties_point_any
+  bool largest;         // merge by max |c_k|
+  bool elect_count;     // s is a sum of signs
+  IntScalar zero_step;  // for ties_point: 0 or -1 as a zero elects +1 or -1
+  F zero_sign;          // for ties_point_any: +1, -1 or 0
   F scale;
 };
 
@@ -84,39 +85,62 @@ PM_INLINE void ties_count_signs(F vote, typename Traits<F>::Bits kept, TiesSigns
   signs.zero_kept = signs.zero_kept + ((vote == F{}) & (kept != Bits{}) ? one : Bits{});
 }
 
-// The common dialects, K known at compile time: election by mass, zeros elect +1 or -1, merged by
-// mean or sum; weights, if any, apply before the election and make up the divisor.
-// load(k) gives theta_k. `worst` collects the largest key, to find NaN and infinity.
+// The common dialects of finite numbers, K known at compile time: election by mass, zeros elect +1
+// or -1, merged by mean or sum; weights, if any, apply before the election and make up the divisor.
+// thresholds must be in [1, infinity's key] (0 and 1 keep the same), scale finite and not 0.
+//
+// load(k) gives theta_k. Where a kept delta is not finite, the merged value is not: `worst`, the
+// largest key of it, tells, and ties_point_any gives the right result. (It may tell of a sum of
+// finite numbers that overflows, too.)
+//
+// Sums begin with +0 and are thus never -0. What is elected is the sign bit of s, and of s - 1 in
+// integers where a zero elects -1: `zero_step`.
 template <int K, bool kWeighted, bool kSigns, class F, class Load>
 PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call, typename Traits<F>::Bits& worst,
                        TiesSigns<F>& signs) {
-  using Bits = typename Traits<F>::Bits;
+  using T = Traits<F>;
+  using Bits = typename T::Bits;
+  typename T::Mask kept[K];
   F v[K];
   F s{};
-  Bits kept{};
 #pragma GCC unroll 16
   for (int k = 0; k < K; ++k) {
     const F delta = load(k) - base;
-    const Bits key = magnitude_key(delta);
-    worst = key > worst ? key : worst;
-    v[k] = ties_trim(delta, key, splat_bits<F>(call.thresholds[k]));
-    if (kWeighted) v[k] = splat<F>(call.weights[k]) * v[k];
-    if (kSigns) kept = kept | magnitude_key(v[k]);
-    s = s + v[k];
+    kept[k] = T::at_least(magnitude_key(delta), splat_bits<F>(call.thresholds[k]));
+    v[k] = kWeighted ? splat<F>(call.weights[k]) * delta : delta;
+    // What is kept is not 0, but a product may be -0.
+    s = k == 0 && !kWeighted ? T::keep(v[k], kept[k]) : T::add(s, v[k], kept[k]);
   }
-  if (kSigns) ties_count_signs(s, kept, signs);
-  const F elected = ties_elect(s, call.zero_sign);
-  const Bits sign = sign_bit(elected);
+  if (kSigns) {
+    const Bits one = splat_bits<F>(1);
+    const Bits bits = bit_cast<Bits>(s);
+    const Bits most = bits > one ? one : bits;
+    signs.balance = signs.balance + (most < -one ? -one : most);
+    typename T::Mask any = kept[0];
+    for (int k = 1; k < K; ++k) any = T::either(any, kept[k]);
+    signs.zero_kept = T::count(signs.zero_kept, T::both(any, T::zero(s)));
+  }
+  const Bits sign = (bit_cast<Bits>(s) + splat_bits<F>(call.zero_step)) & T::kSignMask;
   F sum{};
   F divisor{};
 #pragma GCC unroll 16
   for (int k = 0; k < K; ++k) {
     const F u = flip(v[k], sign);
-    sum = sum + (u > F{} ? u : F{});
-    divisor = divisor + (u > F{} ? (kWeighted ? splat<F>(call.weights[k]) : splat<F>(1)) : F{});
+    const auto agrees = T::positive(u, kept[k]);
+    const F share = splat<F>(kWeighted ? call.weights[k] : 1);
+    sum = k == 0 ? T::keep(u, agrees) : T::add(sum, u, agrees);
+    divisor = k == 0 ? T::keep(share, agrees) : T::add(divisor, share, agrees);
   }
-  if (call.divide) sum = sum / (divisor == F{} ? splat<F>(1) : divisor);
-  return ties_finish(base, sum, s, elected, call.scale);
+  const Bits key = magnitude_key(sum);
+  worst = key > worst ? key : worst;
+  if (call.divide) {
+    const F one = splat<F>(1);
+    // A count, which is not negative, is ordered as its bits are.
+    const Bits count = bit_cast<Bits>(divisor), least = bit_cast<Bits>(one);
+    sum = sum / (kWeighted ? (divisor == F{} ? one : divisor)
+                           : bit_cast<F>(count > least ? count : least));
+  }
+  return base + call.scale * flip(sum, sign);
 }
 
 // Every dialect, any number of models. v has room for num_models values.

@@ -17,7 +17,7 @@
 
 namespace pymerge {
 
-// Traits<F>: Scalar (float, double), Bits (the integer of the same shape).
+// Traits<F>: Scalar (float, double), Bits (the integer of the same shape), and Masks.
 template <class F>
 struct Traits;
 
@@ -38,6 +38,24 @@ template <class F>
 PM_INLINE typename Traits<F>::Bits splat_bits(typename Traits<F>::IntScalar value) {
   return typename Traits<F>::Bits{} + value;
 }
+
+// What comparisons of vectors give, as integers of the same shape, all ones where true. Instruction
+// sets with mask registers have their own.
+template <class F, class Bits>
+struct VectorMasks {
+  using Mask = Bits;
+  PM_INLINE Mask at_least(Bits key, Bits threshold) { return key >= threshold; }
+  // x > 0 or NaN, among those chosen before
+  PM_INLINE Mask positive(F x, Mask among) { return ~(x <= F{}) & among; }
+  PM_INLINE Mask zero(F x) { return x == F{}; }
+  PM_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  PM_INLINE Mask either(Mask a, Mask b) { return a | b; }
+  // x where chosen, else +0
+  PM_INLINE F keep(F x, Mask chosen) { return bit_cast<F>(bit_cast<Bits>(x) & chosen); }
+  // sum + x where chosen; sum is not -0
+  PM_INLINE F add(F sum, F x, Mask chosen) { return sum + keep(x, chosen); }
+  PM_INLINE Bits count(Bits counts, Mask chosen) { return counts - chosen; }
+};
 
 // bits(|x|): for finite values, ordered as |x| is.
 template <class F>
