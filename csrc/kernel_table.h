@@ -1,7 +1,8 @@
 // The only door between pymerge and a native backend: one plain struct of function pointers.
 //
 // A backend (each CPU instruction set, later the CUDA library) fills one KernelTable. Kernels take
-// raw pointers, 64-bit sizes and a stream, know neither torch nor Python, and return a Status.
+// raw pointers, 64-bit sizes and a stream, know neither torch nor Python, and return a Status. No
+// output overlaps an input.
 // Bump kAbiVersion with every change of a struct below; `struct_size` catches the rest.
 #pragma once
 

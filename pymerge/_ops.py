@@ -140,7 +140,7 @@ def _ties_signs_(
     backend: str = "auto",
 ) -> None:
     resolve(backend, base.device).ties(
-        None, stats, base, models, thresholds, weights, weighting, "sum", elect, 0, 1.0, True, wide
+        None, stats, base, models, thresholds, weights, weighting, "sum", elect, 1, 1.0, True, wide
     )
 
 

@@ -13,6 +13,7 @@ from pymerge.engine.execute import Context, execute
 from pymerge.engine.memory import MemorySink, MemorySource
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
+from pymerge.memory import most_bins
 from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
 from pymerge.methods.ties import TiesRule
 
@@ -239,7 +240,8 @@ def _merge(
         [tensors for label, tensors in inputs.items() if label != "base"],
         {name: _shown(name, first) for name in leader},
     )
-    context = Context(backend=chosen, nan=resolved["nan"])
+    bins = most_bins(len(inputs))
+    context = Context(backend=chosen, bins=bins, nan=resolved["nan"])
     if device.type != "meta":  # of meta tensors there is nothing but the shapes and dtypes
         execute(spec.name, works, source, MemorySink(results), context)
     for name, kept in tied.items():

@@ -23,6 +23,7 @@ FIXED_BYTES = 256 * MIB
 MAX_SLOTS, MIN_SLOTS = 4, 2
 MAX_SLOT_BYTES, MIN_SLOT_BYTES = 16 * MIB, 1 * MIB
 MAX_BINS, MIN_BINS = 1 << 18, 1 << 12
+MAX_BINS_OF_ALL = 1 << 20  # of all models together: more models do not take more memory
 MAX_SAMPLES, MIN_SAMPLES = 1 << 17, 1 << 14
 
 # Of a sampled element while one model's bracket is found: base, model and delta in float64, its
@@ -64,7 +65,7 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
     Raises:
         RequestError: not even the smallest sizes fit; names the smallest limit that works.
     """
-    bins = MAX_BINS if selects else 0
+    bins = most_bins(models) if selects else 0
     samples = MAX_SAMPLES if selects else 0
     slots, slot_bytes = MAX_SLOTS, MAX_SLOT_BYTES
     while True:
@@ -97,6 +98,14 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
             slot_bytes //= 2
         else:
             slots //= 2
+
+
+def most_bins(models: int) -> int:
+    """Return how many bins the histogram of one model gets where memory is not short."""
+    bins = MAX_BINS
+    while bins * models > MAX_BINS_OF_ALL and bins > MIN_BINS:
+        bins //= 2
+    return bins
 
 
 def default_threads() -> int:
