@@ -308,8 +308,8 @@ def _growth(
     table.notes = [
         "Inputs are memory-mapped and belong to the page cache; they are not counted. In the "
         "larger sets some models are hard links to others. Differences are blocks of 16 MiB that "
-        "wait to be written, as many as timing asks for, and the histograms of a trim, 6 MB a "
-        "model. The benchmark fails where a larger set takes more "
+        "wait to be written, as many as timing asks for. The benchmark fails where a larger set "
+        "takes more "
         f"than {_GROWTH / 1e6:.0f} MB above the first."
     ]
     return table, records

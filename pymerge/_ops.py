@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pymerge.backends import resolve
+from pymerge import _calls
 
 __all__ = ["NAMES"]
 
@@ -63,134 +63,14 @@ _SCHEMAS = {
 NAMES = tuple(_SCHEMAS)
 
 
-def _weighted_sum_(
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    models: list[torch.Tensor],
-    weights: list[float],
-    divisor: float,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    chosen = resolve(backend, out.device)
-    chosen.weighted_sum(out, stats, None, models, weights, 1.0, divisor, wide)
-
-
-def _task_arithmetic_(
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    base: torch.Tensor,
-    models: list[torch.Tensor],
-    weights: list[float],
-    scale: float,
-    divisor: float,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    chosen = resolve(backend, out.device)
-    chosen.weighted_sum(out, stats, base, models, weights, scale, divisor, wide)
-
-
-def _ties_(
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    base: torch.Tensor,
-    models: list[torch.Tensor],
-    thresholds: list[int],
-    weights: list[float],
-    weighting: str,
-    merge: str,
-    elect: str,
-    zero_sign: int,
-    scale: float,
-    want_signs: bool,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    resolve(backend, out.device).ties(
-        out,
-        stats,
-        base,
-        models,
-        thresholds,
-        weights,
-        weighting,
-        merge,
-        elect,
-        zero_sign,
-        scale,
-        want_signs,
-        wide,
-    )
-
-
-def _ties_signs_(
-    stats: torch.Tensor,
-    base: torch.Tensor,
-    models: list[torch.Tensor],
-    thresholds: list[int],
-    weights: list[float],
-    weighting: str,
-    elect: str,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    resolve(backend, base.device).ties(
-        None, stats, base, models, thresholds, weights, weighting, "sum", elect, 1, 1.0, True, wide
-    )
-
-
-def _magnitude_histogram_(
-    counts: torch.Tensor,
-    hot_chunks: torch.Tensor,
-    base: torch.Tensor,
-    models: list[torch.Tensor],
-    lo: list[int],
-    shift: list[int],
-    hot: list[int],
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    resolve(backend, base.device).magnitude_histogram(
-        counts, hot_chunks, base, models, lo, shift, hot, wide
-    )
-
-
-def _magnitude_equal_counts_(
-    counts: torch.Tensor,
-    base: torch.Tensor,
-    model: torch.Tensor,
-    key: int,
-    chunk: int,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    chosen = resolve(backend, base.device)
-    chosen.magnitude_equal_counts(counts, base, model, key, chunk, wide)
-
-
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """All ops write into their arguments and return nothing, so every fake is empty."""
 
 
 def _register() -> None:
-    implementations = {
-        "weighted_sum_": _weighted_sum_,
-        "task_arithmetic_": _task_arithmetic_,
-        "ties_": _ties_,
-        "ties_signs_": _ties_signs_,
-        "magnitude_histogram_": _magnitude_histogram_,
-        "magnitude_equal_counts_": _magnitude_equal_counts_,
-    }
     for name, schema in _SCHEMAS.items():
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, implementations[name], "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, getattr(_calls, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"pymerge::{name}", _nothing, lib=_LIBRARY)
 
 

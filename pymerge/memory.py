@@ -16,8 +16,8 @@ __all__ = ["MemoryPlan", "PeakMemory", "available_memory", "default_threads", "p
 
 MIB = 1 << 20
 
-# Python, torch and the libraries they load, measured once imported, with room for a page of headers
-# per tensor. It does not depend on the models.
+# Python, torch (which only some backends import) and the libraries they load, measured once imported,
+# with room for a page of headers per tensor. It does not depend on the models.
 FIXED_BYTES = 256 * MIB
 
 MAX_SLOTS, MIN_SLOTS = 4, 2

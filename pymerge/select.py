@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
+from pymerge._calls import call
+from pymerge.array import Array, Flat, as_array, concatenate, sample_lines, widen
 from pymerge.backends import resolve
-from pymerge.backends.reference import HOT_CHUNK
+from pymerge.backends.sizes import HOT_CHUNK
 from pymerge.methods.ties import TrimTarget
 
 __all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "Workspace", "order_statistics", "sample_parts"]
@@ -32,12 +33,11 @@ KEEP_NONE = 2**63 - 1
 
 LINE = 32  # elements sampled together: a cache line of bf16
 _SPREAD = 4.0  # half-width of a sampled bracket in standard errors; a miss costs one more pass
-_SAMPLED_AT_ONCE = 512  # lines; small enough for torch not to wake its threads
 _SMALL = 1 << 16  # below this many elements a first bracket from a sample is not worth its cost
 _COUNTED_AT_ONCE = (1 << 31) - HOT_CHUNK  # what 32-bit counters hold, in whole chunks
 
 # One tensor of a scope: its number in flat order, the base, the models. All 1-D and contiguous.
-Part = tuple[int, torch.Tensor, Sequence[torch.Tensor]]
+Part = tuple[int, Flat, Sequence[Flat]]
 Parts = Callable[[], Iterable[Part]]
 
 
@@ -128,14 +128,16 @@ class Workspace:
     there."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.int32)
+        self._memory = np.empty(0, np.int32)
 
-    def zeros(self, *shape: int) -> torch.Tensor:
-        """Return an int32 tensor of zeros, valid until the next call."""
+    def zeros(self, *shape: int) -> np.ndarray:
+        """Return an int32 array of zeros, valid until the next call."""
         numel = math.prod(shape)
-        if self._memory.numel() < numel:
-            self._memory = torch.empty(numel, dtype=torch.int32)
-        return self._memory[:numel].zero_().view(shape)
+        if self._memory.size < numel:
+            self._memory = np.empty(numel, np.int32)
+        counts = self._memory[:numel].reshape(shape)
+        counts.fill(0)
+        return counts
 
 
 def _largest(wide: bool) -> int:
@@ -147,20 +149,12 @@ def _width(span: int, bins: int) -> int:
     return max(0, (-(-span // bins) - 1).bit_length()) if span > bins else 0
 
 
-def magnitude_keys(base: torch.Tensor, model: torch.Tensor, wide: bool) -> np.ndarray:
+def magnitude_keys(base: Flat, model: Flat, wide: bool) -> np.ndarray:
     """Return bits(|model - base|) of a few elements, as int64 where wide, else int32."""
-    dtype = torch.float64 if wide else torch.float32
-    delta = (
-        model.to(dtype).sub_(base.to(dtype)).abs_()
-        if model.dtype != dtype
-        else ((model - base.to(dtype)).abs_())
-    )
-    return delta.cpu().numpy().view(np.int64 if wide else np.int32).reshape(-1)
-
-
-def sample_lines(tensor: torch.Tensor, stride: int, lines: int) -> torch.Tensor:
-    """Return a view [lines, LINE] of every stride-th stretch of a 1-D tensor."""
-    return tensor.as_strided((lines, LINE), (stride, 1), tensor.storage_offset())
+    # Infinity minus infinity is NaN, which counts as the largest; it is reported elsewhere.
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = np.abs(widen(as_array(model), wide) - widen(as_array(base), wide))
+    return delta.view(np.int64 if wide else np.int32)
 
 
 def sample_size(total: int, most: int) -> int:
@@ -169,9 +163,7 @@ def sample_size(total: int, most: int) -> int:
     return int(min(most, max(4096, 2 * total ** (2 / 3))))
 
 
-def sample_parts(
-    parts: Parts, total: int, most: int
-) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+def sample_parts(parts: Parts, total: int, most: int) -> list[tuple[Array, list[Array]]]:
     """Return small samples (base, models), spread evenly over all parts, as copies."""
     # An odd stride does not keep hitting the same columns of a matrix.
     stride = max(LINE, total * LINE // sample_size(total, most)) | 1
@@ -183,15 +175,15 @@ def sample_parts(
             continue
         samples.append(
             (
-                sample_lines(base, stride, lines).clone(),
-                [sample_lines(model, stride, lines).clone() for model in models],
+                sample_lines(base, stride, lines, LINE),
+                [sample_lines(model, stride, lines, LINE) for model in models],
             )
         )
     return samples
 
 
 def sample_brackets(
-    samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]],
+    samples: Sequence[tuple[Array, Sequence[Array]]],
     model: int,
     rank: int,
     total: int,
@@ -201,15 +193,7 @@ def sample_brackets(
     sample."""
     if not samples:
         return None
-    keys = np.concatenate(
-        [
-            magnitude_keys(some, other, wide)
-            for base, models in samples
-            for some, other in zip(
-                base.split(_SAMPLED_AT_ONCE), models[model].split(_SAMPLED_AT_ONCE), strict=True
-            )
-        ]
-    )
+    keys = concatenate([magnitude_keys(base, models[model], wide) for base, models in samples])
     size = len(keys)
     share = rank / total
     middle = share * size
@@ -231,7 +215,7 @@ def order_statistics(
     sample: int = 1 << 17,
     wide: bool = False,
     backend: str = "auto",
-    samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]] | None = None,
+    samples: Sequence[tuple[Array, Sequence[Array]]] | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[list[Cut], int]:
     """Find the threshold of every model exactly; return the cuts and the number of counting passes.
@@ -292,7 +276,7 @@ def _order_statistics_at_once(
     for k, target in enumerate(targets):
         if target.keep != "rank":
             continue
-        keys = np.concatenate([magnitude_keys(base, models[k], wide) for _, base, models in held])
+        keys = concatenate([magnitude_keys(base, models[k], wide) for _, base, models in held])
         key = int(np.partition(keys, target.rank - 1)[target.rank - 1])
         cuts[k] = Cut(key, Cut.END)
         if target.exact:
@@ -327,12 +311,13 @@ def _count(
             stop = min(start + _COUNTED_AT_ONCE, base.numel())
             if counted + stop - start > _COUNTED_AT_ONCE:
                 totals = _add_slots(counts, totals)
-                counts.zero_()
+                counts.fill(0)
                 counted = 0
             counted += stop - start
             chunks = -(-(stop - start) // HOT_CHUNK) if wants_chunks else 0
-            hot_chunks = torch.zeros(len(searches), chunks, dtype=torch.int32)
-            torch.ops.pymerge.magnitude_histogram_(
+            hot_chunks = np.zeros((len(searches), chunks), np.int32)
+            call(
+                "magnitude_histogram_",
                 counts,
                 hot_chunks,
                 base[start:stop],
@@ -344,16 +329,15 @@ def _count(
                 backend=backend,
             )
             if wants_chunks:
-                for search, row in zip(searches, hot_chunks.numpy(), strict=True):
+                for search, row in zip(searches, hot_chunks, strict=True):
                     search.chunks.append((part, row))
     rows = _add_slots(counts, totals)
     for search, row, shift in zip(searches, rows, shifts, strict=True):
         search.narrow(row, shift, wide)
 
 
-def _add_slots(counts: torch.Tensor, totals: np.ndarray | None) -> np.ndarray:
+def _add_slots(slots: np.ndarray, totals: np.ndarray | None) -> np.ndarray:
     """Add up the slots, in 32 bits as long as that is enough."""
-    slots = counts.numpy()
     for slot in slots[1:]:
         slots[0] += slot
     return slots[0].copy() if totals is None else totals + slots[0].astype(np.int64)
@@ -365,11 +349,18 @@ def _equal_chunks(
     """Count the elements whose key equals `key` in every chunk of every part."""
     found = []
     for part, base, models in parts():
-        counts = torch.zeros(-(-base.numel() // HOT_CHUNK), dtype=torch.int64)
-        torch.ops.pymerge.magnitude_equal_counts_(
-            counts, base, models[model], key, HOT_CHUNK, wide=wide, backend=backend
+        counts = np.zeros(-(-base.numel() // HOT_CHUNK), np.int64)
+        call(
+            "magnitude_equal_counts_",
+            counts,
+            base,
+            models[model],
+            key,
+            HOT_CHUNK,
+            wide=wide,
+            backend=backend,
         )
-        found.append((part, counts.numpy()))
+        found.append((part, counts))
     return found
 
 

@@ -40,7 +40,8 @@ def write(writer: ShardWriter, tensors: list[OutputTensor], order: list[str]) ->
     known = {tensor.name: tensor for tensor in tensors}
     for name in order:
         content = content_of(known[name])
-        for start, piece in writer.pieces(name):
+        for start, array in writer.pieces(name):
+            piece = array.tensor()
             assert piece.dtype == content.dtype
             piece.copy_(content[start : start + piece.numel()])
 
@@ -148,7 +149,8 @@ def test_pieces_are_aligned_and_within_the_slots(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, layout, slot_bytes=PAGE, slots=3) as writer:
         for name, numel in (("a", 10_000), ("b", 10_001)):
             expected = 0
-            for start, piece in writer.pieces(name):
+            for start, array in writer.pieces(name):
+                piece = array.tensor()
                 assert start == expected
                 assert 0 < piece.nbytes <= PAGE
                 assert piece.data_ptr() % piece.itemsize == 0
@@ -174,7 +176,7 @@ def test_restart_writes_everything_anew(tmp_path: Path, until: str | None, limit
         for name in layout.order if until else []:
             stale = writer.pieces(name)
             for i, (_, piece) in enumerate(stale):
-                piece.view(torch.uint8).fill_(99)
+                piece.tensor().view(torch.uint8).fill_(99)
                 if name == until and i == 2:
                     break
             if name == until:

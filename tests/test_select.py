@@ -247,9 +247,9 @@ def test_counters_never_overflow(backend: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_workspace_is_used_again() -> None:
     workspace = select.Workspace()
     first = workspace.zeros(2, 100)
-    first.fill_(7)
-    assert int(workspace.zeros(3, 10).abs().sum()) == 0
-    assert workspace.zeros(5).data_ptr() == first.data_ptr()
+    first.fill(7)
+    assert not workspace.zeros(3, 10).any()
+    assert workspace.zeros(5).ctypes.data == first.ctypes.data
     for seed in range(3):
         check(
             draw([70_000 + seed], 2, torch.float32, seed=seed),
@@ -278,5 +278,5 @@ def test_samples_are_spread_over_all_parts() -> None:
     assert len(counts) == 2  # the tiny part is shorter than a line
     assert 2.5 < counts[0] / counts[1] < 4.5
     assert 4096 <= sum(counts) <= 1 << 17
-    seen = np.sort(samples[0][0].reshape(-1).numpy())
+    seen = np.sort(samples[0][0].numpy())
     assert np.isin(seen, scope.bases[0].numpy()).all()

@@ -6,23 +6,26 @@ used says why: `describe()` is what `pymerge info` prints.
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from pymerge.backends import cpu, cuda, reference, triton
+from pymerge.array import Flat
 from pymerge.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BACKENDS", "Backend", "describe", "resolve"]
 
 
 class Backend(Protocol):
-    """What a backend module offers. Tensors are contiguous and of equal length; see
-    `pymerge._ops`."""
+    """What a backend module offers. Tensors are contiguous and of equal length, counters writable;
+    see `pymerge._ops`. All take torch tensors, `cpu` also `Array` and counters of numpy."""
 
     NAME: str
+    SUMMARY: str
 
     def reason(self) -> str | None:
         """Say why the backend cannot be used, or return None."""
@@ -30,10 +33,10 @@ class Backend(Protocol):
 
     def weighted_sum(
         self,
-        out: torch.Tensor,
-        stats: torch.Tensor,
-        base: torch.Tensor | None,
-        models: Sequence[torch.Tensor],
+        out: Flat,
+        stats: Any,
+        base: Flat | None,
+        models: Sequence[Flat],
         weights: Sequence[float],
         scale: float,
         divisor: float,
@@ -42,10 +45,10 @@ class Backend(Protocol):
 
     def ties(
         self,
-        out: torch.Tensor | None,
-        stats: torch.Tensor,
-        base: torch.Tensor,
-        models: Sequence[torch.Tensor],
+        out: Flat | None,
+        stats: Any,
+        base: Flat,
+        models: Sequence[Flat],
         thresholds: Sequence[int],
         weights: Sequence[float],
         weighting: str,
@@ -63,10 +66,10 @@ class Backend(Protocol):
 
     def magnitude_histogram(
         self,
-        counts: torch.Tensor,
-        hot_chunks: torch.Tensor,
-        base: torch.Tensor,
-        models: Sequence[torch.Tensor],
+        counts: Any,
+        hot_chunks: Any,
+        base: Flat,
+        models: Sequence[Flat],
         lo: Sequence[int],
         shift: Sequence[int],
         hot: Sequence[int],
@@ -75,21 +78,33 @@ class Backend(Protocol):
 
     def magnitude_equal_counts(
         self,
-        counts: torch.Tensor,
-        base: torch.Tensor,
-        model: torch.Tensor,
+        counts: Any,
+        base: Flat,
+        model: Flat,
         key: int,
         chunk: int,
         wide: bool,
     ) -> None: ...
 
 
-BACKENDS: dict[str, Any] = {
-    "reference": reference,
-    "cpu": cpu,
-    "cuda": cuda,
-    "triton": triton,
-}
+class _Backends(Mapping[str, Any]):
+    """The backend modules by name, each imported when it is asked for: some import torch."""
+
+    _NAMES = ("reference", "cpu", "cuda", "triton")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._NAMES:
+            raise KeyError(name)
+        return importlib.import_module(f"pymerge.backends.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._NAMES)
+
+    def __len__(self) -> int:
+        return len(self._NAMES)
+
+
+BACKENDS: Mapping[str, Any] = _Backends()
 
 _METHODS = ("linear", "task_arithmetic", "ties")
 # Devices that a backend takes; reference runs wherever torch does.
@@ -102,14 +117,14 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
 
     Raises RequestError with the reason where a backend named explicitly cannot be used.
     """
-    kind = torch.device(device).type
+    kind = str(device).partition(":")[0]
     if name is None or name == "auto":
         for candidate in ("cuda", "triton", "cpu"):
             if _DEVICES[candidate] == kind and BACKENDS[candidate].reason() is None:
                 return BACKENDS[candidate]
         if kind == "cpu":
             warnings.warn(
-                f"pymerge computes with the slow reference backend: {cpu.reason()}",
+                f"pymerge computes with the slow reference backend: {BACKENDS['cpu'].reason()}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -140,4 +155,4 @@ def describe() -> dict[str, Any]:
         method: {name: entry["available"] or entry["reason"] for name, entry in backends.items()}
         for method in _METHODS
     }
-    return {"native": cpu.build(), "backends": backends, "methods": methods}
+    return {"native": BACKENDS["cpu"].build(), "backends": backends, "methods": methods}

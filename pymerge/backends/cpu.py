@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
+import numpy as np
 
-from pymerge.backends.reference import HOT_CHUNK
+from pymerge.array import Array, Flat
+from pymerge.backends.sizes import HOT_CHUNK
 
 NAME = "cpu"
 SUMMARY = "C++ kernels"
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# By the code of an array, and by the name of a torch dtype.
+_DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
+_DTYPES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
 _WEIGHTING = {"none": 0, "before": 1, "after": 2}
 _MERGE = {"mean_of_count": 0, "mean_of_weights": 1, "sum": 2, "max": 3}
 _NOTHING = (0, 0)
@@ -94,31 +97,45 @@ def set_threads(count: int | None) -> None:
         module.set_default_threads(count or 0)
 
 
-def _address(tensor: torch.Tensor, numel: int) -> tuple[int, int]:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() != numel:
+def _address(flat: Flat, numel: int) -> tuple[int, int]:
+    if isinstance(flat, Array):
+        fits, where, dtype = flat.numel() == numel, "", flat.code
+    else:
+        contiguous = flat.device.type == "cpu" and flat.is_contiguous()
+        fits, dtype = contiguous and flat.numel() == numel, str(flat.dtype)
+        where = f" on {flat.device} with strides {tuple(flat.stride())}"
+    if not fits:
         raise ValueError(
             f"backend 'cpu': expected contiguous CPU tensors of {numel} elements, got "
-            f"{tensor.numel()} on {tensor.device} with strides {tuple(tensor.stride())}"
+            f"{flat.numel()}{where}"
         )
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"backend 'cpu': dtype {tensor.dtype} is not supported")
+    if dtype not in _DTYPES:
+        raise ValueError(f"backend 'cpu': dtype {dtype} is not supported")
     # An empty tensor has no address, but a base that is there must not look like none.
-    return tensor.data_ptr() or 64, _DTYPES[tensor.dtype]
+    return flat.data_ptr() or 64, _DTYPES[dtype]
 
 
-def _counters(tensor: torch.Tensor, dtype: torch.dtype = torch.int64, least: int = 0) -> int:
-    if tensor.numel() < least:
-        raise ValueError(f"backend 'cpu': expected {least} counters, got {tensor.numel()}")
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} CPU tensors")
-    return tensor.data_ptr()
+def _counters(values: Any, dtype: str = "int64", least: int = 0) -> int:
+    """Return the address of counters, an array of numpy or a tensor."""
+    if isinstance(values, np.ndarray):
+        fits = values.flags.c_contiguous and values.dtype == dtype
+        count, address = values.size, values.ctypes.data
+    else:
+        fits = values.device.type == "cpu" and values.is_contiguous()
+        fits = fits and str(values.dtype) == f"torch.{dtype}"
+        count, address = values.numel(), values.data_ptr()
+    if count < least:
+        raise ValueError(f"backend 'cpu': expected {least} counters, got {count}")
+    if not fits:
+        raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} in CPU memory")
+    return address
 
 
 def weighted_sum(
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    base: torch.Tensor | None,
-    models: Sequence[torch.Tensor],
+    out: Flat,
+    stats: Any,
+    base: Flat | None,
+    models: Sequence[Flat],
     weights: Sequence[float],
     scale: float,
     divisor: float,
@@ -140,9 +157,7 @@ def weighted_sum(
         stats[0] += nonfinite
 
 
-def streaming_floor(
-    out: torch.Tensor, base: torch.Tensor | None, models: Sequence[torch.Tensor], threads: int = 0
-) -> None:
+def streaming_floor(out: Flat, base: Flat | None, models: Sequence[Flat], threads: int = 0) -> None:
     """Read base and models and write out, computing nothing: what benchmarks compare with."""
     numel = out.numel()
     _native().streaming_floor(
@@ -159,10 +174,10 @@ def streaming_floor(
 
 
 def ties(
-    out: torch.Tensor | None,
-    stats: torch.Tensor,
-    base: torch.Tensor,
-    models: Sequence[torch.Tensor],
+    out: Flat | None,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
     thresholds: Sequence[int],
     weights: Sequence[float],
     weighting: str,
@@ -199,10 +214,10 @@ def slots() -> int:
 
 
 def magnitude_histogram(
-    counts: torch.Tensor,
-    hot_chunks: torch.Tensor,
-    base: torch.Tensor,
-    models: Sequence[torch.Tensor],
+    counts: Any,
+    hot_chunks: Any,
+    base: Flat,
+    models: Sequence[Flat],
     lo: Sequence[int],
     shift: Sequence[int],
     hot: Sequence[int],
@@ -218,8 +233,8 @@ def magnitude_histogram(
             f"backend 'cpu': hot_chunks of shape {tuple(hot_chunks.shape)} are too few"
         )
     _native().magnitude_histogram(
-        _counters(counts, torch.int32),
-        _counters(hot_chunks, torch.int32),
+        _counters(counts, "int32"),
+        _counters(hot_chunks, "int32"),
         chunks,
         _address(base, numel),
         [_address(model, numel) for model in models],
@@ -235,18 +250,17 @@ def magnitude_histogram(
 
 
 def magnitude_equal_counts(
-    counts: torch.Tensor,
-    base: torch.Tensor,
-    model: torch.Tensor,
+    counts: Any,
+    base: Flat,
+    model: Flat,
     key: int,
     chunk: int,
     wide: bool,
 ) -> None:
     numel = base.numel()
-    if counts.numel() != -(-numel // chunk):
-        raise ValueError(
-            f"backend 'cpu': expected {-(-numel // chunk)} counts, got {counts.numel()}"
-        )
+    count = counts.shape[0]
+    if count != -(-numel // chunk):
+        raise ValueError(f"backend 'cpu': expected {-(-numel // chunk)} counts, got {count}")
     _native().magnitude_equal_counts(
         _counters(counts),
         _address(base, numel),

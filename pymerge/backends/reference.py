@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.backends.sizes import HOT_CHUNK
+
 NAME = "reference"
 SUMMARY = "pure torch: the definition, slow"
-HOT_CHUNK = 1 << 16  # elements of a row of hot_chunks; csrc/kernel_table.h has the same
 
 
 def reason() -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pymerge.checkpoint.dtypes import DTYPES, dtype_code, torch_dtype
 from pymerge.checkpoint.header import TensorInfo
 from pymerge.checkpoint.open import Checkpoint, open_checkpoint
+from pymerge.dtypes import DTYPES, dtype_code, torch_dtype
 
 __all__ = [
     "DTYPES",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import DTYPES, SUB_BYTE_DTYPES
 from pymerge.checkpoint.problems import Problems
 from pymerge.checkpoint.strict_json import is_text, parse_json
+from pymerge.dtypes import DTYPES, SUB_BYTE_DTYPES
 from pymerge.errors import nearest
 
 __all__ = ["FileIdentity", "Header", "TensorInfo", "read_header", "read_start"]

@@ -1,8 +1,8 @@
-"""Read-only memory maps of weight files, and zero-copy tensors over them.
+"""Read-only memory maps of weight files, and zero-copy arrays over them.
 
 The maps are made by the C library and not by Python's `mmap`: that one keeps a file descriptor for
 each map (a thousand shards would exhaust the usual limit), and hands torch a read-only buffer,
-about which torch warns. A map lives as long as any tensor over it; nothing unmaps it earlier.
+about which torch warns. A map lives as long as any array or tensor over it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import os
 import threading
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.dtypes import torch_dtype
+from pymerge.array import Array
 from pymerge.checkpoint.header import FileIdentity, TensorInfo
 from pymerge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["MappedFiles", "advise"]
 
@@ -61,19 +57,15 @@ class MappedFiles:
         self._label = label
         self._identities = identities
         self._lock = threading.Lock()
-        # One ctypes array over each map. Tensors hold a reference to it; its finalizer unmaps.
+        # One ctypes array over each map. Arrays hold a reference to it; its finalizer unmaps.
         self._maps: dict[Path, ctypes.Array[ctypes.c_char]] = {}
 
-    def flat(self, info: TensorInfo) -> torch.Tensor:
-        """Return a tensor as a 1-D view over the map."""
-        import torch
-
-        dtype = torch_dtype(info.dtype)
+    def array(self, info: TensorInfo) -> Array:
+        """Return a tensor as an array over the map."""
         if info.nbytes == 0:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(
-            self._map(info.file), dtype=dtype, count=info.numel, offset=info.offset
-        )
+            return Array(None, 0, info.dtype, 0)
+        mapped = self._map(info.file)
+        return Array(mapped, ctypes.addressof(mapped) + info.offset, info.dtype, info.numel)
 
     def will_need(self, info: TensorInfo, start_byte: int, stop_byte: int) -> None:
         """Start to read bytes of a tensor into the page cache."""

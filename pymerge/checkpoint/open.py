@@ -7,13 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dtypes import DTYPES
+from pymerge.array import Array
 from pymerge.checkpoint.header import FileIdentity, TensorInfo, read_header
 from pymerge.checkpoint.locate import Weights, find_weights, read_json_file
 from pymerge.checkpoint.mapping import MappedFiles
 from pymerge.checkpoint.pickled import PickledFiles
 from pymerge.checkpoint.problems import Problems
 from pymerge.checkpoint.tied import tied_aliases
+from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class Checkpoint:
         self._storage = storage
         self._closed = False
 
-    def flat(self, name: str) -> torch.Tensor:
-        """Return a tensor as a 1-D zero-copy view in its own dtype.
+    def array(self, name: str) -> Array:
+        """Return a tensor as a 1-D zero-copy array in its own dtype.
 
         The memory is read-only (writing to it crashes), may be misaligned for the dtype, and stays
-        valid for as long as the returned tensor lives, even after `close`.
+        valid for as long as the returned array lives, even after `close`.
 
         Args:
             name: a key of `tensors` or `tied`.
@@ -72,7 +73,11 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or the file changed since it was opened.
         """
-        return self._storage.flat(self._info(name))
+        return self._storage.array(self._info(name))
+
+    def flat(self, name: str) -> torch.Tensor:
+        """Return the same as a torch tensor."""
+        return self.array(name).tensor()
 
     def will_need(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Start to read elements [start, stop) into the page cache, in the background."""

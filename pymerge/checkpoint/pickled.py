@@ -8,10 +8,11 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dtypes import DTYPES, dtype_code
+from pymerge.array import Array, as_array
 from pymerge.checkpoint.header import TensorInfo, read_start
 from pymerge.checkpoint.mapping import advise
 from pymerge.checkpoint.problems import Problems
+from pymerge.dtypes import DTYPES, dtype_code
 from pymerge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ class PickledFiles:
                 self._tensors.setdefault(name, tensor.detach())
         return infos
 
-    def flat(self, info: TensorInfo) -> torch.Tensor:
-        """Return a tensor as 1-D; a copy only where it is not contiguous."""
+    def array(self, info: TensorInfo) -> Array:
+        """Return a tensor as an array; a copy only where it is not contiguous."""
         tensor = self._tensors[info.name].resolve_conj().resolve_neg()
-        return tensor.contiguous().view(-1)
+        return as_array(tensor.contiguous().view(-1))
 
     def will_need(self, info: TensorInfo, start_byte: int, stop_byte: int) -> None:
         """Start to read bytes of a tensor into the page cache."""

@@ -11,9 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pymerge import _ops as _ops  # declares torch.ops.pymerge
+from pymerge.array import Flat
 from pymerge.backends import BACKENDS, cpu, resolve
 from pymerge.card import model_card
 from pymerge.checkpoint import Checkpoint
@@ -73,12 +71,12 @@ class CheckpointSource:
     def can_hold(self, nbytes: int) -> bool:
         return nbytes < 0.8 * available_memory()
 
-    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         position = self._order.get(name)
         if position is not None:
             self._read_ahead(position)
-        base = None if self._base is None else self._base.flat(name)
-        return base, [model.flat(name) for model in self._models]
+        base = None if self._base is None else self._base.array(name)
+        return base, [model.array(name) for model in self._models]
 
     def _read_ahead(self, position: int) -> None:
         if position >= self._asked:
@@ -236,15 +234,20 @@ def _device_problems(device: str) -> list[str]:
 
 @contextmanager
 def _thread_count(threads: int, backend: str) -> Iterator[None]:
-    before = torch.get_num_threads()
-    # Beside native kernels torch only sees small samples, for which it need not wake its own pool:
-    # that spins while it waits, on the cores that the kernels use.
-    torch.set_num_threads(threads if backend == "reference" else 1)
     cpu.set_threads(threads)
+    before = None
+    if backend == "reference":
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before is not None:
+            import torch
+
+            torch.set_num_threads(before)
         cpu.set_threads(None)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
+from pymerge._calls import call
+from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import resolve
 from pymerge.engine.ties import run_ties
 from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slices
@@ -36,9 +38,12 @@ class Context:
         stop)."""
         if self.nan == "keep" or not flag:
             return
+        import torch
+
         base, models = source.load(name)
         inputs = models if base is None else [base, *models]
-        for label, tensor in zip(source.labels, inputs, strict=True):
+        for label, flat in zip(source.labels, inputs, strict=True):
+            tensor = as_tensor(flat)
             for begin, end in slices(stop - start, _CHECKED_AT_ONCE):
                 part = tensor[start + begin : start + end]
                 finite = torch.isfinite(part)
@@ -89,8 +94,9 @@ def _run_linear(work: Work, source: Source, sink: Sink, context: Context) -> Non
     _, models = source.load(work.name)
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = torch.zeros(3, dtype=torch.int64)
-        torch.ops.pymerge.weighted_sum_(
+        stats = np.zeros(3, np.int64)
+        call(
+            "weighted_sum_",
             out,
             stats,
             [model[start:stop] for model in models],
@@ -110,8 +116,9 @@ def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Contex
     assert base is not None
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = torch.zeros(3, dtype=torch.int64)
-        torch.ops.pymerge.task_arithmetic_(
+        stats = np.zeros(3, np.int64)
+        call(
+            "task_arithmetic_",
             out,
             stats,
             base[start:stop],
@@ -136,14 +143,25 @@ def copy_equal(work: Work, source: Source, sink: Sink, context: Context) -> None
     first = inputs[0]
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        for label, tensor in zip(source.labels[1:], inputs[1:], strict=True):
-            if not torch.equal(tensor[start:stop], first[start:stop]):
-                index = int((tensor[start:stop] != first[start:stop]).nonzero()[0])
+        for label, flat in zip(source.labels[1:], inputs[1:], strict=True):
+            if not _same(flat[start:stop], first[start:stop]):
+                part, wanted = as_tensor(flat[start:stop]), as_tensor(first[start:stop])
+                index = int((part != wanted).nonzero()[0])
                 raise RequestError(
-                    f"{label}: {source.describe(work.name)} is of dtype {tensor.dtype} and must "
-                    f"equal "
-                    f"that of {source.labels[0]}, but at flat index {start + index} it has "
-                    f"{tensor[start + index].item()} where that has {first[start + index].item()}"
+                    f"{label}: {source.describe(work.name)} is of dtype {part.dtype} and must "
+                    f"equal that of {source.labels[0]}, but at flat index {start + index} it has "
+                    f"{part[index].item()} where that has {wanted[index].item()}"
                 )
-        out.copy_(first[start:stop])
+        if isinstance(out, Array) and isinstance(first, Array):
+            out.numpy()[:] = first[start:stop].numpy()
+        else:
+            as_tensor(out).copy_(as_tensor(first[start:stop]))
         context.progress.advance(sum(t[start:stop].nbytes for t in inputs))
+
+
+def _same(a: Flat, b: Flat) -> bool:
+    if isinstance(a, Array) and isinstance(b, Array) and np.array_equal(a.numpy(), b.numpy()):
+        return True
+    import torch
+
+    return torch.equal(as_tensor(a), as_tensor(b))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from pymerge.array import Flat
+
 __all__ = ["MemorySink", "MemorySource"]
 
 
@@ -31,7 +33,7 @@ class MemorySource:
         base, models = self.load(name)
         return sum(model.nbytes for model in models) + (0 if base is None else base.nbytes)
 
-    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         base = None if self._base is None else _flat(self._base[name])
         return base, [_flat(model[name]) for model in self._models]
 
@@ -55,7 +57,7 @@ class MemorySink:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
 
-    def pieces(self, name: str) -> Iterable[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str) -> Iterable[tuple[int, Flat]]:
         tensor = self.tensors[name]
         if tensor.numel() > 0:
             yield 0, tensor.view(-1)

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
+from pymerge._calls import call
+from pymerge.array import Array
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.ties import TiesRule, trim_target
 from pymerge.select import Cut, Part, Workspace, order_statistics, sample_parts
@@ -73,7 +75,7 @@ class _Merge:
         self.source = source
         self.sink = sink
         self.context = context
-        self.stats = torch.zeros(3, dtype=torch.int64)
+        self.stats = np.zeros(3, np.int64)
 
     def tensor(
         self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int
@@ -86,7 +88,8 @@ class _Merge:
             stop = start + out.numel()
             self.stats[2] = 0
             for begin, end, thresholds in stretches(cuts, part, start, stop, work.numel):
-                torch.ops.pymerge.ties_(
+                call(
+                    "ties_",
                     out[begin - start : end - start],
                     self.stats,
                     base[begin:end],
@@ -102,15 +105,16 @@ class _Merge:
             self.context.check_finite(int(self.stats[2]), self.source, work.name, start, stop)
             self.context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
-    def signs(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut]) -> torch.Tensor:
+    def signs(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut]) -> np.ndarray:
         """Return [balance of elected signs, zero votes that kept something, _] of one tensor."""
         how = _how(work, rule)
         del how["merge"]
         base, models = self.source.load(work.name)
         assert base is not None
-        stats = torch.zeros(3, dtype=torch.int64)
+        stats = np.zeros(3, np.int64)
         for begin, end, thresholds in stretches(cuts, part, 0, work.numel, work.numel):
-            torch.ops.pymerge.ties_signs_(
+            call(
+                "ties_signs_",
                 stats,
                 base[begin:end],
                 [model[begin:end] for model in models],
@@ -248,7 +252,7 @@ def _run_global(
     attempts = 0
     while True:
         attempts += 1
-        merge.stats.zero_()
+        merge.stats[:] = 0
         context.progress.phase("ties", total_bytes(works, source))
         source.announce([work.name for work in works])
         for work in works:
@@ -272,7 +276,7 @@ def _run_global(
 def _guess_balance(
     work: Work,
     rule: TiesRule,
-    samples: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]],
+    samples: Sequence[tuple[Array, Sequence[Array]]],
     cuts: Sequence[Cut],
     wide: bool,
     context: Context,
@@ -282,12 +286,13 @@ def _guess_balance(
         return 0, 0
     how = _how(work, rule)
     del how["merge"]
-    stats = torch.zeros(3, dtype=torch.int64)
+    stats = np.zeros(3, np.int64)
     for base, models in samples:
-        torch.ops.pymerge.ties_signs_(
+        call(
+            "ties_signs_",
             stats,
-            base.reshape(-1),
-            [model.reshape(-1) for model in models],
+            base,
+            list(models),
             [cut.key for cut in cuts],
             wide=wide,
             backend=context.backend,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+from pymerge.array import Flat
 
 __all__ = ["NoProgress", "Progress", "Sink", "Source", "Work", "no_progress"]
 
@@ -42,7 +42,7 @@ class Source(Protocol):
         """Return the bytes that loading a tensor reads, of all inputs together."""
         ...
 
-    def load(self, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         """Return (base or None, models)."""
         ...
 
@@ -63,8 +63,8 @@ class Source(Protocol):
 class Sink(Protocol):
     """Takes results. Tensors come in the order of the works given to the engine."""
 
-    def pieces(self, name: str) -> Iterable[tuple[int, torch.Tensor]]:
-        """Yield (first element, writable 1-D tensor); each is filled before the next is asked
+    def pieces(self, name: str) -> Iterable[tuple[int, Flat]]:
+        """Yield (first element, writable run of elements); each is filled before the next is asked
         for."""
         ...
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint import torch_dtype
+from pymerge.dtypes import torch_name
 from pymerge.errors import CheckpointError, MergeError
 
 __all__ = ["copy_side_files"]
@@ -108,7 +108,7 @@ def _with_dtype(content: bytes, path: Path, dtype: str) -> bytes:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
-    name = str(torch_dtype(dtype)).removeprefix("torch.")
+    name = torch_name(dtype)
     if not isinstance(config, dict) or not _set_dtype(config, name):
         return content
     return (json.dumps(config, indent=2) + "\n").encode()

@@ -7,6 +7,7 @@ bytes of a file are the same for any number and size of slots.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 import time
@@ -16,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
-from pymerge.checkpoint import DTYPES, torch_dtype
+from pymerge.array import Array
+from pymerge.dtypes import DTYPES
 from pymerge.errors import MergeError
 from pymerge.output.files import ALIGNMENT, OutputFile, preallocate, write_error
 from pymerge.output.layout import Layout, PlacedTensor, Shard
@@ -80,6 +80,7 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
         # The producer's state. `_epoch` tells the generators of before a restart from those after.
         self._sequence = [(shard, tensor) for shard in layout.shards for tensor in shard.tensors]
@@ -102,7 +103,7 @@ class ShardWriter:
         self._thread = threading.Thread(target=self._run, name="pymerge-writer", daemon=True)
         self._thread.start()
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str) -> Iterator[tuple[int, Array]]:
         """Yield the memory of a tensor piece by piece, to be filled with its output elements.
 
         A piece must be filled before the next one is asked for, and not be touched after that.
@@ -111,7 +112,7 @@ class ShardWriter:
             name: the next one of `layout.order`.
 
         Yields:
-            (first element, writable 1-D tensor of the output dtype); nothing for an empty tensor.
+            (first element, writable array of the output dtype); nothing for an empty tensor.
 
         Raises:
             MergeError: an earlier piece could not be written.
@@ -193,9 +194,8 @@ class ShardWriter:
                         other.unlink()
                 raise write_error(path, error, self._needed) from error
 
-    def _fill(self, shard: Shard, tensor: PlacedTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def _fill(self, shard: Shard, tensor: PlacedTensor) -> Iterator[tuple[int, Array]]:
         itemsize = DTYPES[tensor.dtype]
-        dtype = torch_dtype(tensor.dtype)
         numel = tensor.nbytes // itemsize
         epoch = self._epoch
         start = 0
@@ -204,7 +204,7 @@ class ShardWriter:
             # Elements never straddle slots: offsets are multiples of the size of an element.
             count = min(numel - start, (self._slot_bytes - self._used) // itemsize)
             offset = slot * self._slot_bytes + self._used
-            yield start, torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+            yield start, Array(self._memory, self._address + offset, tensor.dtype, count)
             if self._epoch != epoch or self._ended:
                 raise RuntimeError(
                     f"ShardWriter: {tensor.name!r} was begun before a restart or end"

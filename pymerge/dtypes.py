@@ -9,7 +9,7 @@ from pymerge.errors import RequestError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "SUB_BYTE_DTYPES", "dtype_code", "torch_dtype"]
+__all__ = ["DTYPES", "SUB_BYTE_DTYPES", "dtype_code", "torch_dtype", "torch_name"]
 
 # code -> (bytes per element, name in torch)
 _KNOWN: dict[str, tuple[int, str]] = {
@@ -41,6 +41,13 @@ SUB_BYTE_DTYPES: tuple[str, ...] = ("F4", "F6_E2M3", "F6_E3M2")
 """Codes that safetensors knows but whose elements are no whole bytes; they are refused by name."""
 
 
+def torch_name(code: str) -> str:
+    """Return the name that torch gives to a safetensors code, e.g. "bfloat16" for "BF16"."""
+    if code not in _KNOWN:
+        raise RequestError(f"dtype: unknown code {code!r}{nearest(code, _KNOWN)}")
+    return _KNOWN[code][1]
+
+
 def torch_dtype(code: str) -> torch.dtype:
     """Return the torch dtype of a safetensors code.
 
@@ -52,9 +59,7 @@ def torch_dtype(code: str) -> torch.dtype:
     """
     import torch
 
-    if code not in _KNOWN:
-        raise RequestError(f"dtype: unknown code {code!r}{nearest(code, _KNOWN)}")
-    name = _KNOWN[code][1]
+    name = torch_name(code)
     found = getattr(torch, name, None)
     if found is None:
         raise RequestError(f"dtype {code}: torch {torch.__version__} has no torch.{name}")
