@@ -1,16 +1,19 @@
 // The only door between pymerge and a native backend: one plain struct of function pointers.
 //
-// A backend (each CPU instruction set, later the CUDA library) fills one KernelTable. Kernels take
-// raw pointers, 64-bit sizes and a stream, know neither torch nor Python, and return a Status. No
-// output overlaps an input.
-// Bump kAbiVersion with every change of a struct below; `struct_size` catches the rest.
+// A backend (each CPU instruction set, the CUDA library) fills one KernelTable. Kernels take raw
+// pointers, 64-bit sizes and a stream, know neither torch nor Python, and return a Status. No
+// output overlaps an input. On CUDA all data and counters are in device memory and a call only
+// queues work: nothing waits for the device. Small arrays of the arguments (models, weights,
+// thresholds, lo, shift, hot) are read before a call returns, everywhere. Flags ("non-finite seen")
+// are added to on the CPU; CUDA raises them to at least 1. Bump kAbiVersion with every change of a
+// struct below; `struct_size` catches the rest.
 #pragma once
 
 #include <cstdint>
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 1;
+constexpr uint32_t kAbiVersion = 3;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -120,6 +123,72 @@ struct EqualCountsArgs {
   int64_t* counts;
 };
 
+// out = base + scale * merge of sparse task vectors: csrc/math/sparse.h.
+struct SparseArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  MutableOperand out;
+  const int64_t* lo;      // [num_models] least key that is kept; above every key: nothing is
+  const int64_t* last;    // [num_models] largest key that is kept
+  const int64_t* seeds;   // [num_models][2] words below 2^32, or null: nothing is drawn
+  const int64_t* limits;  // [num_models] kept where the hash of the index is at most this
+  const double* factors;  // [num_models] of what is kept
+  const double* weights;  // [num_models]
+  int32_t elect;          // merge what has the sign of the sum
+  int32_t divide;         // with elect: by the weights of those that agree
+  double divisor;         // 1: no division is made
+  double scale;
+  int64_t start;  // flat index of the first element in its tensor; no call crosses 2^32
+  int64_t* nonfinite;
+};
+
+enum class Pointwise : int32_t { kNearswap = 0, kRam = 1, kMagmax = 2, kConsensus = 3 };
+
+// out from each element of base and models alone: csrc/math/pointwise.h.
+struct PointwiseArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  MutableOperand out;
+  Pointwise op;
+  int32_t num_reals;
+  const double* reals;
+  int64_t* nonfinite;
+};
+
+constexpr int kSumChunk = 1024;
+
+enum class SumsKind : int32_t { kSparse = 0, kGram = 1 };
+
+// Sums over chunks of kSumChunk elements, in a fixed order (csrc/cpu/kernels_sums.h):
+// kSparse: partials[2 k][c] = sum |delta_k|, partials[2 k + 1][c] = sum of what a sparse merge keeps
+// of it; kGram: partials[row][c] = sum x_i x_j for i <= j, row by row, with x the models, or their
+// deltas where there is a base.
+struct SumsArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  SumsKind kind;
+  int32_t reserved;
+  const int64_t* lo;  // as in SparseArgs; read by kSparse only
+  const int64_t* last;
+  const int64_t* seeds;
+  const int64_t* limits;
+  int64_t start;
+  int64_t num_chunks;
+  double* partials;
+};
+
 struct KernelTable {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -130,6 +199,19 @@ struct KernelTable {
   Status (*magnitude_equal_counts)(const EqualCountsArgs*);
   // The floor of every streaming kernel: reads base and models, writes out, computes nothing.
   Status (*streaming_floor)(const WeightedSumArgs*);
+
+  // Null on the CPU. Between begin and end, calls of the same thread on the same device and stream
+  // are queued; those that one kernel can do become one launch. They must not depend on each other.
+  Status (*begin)(const Execution*) = nullptr;
+  Status (*end)(const Execution*) = nullptr;
+  // Whether the device can run these kernels.
+  Status (*check)(const Execution*) = nullptr;
+  // What the device said when a call of this thread last failed.
+  const char* (*last_error)() = nullptr;
+
+  Status (*sparse_merge)(const SparseArgs*) = nullptr;
+  Status (*pointwise)(const PointwiseArgs*) = nullptr;
+  Status (*chunk_sums)(const SumsArgs*) = nullptr;
 };
 
 }  // namespace pymerge
