@@ -107,8 +107,13 @@ class _Backends(Mapping[str, Any]):
 BACKENDS: Mapping[str, Any] = _Backends()
 
 _METHODS = ("linear", "task_arithmetic", "ties")
-# Devices that a backend takes; reference runs wherever torch does.
+# Devices that a backend is for; reference runs wherever torch does.
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def _device(name: str) -> str | None:
+    """Return the type of device whose tensors a backend takes now; None for any."""
+    return BACKENDS["triton"].device() if name == "triton" else _DEVICES.get(name)
 
 
 def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
@@ -120,7 +125,9 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
     kind = str(device).partition(":")[0]
     if name is None or name == "auto":
         for candidate in ("cuda", "triton", "cpu"):
-            if _DEVICES[candidate] == kind and BACKENDS[candidate].reason() is None:
+            if _DEVICES[candidate] != kind or _device(candidate) != kind:
+                continue  # Triton's interpreter runs on the CPU, but only where it is asked for
+            if BACKENDS[candidate].reason() is None:
                 return BACKENDS[candidate]
         if kind == "cpu":
             warnings.warn(
@@ -138,9 +145,10 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
     reason = backend.reason()
     if reason is not None:
         raise RequestError(f"backend: {name!r} is not available: {reason}")
-    if name in _DEVICES and _DEVICES[name] != kind:
+    expected = _device(name)
+    if expected is not None and expected != kind:
         raise RequestError(
-            f"backend: {name!r} computes on {_DEVICES[name]} tensors, but these are on {kind}"
+            f"backend: {name!r} computes on {expected} tensors, but these are on {kind}"
         )
     return backend
 

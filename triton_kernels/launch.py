@@ -1,0 +1,150 @@
+"""Launching: how many elements a program works on, with how many warps, and the search for better.
+
+A kernel here may run more than once for one call only while it is tuned, and then on scratch copies
+of everything that it adds to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .magnitude import magnitude_equal_counts_kernel, magnitude_histogram_kernel
+from .ties import ties_kernel
+from .value import CODES, INTERPRETED, ROW
+from .weighted_sum import weighted_sum_kernel
+
+__all__ = ["CODES", "INTERPRETED", "KERNELS", "ROW", "UNROLLED", "Config", "Launch", "run"]
+
+KERNELS: dict[str, Any] = {
+    "weighted_sum": weighted_sum_kernel,
+    "ties": ties_kernel,
+    "magnitude_histogram": magnitude_histogram_kernel,
+    "magnitude_equal_counts": magnitude_equal_counts_kernel,
+}
+UNROLLED = 16  # up to so many models a kernel is compiled for their number; beyond, it loops
+
+# Below so many elements a call is over before a better configuration could pay.
+_WORTH_TUNING = 1 << 20
+_REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Elements of a program, a power of two that divides a hot chunk; warps that share them."""
+
+    block: int
+    warps: int
+
+
+_CANDIDATES = [
+    Config(512, 4),
+    Config(1024, 4),
+    Config(1024, 8),
+    Config(2048, 4),
+    Config(2048, 8),
+    Config(4096, 8),
+    Config(4096, 16),
+]
+
+
+@dataclass
+class Launch:
+    """A call of a kernel.
+
+    arguments: what the kernel takes, by name, but BLOCK.
+    numel: elements, which fix the number of programs where `programs` does not.
+    models: the number of models, whatever the kernel is told.
+    scratch: names of arguments that the kernel adds to; where one is None, it is not there.
+    """
+
+    kernel: str
+    arguments: dict[str, Any]
+    numel: int
+    models: int
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    programs: int | None = None
+    scratch: tuple[str, ...] = ()
+
+    def start(self, config: Config) -> None:
+        """Start the kernel on the device's current stream; wait for nothing."""
+        programs = self.programs or -(-self.numel // config.block)
+        KERNELS[self.kernel][(programs,)](
+            **self.arguments,
+            BLOCK=config.block,
+            num_warps=config.warps,
+            # Two roundings are what the definition says.
+            enable_fp_fusion=False,
+        )
+
+
+def default_config(launch: Launch) -> Config:
+    """Return a fixed configuration: 16 bytes per thread and tensor, where registers allow it."""
+    if INTERPRETED.value:
+        return Config(2048, 4)  # a program costs the interpreter as much as its elements do
+    if launch.kernel.startswith("magnitude"):
+        return Config(2048, 8)  # each program adds to the same few counters
+    width = max(dtype.itemsize for dtype in launch.dtypes)
+    # TIES keeps what all models vote with: 8 elements of 16 models are more than a thread can hold.
+    if launch.kernel == "ties" and 8 < launch.models <= UNROLLED:
+        return Config(512 if width < 8 else 256, 4)
+    return Config(1024 if width == 2 else 512, 4)
+
+
+def candidates(launch: Launch) -> list[Config]:
+    """Return the configurations that a search tries, the fixed one first."""
+    first = default_config(launch)
+    # More elements a thread than these would only spill registers.
+    most = 4 if launch.kernel == "ties" and launch.models > 4 else 16
+    others = [c for c in _CANDIDATES if c != first and c.block <= most * 32 * c.warps]
+    return [first, *others]
+
+
+_chosen: dict[Hashable, Config] = {}
+
+
+def run(launch: Launch) -> None:
+    """Run a kernel with the best configuration known."""
+    if launch.device.type != "cuda":
+        launch.start(default_config(launch))
+        return
+    with torch.cuda.device(launch.device):
+        launch.start(_config(launch, _elapsed))
+
+
+def _config(launch: Launch, elapsed: Callable[[Launch, Config], float]) -> Config:
+    if os.environ.get("PYMERGE_TRITON_AUTOTUNE", "0") != "1" or launch.numel < _WORTH_TUNING:
+        return default_config(launch)
+    modes = tuple(
+        (name, value) for name, value in launch.arguments.items() if isinstance(value, (str, bool))
+    )
+    bucket = (launch.models - 1).bit_length()
+    key = (launch.kernel, launch.device.index, bucket, launch.dtypes, modes)
+    if key not in _chosen:
+        _chosen[key] = min(candidates(launch), key=lambda config: elapsed(launch, config))
+    return _chosen[key]
+
+
+def _elapsed(launch: Launch, config: Config) -> float:
+    """Return the milliseconds of one run, measured on copies of what the kernel adds to."""
+    copies = {
+        name: launch.arguments[name].clone()
+        for name in launch.scratch
+        if launch.arguments[name] is not None
+    }
+    trial = replace(launch, arguments={**launch.arguments, **copies})
+    trial.start(config)  # compiles
+    times = []
+    for _ in range(_REPETITIONS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        trial.start(config)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,61 @@
+# type: ignore
+# Kernels are written in Triton's language, whose types are not those of Python.
+"""Weighted sums of models (averaging, linear) and of task vectors (task arithmetic).
+
+The twin of csrc/math/weighted_sum.h.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .value import ROW, divide, is_nonfinite, load, load_row, magnitude_key, raise_flag, store
+
+
+@triton.jit
+def weighted_sum_kernel(
+    out: tl.tensor,
+    stats: tl.tensor,
+    base: tl.tensor | None,
+    models: tl.tuple | tl.tensor,
+    integers: tl.tensor,
+    numbers: tl.tensor,
+    count: int,
+    numel: int,
+    MODELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = sum_k w_k x_k / divisor, or base + scale * (sum_k w_k (x_k - base) / divisor).
+
+    models: MODELS pointers, or for MODELS = 0 a table of `count` rows.
+    integers: [0] the flag of `raise_flag`. numbers: [0] scale, [1] divisor, [2 + k] w_k.
+    """
+    F = numbers.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
+    total = tl.zeros([BLOCK], F)
+    origin = total
+    if base is not None:
+        origin = load(base + start, lane, mask, F)
+    if MODELS > 0:
+        for k in tl.static_range(MODELS):
+            x = load(models[k] + start, lane, mask, F)
+            if base is not None:
+                x = x - origin
+            total = total + tl.load(numbers + 2 + k) * x
+    else:
+        for k in range(count):
+            x = load_row(models + ROW * k, start, lane, mask, ALIGNED, F)
+            if base is not None:
+                x = x - origin
+            total = total + tl.load(numbers + 2 + k) * x
+    if DIVIDE:
+        total = divide(total, tl.load(numbers + 1))
+    if base is not None:
+        total = origin + tl.load(numbers) * total
+    raise_flag(stats, integers, is_nonfinite(magnitude_key(total)))
+    store(out + start, lane, mask, total)
