@@ -124,7 +124,7 @@ def _config(launch: Launch, elapsed: Callable[[Launch, Config], float]) -> Confi
         (name, value) for name, value in launch.arguments.items() if isinstance(value, (str, bool))
     )
     bucket = (launch.models - 1).bit_length()
-    key = (launch.kernel, launch.device.index, bucket, launch.dtypes, modes)
+    key = (launch.kernel, launch.device.index, bucket, frozenset(launch.dtypes), modes)
     if key not in _chosen:
         _chosen[key] = min(candidates(launch), key=lambda config: elapsed(launch, config))
     return _chosen[key]
