@@ -1,0 +1,227 @@
+"""The Triton kernels compile without a GPU, for NVIDIA and AMD, and into the code that they should.
+
+What compiles is what the backend would have launched. What the interpreter cannot show is looked
+for in the code: no fused or approximate arithmetic, no flushed subnormals, hardware rounding to
+nearest even, wide loads, no spilled registers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from pymerge.backends import triton as backend
+from tests.cases import make_inputs
+from tests.test_triton import BY_NAME, needs_triton, process
+
+pytestmark = needs_triton
+
+CASES = [
+    "linear",
+    "task_arithmetic",
+    "ties_mean_signs",
+    "ties_mergekit",
+    "ties_signs",
+    "magnitude_histogram",
+]
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+# In the other process ---------------------------------------------------------------------------
+
+
+def launched(case: str, count: int, dtype: torch.dtype, numel: int) -> Any:
+    """Return what the backend would launch for a case."""
+    kernels = importlib.import_module("pymerge.triton_kernels.launch")
+    calls: list[Any] = []
+    with (
+        mock.patch.object(backend, "device", return_value="cpu"),
+        mock.patch.object(backend, "reason", return_value=None),
+        mock.patch.object(backend, "_load", return_value=(kernels, None)),
+        mock.patch.object(kernels, "run", calls.append),
+    ):
+        wide = dtype == torch.float64
+        BY_NAME[case].run(make_inputs(numel, count, [dtype]), dtype, "triton", wide)
+    (call,) = calls
+    return call
+
+
+def source(call: Any, config: Any) -> Any:
+    """Say of a launch what Triton would find out itself: types, constants and alignments."""
+    compiler = importlib.import_module("triton.compiler")
+    kernel = importlib.import_module("pymerge.triton_kernels.launch").KERNELS[call.kernel]
+    values = {**call.arguments, "BLOCK": config.block}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(one, (*path, k)) for k, one in enumerate(value))
+        if value is None:
+            constants[path] = None
+            return "constexpr"
+        number = value if isinstance(value, int) else value.data_ptr()
+        if number % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if isinstance(value, int) else f"*{NAMES[value.dtype]}"
+
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants[i,] = value
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = kind(value, (i,))
+    return compiler.ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(
+    case: str, count: int, dtype: str, folder: str, target: tuple[str, Any, int], numel: int = 4096
+) -> dict[str, Any]:
+    """Compile what a case launches; return the code, and which registers it takes."""
+    os.environ["TRITON_CACHE_DIR"] = folder
+    kernels = importlib.import_module("pymerge.triton_kernels.launch")
+    compiler = importlib.import_module("triton.compiler")
+    targets = importlib.import_module("triton.backends.compiler")
+    call = launched(case, count, DTYPES[dtype], numel)
+    config = kernels.default_config(call)
+    options = {"num_warps": config.warps, "enable_fp_fusion": False}
+    done = compiler.compile(
+        source(call, config), target=targets.GPUTarget(*target), options=options
+    )
+    if target[0] == "hip":
+        return {"code": done.asm["amdgcn"], "bytes": len(done.asm["hsaco"])}
+    cubin = Path(folder) / f"{case}-{count}-{dtype}-{target[1]}.cubin"
+    cubin.write_bytes(done.asm["cubin"])
+    tools = importlib.import_module("triton").knobs.nvidia
+    usage = subprocess.run(
+        [tools.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    return {"code": done.asm["ptx"], "registers": registers, "spilled": stack + local}
+
+
+def amd_is_there() -> bool:
+    return "amd" in importlib.import_module("triton.backends").backends
+
+
+# In this process --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Compile a case in a process without the interpreter."""
+    folder = str(tmp_path_factory.mktemp("triton"))
+    with process(interpret=False) as call:
+        yield lambda case, count, dtype, target, *more: call(
+            compiled, case, count, dtype, folder, target, *more
+        )
+
+
+@pytest.fixture(scope="session")
+def has_amd() -> bool:
+    with process(interpret=False) as call:
+        return bool(call(amd_is_there))
+
+
+NVIDIA = ("cuda", 90, 32)
+AMD = ("hip", "gfx942", 64)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_code_for_hopper(case: str, count: int, dtype: str, compiler: Callable[..., Any]) -> None:
+    built = compiler(case, count, dtype, NVIDIA)
+    assert built["spilled"] == 0
+    assert built["registers"] <= 168  # three blocks of 128 threads run side by side
+    # 16 bytes of base and of each model at a time.
+    assert len(re.findall(r"ld\.global\.v4\.b32", built["code"])) >= count + (case != "linear")
+    check_arithmetic(built["code"], case, dtype)
+
+
+def check_arithmetic(code: str, case: str, dtype: str) -> None:
+    """Two roundings, whole subnormals, IEEE division, nearest even at the store."""
+    for forbidden in ("fma.rn.f", "mad.f", ".ftz", "div.full", "div.approx", "rcp"):
+        assert forbidden not in code, forbidden
+    width = "f64" if dtype == "f64" else "f32"
+    divides = case in ("linear", "ties_mean_signs", "ties_mergekit", "ties_peft_frequency")
+    assert (f"div.rn.{width}" in code) == divides
+    writes = case != "ties_signs" and not case.startswith("magnitude")
+    assert ("cvt.rn.bf16" in code) == (writes and dtype == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "dtype"),
+    [
+        ("ties_max", 4, "bf16"),
+        ("ties_peft_frequency", 4, "bf16"),
+        ("ties_mergekit", 16, "bf16"),
+        ("ties_mergekit", 16, "f32"),
+        ("ties_mergekit", 16, "f64"),
+        ("ties_mergekit", 17, "bf16"),
+        ("linear", 17, "f32"),
+        ("magnitude_histogram", 17, "bf16"),
+        ("task_arithmetic", 3, "f64"),
+        ("magnitude_equal_counts", 1, "bf16"),
+    ],
+)
+def test_other_code_for_hopper(
+    case: str, count: int, dtype: str, compiler: Callable[..., Any]
+) -> None:
+    """Other dialects, the largest unrolled kernels, those that loop over models, and doubles."""
+    built = compiler(case, count, dtype, NVIDIA)
+    assert built["spilled"] == 0
+    check_arithmetic(built["code"], case, dtype)
+
+
+def test_any_length_compiles(compiler: Callable[..., Any]) -> None:
+    """Where the length is no multiple of 16, loads are narrow, and that is all."""
+    built = compiler("ties_mean_signs", 3, "bf16", NVIDIA, 4097)
+    assert built["spilled"] == 0
+    check_arithmetic(built["code"], "ties_mean_signs", "bf16")
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_generations(arch: int, compiler: Callable[..., Any]) -> None:
+    for case in ("task_arithmetic", "ties_mean_signs", "magnitude_histogram"):
+        built = compiler(case, 4, "bf16", ("cuda", arch, 32))
+        assert built["spilled"] == 0
+        check_arithmetic(built["code"], case, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "bf16") for case in CASES), ("ties_mean_signs", "f32")]
+)
+def test_code_for_amd(case: str, dtype: str, compiler: Callable[..., Any], has_amd: bool) -> None:
+    if not has_amd:
+        pytest.skip("this triton was built without AMD's backend")
+    built = compiler(case, 4, dtype, AMD)
+    assert built["bytes"] > 0
+    assert re.search(r"\.vgpr_spill_count:\s*0\b", built["code"])
+    if case in ("task_arithmetic", "ties_signs"):  # a division is made of such operations
+        assert not re.search(r"\bv_(pk_)?(fma|fmac|mad|mac)_f", built["code"])
+    # Subnormals of both widths are kept, in and out.
+    assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", built["code"])
+    assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3\b", built["code"])
