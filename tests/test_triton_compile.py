@@ -22,7 +22,8 @@ import torch
 
 from pymerge.backends import triton as backend
 from tests.cases import make_inputs
-from tests.test_triton import BY_NAME, needs_triton, process
+from tests.test_triton import needs_triton, process
+from tests.triton_checks import BY_NAME
 
 pytestmark = needs_triton
 
@@ -48,7 +49,9 @@ NAMES = {
 # In the other process ---------------------------------------------------------------------------
 
 
-def launched(case: str, count: int, dtype: torch.dtype, numel: int) -> Any:
+def launched(
+    case: str, count: int, dtype: torch.dtype, numel: int, misaligned: bool = False
+) -> Any:
     """Return what the backend would launch for a case."""
     kernels = importlib.import_module("pymerge.triton_kernels.launch")
     calls: list[Any] = []
@@ -59,7 +62,8 @@ def launched(case: str, count: int, dtype: torch.dtype, numel: int) -> Any:
         mock.patch.object(kernels, "run", calls.append),
     ):
         wide = dtype == torch.float64
-        BY_NAME[case].run(make_inputs(numel, count, [dtype]), dtype, "triton", wide)
+        inputs = make_inputs(numel, count, [dtype], misaligned=misaligned)
+        BY_NAME[case].run(inputs, dtype, "triton", wide)
     (call,) = calls
     return call
 
@@ -120,6 +124,10 @@ def compiled(
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
     return {"code": done.asm["ptx"], "registers": registers, "spilled": stack + local}
+
+
+def aligned(misaligned: bool) -> bool:
+    return launched("linear", 17, torch.bfloat16, 100, misaligned).arguments["ALIGNED"]
 
 
 def amd_is_there() -> bool:
@@ -193,7 +201,15 @@ def test_other_code_for_hopper(
     """Other dialects, the largest unrolled kernels, those that loop over models, and doubles."""
     built = compiler(case, count, dtype, NVIDIA)
     assert built["spilled"] == 0
+    if count == 17:  # one wide load of models of each dtype
+        assert len(re.findall(r"ld\.global\.v[24]", built["code"])) >= 4
     check_arithmetic(built["code"], case, dtype)
+
+
+def test_looping_kernels_are_told_of_alignment() -> None:
+    with process(interpret=False) as call:
+        assert call(aligned, False)
+        assert not call(aligned, True)
 
 
 def test_any_length_compiles(compiler: Callable[..., Any]) -> None:

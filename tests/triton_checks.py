@@ -1,0 +1,271 @@
+"""What the tests of the Triton kernels run in a process of their own; see `tests.test_triton`.
+
+Each function takes the device whose tensors the kernels take there, and returns what was wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import pymerge
+from pymerge.backends import resolve
+from tests import cases
+from tests.cases import DTYPES, Case, Inputs, make_inputs
+from tests.test_ops import SPECIAL, same
+
+# Those that have a Triton kernel.
+OPS = {
+    "weighted_sum_",
+    "task_arithmetic_",
+    "ties_",
+    "ties_signs_",
+    "magnitude_histogram_",
+    "magnitude_equal_counts_",
+}
+BY_NAME = {case.name: case for case in cases.CASES if case.op in OPS}
+
+
+def begin() -> None:
+    """Be quiet: numpy warns where hardware does not, of infinity minus infinity for example."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Copy a tensor to a device, one element past an aligned address where it is so here."""
+    if device == "cpu" or tensor.data_ptr() % 16 == 0:
+        return tensor.to(device)
+    padded = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
+    padded[1:] = tensor
+    return padded[1:]
+
+
+def run(
+    case: Case, inputs: Inputs, dtype: torch.dtype, device: str, wide: bool
+) -> dict[str, torch.Tensor]:
+    """Run a case on a device and return what it wrote."""
+    base, models = inputs
+    outputs = {
+        name: tensor.to(device) for name, tensor in case.outputs(base, models, dtype).items()
+    }
+    arguments = {
+        name: moved(value, device)
+        if isinstance(value, torch.Tensor)
+        else [moved(one, device) for one in value]
+        if name == "models"
+        else value
+        for name, value in case.arguments(base, models).items()
+    }
+    op = getattr(torch.ops.pymerge, case.op)
+    op(**outputs, **arguments, wide=wide, backend="triton")
+    if "counts" in outputs and outputs["counts"].dim() == 3:
+        outputs["counts"] = outputs["counts"].sum(dim=0)
+    return {name: tensor.cpu() for name, tensor in outputs.items()}
+
+
+def differing_shapes(device: str, name: str, dtypes: str, shapes: list[Any]) -> list[Any]:
+    """Return the shapes and dtypes for which a case differs from the reference."""
+    case, kinds, wide = BY_NAME[name], DTYPES[dtypes], dtypes == "f64"
+    different = []
+    for numel, count in shapes:
+        inputs = make_inputs(numel, count, kinds, misaligned=numel % 2 == 1)
+        for result in {kinds[0], torch.float32} if count == 3 else {kinds[0]}:
+            expected = case.run(inputs, result, "reference", wide)
+            if not same(expected, run(case, inputs, result, device, wide)):
+                different.append((numel, count, result))
+    return different
+
+
+def differing_specials(device: str, name: str) -> list[torch.dtype]:
+    """Return the dtypes for which a case differs on NaN, infinity, subnormals and zeros."""
+    case = BY_NAME[name]
+    grid = torch.tensor(SPECIAL, dtype=torch.float64)
+    base = grid.repeat_interleave(len(SPECIAL) ** 2)
+    first = grid.repeat(len(SPECIAL)).repeat_interleave(len(SPECIAL))
+    second = grid.repeat(len(SPECIAL) ** 2)
+    different = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        inputs = base.to(dtype), [first.to(dtype), second.to(dtype)]
+        wide = dtype == torch.float64
+        expected = case.run(inputs, dtype, "reference", wide)
+        if not same(expected, run(case, inputs, dtype, device, wide)):
+            different.append(dtype)
+    return different
+
+
+def differing_dialects(device: str) -> list[Any]:
+    """Return the dialects of TIES, all that there could be, that differ on such values."""
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.tensor(SPECIAL)
+    base, *models = (grid[torch.randint(len(grid), (400,), generator=generator)] for _ in range(4))
+    thresholds = [0, 5, 0x7F800000]
+    different = []
+    for weighting, merge, elect, zero_sign in itertools.product(
+        ("none", "before", "after"),
+        ("mean_of_count", "mean_of_weights", "sum", "max"),
+        ("mass", "count"),
+        (-1, 0, 1),
+    ):
+        if weighting == "none" and merge == "mean_of_weights":
+            continue
+        told = []
+        for backend, place in (("reference", "cpu"), ("triton", device)):
+            out = torch.full((400,), 9.0, device=place)
+            stats = torch.tensor([7, 8, 9], device=place)
+            torch.ops.pymerge.ties_(
+                out,
+                stats,
+                base.to(place),
+                [model.to(place) for model in models],
+                thresholds,
+                [] if weighting == "none" else [0.3, -0.5, 0.0],
+                weighting,
+                merge,
+                elect,
+                zero_sign,
+                -0.7,
+                True,
+                backend=backend,
+            )
+            told.append({"out": out.cpu(), "stats": stats.cpu()})
+        if not same(*told):
+            different.append((weighting, merge, elect, zero_sign))
+    return different
+
+
+def wrong_roundings(device: str, dtype: torch.dtype) -> list[str]:
+    """Load every value of a 16-bit dtype; store what lies half-way between two, and around it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    next_one = (every.view(torch.int16) + 1).view(dtype)
+    half = (every.double() + next_one.double()).div(2).float()
+    up, down = (torch.nextafter(half, torch.tensor(end)) for end in (float("inf"), -float("inf")))
+    fine = torch.cat([half, up, down, torch.tensor([65519.99, 65520.0, 3.39617e38, 3.39618e38])])
+    # Doubles are rounded to float32 first, and then lie half-way.
+    doubles = half.double() * (1 + 2**-40)
+    wrong = []
+    for what, values, kind in (
+        ("load", every, torch.float32),
+        ("keep", every, dtype),
+        ("store", fine, dtype),
+        ("store doubles", doubles, dtype),
+    ):
+        wide = values.dtype == torch.float64
+        out = torch.zeros(values.shape, dtype=kind, device=device)
+        stats = torch.zeros(3, dtype=torch.int64, device=device)
+        op = torch.ops.pymerge.weighted_sum_
+        op(out, stats, [values.to(device)], [1.0], 1.0, wide=wide, backend="triton")
+        if not same({"out": out.cpu()}, {"out": (values + 0.0).to(kind)}):  # 0 + -0 is 0
+            wrong.append(what)
+    return wrong
+
+
+def large_differences(device: str) -> list[str]:
+    """Run many programs: statistics of several blocks add up, and flags are raised once."""
+    numel, dtype = 65536 + 5077, torch.bfloat16
+    base, models = make_inputs(numel, 2, [dtype])
+    for at in (5, 3000, 66_000, numel - 1):
+        models[1][at] = float("nan")
+    different = []
+    for name in ("linear", "task_arithmetic", "ties_drop", "ties_signs", "magnitude_histogram"):
+        expected = BY_NAME[name].run((base, models), dtype, "reference")
+        if not same(expected, run(BY_NAME[name], (base, models), dtype, device, False)):
+            different.append(name)
+    # Counts of chunks are set, not added to; counts of keys are added to.
+    key = int(torch.tensor(0.0078125).view(torch.int32))
+    told = []
+    for backend, place in (("reference", "cpu"), ("triton", device)):
+        at = base.to(place), [model.to(place) for model in models]
+        counts = torch.full((1, 2, 19), 3, dtype=torch.int32, device=place)
+        hot = torch.full((2, 3), 4, dtype=torch.int32, device=place)
+        chunks = torch.full((2,), 5, dtype=torch.int64, device=place)
+        brackets = [key - (1 << 23)] * 2, [20, 31], [key, -1]
+        torch.ops.pymerge.magnitude_histogram_(counts, hot, *at, *brackets, backend=backend)
+        torch.ops.pymerge.magnitude_equal_counts_(
+            chunks, at[0], at[1][0], key, 65536, backend=backend
+        )
+        told.append({"counts": counts.cpu(), "hot": hot.cpu(), "chunks": chunks.cpu()})
+    if not same(*told) or int(told[0]["hot"][0, 0]) < 100:
+        different.append("chunks")
+    # All keys on one side, which is where a counter would overflow.
+    for lo, hot in ((1, -1), (0, 0), (0, -1)):
+        counts = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
+        none = torch.zeros(1, 0, dtype=torch.int32, device=device)
+        at = torch.zeros(5000, device=device), [torch.full((5000,), 0.5 * (1 - lo), device=device)]
+        key = 0x3F000000 if hot == 0 else -1
+        torch.ops.pymerge.magnitude_histogram_(
+            counts, none, *at, [lo], [0], [key], backend="triton"
+        )
+        column = 0 if lo else 3 if hot == 0 else 2
+        if counts.flatten().tolist() != [5000 * (k == column) for k in range(4)]:
+            different.append(f"all in column {column}")
+    return different
+
+
+def refusals(device: str) -> list[str]:
+    """Return what is said about tensors that do not fit."""
+    out, stats = torch.zeros(8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    said = []
+    for model, counters in (
+        (torch.zeros(7, device=device), stats),
+        (torch.zeros(16, device=device)[::2], stats),
+        (torch.zeros(8, dtype=torch.int32, device=device), stats),
+        (torch.zeros(8, device=device), stats.int()),
+        (torch.zeros(8, device=device), stats[:0]),
+    ):
+        with pytest.raises(ValueError, match="backend 'triton'") as caught:
+            torch.ops.pymerge.weighted_sum_(out, counters, [model], [1.0], 1.0, backend="triton")
+        said.append(str(caught.value))
+    return said
+
+
+def merged(device: str, backend: str, semantics: str) -> torch.Tensor:
+    """Merge small tensors through the public API."""
+    base, models = make_inputs(3000, 3, [torch.float32])
+    at = base.to(device), [model.to(device) for model in models]
+    result = pymerge.merge("ties", *at, density=0.3, semantics=semantics, backend=backend)
+    return result.cpu()
+
+
+def choice(device: str, name: str | None) -> str:
+    return resolve(name, device).NAME
+
+
+def tuned(device: str) -> dict[str, Any]:
+    """Search for a configuration, with times that are made up."""
+    launch = importlib.import_module("pymerge.triton_kernels.launch")
+    asked: list[Any] = []
+
+    def elapsed(_launch: Any, config: Any) -> float:
+        asked.append(config)
+        return abs(config.block - 2048) + config.warps
+
+    def call(models: int, numel: int) -> Any:
+        dtypes = (torch.bfloat16,) * (models + 1)
+        return launch.Launch("ties", {"SIGNS": True}, numel, models, torch.device("cpu"), dtypes)
+
+    found: dict[str, Any] = {}
+    fixed = launch.default_config(call(3, 1 << 24))
+    for setting in ("0", "1"):
+        os.environ["PYMERGE_TRITON_AUTOTUNE"] = setting
+        found[setting] = launch._config(call(3, 1 << 24), elapsed) == fixed, len(asked)
+    del os.environ["PYMERGE_TRITON_AUTOTUNE"]
+    os.environ["PYMERGE_TRITON_AUTOTUNE"] = "1"
+    chosen = launch._config(call(3, 1 << 24), elapsed)
+    found["chosen"] = chosen.block, chosen.warps
+    before = len(asked)
+    launch._config(call(4, 1 << 24), elapsed)  # the same bucket
+    found["again"] = len(asked) - before
+    launch._config(call(5, 1 << 24), elapsed)
+    found["bucket"] = len(asked) > before
+    before = len(asked)
+    found["small"] = launch._config(call(9, 1000), elapsed) == launch.default_config(call(9, 1000))
+    found["small asked"] = len(asked) - before
+    del os.environ["PYMERGE_TRITON_AUTOTUNE"]
+    return found
