@@ -71,16 +71,16 @@ class Launch:
     programs: int | None = None
     scratch: tuple[str, ...] = ()
 
+    def keywords(self, config: Config) -> dict[str, Any]:
+        """Return everything that the kernel is called with."""
+        # No fused operations: two roundings are what the definition says.
+        options = {"num_warps": config.warps, "enable_fp_fusion": False}
+        return {**self.arguments, "BLOCK": config.block, **options}
+
     def start(self, config: Config) -> None:
         """Start the kernel on the device's current stream; wait for nothing."""
         programs = self.programs or -(-self.numel // config.block)
-        KERNELS[self.kernel][(programs,)](
-            **self.arguments,
-            BLOCK=config.block,
-            num_warps=config.warps,
-            # Two roundings are what the definition says.
-            enable_fp_fusion=False,
-        )
+        KERNELS[self.kernel][(programs,)](**self.keywords(config))
 
 
 def default_config(launch: Launch) -> Config:
