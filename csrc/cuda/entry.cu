@@ -1,0 +1,311 @@
+// The table of the CUDA library: turns arguments into records, and chooses kernels.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "math/value.h"
+
+namespace pymerge {
+namespace cuda {
+namespace {
+
+constexpr int32_t kInfinityKey = 0x7f800000;
+constexpr int kSharedBinBytes = 1 << 15;  // more bins than that are counted in device memory
+constexpr int kModelsAtOnce = 64;         // in a record of the counting kernels
+
+int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
+
+// What the operands of a call have in common.
+struct Operands {
+  Dtype dtype;
+  bool uniform;      // one dtype, all at multiples of its size, arithmetic in float
+  uintptr_t places;  // all addresses, or-ed
+
+  Operands(Dtype dtype, Dtype compute)
+      : dtype(dtype), uniform(compute == Dtype::kF32 && dtype != Dtype::kF64), places(0) {}
+  void add(const void* data, Dtype other) {
+    places |= reinterpret_cast<uintptr_t>(data);
+    uniform = uniform && other == dtype && places % dtype_bytes(dtype) == 0;
+  }
+  int32_t alignment() const { return places % 16 == 0 ? kAligned : 0; }
+};
+
+// A record under construction.
+template <class AnyHead, class AnyModel>
+class Record {
+ public:
+  explicit Record(int num_models) : bytes_(sizeof(AnyHead) + sizeof(AnyModel) * num_models) {}
+  AnyHead& head() { return *reinterpret_cast<AnyHead*>(bytes_.data()); }
+  AnyModel& model(int k) { return reinterpret_cast<AnyModel*>(&head() + 1)[k]; }
+  const void* data() const { return bytes_.data(); }
+  int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+using Elementwise = Record<Head, Model>;
+
+bool too_many(int num_models) {
+  return sizeof(Head) + sizeof(Model) * static_cast<int64_t>(num_models) > kRecordBytes;
+}
+
+Status refuse(const char* why) { return fail(Status::kBadArgument, why); }
+
+Status run_elementwise(const Execution& execution, Kernel kernel, int num_models,
+                       Elementwise& record) {
+  const int64_t blocks = (record.head().numel + kTile - 1) / kTile;
+  const Launch launch{kernel, num_models, static_cast<int32_t>(record.size()), 0};
+  return run(execution, launch, record.data(), blocks);
+}
+
+Status weighted_sum(const WeightedSumArgs* args) {
+  const int count = args->num_models;
+  if (count < 1 || args->numel < 0) return refuse("num_models or numel");
+  if (args->nonfinite == nullptr || args->weights == nullptr) return refuse("null argument");
+  if (too_many(count)) return refuse("more models than a launch can take");
+  const bool has_base = args->base.data != nullptr;
+  Operands operands(args->out.dtype, args->compute);
+  operands.add(args->out.data, args->out.dtype);
+  if (has_base) operands.add(args->base.data, args->base.dtype);
+  Elementwise record(count);
+  for (int k = 0; k < count; ++k) {
+    const Operand& model = args->models[k];
+    operands.add(model.data, model.dtype);
+    record.model(k) = {model.data, 0, args->weights[k], static_cast<float>(args->weights[k]),
+                       static_cast<int32_t>(model.dtype)};
+  }
+  Head& head = record.head();
+  head.flags = operands.alignment() | (args->divisor != 1.0 ? kDivide : 0);
+  head.numel = args->numel;
+  head.base = args->base.data;
+  head.out = args->out.data;
+  head.stats = args->nonfinite;
+  head.scale = args->scale;
+  head.divisor = args->divisor;
+  head.scale32 = static_cast<float>(args->scale);
+  head.divisor32 = static_cast<float>(args->divisor);
+  head.base_dtype = static_cast<int32_t>(args->base.dtype);
+  head.out_dtype = static_cast<int32_t>(args->out.dtype);
+  Kernel kernel = any_weighted_sum(args->compute == Dtype::kF64);
+  if (operands.uniform && count <= kUnrolledModels) {
+    kernel = operands.dtype == Dtype::kBF16  ? weighted_sum_bf16(count, has_base)
+             : operands.dtype == Dtype::kF16 ? weighted_sum_f16(count, has_base)
+                                             : weighted_sum_f32(count, has_base);
+  }
+  return run_elementwise(args->execution, kernel, count, record);
+}
+
+Status streaming_floor(const WeightedSumArgs* args) {
+  const bool has_base = args->base.data != nullptr;
+  const int count = args->num_models + (has_base ? 1 : 0);
+  if (args->num_models < 1 || args->numel < 0) return refuse("num_models or numel");
+  if (count > kFloorStreams) return refuse("more streams than the floor reads");
+  Operands operands(args->out.dtype, Dtype::kF32);
+  operands.add(args->out.data, args->out.dtype);
+  Elementwise record(count);
+  for (int i = 0; i < count; ++i) {
+    const Operand& operand = !has_base ? args->models[i]
+                             : i == 0  ? args->base
+                                       : args->models[i - 1];
+    operands.add(operand.data, operand.dtype);
+    record.model(i) = {operand.data, 0, 0, 0, static_cast<int32_t>(operand.dtype)};
+  }
+  if (!operands.uniform) return refuse("the floor takes one dtype of 16 or 32 bits");
+  record.head().flags = operands.alignment();
+  record.head().numel = args->numel * (dtype_bytes(operands.dtype) / 2);
+  record.head().out = args->out.data;
+  return run_elementwise(args->execution, floor_of_streams(count), count, record);
+}
+
+// The form of a call that kernels of one dtype can take.
+TiesForm form_of(const TiesArgs& args) {
+  const bool weighted = args.weighting != Weighting::kNone;
+  const bool signs = args.want_signs != 0;
+  const bool mean_as_usual =
+      args.merge == (weighted ? TiesMerge::kMeanOfWeights : TiesMerge::kMeanOfCount);
+  const float scale = static_cast<float>(args.scale);
+  bool finite = (mean_as_usual || args.merge == TiesMerge::kSum) && args.zero_sign != 0 &&
+                args.elect_count == 0 && args.weighting != Weighting::kAfter &&
+                !(weighted && signs) && scale != 0 && std::isfinite(scale);
+  for (int k = 0; k < args.num_models; ++k) {
+    finite = finite && args.thresholds[k] <= kInfinityKey;
+  }
+  if (!finite) return TiesForm::kCareful;
+  return weighted ? TiesForm::kWeighted : signs ? TiesForm::kSigns : TiesForm::kPlain;
+}
+
+int32_t ties_flags(const TiesArgs& args) {
+  const bool by_weights = args.merge == TiesMerge::kMeanOfWeights;
+  return (by_weights || args.merge == TiesMerge::kMeanOfCount ? kDivide : 0) |
+         (by_weights ? kDivideByWeights : 0) |
+         (args.weighting == Weighting::kBefore ? kWeighBefore : 0) |
+         (args.weighting == Weighting::kAfter ? kWeighAfter : 0) |
+         (args.merge == TiesMerge::kMax ? kLargest : 0) |
+         (args.elect_count != 0 ? kElectCount : 0) | (args.want_signs != 0 ? kWantSigns : 0);
+}
+
+Status ties(const TiesArgs* args) {
+  const int count = args->num_models;
+  if (count < 1 || args->numel < 0) return refuse("num_models or numel");
+  if (args->base.data == nullptr || args->stats == nullptr) return refuse("null argument");
+  if (args->weighting != Weighting::kNone && args->weights == nullptr) return refuse("no weights");
+  if (too_many(count)) return refuse("more models than a launch can take");
+  const bool wide = args->compute == Dtype::kF64;
+  Operands operands(args->base.dtype, args->compute);
+  operands.add(args->base.data, args->base.dtype);
+  if (args->out.data != nullptr) operands.add(args->out.data, args->out.dtype);
+  const TiesForm form = form_of(*args);
+  Elementwise record(count);
+  for (int k = 0; k < count; ++k) {
+    const Operand& model = args->models[k];
+    operands.add(model.data, model.dtype);
+    int64_t threshold = args->thresholds[k];
+    if (!wide && threshold > INT32_MAX) threshold = INT32_MAX;
+    // 0 and 1 keep the same, and 1 is what ties_point_finite takes.
+    if (threshold < 1) threshold = 1;
+    const double weight = args->weights != nullptr ? args->weights[k] : 1.0;
+    record.model(k) = {model.data, threshold, weight, static_cast<float>(weight),
+                       static_cast<int32_t>(model.dtype)};
+  }
+  Head& head = record.head();
+  head.flags = operands.alignment() | ties_flags(*args);
+  head.numel = args->numel;
+  head.base = args->base.data;
+  head.out = args->out.data;
+  head.stats = args->stats;
+  head.scale = args->scale;
+  head.scale32 = static_cast<float>(args->scale);
+  head.zero_sign = args->zero_sign;
+  head.base_dtype = static_cast<int32_t>(args->base.dtype);
+  head.out_dtype = static_cast<int32_t>(args->out.dtype);
+  Kernel kernel = any_ties(wide);
+  if (operands.uniform && count <= kUnrolledModels) {
+    kernel = operands.dtype == Dtype::kBF16  ? ties_bf16(count, form)
+             : operands.dtype == Dtype::kF16 ? ties_f16(count, form)
+                                             : ties_f32(count, form);
+  }
+  return run_elementwise(args->execution, kernel, count, record);
+}
+
+using Magnitudes = Record<MagnitudeHead, MagnitudeModel>;
+
+Status run_magnitudes(const Execution& execution, Dtype compute, int num_models,
+                      const Operands& operands, Magnitudes& record, int64_t shared_bytes) {
+  const MagnitudeHead& head = record.head();
+  const int64_t chunks = (head.numel + head.chunk - 1) / head.chunk;
+  const Dtype dtype = compute == Dtype::kF64 ? compute : operands.dtype;
+  const Launch launch{magnitudes(dtype, !operands.uniform), num_models,
+                      static_cast<int32_t>(record.size()), static_cast<int32_t>(shared_bytes)};
+  return run(execution, launch, record.data(), chunks * num_models);
+}
+
+// The bracket of model k; false where it is not one.
+bool set_bracket(const HistogramArgs& args, int k, MagnitudeModel& model) {
+  const int64_t largest = args.compute == Dtype::kF64 ? INT64_MAX : INT32_MAX;
+  const int64_t lo = args.lo[k], shift = args.shift[k];
+  if (lo < 0 || lo > largest || shift < 0 || shift >= (largest == INT32_MAX ? 32 : 64))
+    return false;
+  const bool fits = args.num_bins <= ((largest - lo) >> shift);
+  model.lo = lo;
+  model.hi = fits ? lo + (args.num_bins << shift) - 1 : largest;
+  model.hot = args.hot[k] > largest ? -1 : args.hot[k];
+  model.shift = static_cast<int32_t>(shift);
+  return true;
+}
+
+Status magnitude_histogram(const HistogramArgs* args) {
+  if (args->num_models < 1 || args->num_slots < 1 || args->numel < 0 || args->numel > INT32_MAX) {
+    return refuse("num_models, num_slots or numel");
+  }
+  if (args->num_bins < 1 || args->num_bins > INT32_MAX - 3) return refuse("num_bins");
+  if (args->base.data == nullptr || args->counts == nullptr) return refuse("null argument");
+  if (args->hot_chunks != nullptr && args->num_chunks * kHotChunk < args->numel) {
+    return refuse("num_chunks");
+  }
+  const int64_t bin_bytes = args->num_bins * static_cast<int64_t>(sizeof(int32_t));
+  const bool shared = bin_bytes <= kSharedBinBytes;
+  for (int first = 0; first < args->num_models; first += kModelsAtOnce) {
+    const int left = args->num_models - first;
+    const int count = left < kModelsAtOnce ? left : kModelsAtOnce;
+    Operands operands(args->base.dtype, args->compute);
+    operands.add(args->base.data, args->base.dtype);
+    Magnitudes record(count);
+    for (int i = 0; i < count; ++i) {
+      const int k = first + i;
+      MagnitudeModel& model = record.model(i);
+      if (!set_bracket(*args, k, model)) return refuse("lo or shift");
+      operands.add(args->models[k].data, args->models[k].dtype);
+      model.data = args->models[k].data;
+      model.counts = args->counts + k * (args->num_bins + 3);
+      model.hot_chunks =
+          args->hot_chunks == nullptr ? nullptr : args->hot_chunks + k * args->num_chunks;
+      model.dtype = static_cast<int32_t>(args->models[k].dtype);
+    }
+    MagnitudeHead& head = record.head();
+    head.num_bins = static_cast<int32_t>(args->num_bins);
+    head.numel = args->numel;
+    head.chunk = kHotChunk;
+    head.base = args->base.data;
+    head.base_dtype = static_cast<int32_t>(args->base.dtype);
+    head.flags = shared ? kSharedBins : 0;
+    const Status status = run_magnitudes(args->execution, args->compute, count, operands, record,
+                                         shared ? bin_bytes : 0);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
+Status magnitude_equal_counts(const EqualCountsArgs* args) {
+  const int64_t largest = args->compute == Dtype::kF64 ? INT64_MAX : INT32_MAX;
+  if (args->chunk < 1 || args->numel < 0) return refuse("chunk or numel");
+  if (args->key < 0 || args->key > largest) return refuse("key");
+  if (args->base.data == nullptr) return refuse("null argument");
+  Operands operands(args->base.dtype, args->compute);
+  operands.add(args->base.data, args->base.dtype);
+  operands.add(args->model.data, args->model.dtype);
+  Magnitudes record(1);
+  MagnitudeModel& model = record.model(0);
+  model.data = args->model.data;
+  model.lo = 0;
+  model.hi = -1;
+  model.hot = args->key;
+  model.hot_chunks64 = args->counts;
+  model.dtype = static_cast<int32_t>(args->model.dtype);
+  MagnitudeHead& head = record.head();
+  head.numel = args->numel;
+  head.chunk = args->chunk < args->numel ? args->chunk : args->numel > 0 ? args->numel : 1;
+  head.base = args->base.data;
+  head.base_dtype = static_cast<int32_t>(args->base.dtype);
+  return run_magnitudes(args->execution, args->compute, 1, operands, record, 0);
+}
+
+Status check_device(const Execution* execution) { return check(execution, floor_of_streams(1)); }
+
+KernelTable make_table() {
+  KernelTable table{};
+  table.abi_version = kAbiVersion;
+  table.struct_size = sizeof(KernelTable);
+  table.name = "cuda";
+  table.weighted_sum = weighted_sum;
+  table.ties = ties;
+  table.magnitude_histogram = magnitude_histogram;
+  table.magnitude_equal_counts = magnitude_equal_counts;
+  table.streaming_floor = streaming_floor;
+  table.begin = begin;
+  table.end = end;
+  table.check = check_device;
+  table.last_error = last_error;
+  return table;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace pymerge
+
+extern "C" __attribute__((visibility("default"))) const pymerge::KernelTable* pymerge_cuda_table() {
+  static const pymerge::KernelTable table = pymerge::cuda::make_table();
+  return &table;
+}

@@ -1,0 +1,47 @@
+// The kernels of all files of this folder, by what they are for.
+#pragma once
+
+#include <utility>
+
+#include "cuda/table.h"
+
+namespace pymerge {
+namespace cuda {
+
+// Kernels of one dtype are unrolled for up to so many models.
+#if defined(PYMERGE_CUDA_UNROLLED)
+constexpr int kUnrolledModels = PYMERGE_CUDA_UNROLLED;
+#else
+constexpr int kUnrolledModels = 16;
+#endif
+constexpr int kFloorStreams = kUnrolledModels + 1;
+
+// Which arithmetic a kernel has: ties_point_finite without weights, with weights, and with
+// statistics of signs; or ties_point_careful for every dialect.
+enum class TiesForm { kPlain, kWeighted, kSigns, kCareful };
+
+// One dtype; num_models in 1 .. kUnrolledModels.
+Kernel weighted_sum_bf16(int num_models, bool has_base);
+Kernel weighted_sum_f16(int num_models, bool has_base);
+Kernel weighted_sum_f32(int num_models, bool has_base);
+Kernel ties_bf16(int num_models, TiesForm form);
+Kernel ties_f16(int num_models, TiesForm form);
+Kernel ties_f32(int num_models, TiesForm form);
+Kernel floor_of_streams(int num_streams);
+
+// Any dtypes, any number of models.
+Kernel any_weighted_sum(bool wide);
+Kernel any_ties(bool wide);
+
+// kF64: any dtypes in double; otherwise one dtype, or any in float where `mixed`.
+Kernel magnitudes(Dtype dtype, bool mixed);
+
+// Picks from kernels that are templates over the number of models.
+template <template <int> class Instance, int... K>
+Kernel pick_instance(int number, std::integer_sequence<int, K...>) {
+  static const Kernel all[] = {Instance<K + 1>::kernel()...};
+  return all[number - 1];
+}
+
+}  // namespace cuda
+}  // namespace pymerge

@@ -1,0 +1,160 @@
+// The counting kernels of the exact selection. A block counts one chunk of one model: the blocks of
+// the models of a chunk follow each other, so that the base comes from the L2 cache for all but
+// one.
+#pragma once
+
+#include "cuda/elements.h"
+#include "cuda/reduce.h"
+
+namespace pymerge {
+namespace cuda {
+
+// Keys of one dtype, which base and model share.
+template <class Io>
+struct UniformKeys {
+  using F = float;
+  static constexpr int kVector = kPerVector<Io>;
+  const uint4* base;
+  const uint4* model;
+
+  __device__ __forceinline__ UniformKeys(const MagnitudeHead& head, const MagnitudeModel& one,
+                                         int64_t begin)
+      : base(vector_at(head.base, begin, Io::kBytes)),
+        model(vector_at(one.data, begin, Io::kBytes)) {}
+
+  __device__ __forceinline__ bool aligned() const {
+    return ((reinterpret_cast<uintptr_t>(base) | reinterpret_cast<uintptr_t>(model)) & 15) == 0;
+  }
+  __device__ __forceinline__ int32_t key(int64_t i) const {
+    return magnitude_key(Io::load(model, i) - Io::load(base, i));
+  }
+};
+
+// Keys of any dtypes at any addresses, one at a time.
+template <class AnyF>
+struct MixedKeys {
+  using F = AnyF;
+  static constexpr int kVector = 1;
+  const void* base;
+  const void* model;
+  int32_t base_dtype, model_dtype;
+  int64_t begin;
+
+  __device__ __forceinline__ MixedKeys(const MagnitudeHead& head, const MagnitudeModel& one,
+                                       int64_t begin)
+      : base(head.base),
+        model(one.data),
+        base_dtype(head.base_dtype),
+        model_dtype(one.dtype),
+        begin(begin) {}
+
+  __device__ __forceinline__ typename Traits<F>::Bits key(int64_t i) const {
+    return magnitude_key(load_any<F>(model, model_dtype, begin + i) -
+                         load_any<F>(base, base_dtype, begin + i));
+  }
+};
+
+template <class Int>
+struct Bracket {
+  Int lo, hi, hot;
+  int shift;
+  int32_t* bins;  // of this block or of the whole device
+  int32_t hot_count, below, inside;
+
+  __device__ __forceinline__ void count(Int key) {
+    const bool is_hot = key == hot;
+    hot_count += is_hot ? 1 : 0;
+    below += (key < lo) & !is_hot ? 1 : 0;
+    if ((key >= lo) & (key <= hi) & !is_hot) {
+      ++inside;
+      atomicAdd(bins + ((key - lo) >> shift), 1);
+    }
+  }
+};
+
+template <class Io, class Int>
+PM_DEVICE void count_vectors(const UniformKeys<Io>& keys, int64_t vectors, Bracket<Int>& bracket) {
+  constexpr int kUnroll = 4;  // vectors of a thread that are loaded at once
+  for (int64_t first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
+    uint4 base[kUnroll], model[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = first + u * kThreads;
+      if (at >= vectors) continue;
+      base[u] = load_once(keys.base + at);
+      model[u] = load_once(keys.model + at);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * kThreads >= vectors) continue;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+#pragma unroll
+        for (int half = 0; half < Io::kPerWord; ++half) {
+          bracket.count(magnitude_key(Io::get(word_of(model[u], word), half) -
+                                      Io::get(word_of(base[u], word), half)));
+        }
+      }
+    }
+  }
+}
+
+template <class Keys>
+__global__ void __launch_bounds__(kThreads, 3)
+    magnitude_kernel(const __grid_constant__ Table table) {
+  using Int = typename Traits<typename Keys::F>::Bits;
+  const MagnitudeHead& head = record<MagnitudeHead>(table, record_of_block<MagnitudeHead>(table));
+  const int block = static_cast<int>(blockIdx.x) - head.first_block;
+  const int k = block % table.num_models;
+  const int64_t chunk = block / table.num_models;
+  const MagnitudeModel& model = models_of<MagnitudeModel>(head)[k];
+  const int64_t begin = chunk * head.chunk;
+  const int64_t left = head.numel - begin;
+  const int64_t size = left < head.chunk ? left : head.chunk;
+  const Keys keys(head, model, begin);
+  const bool shared = model.counts != nullptr && (head.flags & kSharedBins) != 0;
+  Bracket<Int> bracket{};
+  bracket.lo = static_cast<Int>(model.lo);
+  bracket.hi = static_cast<Int>(model.hi);
+  bracket.hot = static_cast<Int>(model.hot);
+  bracket.shift = model.shift;
+  bracket.bins = shared ? dynamic_shared() : model.counts + 1;
+  if (shared) {
+    for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) bracket.bins[bin] = 0;
+    __syncthreads();
+  }
+
+  int64_t counted = 0;
+  if constexpr (Keys::kVector > 1) {
+    if (keys.aligned()) {
+      const int64_t vectors = size / Keys::kVector;
+      count_vectors(keys, vectors, bracket);
+      counted = vectors * Keys::kVector;
+    }
+  }
+  for (int64_t i = counted + threadIdx.x; i < size; i += kThreads) bracket.count(keys.key(i));
+
+  const int64_t hot = block_sum(bracket.hot_count);
+  if (model.counts != nullptr) {
+    const int64_t below = block_sum(bracket.below);
+    const int64_t inside = block_sum(bracket.inside);
+    if (threadIdx.x == 0) {
+      int32_t* counts = model.counts;
+      add_to(counts, below);
+      add_to(counts + head.num_bins + 1, size - below - inside - hot);
+      add_to(counts + head.num_bins + 2, hot);
+    }
+    if (shared) {  // the sums have waited for all threads
+      for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) {
+        add_to(model.counts + 1 + bin, bracket.bins[bin]);
+      }
+    }
+  }
+  if (threadIdx.x == 0) {
+    if (model.hot_chunks != nullptr) model.hot_chunks[chunk] = static_cast<int32_t>(hot);
+    if (model.hot_chunks64 != nullptr) model.hot_chunks64[chunk] = hot;
+  }
+}
+
+}  // namespace cuda
+}  // namespace pymerge

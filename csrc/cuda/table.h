@@ -1,0 +1,158 @@
+// What a launch works on: records of many tensors, passed as one kernel parameter. Nothing is
+// copied to the device beforehand, so a launch is asynchronous and can be captured in a CUDA graph.
+#pragma once
+
+#include "cuda/intrinsics.h"
+#include "kernel_table.h"
+
+namespace pymerge {
+namespace cuda {
+
+constexpr int kThreads = 256;  // of every kernel
+
+// Elements that one block of an elementwise kernel works on: enough to hide what a block costs to
+// start, few enough that a tensor of a million elements fills a device.
+constexpr int kTile = 1 << 14;
+
+// Parameters take up to 32764 bytes with CUDA 12.1, and 4096 before.
+#if defined(PYMERGE_CUDA_TABLE_BYTES)
+constexpr int kTableBytes = PYMERGE_CUDA_TABLE_BYTES;
+#elif CUDART_VERSION >= 12010
+constexpr int kTableBytes = 32752;
+#else
+constexpr int kTableBytes = 4080;
+#endif
+
+// `count` records of `stride` bytes: a head and then `num_models` models each.
+struct Table {
+  int32_t count;
+  int32_t stride;
+  int32_t num_models;
+  int32_t reserved;
+  alignas(16) char records[kTableBytes - 16];
+};
+
+// The heads begin with the number of the first block that works on them.
+struct Head {
+  int32_t first_block;
+  int32_t flags;
+  int64_t numel;
+  const void* base;
+  void* out;       // null: statistics only
+  int64_t* stats;  // null: none wanted
+  double scale;
+  double divisor;
+  float scale32;  // in float too: a kernel would convert it again and again
+  float divisor32;
+  int32_t base_dtype;
+  int32_t out_dtype;
+  int32_t zero_sign;
+  int32_t reserved;
+};
+
+struct Model {
+  const void* data;
+  int64_t threshold;
+  double weight;
+  float weight32;
+  int32_t dtype;
+};
+
+enum : int32_t {
+  kAligned = 1,  // every operand lies at a multiple of 16 bytes
+  kDivide = 2,
+  kDivideByWeights = 4,
+  kWeighBefore = 8,
+  kWeighAfter = 16,
+  kLargest = 32,
+  kElectCount = 64,
+  kWantSigns = 128,
+  kSharedBins = 256,  // the bins of a model fit into shared memory
+};
+
+// Blocks of one record: for each chunk in turn, one for each model.
+struct MagnitudeHead {
+  int32_t first_block;
+  int32_t num_bins;
+  int64_t numel;
+  int64_t chunk;
+  const void* base;
+  int32_t base_dtype;
+  int32_t flags;
+  int64_t reserved;
+};
+
+struct MagnitudeModel {
+  const void* data;
+  int64_t lo, hi, hot;  // hi: the last key of the last bin
+  int32_t* counts;      // as in HistogramArgs; null: only the hot keys are counted
+  int32_t* hot_chunks;  // one or the other, or null
+  int64_t* hot_chunks64;
+  int32_t shift;
+  int32_t dtype;
+};
+
+static_assert(sizeof(Head) % 16 == 0 && sizeof(Model) % 16 == 0, "records stay aligned");
+static_assert(sizeof(MagnitudeHead) % 16 == 0 && sizeof(MagnitudeModel) % 16 == 0, "the same");
+
+// Numbers in the precision that a kernel computes in.
+template <class F>
+PM_DEVICE F weight_of(const Model& model) {
+  if constexpr (sizeof(F) == 8) return model.weight;
+  return model.weight32;
+}
+
+template <class F>
+PM_DEVICE F scale_of(const Head& head) {
+  if constexpr (sizeof(F) == 8) return head.scale;
+  return head.scale32;
+}
+
+template <class F>
+PM_DEVICE F divisor_of(const Head& head) {
+  if constexpr (sizeof(F) == 8) return head.divisor;
+  return head.divisor32;
+}
+
+// Every kernel takes a table.
+using Kernel = void (*)(const Table);
+
+template <class AnyHead>
+PM_DEVICE const AnyHead& record(const Table& table, int index) {
+  return *reinterpret_cast<const AnyHead*>(table.records + index * table.stride);
+}
+
+template <class AnyModel, class AnyHead>
+PM_DEVICE const AnyModel* models_of(const AnyHead& head) {
+  return reinterpret_cast<const AnyModel*>(&head + 1);
+}
+
+// The number of a block's record: the last one that begins at or before it.
+template <class AnyHead>
+PM_DEVICE int record_of_block(const Table& table) {
+  int low = 0, high = table.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (record<AnyHead>(table, middle).first_block <= static_cast<int>(blockIdx.x)) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The elements of a block of an elementwise kernel.
+struct Tile {
+  int64_t begin;
+  int count;
+};
+
+PM_DEVICE Tile tile_of_block(const Head& head) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - head.first_block) * kTile;
+  const int64_t left = head.numel - begin;
+  return {begin, left < kTile ? static_cast<int>(left) : kTile};
+}
+
+}  // namespace cuda
+}  // namespace pymerge

@@ -1,0 +1,49 @@
+// The value types of the GPU: plain float and double. Masks are predicates.
+#pragma once
+
+#include "cuda/intrinsics.h"
+#include "math/ties.h"
+#include "math/weighted_sum.h"
+
+namespace pymerge {
+
+template <class F, class BitsOfF>
+struct ScalarMasks {
+  using Mask = bool;
+  PM_INLINE bool at_least(BitsOfF key, BitsOfF threshold) { return key >= threshold; }
+  // x > 0 or NaN, among those chosen before
+  PM_INLINE bool positive(F x, bool among) { return !(x <= F{}) & among; }
+  PM_INLINE bool zero(F x) { return x == F{}; }
+  PM_INLINE bool both(bool a, bool b) { return a & b; }
+  PM_INLINE bool either(bool a, bool b) { return a | b; }
+  PM_INLINE F keep(F x, bool chosen) { return chosen ? x : F{}; }
+  PM_INLINE F add(F sum, F x, bool chosen) { return chosen ? sum + x : sum; }
+  PM_INLINE BitsOfF count(BitsOfF counts, bool chosen) { return counts + (chosen ? 1 : 0); }
+};
+
+template <>
+struct Traits<float> : ScalarMasks<float, int32_t> {
+  using Scalar = float;
+  using IntScalar = int32_t;
+  using Bits = int32_t;
+  static constexpr int32_t kMagnitudeMask = INT32_MAX;
+  static constexpr int32_t kSignMask = INT32_MIN;
+  static constexpr int32_t kInfinity = 0x7f800000;
+  // Thresholds are keys of numbers, and NaN is above all of them: one comparison of floats, which
+  // takes |x| for free, where a mask and one of integers would be two instructions.
+  PM_INLINE bool at_least(int32_t key, int32_t threshold) {
+    return !(bit_cast<float>(key) < bit_cast<float>(threshold));
+  }
+};
+
+template <>
+struct Traits<double> : ScalarMasks<double, int64_t> {
+  using Scalar = double;
+  using IntScalar = int64_t;
+  using Bits = int64_t;
+  static constexpr int64_t kMagnitudeMask = INT64_MAX;
+  static constexpr int64_t kSignMask = INT64_MIN;
+  static constexpr int64_t kInfinity = 0x7ff0000000000000;
+};
+
+}  // namespace pymerge

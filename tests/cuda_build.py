@@ -1,0 +1,120 @@
+"""Builds of csrc/cuda for the tests, kept under build/ by what they were made of."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import runpy
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+SHIM = ROOT / "tests" / "cuda_shim"
+CACHE = ROOT / "build" / "cuda-tests"
+
+HOST_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g0",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    # A GPU faults where an address is not a multiple of the size of what lies there.
+    "-fsanitize=alignment,bounds,shift",
+    "-fsanitize-undefined-trap-on-error",
+    # Launches with few records and kernels for few models, so that small cases go beyond both.
+    "-DPYMERGE_CUDA_TABLE_BYTES=4096",
+    "-DPYMERGE_CUDA_UNROLLED=8",
+    f"-I{SHIM}",
+    f"-I{ROOT / 'csrc'}",
+]
+
+
+def build_module() -> SimpleNamespace:
+    """Return what csrc/cuda/build.py defines."""
+    return SimpleNamespace(**runpy.run_path(str(CUDA / "build.py")))
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def _digest(*settings: str) -> str:
+    # Only the CPU's own sources play no part.
+    sources = [
+        path for path in (ROOT / "csrc").rglob("*") if path.parent.name not in ("cpu", "bind")
+    ]
+    found = hashlib.sha256(repr(settings).encode())
+    for path in sorted([*sources, *SHIM.rglob("*")]):
+        if path.suffix in (".h", ".cpp", ".cu", ".py", ".map"):
+            found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder: pytest-xdist has several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _kept(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder of a build; made once, older ones of the kind are removed."""
+    folder = CACHE / f"{kind}-{digest}"
+    with _locked(folder):
+        if not (folder / "done").exists():
+            make(folder)
+            (folder / "done").touch()
+            for other in CACHE.glob(f"{kind}-*"):
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def build_for_host() -> Path:
+    """Return the kernels as a library that runs on the processor, thread by thread."""
+    command = compiler()
+    assert command is not None
+
+    def make(folder: Path) -> None:
+        sources = sorted([*CUDA.glob("*.cu"), SHIM / "shim.cpp"])
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        running = [
+            subprocess.Popen(
+                [command, *HOST_FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        for process in running:
+            said, _ = process.communicate()
+            assert process.returncode == 0, said
+        link = [command, "-shared", "-o", str(folder / "host.so"), *map(str, objects)]
+        subprocess.run(link, check=True)
+
+    return _kept("host", _digest(command, *HOST_FLAGS), make) / "host.so"
+
+
+def build_for_device(arch: str) -> tuple[Path, dict[str, str]]:
+    """Return the library for one architecture and what the compiler said of each source."""
+    module = build_module()
+    nvcc = module.find_nvcc()
+
+    def make(folder: Path) -> None:
+        cores = len(os.sched_getaffinity(0))
+        module.build(folder / "_cuda.so", folder, archs=arch, jobs=cores, nvcc=nvcc)
+
+    folder = _kept(f"sm_{arch}", _digest(nvcc, arch), make)
+    logs = {path.stem: path.read_text() for path in folder.glob("*.log")}
+    return folder / "_cuda.so", logs
