@@ -2,7 +2,9 @@
 
 Environment:
   PYMERGE_NATIVE=0          install without the native part (the reference backend remains)
-  PYMERGE_CUDA=auto|0|1     whether to build the CUDA library (not part of this version)
+  PYMERGE_CUDA=auto|0|1     whether to build the CUDA library (auto: where nvcc is found)
+  PYMERGE_CUDA_ARCHS        GPU architectures (default: those of "80;90;100;120+PTX" nvcc knows)
+  NVCC                      the CUDA compiler
   PYMERGE_BUILD_JOBS=N      compilers to run at a time (default: one per usable core)
   CXX                       the C++17 compiler
 """
@@ -12,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import shlex
 import sys
 import sysconfig
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -65,12 +69,32 @@ def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def decide_cuda() -> None:
-    """Say aloud what becomes of the CUDA library, or stop where it was demanded."""
-    reason = "the CUDA library is not part of this version"
-    if choice("PYMERGE_CUDA", "auto", ("auto", "0", "1")) == "1":
+def cuda_module() -> SimpleNamespace:
+    """Return what csrc/cuda/build.py defines."""
+    return SimpleNamespace(**runpy.run_path(str(CSRC / "cuda" / "build.py")))
+
+
+def decide_cuda(native: bool) -> str | None:
+    """Return the CUDA compiler if the CUDA library is to be built; say aloud what is decided.
+
+    Whether this machine has a GPU plays no part: what is built here may run elsewhere.
+    """
+    wanted = choice("PYMERGE_CUDA", "auto", ("auto", "0", "1"))
+    nvcc, reason = None, "PYMERGE_CUDA=0"
+    if not native:
+        reason = "the native part, which loads it, is left out (PYMERGE_NATIVE=0)"
+    elif sys.platform != "linux":
+        reason = "the CUDA library builds on Linux"
+    elif wanted != "0":
+        nvcc = cuda_module().find_nvcc()
+        reason = "nvcc was not found: NVCC=... names one"
+    if wanted == "1" and nvcc is None:
         stop(f"PYMERGE_CUDA=1 cannot be fulfilled: {reason}")
-    print(f"pymerge: building without CUDA: {reason}", file=sys.stderr)
+    if nvcc is None:
+        print(f"pymerge: building without CUDA: {reason}", file=sys.stderr)
+    else:
+        print(f"pymerge: building with CUDA: {nvcc} (PYMERGE_CUDA={wanted})", file=sys.stderr)
+    return nvcc
 
 
 def prepare_macos() -> None:
@@ -131,8 +155,22 @@ class BuildNative(build_ext):
     """Compile each source with its own flags, several at a time, and only what is out of date."""
 
     def run(self) -> None:
-        decide_cuda()
+        nvcc = decide_cuda(native=True)
         super().run()
+        library = Path(self.get_ext_fullpath("pymerge._C")).with_name("_cuda.so")
+        if nvcc is not None:
+            self.build_cuda(nvcc, library)
+        else:
+            library.unlink(missing_ok=True)  # one of an earlier build in place
+
+    def build_cuda(self, nvcc: str, library: Path) -> None:
+        """Compile and link the CUDA library, which knows neither Python nor torch."""
+        module = cuda_module()
+        folder = Path("build") / f"cuda-{sysconfig.get_platform()}"
+        try:
+            module.build(library, folder, jobs=build_jobs(self.parallel), nvcc=nvcc)
+        except (module.BuildError, OSError) as error:
+            stop(f"building the CUDA library failed: {error}\n\nPYMERGE_CUDA=0 leaves it out.")
 
     def build_extension(self, ext: Extension) -> None:
         ext.define_macros.append(("PYMERGE_VERSION", f'"{self.distribution.get_version()}"'))
@@ -229,6 +267,8 @@ def build_jobs(asked: int | bool | None) -> int:
 
 
 NATIVE = choice("PYMERGE_NATIVE", "1", ("0", "1")) == "1"
+if not NATIVE:
+    decide_cuda(native=False)
 
 setup(
     packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.triton_kernels"],

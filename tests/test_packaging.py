@@ -83,7 +83,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
         if name not in ("PYTHONPATH", "CC", "CXX") and not name.startswith("PYMERGE_")
     }
     pins = str(ROOT / "constraints.txt")
-    environment |= {"PIP_CONSTRAINT": pins, "PIP_BUILD_CONSTRAINT": pins}
+    environment |= {"PIP_CONSTRAINT": pins, "PIP_BUILD_CONSTRAINT": pins, "PYMERGE_CUDA": "0"}
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -102,6 +102,17 @@ def succeed(*command: str | Path, cwd: Path, **variables: str) -> str:
 
 def copy_of_sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "sources", ignore=NOT_SOURCES))
+
+
+def stand_in_for_nvcc(folder: Path) -> Path:
+    """A compiler that makes empty files: the real one takes minutes."""
+    program = folder / "nvcc"
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *--list-gpu-arch*) echo compute_90;; esac\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done; exit 0\n'
+    )
+    program.chmod(0o755)
+    return program
 
 
 def fresh_environment(folder: Path) -> Path:
@@ -141,7 +152,12 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """An sdist, and the wheel built from what is in that sdist, in isolation."""
     folder = tmp_path_factory.mktemp("distributions")
     sources = copy_of_sources(folder)
-    succeed(sys.executable, "-m", "build", "--outdir", folder / "dist", sources, cwd=folder)
+    succeed(
+        *(sys.executable, "-m", "build", "--outdir", folder / "dist", sources),
+        cwd=folder,
+        PYMERGE_CUDA="1",
+        NVCC=str(stand_in_for_nvcc(folder)),
+    )
     (sdist,) = folder.glob("dist/*.tar.gz")
     (wheel,) = folder.glob("dist/*.whl")
     return sdist, wheel
@@ -167,6 +183,7 @@ def test_wheel_is_one_package(distributions: tuple[Path, Path]) -> None:
     assert "pymerge/py.typed" in names
     assert f"{information}/licenses/LICENSE" in names
     assert f"pymerge/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert "pymerge/_cuda.so" in names
     assert [name for name in names if name.endswith((".h", ".cpp", ".o"))] == []
 
 
@@ -193,6 +210,20 @@ def test_editable_install(tmp_path: Path) -> None:
     sources.joinpath("csrc", "cpu", "tables.cpp").touch()
     assert "pymerge: 1 of" in succeed(*install, cwd=tmp_path)
     check_installed(python, sources / "pymerge", tmp_path)
+    check_cuda_in_place(install, sources, tmp_path)
+
+
+def check_cuda_in_place(install: tuple[str | Path, ...], sources: Path, folder: Path) -> None:
+    """The CUDA library appears where it is wanted, compiled once, and goes where it is not."""
+    nvcc = str(stand_in_for_nvcc(folder))
+    count = sum(1 for _ in sources.glob("csrc/cuda/*.cu"))
+    for stale in (count, 0):
+        said = succeed(*install, cwd=folder, PYMERGE_CUDA="auto", NVCC=nvcc)
+        assert f"pymerge: building with CUDA: {nvcc} (PYMERGE_CUDA=auto)" in said
+        assert f"pymerge: CUDA for 90+PTX: {stale} of {count} files" in said
+        assert sources.joinpath("pymerge", "_cuda.so").is_file()
+    assert "building without CUDA: PYMERGE_CUDA=0" in succeed(*install, cwd=folder)
+    assert not sources.joinpath("pymerge", "_cuda.so").exists()
 
 
 def check_symbols_of_instruction_sets(sources: Path) -> None:
@@ -225,7 +256,14 @@ def test_without_native_part(tmp_path: Path) -> None:
     ("variables", "message"),
     [
         ({"CXX": "/no/c++", "CC": "/no/cc"}, "needs a C\\+\\+17 compiler"),
-        ({"PYMERGE_CUDA": "1"}, "PYMERGE_CUDA=1 cannot be fulfilled: the CUDA library is not part"),
+        (
+            {"PYMERGE_CUDA": "1", "NVCC": "/no/nvcc"},
+            "PYMERGE_CUDA=1 cannot be fulfilled: nvcc was not found",
+        ),
+        (
+            {"PYMERGE_CUDA": "1", "PYMERGE_NATIVE": "0"},
+            "PYMERGE_CUDA=1 cannot be fulfilled: the native part",
+        ),
         ({"PYMERGE_CUDA": "yes"}, "PYMERGE_CUDA is 'yes', expected one of auto, 0, 1"),
         ({"PYMERGE_NATIVE": "no"}, "PYMERGE_NATIVE is 'no', expected one of 0, 1"),
         ({"PYMERGE_BUILD_JOBS": "0"}, "PYMERGE_BUILD_JOBS is '0', expected a whole number"),
