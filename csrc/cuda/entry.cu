@@ -12,8 +12,8 @@ namespace cuda {
 namespace {
 
 constexpr int32_t kInfinityKey = 0x7f800000;
-constexpr int kSharedBinBytes = 1 << 15;  // more bins than that are counted in device memory
-constexpr int kModelsAtOnce = 64;         // in a record of the counting kernels
+constexpr int kSharedBins = 1 << 13;  // more of them are counted in device memory
+constexpr int kModelsAtOnce = 64;     // in a record of the counting kernels
 
 int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
 
@@ -193,12 +193,13 @@ Status ties(const TiesArgs* args) {
 using Magnitudes = Record<MagnitudeHead, MagnitudeModel>;
 
 Status run_magnitudes(const Execution& execution, Dtype compute, int num_models,
-                      const Operands& operands, Magnitudes& record, int64_t shared_bytes) {
+                      const Operands& operands, Magnitudes& record, Bins bins) {
   const MagnitudeHead& head = record.head();
   const int64_t chunks = (head.numel + head.chunk - 1) / head.chunk;
   const Dtype dtype = compute == Dtype::kF64 ? compute : operands.dtype;
-  const Launch launch{magnitudes(dtype, !operands.uniform), num_models,
-                      static_cast<int32_t>(record.size()), static_cast<int32_t>(shared_bytes)};
+  const int32_t bytes = bins == Bins::kShared ? head.num_bins * 4 : 0;
+  const Launch launch{magnitudes(dtype, !operands.uniform, bins), num_models,
+                      static_cast<int32_t>(record.size()), bytes};
   return run(execution, launch, record.data(), chunks * num_models);
 }
 
@@ -225,8 +226,7 @@ Status magnitude_histogram(const HistogramArgs* args) {
   if (args->hot_chunks != nullptr && args->num_chunks * kHotChunk < args->numel) {
     return refuse("num_chunks");
   }
-  const int64_t bin_bytes = args->num_bins * static_cast<int64_t>(sizeof(int32_t));
-  const bool shared = bin_bytes <= kSharedBinBytes;
+  const Bins bins = args->num_bins <= kSharedBins ? Bins::kShared : Bins::kDevice;
   for (int first = 0; first < args->num_models; first += kModelsAtOnce) {
     const int left = args->num_models - first;
     const int count = left < kModelsAtOnce ? left : kModelsAtOnce;
@@ -250,9 +250,8 @@ Status magnitude_histogram(const HistogramArgs* args) {
     head.chunk = kHotChunk;
     head.base = args->base.data;
     head.base_dtype = static_cast<int32_t>(args->base.dtype);
-    head.flags = shared ? kSharedBins : 0;
-    const Status status = run_magnitudes(args->execution, args->compute, count, operands, record,
-                                         shared ? bin_bytes : 0);
+    const Status status =
+        run_magnitudes(args->execution, args->compute, count, operands, record, bins);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
@@ -269,8 +268,6 @@ Status magnitude_equal_counts(const EqualCountsArgs* args) {
   Magnitudes record(1);
   MagnitudeModel& model = record.model(0);
   model.data = args->model.data;
-  model.lo = 0;
-  model.hi = -1;
   model.hot = args->key;
   model.hot_chunks64 = args->counts;
   model.dtype = static_cast<int32_t>(args->model.dtype);
@@ -279,7 +276,7 @@ Status magnitude_equal_counts(const EqualCountsArgs* args) {
   head.chunk = args->chunk < args->numel ? args->chunk : args->numel > 0 ? args->numel : 1;
   head.base = args->base.data;
   head.base_dtype = static_cast<int32_t>(args->base.dtype);
-  return run_magnitudes(args->execution, args->compute, 1, operands, record, 0);
+  return run_magnitudes(args->execution, args->compute, 1, operands, record, Bins::kNone);
 }
 
 Status check_device(const Execution* execution) { return check(execution, floor_of_streams(1)); }

@@ -33,8 +33,11 @@ Kernel floor_of_streams(int num_streams);
 Kernel any_weighted_sum(bool wide);
 Kernel any_ties(bool wide);
 
+// Where the bins of a histogram are: none are wanted, in shared memory, or in device memory.
+enum class Bins { kNone, kShared, kDevice };
+
 // kF64: any dtypes in double; otherwise one dtype, or any in float where `mixed`.
-Kernel magnitudes(Dtype dtype, bool mixed);
+Kernel magnitudes(Dtype dtype, bool mixed, Bins bins);
 
 // Picks from kernels that are templates over the number of models.
 template <template <int> class Instance, int... K>

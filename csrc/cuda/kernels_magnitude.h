@@ -3,7 +3,10 @@
 // one.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/elements.h"
+#include "cuda/kernels.h"
 #include "cuda/reduce.h"
 
 namespace pymerge {
@@ -54,26 +57,36 @@ struct MixedKeys {
   }
 };
 
-template <class Int>
+// The bracket of a block, and what a thread has counted.
+template <class Int, Bins kBins>
 struct Bracket {
-  Int lo, hi, hot;
+  using Word = std::conditional_t<sizeof(Int) == 8, uint64_t, uint32_t>;
+  Int lo, hot;
+  Word span;  // keys lo .. lo + span have bins
   int shift;
-  int32_t* bins;  // of this block or of the whole device
+  int32_t* bins;
   int32_t hot_count, below, inside;
 
+  // As few instructions as possible: the kernel waits for them as much as for the memory.
   __device__ __forceinline__ void count(Int key) {
     const bool is_hot = key == hot;
     hot_count += is_hot ? 1 : 0;
-    below += (key < lo) & !is_hot ? 1 : 0;
-    if ((key >= lo) & (key <= hi) & !is_hot) {
+    if (kBins == Bins::kNone) return;
+    const Int offset = key - lo;
+    below += offset < 0 ? 1 : 0;
+    if ((static_cast<Word>(offset) <= span) & !is_hot) {
       ++inside;
-      atomicAdd(bins + ((key - lo) >> shift), 1);
+      atomicAdd((kBins == Bins::kShared ? dynamic_shared() : bins) + (offset >> shift), 1);
     }
+  }
+  // Those that are not hot.
+  __device__ __forceinline__ int32_t below_only() const {
+    return hot >= 0 && hot < lo ? below - hot_count : below;
   }
 };
 
-template <class Io, class Int>
-PM_DEVICE void count_vectors(const UniformKeys<Io>& keys, int64_t vectors, Bracket<Int>& bracket) {
+template <class Io, class AnyBracket>
+PM_DEVICE void count_vectors(const UniformKeys<Io>& keys, int64_t vectors, AnyBracket& bracket) {
   constexpr int kUnroll = 4;  // vectors of a thread that are loaded at once
   for (int64_t first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
     uint4 base[kUnroll], model[kUnroll];
@@ -99,7 +112,7 @@ PM_DEVICE void count_vectors(const UniformKeys<Io>& keys, int64_t vectors, Brack
   }
 }
 
-template <class Keys>
+template <class Keys, Bins kBins>
 __global__ void __launch_bounds__(kThreads, 3)
     magnitude_kernel(const __grid_constant__ Table table) {
   using Int = typename Traits<typename Keys::F>::Bits;
@@ -112,15 +125,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t left = head.numel - begin;
   const int64_t size = left < head.chunk ? left : head.chunk;
   const Keys keys(head, model, begin);
-  const bool shared = model.counts != nullptr && (head.flags & kSharedBins) != 0;
-  Bracket<Int> bracket{};
+  using AnyBracket = Bracket<Int, kBins>;
+  AnyBracket bracket{};
   bracket.lo = static_cast<Int>(model.lo);
-  bracket.hi = static_cast<Int>(model.hi);
+  bracket.span = static_cast<typename AnyBracket::Word>(model.hi - model.lo);
   bracket.hot = static_cast<Int>(model.hot);
   bracket.shift = model.shift;
-  bracket.bins = shared ? dynamic_shared() : model.counts + 1;
-  if (shared) {
-    for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) bracket.bins[bin] = 0;
+  bracket.bins = model.counts + 1;
+  if (kBins == Bins::kShared) {
+    for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) dynamic_shared()[bin] = 0;
     __syncthreads();
   }
 
@@ -132,28 +145,35 @@ __global__ void __launch_bounds__(kThreads, 3)
       counted = vectors * Keys::kVector;
     }
   }
+#pragma unroll 1
   for (int64_t i = counted + threadIdx.x; i < size; i += kThreads) bracket.count(keys.key(i));
 
   const int64_t hot = block_sum(bracket.hot_count);
-  if (model.counts != nullptr) {
-    const int64_t below = block_sum(bracket.below);
+  if (kBins != Bins::kNone) {
+    const int64_t below = block_sum(bracket.below_only());
     const int64_t inside = block_sum(bracket.inside);
     if (threadIdx.x == 0) {
-      int32_t* counts = model.counts;
-      add_to(counts, below);
-      add_to(counts + head.num_bins + 1, size - below - inside - hot);
-      add_to(counts + head.num_bins + 2, hot);
+      add_to(model.counts, below);
+      add_to(model.counts + head.num_bins + 1, size - below - inside - hot);
+      add_to(model.counts + head.num_bins + 2, hot);
     }
-    if (shared) {  // the sums have waited for all threads
-      for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) {
-        add_to(model.counts + 1 + bin, bracket.bins[bin]);
-      }
+  }
+  if (kBins == Bins::kShared) {  // the sums have waited for all threads
+    for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) {
+      add_to(model.counts + 1 + bin, dynamic_shared()[bin]);
     }
   }
   if (threadIdx.x == 0) {
     if (model.hot_chunks != nullptr) model.hot_chunks[chunk] = static_cast<int32_t>(hot);
     if (model.hot_chunks64 != nullptr) model.hot_chunks64[chunk] = hot;
   }
+}
+
+template <class Keys>
+Kernel pick_magnitudes(Bins bins) {
+  return bins == Bins::kNone     ? magnitude_kernel<Keys, Bins::kNone>
+         : bins == Bins::kShared ? magnitude_kernel<Keys, Bins::kShared>
+                                 : magnitude_kernel<Keys, Bins::kDevice>;
 }
 
 }  // namespace cuda

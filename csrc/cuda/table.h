@@ -67,7 +67,6 @@ enum : int32_t {
   kLargest = 32,
   kElectCount = 64,
   kWantSigns = 128,
-  kSharedBins = 256,  // the bins of a model fit into shared memory
 };
 
 // Blocks of one record: for each chunk in turn, one for each model.
@@ -78,8 +77,7 @@ struct MagnitudeHead {
   int64_t chunk;
   const void* base;
   int32_t base_dtype;
-  int32_t flags;
-  int64_t reserved;
+  int32_t reserved[3];
 };
 
 struct MagnitudeModel {

@@ -1,7 +1,7 @@
 // Runs the threads of a block in turns on one thread of the processor: each goes on until it comes
-// to a barrier or to an operation of its warp, where it waits for the others. Every second block
-// runs its threads in descending order, so that a missing barrier shows. Dynamic shared memory
-// begins as rubbish.
+// to a barrier or to an operation of its warp, where it waits for the others; a warp goes on as far
+// as it can. Every second block runs in descending order, so that a missing barrier shows. Dynamic
+// shared memory begins as rubbish.
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -68,26 +68,33 @@ bool release(unsigned begin, unsigned end, Place place) {
   return true;
 }
 
-bool run_block(unsigned count, bool descending) {
-  std::memset(dynamic_shared, 0xcd, sizeof(dynamic_shared));
-  for (unsigned i = 0; i < count; ++i) fibers[i].state = State::kReady;
-  for (;;) {
-    for (unsigned i = 0; i < count; ++i) {
-      current = descending ? count - 1 - i : i;
+// Runs a warp until all of its threads are done or wait for the block.
+bool run_warp(unsigned begin, bool descending) {
+  do {
+    for (unsigned i = 0; i < kWarp; ++i) {
+      current = begin + (descending ? kWarp - 1 - i : i);
       if (fibers[current].state != State::kReady) continue;
       thread_index = dim3(current, 0, 0);
       swapcontext(&scheduler, &fibers[current].context);
       if (mistaken) return false;
     }
-    bool done = true, moved = false;
+  } while (release(begin, begin + kWarp, Place::kWarpSum));
+  return true;
+}
+
+bool run_block(unsigned count, bool descending) {
+  std::memset(dynamic_shared, 0xcd, sizeof(dynamic_shared));
+  for (unsigned i = 0; i < count; ++i) fibers[i].state = State::kReady;
+  for (;;) {
+    for (unsigned i = 0; i < count; i += kWarp) {
+      if (!run_warp(descending ? count - kWarp - i : i, descending)) return false;
+    }
+    bool done = true;
     for (unsigned i = 0; i < count; ++i) done = done && fibers[i].state == State::kDone;
     if (done) return true;
-    for (unsigned i = 0; i < count; i += kWarp) {
-      moved = release(i, i + kWarp, Place::kWarpSum) || moved;
+    if (!release(0, count, Place::kBarrier) && !release(0, count, Place::kBlockOr)) {
+      return false;  // some threads wait for others that never come
     }
-    moved = release(0, count, Place::kBarrier) || moved;
-    moved = release(0, count, Place::kBlockOr) || moved;
-    if (!moved) return false;  // some threads wait for others that never come
   }
 }
 
