@@ -165,12 +165,34 @@ struct PointwiseArgs {
 
 constexpr int kSumChunk = 1024;
 
-enum class SumsKind : int32_t { kSparse = 0, kGram = 1 };
+constexpr int kScoreAlignment = 64;
+
+// PCB-Merging: scores of every model, or the merge. reals, by csrc/math/pcb.h, K models, P pairs:
+// variant 0 (paper): min[P], inv[P], norm[P], norm[K], q[K], weights[K], scale; others: lo[K],
+// hi[K], inv[K], q[K], top[K], inverse of top - q [K], weights[K], scale. Always computes in fp32.
+struct PcbArgs {
+  Execution execution;
+  int32_t variant;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  MutableOperand out;  // data == null: scores
+  float* scores;       // [num_models][stride], room for a multiple of kScoreAlignment; or null
+  int64_t stride;
+  const float* reals;
+  int64_t num_reals;
+  int64_t* nonfinite;
+};
+
+enum class SumsKind : int32_t { kSparse = 0, kGram = 1, kPcbExtremes = 2, kPcbExp = 3 };
 
 // Sums over chunks of kSumChunk elements, in a fixed order (csrc/cpu/kernels_sums.h):
-// kSparse: partials[2 k][c] = sum |delta_k|, partials[2 k + 1][c] = sum of what a sparse merge keeps
-// of it; kGram: partials[row][c] = sum x_i x_j for i <= j, row by row, with x the models, or their
-// deltas where there is a base.
+// kSparse: partials[2 k][c] = sum |delta_k|, partials[2 k + 1][c] = sum of what a sparse merge
+// keeps of it; kGram: partials[row][c] = sum x_i x_j for i <= j, row by row, with x the models, or
+// their deltas where there is a base. For the paper's PCB, with tau the deltas in fp32:
+// kPcbExtremes: partials[2 row][c] and [2 row + 1][c] = least and largest tau_i tau_j; kPcbExp:
+// partials[row][c] = sum exp(x_ij), then, for each k, sum exp(K x_kk); reals: min[P], inv[P].
 struct SumsArgs {
   Execution execution;
   Dtype compute;
@@ -187,6 +209,7 @@ struct SumsArgs {
   int64_t start;
   int64_t num_chunks;
   double* partials;
+  const float* reals;
 };
 
 struct KernelTable {
@@ -212,6 +235,7 @@ struct KernelTable {
   Status (*sparse_merge)(const SparseArgs*) = nullptr;
   Status (*pointwise)(const PointwiseArgs*) = nullptr;
   Status (*chunk_sums)(const SumsArgs*) = nullptr;
+  Status (*pcb)(const PcbArgs*) = nullptr;
 };
 
 }  // namespace pymerge

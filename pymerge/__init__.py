@@ -18,7 +18,34 @@ from pymerge.methods import methods
 if TYPE_CHECKING:
     from pymerge.api import linear, merge, task_arithmetic, ties_merge
     from pymerge.engine.checkpoints import merge_checkpoints
+    from pymerge.other_functions import (
+        arcee_fusion,
+        consensus_ta,
+        emr,
+        karcher,
+        model_stock,
+        multislerp,
+        nearswap,
+        nuslerp,
+        passthrough,
+        slerp,
+        tall_masks,
+        tsv_m,
+    )
     from pymerge.report import MergeReport
+    from pymerge.sparse_functions import (
+        breadcrumbs,
+        breadcrumbs_ties,
+        dare_linear,
+        dare_ties,
+        della,
+        della_linear,
+        magmax,
+        pcb_merge,
+        ram,
+        ramplus_tl,
+        sce,
+    )
     from pymerge.task_vector import TaskVector
 
 __all__ = [
@@ -29,12 +56,35 @@ __all__ = [
     "RequestError",
     "TaskVector",
     "__version__",
+    "arcee_fusion",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "consensus_ta",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "emr",
+    "karcher",
     "linear",
+    "magmax",
     "merge",
     "merge_checkpoints",
     "methods",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "pcb_merge",
+    "ram",
+    "ramplus_tl",
+    "sce",
+    "slerp",
+    "tall_masks",
     "task_arithmetic",
     "ties_merge",
+    "tsv_m",
 ]
 
 # Where each lazily loaded name lives: `pymerge --help` and `pymerge methods` do not wait for torch.
@@ -46,6 +96,29 @@ _LAZY = {
     "merge_checkpoints": "pymerge.engine.checkpoints",
     "MergeReport": "pymerge.report",
     "TaskVector": "pymerge.task_vector",
+    "breadcrumbs": "pymerge.sparse_functions",
+    "breadcrumbs_ties": "pymerge.sparse_functions",
+    "dare_linear": "pymerge.sparse_functions",
+    "dare_ties": "pymerge.sparse_functions",
+    "della": "pymerge.sparse_functions",
+    "della_linear": "pymerge.sparse_functions",
+    "magmax": "pymerge.sparse_functions",
+    "pcb_merge": "pymerge.sparse_functions",
+    "ram": "pymerge.sparse_functions",
+    "ramplus_tl": "pymerge.sparse_functions",
+    "sce": "pymerge.sparse_functions",
+    "arcee_fusion": "pymerge.other_functions",
+    "consensus_ta": "pymerge.other_functions",
+    "emr": "pymerge.other_functions",
+    "karcher": "pymerge.other_functions",
+    "model_stock": "pymerge.other_functions",
+    "multislerp": "pymerge.other_functions",
+    "nearswap": "pymerge.other_functions",
+    "nuslerp": "pymerge.other_functions",
+    "passthrough": "pymerge.other_functions",
+    "slerp": "pymerge.other_functions",
+    "tall_masks": "pymerge.other_functions",
+    "tsv_m": "pymerge.other_functions",
 }
 
 

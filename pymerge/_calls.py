@@ -12,6 +12,8 @@ import numpy as np
 
 from pymerge.array import Array, Flat
 from pymerge.backends import resolve
+from pymerge.backends.sizes import SUM_CHUNK
+from pymerge.masks import words_at
 
 Counters = Any  # arrays of numpy, or tensors
 
@@ -27,7 +29,7 @@ def call(name: str, *arguments: Any, backend: str, **keywords: Any) -> None:
         backend: a name of `BACKENDS`, not "auto".
         keywords: its keyword arguments.
     """
-    if backend == "cpu" and any(isinstance(argument, Array) for argument in arguments):
+    if backend == "cpu" and any(_has_array(argument) for argument in arguments):
         globals()[name](*arguments, backend=backend, **keywords)
         return
     import torch
@@ -36,6 +38,12 @@ def call(name: str, *arguments: Any, backend: str, **keywords: Any) -> None:
 
     converted = [_for_torch(argument) for argument in arguments]
     getattr(torch.ops.pymerge, name)(*converted, backend=backend, **keywords)
+
+
+def _has_array(argument: Any) -> bool:
+    if isinstance(argument, list):
+        return bool(argument) and isinstance(argument[0], Array)
+    return isinstance(argument, Array)
 
 
 def _for_torch(argument: Any) -> Any:
@@ -164,3 +172,198 @@ def magnitude_equal_counts_(
 ) -> None:
     chosen = _backend(backend, base)
     chosen.magnitude_equal_counts(counts, base, model, key, chunk, wide)
+
+
+def sparse_merge_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    lo: Sequence[int],
+    last: Sequence[int],
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    factors: Sequence[float],
+    weights: Sequence[float],
+    elect: bool,
+    divide: bool,
+    divisor: float,
+    scale: float,
+    start: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = _backend(backend, out)
+    # A hash sees the low half of an index: no call of a kernel crosses a multiple of 2^32.
+    for begin, end in _halves(start, out.numel(), bool(seeds)):
+        chosen.sparse_merge(
+            out[begin:end],
+            stats,
+            base[begin:end],
+            [model[begin:end] for model in models],
+            lo,
+            last,
+            words_at(seeds, start + begin),
+            limits,
+            factors,
+            weights,
+            elect,
+            divide,
+            divisor,
+            scale,
+            start + begin,
+            wide,
+        )
+
+
+def _halves(start: int, numel: int, matters: bool) -> list[tuple[int, int]]:
+    border = ((start >> 32) + 1 << 32) - start
+    if not matters or border >= numel:
+        return [(0, numel)]
+    return [
+        (0, border),
+        *((b + border, e + border) for b, e in _halves(start + border, numel - border, True)),
+    ]
+
+
+def sparse_sums_(
+    partials: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    lo: Sequence[int],
+    last: Sequence[int],
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    start: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = _backend(backend, base)
+    for begin, end in _halves(start, base.numel(), bool(seeds)):
+        columns = partials[:, begin // SUM_CHUNK : -(-end // SUM_CHUNK)]
+        whole = columns.shape == partials.shape
+        part = partials if whole else np.zeros(columns.shape)
+        chosen.sparse_sums(
+            part,
+            base[begin:end],
+            [model[begin:end] for model in models],
+            lo,
+            last,
+            words_at(seeds, start + begin),
+            limits,
+            start + begin,
+            wide,
+        )
+        if not whole:
+            columns[:] = part
+
+
+def gram_(
+    partials: Counters,
+    base: Flat | None,
+    models: Sequence[Flat],
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, models[0]).gram(partials, base, models, wide)
+
+
+def nearswap_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    model: Flat,
+    t: float,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).nearswap(out, stats, base, model, t, wide)
+
+
+def ram_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    factors: Sequence[float],
+    epsilon: float,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).ram(out, stats, base, models, factors, epsilon, wide)
+
+
+def magmax_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    scale: float,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).magmax(out, stats, base, models, scale, wide)
+
+
+def consensus_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    thresholds: Sequence[float],
+    scale: float,
+    need: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).consensus(out, stats, base, models, thresholds, scale, need, wide)
+
+
+def pcb_extremes_(
+    partials: Counters, base: Flat, models: Sequence[Flat], *, backend: str = "auto"
+) -> None:
+    _backend(backend, base).pcb_extremes(partials, base, models)
+
+
+def pcb_exp_sums_(
+    partials: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    reals: Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, base).pcb_exp_sums(partials, base, models, reals)
+
+
+def pcb_scores_(
+    scores: Counters,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    variant: int,
+    reals: Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, base).pcb_scores(scores, stats, base, models, variant, reals)
+
+
+def pcb_merge_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    variant: int,
+    reals: Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).pcb_merge(out, stats, base, models, variant, reals)

@@ -17,6 +17,21 @@ magnitude_histogram_: counts[slot, k, 0 .. bins + 2] += keys below, in each bin 
     before 2^31 elements were counted. hot_chunks[k, j] = those equal to hot[k] among each 65536
     elements (not counted where hot_chunks has no columns).
 magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j.
+sparse_merge_: out = base + scale merge_k w_k (f_k t_k), t_k = delta_k where lo_k <= key <= last_k
+    and, where there are seeds (two words for each model), hash(start + i) <= limits[k]; merged by
+    the sum (/ divisor), or with `elect` by the sum over what has the sign of the sum, where zero
+    elects + (`divide`: by the weights of those that agree); stats[2] += 1 if a delta is not finite.
+sparse_sums_: partials[2k, c] = sum over chunk c (1024 elements, a fixed order, doubles) of
+    |delta_k|, partials[2k + 1, c] of |t_k|.
+gram_: partials[row, c] = sum over chunk c of x_i x_j, i <= j row by row; x the models, or their
+    deltas where there is a base.
+pcb_extremes_, pcb_exp_sums_: what the paper's softmax needs, chunk by chunk: least and largest
+    product of each pair of deltas; sums of exp of the scaled products.
+pcb_scores_, pcb_merge_: scores[k, :numel] = PCB's score of each element (rows have room for a
+    multiple of 64); the merge. See csrc/math/pcb.h and PcbArgs in csrc/kernel_table.h; always in
+    float32.
+nearswap_, ram_, magmax_, consensus_: see csrc/math/pointwise.h; stats[2] += 1 if an input is not
+    finite.
 """
 
 from __future__ import annotations
@@ -57,6 +72,50 @@ _SCHEMAS = {
     "magnitude_equal_counts_": (
         "(Tensor(a!) counts, Tensor base, Tensor model, int key, int chunk, *, bool wide=False, "
         "str backend='auto') -> ()"
+    ),
+    "sparse_merge_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int[] lo, int[] last, "
+        "int[] seeds, int[] limits, float[] factors, float[] weights, bool elect, bool divide, "
+        "float divisor, float scale, int start, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "sparse_sums_": (
+        "(Tensor(a!) partials, Tensor base, Tensor[] models, int[] lo, int[] last, int[] seeds, "
+        "int[] limits, int start, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "gram_": (
+        "(Tensor(a!) partials, Tensor? base, Tensor[] models, *, bool wide=False, "
+        "str backend='auto') -> ()"
+    ),
+    "nearswap_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor model, float t, *, "
+        "bool wide=False, str backend='auto') -> ()"
+    ),
+    "ram_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float[] factors, "
+        "float epsilon, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "magmax_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float scale, *, "
+        "bool wide=False, str backend='auto') -> ()"
+    ),
+    "consensus_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float[] thresholds, "
+        "float scale, int need, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "pcb_extremes_": (
+        "(Tensor(a!) partials, Tensor base, Tensor[] models, *, str backend='auto') -> ()"
+    ),
+    "pcb_exp_sums_": (
+        "(Tensor(a!) partials, Tensor base, Tensor[] models, float[] reals, *, "
+        "str backend='auto') -> ()"
+    ),
+    "pcb_scores_": (
+        "(Tensor(a!) scores, Tensor(b!) stats, Tensor base, Tensor[] models, int variant, "
+        "float[] reals, *, str backend='auto') -> ()"
+    ),
+    "pcb_merge_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int variant, "
+        "float[] reals, *, str backend='auto') -> ()"
     ),
 }
 

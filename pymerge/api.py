@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from pymerge import _ops as _ops  # declares torch.ops.pymerge
-from pymerge.backends import resolve
+from pymerge.backends import resolve_for
 from pymerge.engine.execute import Context, execute
 from pymerge.engine.memory import MemorySink, MemorySource
 from pymerge.engine.work import Work
@@ -63,7 +63,7 @@ def merge(
     tensor([2., 2., 2., 2.])
     """
     spec = get(method, "merge: method")
-    return _merge(spec, "merge", base, models, weights, backend, dtype, parameters)
+    return merge_by(spec, "merge", base, models, weights, backend, dtype, parameters)
 
 
 def linear(
@@ -91,7 +91,7 @@ def linear(
     tensor([2.])
     """
     parameters = {"normalize": normalize, "nan": nan}
-    return _merge(LINEAR, "linear", None, models, weights, backend, dtype, parameters)
+    return merge_by(LINEAR, "linear", None, models, weights, backend, dtype, parameters)
 
 
 def task_arithmetic(
@@ -127,7 +127,7 @@ def task_arithmetic(
     tensor([-0.5000, -0.5000])
     """
     parameters = {"scale": scale, "normalize": normalize, "nan": nan}
-    return _merge(
+    return merge_by(
         TASK_ARITHMETIC, "task_arithmetic", base, models, weights, backend, dtype, parameters
     )
 
@@ -187,13 +187,13 @@ def ties_merge(
         "elect": elect,
         "normalize": normalize,
     }
-    return _merge(TIES, "ties_merge", base, models, weights, backend, dtype, parameters)
+    return merge_by(TIES, "ties_merge", base, models, weights, backend, dtype, parameters)
 
 
 LINEAR, TASK_ARITHMETIC, TIES = METHODS["linear"], METHODS["task_arithmetic"], METHODS["ties"]
 
 
-def _merge(
+def merge_by(
     spec: MethodSpec,
     where: str,
     base: Any,
@@ -215,7 +215,8 @@ def _merge(
         raise RequestError(
             f"{where}: dtype: expected float32, float16, bfloat16 or float64; got {dtype}"
         )
-    if not spec.needs_base:
+    has_base = spec.with_base(base is not None)
+    if not has_base:
         inputs.pop("base", None)
     resolved = resolve_parameters(spec, where, len(models), weights, parameters)
 
@@ -229,14 +230,15 @@ def _merge(
         wide = dtype == torch.float64 or any(
             t[name].dtype == torch.float64 for t in inputs.values()
         )
-        works.append(Work(name, tensor.numel(), floating and wide, not floating, resolved))
+        shape = tuple(tensor.shape)
+        works.append(Work(name, tensor.numel(), floating and wide, not floating, resolved, shape))
         kind = dtype if dtype is not None and floating else tensor.dtype
         results[name] = torch.empty(tensor.shape, dtype=kind, device=tensor.device)
     device = next((t.device for t in leader.values()), torch.device("cpu"))
-    chosen = resolve(backend, device).NAME
+    chosen = resolve_for(spec.name, spec.backends, backend, device).NAME
     source = MemorySource(
         [f"{where}: {label}" for label in inputs],
-        inputs["base"] if spec.needs_base else None,
+        inputs["base"] if has_base else None,
         [tensors for label, tensors in inputs.items() if label != "base"],
         {name: _shown(name, first) for name in leader},
     )
@@ -282,13 +284,13 @@ def resolve_parameters(
             problems.extend(error.problems)
     if not problems and spec.name == "ties":
         TiesRule.of(values, where)
-    if not problems and values.get("normalize") and spec.name in ("linear", "task_arithmetic"):
-        total = sum(values["weight"])
-        if abs(total) < 1e-8:
-            problems.append(
-                f"{where}: weights {values['weight']} sum to {total:g}, and normalize=True "
-                "divides by their sum; give other weights or normalize=False"
-            )
+    if not problems and spec.check is not None:
+        problems += [f"{where}: {problem}" for problem in spec.check(values)]
+    if not problems and spec.cancelling(values) is not None:
+        problems.append(
+            f"{where}: weights {values['weight']} sum to {sum(values['weight']):g}, and "
+            f"{spec.divides}=True divides by their sum; give other weights or {spec.divides}=False"
+        )
     if problems:
         raise RequestError(problems)
     return values
@@ -325,6 +327,11 @@ def _check_models(spec: MethodSpec, where: str, base: Any, models: Any) -> list[
         raise RequestError(
             f"{where}: models: {spec.name} needs at least {spec.min_models} "
             f"model{'s' if spec.min_models > 1 else ''}, got {len(models)}"
+        )
+    if spec.max_models is not None and len(models) > spec.max_models:
+        raise RequestError(
+            f"{where}: models: {spec.name} takes at most {spec.max_models} "
+            f"model{'s' if spec.max_models > 1 else ''}, got {len(models)}"
         )
     if spec.needs_base and base is None:
         raise RequestError(f"{where}: base: {spec.name} needs a base model, got None")

@@ -33,7 +33,7 @@ def model_card(
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     models = "\n".join(f"* {_code(_shown(entry.path))}" for entry in config.models)
     base = ""
-    if config.base_model is not None and method.needs_base:
+    if config.base_model is not None and method.with_base(True):
         base = f" with {_code(_shown(config.base_model))} as the base"
     # a fence longer than any in the text
     ticks = max((len(run) for run in re.findall(r"`{3,}", config.text)), default=2) + 1

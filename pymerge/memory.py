@@ -16,8 +16,8 @@ __all__ = ["MemoryPlan", "PeakMemory", "available_memory", "default_threads", "p
 
 MIB = 1 << 20
 
-# Python, torch (which only some backends import) and the libraries they load, measured once imported,
-# with room for a page of headers per tensor. It does not depend on the models.
+# Python, torch (which only some backends import) and the libraries they load, measured once
+# imported, with room for a page of headers per tensor. It does not depend on the models.
 FIXED_BYTES = 256 * MIB
 
 MAX_SLOTS, MIN_SLOTS = 4, 2
@@ -27,7 +27,7 @@ MAX_BINS_OF_ALL = 1 << 20  # of all models together: more models do not take mor
 MAX_SAMPLES, MIN_SAMPLES = 1 << 17, 1 << 14
 
 # Of a sampled element while one model's bracket is found: base, model and delta in float64, its
-# key, and the keys of all tensors put together and partitioned.
+# key, and the keys of all tensors put together and partitioned. Beside that, the sample itself.
 SAMPLE_BYTES = 48
 
 
@@ -71,7 +71,7 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
     while True:
         parts = {
             "histogram": models * bins * (4 * threads + 16),
-            "samples": samples * SAMPLE_BYTES,
+            "samples": samples * (SAMPLE_BYTES + 8 * (models + 1)),
             "slots": slots * slot_bytes,
         }
         total = FIXED_BYTES + sum(parts.values())

@@ -27,6 +27,7 @@ class Case:
     arguments: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     outputs: Callable[[torch.Tensor, list[torch.Tensor], torch.dtype], dict[str, torch.Tensor]]
     streams_out: bool = True  # writes a tensor as long as the inputs (for the bytes of a benchmark)
+    slow: bool = False  # the reference takes long: tests take fewer sizes
 
     def run(
         self,
@@ -39,7 +40,10 @@ class Case:
         base, models = inputs
         outputs = self.outputs(base, models, dtype)
         arguments = self.arguments(base, models)
-        getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, wide=wide, backend=backend)
+        how = {} if self.op.startswith("pcb") else {"wide": wide}  # PCB is in float32 always
+        getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, **how, backend=backend)
+        if "scores" in outputs:
+            outputs["scores"] = outputs["scores"][:, : base.numel()]
         if "counts" in outputs and outputs["counts"].dim() == 3:
             outputs["counts"] = outputs["counts"].sum(dim=0)
         return outputs
@@ -159,6 +163,119 @@ def _equal_counts(
     return {"counts": torch.zeros(-(-base.numel() // CHUNK), dtype=torch.int64)}
 
 
+def _bands(
+    base: torch.Tensor, models: list[torch.Tensor], drawn: bool, band: bool
+) -> dict[str, list[int]]:
+    """Return lo, last, seeds, limits: the middle of the magnitudes, two thirds of it at random."""
+    count = len(models)
+    none = 2**63 - 1
+    seeds = [(12345 + 2654435761 * i) % 2**32 for i in range(2 * count)]
+    return {
+        "lo": thresholds(base, models, 0.3) if band else [0] * count,
+        "last": thresholds(base, models, 0.9) if band else [none] * count,
+        "seeds": seeds if drawn else [],
+        "limits": [2**32 * 2 // 3 + k for k in range(count)] if drawn else [],
+    }
+
+
+def _sparse(
+    drawn: bool, band: bool, elect: bool, divide: bool = False, divisor: float = 1.0
+) -> Callable[..., dict[str, Any]]:
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        return {
+            "base": base,
+            "models": models,
+            **_bands(base, models, drawn, band),
+            "factors": [1.5 + 0.1 * k for k in range(len(models))],
+            "weights": _weights(len(models)),
+            "elect": elect,
+            "divide": divide,
+            "divisor": divisor,
+            "scale": 0.7,
+            "start": 5 << 10,
+        }
+
+    return arguments
+
+
+def _sparse_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": base, "models": models, **_bands(base, models, True, True), "start": 3 << 10}
+
+
+def _partials(rows: Callable[[int], int]) -> Callable[..., dict[str, torch.Tensor]]:
+    def outputs(
+        base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        chunks = -(-base.numel() // 1024)
+        return {"partials": torch.full((rows(len(models)), chunks), 7.0, dtype=torch.float64)}
+
+    return outputs
+
+
+def _gram(with_base: bool) -> Callable[..., dict[str, Any]]:
+    return lambda base, models: {"base": base if with_base else None, "models": models}
+
+
+def _nearswap(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": base, "model": models[0], "t": 0.005}
+
+
+def _ram(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    factors = [1.0 + 0.1 * k for k in range(len(models))]
+    return {"base": base, "models": models, "factors": factors, "epsilon": 0.004}
+
+
+def _magmax(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": base, "models": models, "scale": 0.7}
+
+
+def _consensus(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    shares = [0.2 + 0.1 * (k % 5) for k in range(len(models))]
+    return {"base": base, "models": models, "thresholds": shares, "scale": 0.3, "need": 2}
+
+
+def _pcb_reals(variant: int, models: int) -> list[float]:
+    """Return statistics of about the right size."""
+    pairs = models * (models + 1) // 2
+    if variant == 0:
+        numbers = [-1e-4 - 1e-6 * p for p in range(pairs)] + [4e3 + p for p in range(pairs)]
+        numbers += [0.5 + 0.01 * p for p in range(pairs)] + [0.7 + 0.1 * k for k in range(models)]
+        numbers += [0.9] * models
+    else:
+        numbers = [1e-4] * models + [0.02 + 1e-3 * k for k in range(models)]
+        numbers += [60.0 - k for k in range(models)] + [1e-6] * models
+        numbers += [2e-3] * models + [0.0 if k == 1 else 500.0 for k in range(models)]
+    return [*numbers, *_weights(models), 0.8]
+
+
+def _pcb(variant: int) -> Callable[..., dict[str, Any]]:
+    return lambda base, models: {
+        "base": base,
+        "models": models,
+        "variant": variant,
+        "reals": _pcb_reals(variant, len(models)),
+    }
+
+
+def _pcb_scores(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    padded = -(-base.numel() // 64) * 64
+    return {
+        "scores": torch.full((len(models), padded), 7.0),
+        "stats": torch.zeros(3, dtype=torch.int64),
+    }
+
+
+def _pcb_extremes(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": base, "models": models}
+
+
+def _pcb_exp_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    pairs = len(models) * (len(models) + 1) // 2
+    return {"base": base, "models": models, "reals": _pcb_reals(0, len(models))[: 2 * pairs]}
+
+
 CASES = [
     Case("linear", "weighted_sum_", _linear("sum"), _out),
     Case("linear_unnormalized", "weighted_sum_", _linear("one"), _out),
@@ -182,6 +299,64 @@ CASES = [
         _equal,
         _equal_counts,
         streams_out=False,
+    ),
+    Case("dare_linear", "sparse_merge_", _sparse(True, False, False), _out),
+    Case("dare_ties", "sparse_merge_", _sparse(True, False, True), _out),
+    Case("breadcrumbs", "sparse_merge_", _sparse(False, True, False, divisor=2.5), _out),
+    Case("breadcrumbs_ties", "sparse_merge_", _sparse(False, True, True, divide=True), _out),
+    Case("sparse_all", "sparse_merge_", _sparse(True, True, True, True, 1.5), _out),
+    Case("sparse_both", "sparse_merge_", _sparse(True, True, False), _out),
+    Case(
+        "sparse_sums",
+        "sparse_sums_",
+        _sparse_sums,
+        _partials(lambda count: 2 * count),
+        streams_out=False,
+        slow=True,
+    ),
+    Case(
+        "gram",
+        "gram_",
+        _gram(False),
+        _partials(lambda count: count * (count + 1) // 2),
+        streams_out=False,
+        slow=True,
+    ),
+    Case(
+        "gram_deltas",
+        "gram_",
+        _gram(True),
+        _partials(lambda count: count * (count + 1) // 2),
+        streams_out=False,
+        slow=True,
+    ),
+    Case("nearswap", "nearswap_", _nearswap, _out),
+    Case("ram", "ram_", _ram, _out),
+    Case("magmax", "magmax_", _magmax, _out),
+    Case("consensus", "consensus_", _consensus, _out),
+    *(
+        Case(f"pcb_{name}", "pcb_merge_", _pcb(variant), _out, slow=True)
+        for variant, name in enumerate(("paper", "root", "vision", "vision_es"))
+    ),
+    *(
+        Case(f"pcb_{name}_scores", "pcb_scores_", _pcb(k), _pcb_scores, False, slow=True)
+        for k, name in enumerate(("paper", "root", "vision", "vision_es"))
+    ),
+    Case(
+        "pcb_extremes",
+        "pcb_extremes_",
+        _pcb_extremes,
+        _partials(lambda count: count * (count + 1)),
+        streams_out=False,
+        slow=True,
+    ),
+    Case(
+        "pcb_exp_sums",
+        "pcb_exp_sums_",
+        _pcb_exp_sums,
+        _partials(lambda count: count * (count + 1) // 2 + count),
+        streams_out=False,
+        slow=True,
     ),
 ]
 

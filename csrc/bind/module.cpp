@@ -319,10 +319,15 @@ void chunk_sums(uintptr_t partials, int64_t num_chunks, int32_t kind, Address ba
                 const std::vector<Address>& models, const std::vector<int64_t>& lo,
                 const std::vector<int64_t>& last, const std::vector<int64_t>& seeds,
                 const std::vector<int64_t>& limits, int64_t start, int64_t numel, int32_t compute,
-                int32_t threads) {
+                int32_t threads, const std::vector<float>& reals) {
   const std::vector<Operand> inputs = operands(models);
   const Kept kept{lo, last, seeds, limits};
   SumsArgs args{};
+  const size_t pairs = inputs.size() * (inputs.size() + 1) / 2;
+  if (static_cast<SumsKind>(kind) == SumsKind::kPcbExp) {
+    require_size("reals", reals.size(), 2 * pairs);
+    args.reals = reals.data();
+  }
   args.kind = static_cast<SumsKind>(kind);
   if (args.kind == SumsKind::kSparse) {
     kept.check(inputs.size());
@@ -338,6 +343,28 @@ void chunk_sums(uintptr_t partials, int64_t num_chunks, int32_t kind, Address ba
   args.num_chunks = num_chunks;
   args.partials = pointer<double>(partials);
   call(&KernelTable::chunk_sums, args, "chunk_sums", -1);
+}
+
+int64_t pcb(Address out, uintptr_t scores, int64_t stride, Address base,
+            const std::vector<Address>& models, int32_t variant, const std::vector<float>& reals,
+            int64_t numel, int32_t threads) {
+  const std::vector<Operand> inputs = operands(models);
+  int64_t nonfinite = 0;
+  PcbArgs args{};
+  args.execution = execution(threads, -1, 0);
+  args.variant = variant;
+  args.num_models = static_cast<int32_t>(inputs.size());
+  args.numel = numel;
+  args.base = operand(base);
+  args.models = inputs.data();
+  args.out = output(out);
+  args.scores = pointer<float>(scores);
+  args.stride = stride;
+  args.reals = reals.data();
+  args.num_reals = static_cast<int64_t>(reals.size());
+  args.nonfinite = &nonfinite;
+  call(&KernelTable::pcb, args, "pcb", -1);
+  return nonfinite;
 }
 
 py::dict isa_list() {
@@ -381,4 +408,9 @@ PYBIND11_MODULE(_C, m) {
         "compute"_a, "threads"_a, device, stream);
   m.def("magnitude_equal_counts", &magnitude_equal_counts, "counts"_a, "base"_a, "model"_a, "key"_a,
         "chunk"_a, "numel"_a, "compute"_a, "threads"_a, device, stream);
+  m.attr("sum_chunk") = kSumChunk;
+  m.def("sparse_merge", &sparse_merge);
+  m.def("pointwise", &pointwise);
+  m.def("chunk_sums", &chunk_sums);
+  m.def("pcb", &pcb);
 }

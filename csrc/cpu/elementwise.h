@@ -63,6 +63,15 @@ struct Room {
   }
 };
 
+// A kernel that wants to know which elements it works on has a member `at`: the first one's number,
+// counted from the beginning of the operands.
+template <class Kernel>
+PM_INLINE auto locate(Kernel& kernel, int64_t at, int) -> decltype(kernel.at, void()) {
+  kernel.at = at;
+}
+template <class Kernel>
+PM_INLINE void locate(Kernel&, int64_t, long) {}
+
 // Kernel concept: template <class Io> void run(const char* const* in, char* out, int64_t n, Store)
 // with n a multiple of kStep; `in` in the order of Streams.
 template <class Io, class Kernel>
@@ -77,6 +86,7 @@ void run_padded(Kernel& kernel, const Streams& streams, Room& room, int64_t begi
   }
   char* out = room.data + streams.count() * bytes;
   const bool store = streams.out.data != nullptr;
+  locate(kernel, begin, 0);
   kernel.template run<Io>(room.pointers, out, kStep, store ? Store::kCached : Store::kNone);
   if (store) {
     std::memcpy(static_cast<char*>(streams.out.data) + begin * Io::kBytes, out,
@@ -103,6 +113,7 @@ void run_uniform(Kernel& kernel, const Streams& streams, Room& room, int64_t beg
     for (int i = 0; i < streams.count(); ++i) {
       room.pointers[i] = static_cast<const char*>(streams.at(i).data) + begin * Io::kBytes;
     }
+    locate(kernel, begin, 0);
     kernel.template run<Io>(room.pointers, out == nullptr ? nullptr : out + begin * Io::kBytes,
                             bulk, store);
     if (store == Store::kStream) stream_fence();
@@ -137,6 +148,7 @@ void run_mixed(Kernel& kernel, const Streams& streams, Room& room, int64_t begin
       room.pointers[i] = to;
     }
     const bool store = streams.out.data != nullptr;
+    locate(kernel, at, 0);
     kernel.template run<typename Io::Lanes>(room.pointers, out, padded,
                                             store ? Store::kCached : Store::kNone);
     if (store) {

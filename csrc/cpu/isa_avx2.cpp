@@ -1,14 +1,18 @@
 #define PM_VECTOR_BYTES 32
-#include "cpu/kernels_magnitude.h"
-#include "cpu/kernels_ties.h"
+#include "cpu/all_kernels.h"
 #include "cpu/tables.h"
 
 namespace pymerge {
 
 const KernelTable* avx2_table() {
-  static const KernelTable table{
-      kAbiVersion,         sizeof(KernelTable),    "avx2",         weighted_sum, ties,
-      magnitude_histogram, magnitude_equal_counts, streaming_floor};
+  static const KernelTable table = [] {
+    KernelTable all{};
+    all.abi_version = kAbiVersion;
+    all.struct_size = sizeof(KernelTable);
+    all.name = "avx2";
+    fill_table(all);
+    return all;
+  }();
   return &table;
 }
 

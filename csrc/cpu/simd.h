@@ -37,6 +37,7 @@ struct FloatMasks {
   PM_INLINE Mask zero(F x) {
     return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_EQ_OQ);
   }
+  PM_INLINE Mask everything() { return 0xffff; }
   PM_INLINE Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
   PM_INLINE Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
   PM_INLINE F keep(F x, Mask chosen) { return (F)_mm512_maskz_mov_ps(chosen, (__m512)x); }
@@ -49,6 +50,7 @@ struct FloatMasks {
   }
   PM_INLINE Mask equal(I a, I b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
+  PM_INLINE Mask at_most(U a, U b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
     const Mask within = _mm512_cmple_epu32_mask((__m512i)offset, (__m512i)span);
     return _kandn_mask16(not_these, within);
@@ -58,6 +60,7 @@ struct FloatMasks {
 struct FloatMasks : VectorMasks<F, I> {
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
+  PM_INLINE Mask at_most(U a, U b) { return a <= b; }
   // 0 <= offset <= span
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
     return (offset >= I{}) & (offset <= span) & ~not_these;
@@ -204,9 +207,21 @@ PM_INLINE void store_f16(void* p, F x) {
 // How a step of kStep elements is cut into two vectors. Elementwise kernels do not care which lane
 // holds which element, so bf16 takes the even elements first and the odd ones second: one
 // operation each instead of a widening shuffle.
+template <int kStride>
+PM_INLINE U lane_numbers(int first) {
+  U numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = static_cast<uint32_t>(kStride * i + first);
+  return numbers;
+}
+
 struct Bf16 {
   static constexpr Dtype kDtype = Dtype::kBF16;
   static constexpr int kBytes = 2;
+  // Which element of the step is in which lane.
+  template <int Half>
+  PM_INLINE U lanes() {
+    return lane_numbers<2>(Half);
+  }
   template <int Half>
   PM_INLINE F load(const char* p) {
     const U pair = load_bits(p);
@@ -222,6 +237,10 @@ struct Bf16 {
 struct F16 {
   static constexpr Dtype kDtype = Dtype::kF16;
   static constexpr int kBytes = 2;
+  template <int Half>
+  PM_INLINE U lanes() {
+    return lane_numbers<1>(Half * kLanes);
+  }
   template <int Half>
   PM_INLINE F load(const char* p) {
     return load_f16(p + Half * 2 * kLanes);
@@ -239,6 +258,10 @@ struct F16 {
 struct F32 {
   static constexpr Dtype kDtype = Dtype::kF32;
   static constexpr int kBytes = 4;
+  template <int Half>
+  PM_INLINE U lanes() {
+    return lane_numbers<1>(Half * kLanes);
+  }
   template <int Half>
   PM_INLINE F load(const char* p) {
     return (F)load_bits(p + Half * PM_VECTOR_BYTES);

@@ -172,7 +172,8 @@ PM_INLINE F ties_point_any(F base, Load load, const TiesCall<F>& call, F* v,
     if (call.weigh_after) c = splat<F>(call.weights[k]) * c;
     if (call.largest) {
       const F size = bit_cast<F>(magnitude_key(c));
-      merged = size > merged ? size : merged;
+      // NaN (a weight of 0 times infinity) stays.
+      merged = (size > merged) | (size != size) ? size : merged;
     } else {
       merged = merged + c;
     }

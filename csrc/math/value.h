@@ -48,6 +48,7 @@ struct VectorMasks {
   // x > 0 or NaN, among those chosen before
   PM_INLINE Mask positive(F x, Mask among) { return ~(x <= F{}) & among; }
   PM_INLINE Mask zero(F x) { return x == F{}; }
+  PM_INLINE Mask everything() { return Bits{} == Bits{}; }
   PM_INLINE Mask both(Mask a, Mask b) { return a & b; }
   PM_INLINE Mask either(Mask a, Mask b) { return a | b; }
   // x where chosen, else +0

@@ -106,7 +106,6 @@ class _Backends(Mapping[str, Any]):
 
 BACKENDS: Mapping[str, Any] = _Backends()
 
-_METHODS = ("linear", "task_arithmetic", "ties")
 # Devices that a backend is for; reference runs wherever torch does.
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
@@ -153,14 +152,39 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
     return backend
 
 
+def resolve_for(
+    method: str, kernels: Sequence[str], name: str | None, device: torch.device | str = "cpu"
+) -> Backend:
+    """Return the backend that runs a method: as `resolve`, or the reference where the fastest that
+    can run has no kernels for it.
+
+    Raises RequestError where a backend named explicitly has none.
+    """
+    chosen = resolve(name, device)
+    if chosen.NAME in kernels:
+        return chosen
+    if name is None or name == "auto":
+        return BACKENDS["reference"]
+    raise RequestError(
+        f"backend: {name!r} has no kernels for {method}, which runs on {', '.join(kernels)}"
+    )
+
+
 def describe() -> dict[str, Any]:
     """Tell what the native build is, which backends can be used, and which methods each runs."""
     backends = {}
     for name, backend in BACKENDS.items():
         reason = backend.reason()
         backends[name] = {"available": reason is None, "reason": reason or backend.SUMMARY}
+    from pymerge.methods import METHODS
+
     methods = {
-        method: {name: entry["available"] or entry["reason"] for name, entry in backends.items()}
-        for method in _METHODS
+        method: {
+            name: (entry["available"] or entry["reason"])
+            if name in spec.backends
+            else "no kernels for this method yet: the reference runs it"
+            for name, entry in backends.items()
+        }
+        for method, spec in METHODS.items()
     }
     return {"native": BACKENDS["cpu"].build(), "backends": backends, "methods": methods}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pymerge.array import Array, Flat
-from pymerge.backends.sizes import HOT_CHUNK
+from pymerge.backends.sizes import HOT_CHUNK, SCORE_ALIGNMENT, SUM_CHUNK
 
 NAME = "cpu"
 SUMMARY = "C++ kernels"
@@ -42,8 +42,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         _C.use_isa(wanted)
     except (ValueError, RuntimeError) as error:
         return None, f"PYMERGE_CPU_ISA={wanted}: {error}"
-    if _C.hot_chunk != HOT_CHUNK:
-        return None, f"the native library counts chunks of {_C.hot_chunk}, expected {HOT_CHUNK}"
+    if (_C.hot_chunk, _C.sum_chunk) != (HOT_CHUNK, SUM_CHUNK):
+        return None, (
+            f"the native library has chunks of {_C.hot_chunk} and {_C.sum_chunk}, expected "
+            f"{HOT_CHUNK} and {SUM_CHUNK}"
+        )
     return _C, None
 
 
@@ -269,5 +272,212 @@ def magnitude_equal_counts(
         chunk,
         numel,
         3 if wide else 0,
+        0,
+    )
+
+
+def sparse_merge(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    lo: Sequence[int],
+    last: Sequence[int],
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    factors: Sequence[float],
+    weights: Sequence[float],
+    elect: bool,
+    divide: bool,
+    divisor: float,
+    scale: float,
+    start: int,
+    wide: bool,
+) -> None:
+    numel = out.numel()
+    _counters(stats, least=3)
+    stats[2] += _native().sparse_merge(
+        _address(out, numel),
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        lo,
+        last,
+        seeds,
+        limits,
+        factors,
+        weights,
+        elect,
+        divide,
+        divisor,
+        scale,
+        start,
+        numel,
+        3 if wide else 0,
+        0,
+    )
+
+
+def _pointwise(
+    op: int,
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    reals: Sequence[float],
+    wide: bool,
+) -> None:
+    numel = out.numel()
+    _counters(stats, least=3)
+    stats[2] += _native().pointwise(
+        _address(out, numel),
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        op,
+        reals,
+        numel,
+        3 if wide else 0,
+        0,
+    )
+
+
+def nearswap(out: Flat, stats: Any, base: Flat, model: Flat, t: float, wide: bool) -> None:
+    _pointwise(0, out, stats, base, [model], [t, 1e-6], wide)
+
+
+def ram(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    factors: Sequence[float],
+    epsilon: float,
+    wide: bool,
+) -> None:
+    _pointwise(1, out, stats, base, models, [epsilon, *factors], wide)
+
+
+def magmax(
+    out: Flat, stats: Any, base: Flat, models: Sequence[Flat], scale: float, wide: bool
+) -> None:
+    _pointwise(2, out, stats, base, models, [scale], wide)
+
+
+def consensus(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    thresholds: Sequence[float],
+    scale: float,
+    need: int,
+    wide: bool,
+) -> None:
+    _pointwise(3, out, stats, base, models, [scale, need, *thresholds], wide)
+
+
+def _sums(
+    kind: int,
+    partials: Any,
+    base: Flat | None,
+    models: Sequence[Flat],
+    kept: tuple[Sequence[int], ...] = ((), (), (), ()),
+    start: int = 0,
+    wide: bool = False,
+    reals: Sequence[float] = (),
+) -> None:
+    numel, count = models[0].numel(), len(models)
+    chunks = -(-numel // SUM_CHUNK)
+    pairs = count * (count + 1) // 2
+    rows = (2 * count, pairs, 2 * pairs, pairs + count)[kind]
+    if tuple(partials.shape) != (rows, chunks):
+        raise ValueError(
+            f"backend 'cpu': expected partials of shape {(rows, chunks)}, got "
+            f"{tuple(partials.shape)}"
+        )
+    _native().chunk_sums(
+        _counters(partials, "float64"),
+        chunks,
+        kind,
+        _NOTHING if base is None else _address(base, numel),
+        [_address(model, numel) for model in models],
+        *kept,
+        start,
+        numel,
+        3 if wide else 0,
+        0,
+        reals,
+    )
+
+
+def sparse_sums(
+    partials: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    lo: Sequence[int],
+    last: Sequence[int],
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    start: int,
+    wide: bool,
+) -> None:
+    _sums(0, partials, base, models, (lo, last, seeds, limits), start, wide)
+
+
+def gram(partials: Any, base: Flat | None, models: Sequence[Flat], wide: bool) -> None:
+    _sums(1, partials, base, models, wide=wide)
+
+
+def pcb_extremes(partials: Any, base: Flat, models: Sequence[Flat]) -> None:
+    _sums(2, partials, base, models)
+
+
+def pcb_exp_sums(partials: Any, base: Flat, models: Sequence[Flat], reals: Sequence[float]) -> None:
+    _sums(3, partials, base, models, reals=reals)
+
+
+def pcb_scores(
+    scores: Any,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    variant: int,
+    reals: Sequence[float],
+) -> None:
+    numel, (count, stride) = base.numel(), scores.shape
+    if count != len(models) or stride < -(-numel // SCORE_ALIGNMENT) * SCORE_ALIGNMENT:
+        raise ValueError(f"backend 'cpu': scores of shape {tuple(scores.shape)} are too small")
+    _counters(stats, least=3)
+    stats[2] += _native().pcb(
+        _NOTHING,
+        _counters(scores, "float32"),
+        stride,
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        variant,
+        reals,
+        numel,
+        0,
+    )
+
+
+def pcb_merge(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    variant: int,
+    reals: Sequence[float],
+) -> None:
+    numel = out.numel()
+    _counters(stats, least=3)
+    stats[2] += _native().pcb(
+        _address(out, numel),
+        0,
+        0,
+        _address(base, numel),
+        [_address(model, numel) for model in models],
+        variant,
+        reals,
+        numel,
         0,
     )

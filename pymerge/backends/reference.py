@@ -11,7 +11,39 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.backends.reference_more import (
+    consensus,
+    gram,
+    magmax,
+    nearswap,
+    ram,
+    sparse_merge,
+    sparse_sums,
+)
+from pymerge.backends.reference_pcb import pcb_exp_sums, pcb_extremes, pcb_merge, pcb_scores
 from pymerge.backends.sizes import HOT_CHUNK
+
+__all__ = [
+    "NAME",
+    "SUMMARY",
+    "consensus",
+    "gram",
+    "magmax",
+    "magnitude_equal_counts",
+    "magnitude_histogram",
+    "nearswap",
+    "pcb_exp_sums",
+    "pcb_extremes",
+    "pcb_merge",
+    "pcb_scores",
+    "ram",
+    "reason",
+    "slots",
+    "sparse_merge",
+    "sparse_sums",
+    "ties",
+    "weighted_sum",
+]
 
 NAME = "reference"
 SUMMARY = "pure torch: the definition, slow"

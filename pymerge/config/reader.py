@@ -158,7 +158,7 @@ class _Reader:
             return tuple(entries)
         real = os.path.realpath(base)
         others = [entry for entry in entries if os.path.realpath(entry.path) != real]
-        if spec.needs_base:
+        if spec.with_base(True):
             for entry in entries:
                 if entry not in others and entry.parameters:
                     names = ", ".join(sorted(entry.parameters))
@@ -191,7 +191,7 @@ class _Reader:
                 f"{config.where}: 'base_model' is missing; {spec.name} needs the model that the "
                 "others were fine-tuned from"
             )
-        beside = " beside base_model" if spec.needs_base else ""
+        beside = " beside base_model" if spec.with_base(config.base_model is not None) else ""
         if listed == 0:
             self.problems.append(
                 f"{where}: expected at least {_models(spec.min_models)}{beside}, got an empty list"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.array import Flat
-from pymerge.backends import BACKENDS, cpu, resolve
+from pymerge.backends import BACKENDS, cpu, resolve_for
 from pymerge.card import model_card
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import load_config
@@ -148,7 +148,8 @@ def merge_checkpoints(
     settings = load_config(config if isinstance(config, Mapping) else Path(config))
     problems = _device_problems(device)
     try:
-        chosen = resolve(backend)
+        method = settings.method
+        chosen = resolve_for(method.name, method.backends, backend)
     except RequestError as error:
         problems += error.problems
         chosen = BACKENDS["reference"]
@@ -184,7 +185,8 @@ def merge_checkpoints(
         stack.enter_context(_thread_count(plan.threads, chosen.NAME))
         warnings = list(plan.warnings)
         if chosen.NAME == "reference" and backend in (None, "auto"):
-            warnings.append(f"computed with the slow reference backend: {cpu.reason()}")
+            why = cpu.reason() or f"{settings.method.name} has no native kernels yet"
+            warnings.append(f"computed with the slow reference backend: {why}")
         with directory:
             _stream(plan, directory.path, chosen.NAME, recorder)
             recorder.phase("finish", 0)
@@ -259,6 +261,7 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
             tensor.compute == "F64",
             tensor.compute is None,
             tensor.parameters,
+            tensor.shape,
         )
         for tensor in plan.tensors.values()
     ]
@@ -268,6 +271,7 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
         bins=plan.memory.histogram_bins or 1,
         sample=plan.memory.sample_elements or 1,
         nan=nan,
+        seed=plan.seed,
         progress=recorder,
     )
     source = CheckpointSource(plan.base, plan.models)

@@ -14,7 +14,13 @@ import numpy as np
 from pymerge._calls import call
 from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import resolve
+from pymerge.engine.geometry import run_geometry
+from pymerge.engine.pcb import run_pcb
+from pymerge.engine.pointwise import run_pointwise
+from pymerge.engine.sparse import run_breadcrumbs, run_dare
 from pymerge.engine.ties import run_ties
+from pymerge.engine.whole import METHODS as WHOLE_METHODS
+from pymerge.engine.whole import run_whole
 from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slices
 from pymerge.errors import NonFiniteError, RequestError
 
@@ -25,12 +31,14 @@ _CHECKED_AT_ONCE = 1 << 22
 
 @dataclass
 class Context:
-    """How to run: backend, memory for selection, what to do with NaN, whom to tell."""
+    """How to run: backend, memory for selection, NaN, seed, method, whom to tell."""
 
     backend: str = "auto"
     bins: int = 1 << 18
     sample: int = 1 << 17
     nan: str = "error"
+    seed: int = 0
+    method: str = ""
     progress: Progress = field(default_factory=lambda: no_progress)
 
     def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
@@ -65,8 +73,15 @@ def execute(
     where integer tensors differ between models.
     """
     resolve(context.backend)  # an unavailable backend is refused before anything is read
+    context.method = method
     if method == "ties":
         return run_ties(works, source, sink, context)
+    if method == "pcb":
+        run_pcb(works, source, sink, context)
+        return {}
+    if method in WHOLE_METHODS:
+        run_whole(works, source, sink, context)
+        return {}
     run = _RUNNERS[method]
     context.progress.phase(method, total_bytes(works, source))
     source.announce([work.name for work in works])
@@ -133,7 +148,18 @@ def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Contex
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 
-_RUNNERS = {"linear": _run_linear, "task_arithmetic": _run_task_arithmetic}
+_RUNNERS = {
+    "linear": _run_linear,
+    "task_arithmetic": _run_task_arithmetic,
+    "dare_linear": run_dare,
+    "dare_ties": run_dare,
+    "breadcrumbs": run_breadcrumbs,
+    "breadcrumbs_ties": run_breadcrumbs,
+    **dict.fromkeys(
+        ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"), run_geometry
+    ),
+    **dict.fromkeys(("nearswap", "ram", "magmax", "consensus_ta"), run_pointwise),
+}
 
 
 def copy_equal(work: Work, source: Source, sink: Sink, context: Context) -> None:

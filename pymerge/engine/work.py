@@ -24,6 +24,7 @@ class Work:
     wide: bool
     copied: bool
     parameters: Mapping[str, Any]
+    shape: tuple[int, ...] = ()
 
 
 class Source(Protocol):

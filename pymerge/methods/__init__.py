@@ -1,15 +1,66 @@
-"""The merge methods: one record each, and the dialects of TIES."""
+"""The merge methods: one record each, in the order in which they are listed."""
 
 from __future__ import annotations
 
 from pymerge.errors import RequestError, nearest
+from pymerge.methods.geometry import (
+    KARCHER,
+    MODEL_STOCK,
+    MULTISLERP,
+    NUSLERP,
+    PASSTHROUGH,
+    SLERP,
+)
 from pymerge.methods.linear import LINEAR, TASK_ARITHMETIC
+from pymerge.methods.pcb import PCB
+from pymerge.methods.pointwise import CONSENSUS_TA, MAGMAX, NEARSWAP, RAM
+from pymerge.methods.sparse import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
 from pymerge.methods.ties import TIES
+from pymerge.methods.whole import (
+    ARCEE_FUSION,
+    DELLA,
+    DELLA_LINEAR,
+    EMR,
+    RAMPLUS_TL,
+    SCE,
+    TALL_MASKS,
+    TSV_M,
+)
 
 __all__ = ["METHODS", "REQUIRED", "MethodSpec", "Parameter", "get", "methods"]
 
-METHODS: dict[str, MethodSpec] = {spec.name: spec for spec in (LINEAR, TASK_ARITHMETIC, TIES)}
+METHODS: dict[str, MethodSpec] = {
+    spec.name: spec
+    for spec in (
+        LINEAR,
+        TASK_ARITHMETIC,
+        TIES,
+        PCB,
+        DARE_LINEAR,
+        DARE_TIES,
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        DELLA,
+        DELLA_LINEAR,
+        SCE,
+        MODEL_STOCK,
+        SLERP,
+        NUSLERP,
+        MULTISLERP,
+        KARCHER,
+        NEARSWAP,
+        ARCEE_FUSION,
+        RAM,
+        RAMPLUS_TL,
+        MAGMAX,
+        CONSENSUS_TA,
+        TALL_MASKS,
+        EMR,
+        TSV_M,
+        PASSTHROUGH,
+    )
+}
 
 
 def get(name: str, where: str = "method") -> MethodSpec:

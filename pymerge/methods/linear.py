@@ -24,7 +24,8 @@ LINEAR = MethodSpec(
     source="Wortsman et al., Model soups, 2022",
     url="https://arxiv.org/abs/2203.05482",
     needs_base=False,
-    min_models=1,
+    backends=("reference", "cpu", "cuda", "triton"),
+    divides="normalize",
     parameters=(
         Parameter("weight", "float", 1.0, "Weight w_k of model k.", scope="model"),
         Parameter(
@@ -42,7 +43,8 @@ TASK_ARITHMETIC = MethodSpec(
     source="Ilharco et al., Editing Models with Task Arithmetic, 2023",
     url="https://arxiv.org/abs/2212.04089",
     needs_base=True,
-    min_models=1,
+    backends=("reference", "cpu", "cuda", "triton"),
+    divides="normalize",
     parameters=(
         Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model"),
         Parameter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class Parameter:
     no_effect: bool = False
     only: Any = None
     default_doc: str = ""
+    # What true and false stand for, where another tool has a switch and we have names.
+    booleans: tuple[str, str] | None = None
 
     @property
     def yaml_names(self) -> tuple[str, ...]:
@@ -84,6 +86,8 @@ class Parameter:
                 raise bad
             return value
         if self.kind == "str":
+            if isinstance(value, bool) and self.booleans is not None:
+                value = self.booleans[0] if value else self.booleans[1]
             if not isinstance(value, str):
                 raise bad
             if self.choices is not None and value not in self.choices:
@@ -125,12 +129,28 @@ class MethodSpec:
     url: str
     parameters: tuple[Parameter, ...]
     needs_base: bool
+    takes_base: bool = False  # works on task vectors where a base is given, else on the models
     min_models: int = 1
     max_models: int | None = None
     passes: str = "1"
+    # The switch that divides by the plain sum of the weights, which then must not be 0.
+    divides: str | None = None
+    # Says what of resolved parameters does not fit together.
+    check: Callable[[Mapping[str, Any]], list[str]] | None = None
     backends: tuple[str, ...] = ("reference", "cpu")
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def cancelling(self, parameters: Mapping[str, Any]) -> list[float] | None:
+        """Return the weights if they sum to 0 and are divided by, else None."""
+        if self.divides is None or not parameters.get(self.divides):
+            return None
+        weights = [float(weight) for weight in parameters["weight"]]
+        return weights if abs(sum(weights)) < 1e-8 else None
+
+    def with_base(self, given: bool) -> bool:
+        """Return whether the base takes part, if one is given or not."""
+        return self.needs_base or (self.takes_base and given)
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter of that name or YAML spelling, or None."""

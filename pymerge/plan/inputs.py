@@ -51,7 +51,7 @@ def open_inputs(config: MergeConfig) -> Inputs:
     inputs = Inputs()
     missing = 0
     try:
-        if config.base_model is not None and config.method.needs_base:
+        if config.base_model is not None and config.method.with_base(True):
             inputs.base = _open(config.base_model, "base_model", config.base_where, inputs, config)
         for entry in config.models:
             model = _open(entry.path, entry.name, entry.where, inputs, config)
@@ -62,10 +62,10 @@ def open_inputs(config: MergeConfig) -> Inputs:
     except BaseException:
         inputs.close()
         raise
-    if config.base_model is not None and not config.method.needs_base:
+    if config.base_model is not None and not config.method.with_base(True):
         _check_exists(config.base_model, config.base_where, inputs.problems, config)
 
-    if config.method.needs_base:
+    if config.method.with_base(config.base_model is not None):
         inputs.reference = inputs.base
     elif missing == 0:
         inputs.reference = _like_base(config, inputs.models)

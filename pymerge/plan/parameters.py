@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from pymerge.config import MergeConfig, TensorParameters
 from pymerge.errors import RequestError
+from pymerge.methods.sparse import band_counts
 from pymerge.methods.ties import TiesRule, trim_target
 
 __all__ = ["PassCounter", "resolve_parameters", "unused_filters"]
 
-# Methods whose `normalize` divides by the plain sum of the weights.
-_DIVIDE_BY_WEIGHTS = ("linear", "task_arithmetic")
+_GEOMETRY = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 
 
 def resolve_parameters(
@@ -36,10 +36,12 @@ def resolve_parameters(
             problems += [problem for problem in error.problems if problem not in problems]
             continue
         resolved[name] = parameters
-        if config.method.name in _DIVIDE_BY_WEIGHTS and parameters["normalize"]:
-            weights = parameters["weight"]
-            if abs(sum(weights)) < 1e-8:
-                cancelling.setdefault(tuple(weights), []).append(name)
+        if config.method.check is not None:
+            found = [f"{config.where}: {text}" for text in config.method.check(parameters)]
+            problems += [problem for problem in found if problem not in problems]
+        weights = config.method.cancelling(parameters)
+        if weights is not None:
+            cancelling.setdefault(tuple(weights), []).append(name)
     for weights, tensors in cancelling.items():
         models = ", ".join(
             f"{entry.name} {weight:g}" for entry, weight in zip(config.models, weights, strict=True)
@@ -47,8 +49,8 @@ def resolve_parameters(
         more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
         problems.append(
             f"{config.where}: the weights sum to 0 for '{tensors[0]}'{more} ({models}), and "
-            f"{config.method.name} with normalize: true divides by the sum; change the weights or "
-            "set normalize: false"
+            f"{config.method.name} with {config.method.divides}: true divides by the sum; change "
+            f"the weights or set {config.method.divides}: false"
         )
     return resolved
 
@@ -78,11 +80,28 @@ class PassCounter:
 
     def passes(self, parameters: TensorParameters, numel: int) -> int:
         """Return the number of passes over a tensor of that many elements."""
-        return 1 + self.selects(parameters, numel) + self._votes_first(parameters)
+        first = self.selects(parameters, numel) + self._votes_first(parameters)
+        if self.config.method.name == "pcb":
+            return 4
+        return 1 + first + self._adds_up(parameters)
+
+    def _adds_up(self, parameters: TensorParameters) -> bool:
+        """Return whether norms or dot products come first."""
+        method = self.config.method.name
+        if method == "emr":
+            return parameters["task"] is not None
+        streamed = method.startswith("dare")
+        return method in _GEOMETRY or (streamed and parameters["rescale"] == "l1")
 
     def selects(self, parameters: TensorParameters, numel: int) -> bool:
         """Return whether a trim needs an order statistic."""
-        if self.config.method.name != "ties":
+        method = self.config.method.name
+        if method == "pcb":
+            return True
+        if method in ("breadcrumbs", "breadcrumbs_ties"):
+            pairs = zip(parameters["density"], parameters["gamma"], strict=True)
+            return any(band_counts(numel, *pair) != (0, 0) for pair in pairs)
+        if method != "ties":
             return False
         rule = TiesRule.of(parameters, self.config.where)
         total = self.numel if rule.scope == "global" else numel
@@ -104,12 +123,17 @@ class PassCounter:
             selects: whether any tensor is trimmed.
         """
         steps: list[str] = []
+        if self.config.method.name == "pcb":
+            return "4: two for the statistics of task vectors, one for scores, then the merge"
         if selects:
-            scope = TiesRule.of(parameters, self.config.where).scope
+            ties = self.config.method.name == "ties"
+            scope = TiesRule.of(parameters, self.config.where).scope if ties else "tensor"
             over = "over the whole model" if scope == "global" else "in each tensor that is trimmed"
             steps.append(f"the thresholds of |delta| {over}")
         if self._votes_first(parameters):
             steps.append("the majority sign of each tensor")
+        if self._adds_up(parameters):
+            steps.append("norms and dot products of each tensor")
         if not steps:
             return "1: read, merge and write in one go"
         return f"{len(steps) + 1}: {', '.join(steps)}, then the merge"

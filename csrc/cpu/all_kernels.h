@@ -1,0 +1,27 @@
+// Every kernel of one instruction set, and its table.
+#pragma once
+
+#include "cpu/kernels_magnitude.h"
+#include "cpu/kernels_pcb.h"
+#include "cpu/kernels_pointwise.h"
+#include "cpu/kernels_sparse.h"
+#include "cpu/kernels_sums.h"
+#include "cpu/kernels_ties.h"
+
+namespace pymerge {
+namespace {
+
+void fill_table(KernelTable& table) {
+  table.weighted_sum = weighted_sum;
+  table.ties = ties;
+  table.magnitude_histogram = magnitude_histogram;
+  table.magnitude_equal_counts = magnitude_equal_counts;
+  table.streaming_floor = streaming_floor;
+  table.sparse_merge = sparse_merge;
+  table.pointwise = pointwise;
+  table.chunk_sums = chunk_sums;
+  table.pcb = pcb;
+}
+
+}  // namespace
+}  // namespace pymerge

@@ -1,0 +1,114 @@
+// PCB-Merging (csrc/math/pcb.h): scores, the merge, and the sums that the paper's softmax needs.
+#pragma once
+
+#include "cpu/elementwise.h"
+#include "math/pcb.h"
+
+namespace pymerge {
+namespace {
+
+PcbCall pcb_call(const PcbArgs& args) {
+  const int64_t k = args.num_models, pairs = k * (k + 1) / 2;
+  const float* at = args.reals;
+  const auto take = [&](int64_t count) {
+    const float* here = at;
+    at += count;
+    return here;
+  };
+  PcbCall call{};
+  call.variant = static_cast<PcbVariant>(args.variant);
+  call.num_models = args.num_models;
+  if (call.variant == PcbVariant::kPaper) {
+    call.pair_min = take(pairs);
+    call.pair_inv = take(pairs);
+    call.pair_norm = take(pairs);
+    call.norm = take(k);
+  } else {
+    call.lo = take(k);
+    call.hi = take(k);
+    call.inv = take(k);
+  }
+  call.q = take(k);
+  if (call.variant != PcbVariant::kPaper) {
+    call.top = take(k);
+    call.top_inv = take(k);
+  }
+  call.weights = take(k);
+  call.scale = *at;
+  return call;
+}
+
+int64_t pcb_reals(int32_t variant, int64_t k) {
+  return (variant == 0 ? 3 * (k * (k + 1) / 2) + 3 * k : 7 * k) + 1;
+}
+
+// Works on converted blocks: F32 lanes in order.
+struct PcbKernel {
+  PcbCall call;
+  float* scores;  // [num_models][stride], or null: merge
+  int64_t stride;
+  F* room;  // [2 * num_models]
+  I worst;
+  int64_t at;
+
+  template <class Io>
+  void run(const char* const* in, char* out, int64_t n, Store) {
+    F* tau = room;
+    F* found = room + call.num_models;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F base = (F)load_bits(in[0] + 4 * i);
+      for (int k = 0; k < call.num_models; ++k) {
+        tau[k] = (F)load_bits(in[k + 1] + 4 * i) - base;
+        const I key = magnitude_key(tau[k]);
+        worst = key > worst ? key : worst;
+      }
+      pcb_scores(call, tau, found);
+      if (scores == nullptr) {
+        store_bits(out + 4 * i, (U)pcb_merge(call, base, tau, found));
+        continue;
+      }
+      for (int k = 0; k < call.num_models; ++k) {
+        store_bits(scores + k * stride + at + i, (U)found[k]);
+      }
+    }
+  }
+};
+
+struct PcbContext {
+  const PcbArgs* args;
+  int32_t failed, nonfinite;
+};
+
+void pcb_range(void* opaque, int64_t begin, int64_t end, int) {
+  auto& context = *static_cast<PcbContext*>(opaque);
+  const PcbArgs& args = *context.args;
+  const Streams streams{&args.base, args.models, args.num_models, args.out, Dtype::kF32};
+  const int64_t extra = 2 * static_cast<int64_t>(args.num_models) * PM_VECTOR_BYTES;
+  Room room;
+  if (!room.take(streams.count(), 4, extra)) return set_flag(&context.failed);
+  F* values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
+                                   Room::bytes(streams.count(), 4));
+  PcbKernel kernel{pcb_call(args), args.scores, args.stride, values, I{}, 0};
+  run_mixed<Mixed32>(kernel, streams, room, begin, end);
+  if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
+}
+
+Status pcb(const PcbArgs* args) {
+  if (args->numel == 0) return Status::kOk;
+  const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
+  if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr || args->variant < 0 ||
+      args->variant > 3 || args->num_reals != pcb_reals(args->variant, args->num_models) ||
+      (args->scores == nullptr) == (args->out.data == nullptr) ||
+      (args->scores != nullptr && args->stride < padded)) {
+    return Status::kBadArgument;
+  }
+  static_assert(kScoreAlignment % kStep == 0 && kGrain % kScoreAlignment == 0, "padding");
+  PcbContext context{args, 0, 0};
+  parallel_ranges(args->numel, kGrain, args->execution.num_threads, pcb_range, &context);
+  if (context.failed) return Status::kOutOfMemory;
+  *args->nonfinite += context.nonfinite;
+  return Status::kOk;
+}
+
+}  // namespace
+}  // namespace pymerge

@@ -1,0 +1,153 @@
+// Methods that look at each element by itself (csrc/math/pointwise.h).
+#pragma once
+
+#include "cpu/kernels_weighted_sum.h"
+#include "math/pointwise.h"
+
+namespace pymerge {
+namespace {
+
+struct NearswapPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return nearswap_point(base, load, call);
+  }
+};
+struct RamPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return ram_point(base, load, call);
+  }
+};
+struct MagmaxPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return magmax_point(base, load, call);
+  }
+};
+struct ConsensusPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return consensus_point(base, load, call);
+  }
+};
+
+template <class Function>
+PM_INLINE void with_point(Pointwise op, Function&& function) {
+  switch (op) {
+    case Pointwise::kNearswap:
+      return function(NearswapPoint{});
+    case Pointwise::kRam:
+      return function(RamPoint{});
+    case Pointwise::kMagmax:
+      return function(MagmaxPoint{});
+    case Pointwise::kConsensus:
+      return function(ConsensusPoint{});
+  }
+}
+
+struct PointwiseKernel {
+  Pointwise op;
+  const float* reals;
+  int num_models;
+  I worst;  // the largest key of all inputs
+
+  template <class Io, class Point, int Half>
+  PM_INLINE F point(const PointwiseCall<F>& call, const char* const* in, int64_t bytes, I& worst) {
+    const auto load = [&](int k) { return Io::template load<Half>(in[k + 1] + bytes); };
+    const F base = Io::template load<Half>(in[0] + bytes);
+    const I key = magnitude_key(base);
+    worst = key > worst ? key : worst;
+    for (int k = 0; k < call.num_models; ++k) {
+      const I other = magnitude_key(load(k));
+      worst = other > worst ? other : worst;
+    }
+    return Point::get(base, load, call);
+  }
+
+  template <class Io>
+  void run(const char* const* in, char* out, int64_t n, Store store) {
+    const PointwiseCall<F> call{reals, num_models};
+    I seen = worst;
+    with_point(op, [&](auto which) {
+      using Point = decltype(which);
+      for (int64_t i = 0; i < n; i += kStep) {
+        const int64_t bytes = i * Io::kBytes;
+        const F a = point<Io, Point, 0>(call, in, bytes, seen);
+        const F b = point<Io, Point, 1>(call, in, bytes, seen);
+        store_step<Io, false>(out, i, a, b, store);
+      }
+    });
+    worst = seen;
+  }
+};
+
+struct Pointwise64 {
+  Pointwise op;
+  const double* reals;
+  int num_models;
+  L worst;
+
+  template <class Io>
+  void run(const char* const* in, char* out, int64_t n, Store) {
+    const PointwiseCall<D> call{reals, num_models};
+    with_point(op, [&](auto which) {
+      using Point = decltype(which);
+      for (int64_t i = 0; i < n; i += kDLanes) {
+        const auto load = [&](int k) { return (D)load_bits(in[k + 1] + 8 * i); };
+        const D base = (D)load_bits(in[0] + 8 * i);
+        for (int k = -1; k < num_models; ++k) {
+          const L key = magnitude_key(load(k));
+          worst = key > worst ? key : worst;
+        }
+        store_bits(out + 8 * i, (U)Point::get(base, load, call));
+      }
+    });
+  }
+};
+
+struct PointwiseContext {
+  const PointwiseArgs* args;
+  const float* reals;
+  int32_t failed, nonfinite;
+};
+
+void pointwise_range(void* opaque, int64_t begin, int64_t end, int) {
+  auto& context = *static_cast<PointwiseContext*>(opaque);
+  const PointwiseArgs& args = *context.args;
+  const Streams streams{&args.base, args.models, args.num_models, args.out, args.compute};
+  const bool wide = args.compute == Dtype::kF64;
+  Room room;
+  if (!room.take(streams.count(), wide ? 8 : 4, 0)) return set_flag(&context.failed);
+  bool nonfinite = false;
+  if (wide) {
+    Pointwise64 kernel{args.op, args.reals, args.num_models, L{}};
+    run_mixed<Mixed64>(kernel, streams, room, begin, end);
+    for (int i = 0; i < kDLanes; ++i) nonfinite |= kernel.worst[i] >= Traits<D>::kInfinity;
+  } else {
+    PointwiseKernel kernel{args.op, context.reals, args.num_models, I{}};
+    run_range(kernel, streams, room, begin, end);
+    nonfinite = has_nonfinite(kernel.worst);
+  }
+  if (nonfinite) set_flag(&context.nonfinite);
+}
+
+Status pointwise(const PointwiseArgs* args) {
+  if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr ||
+      args->num_reals < 0 || args->op < Pointwise::kNearswap || args->op > Pointwise::kConsensus) {
+    return Status::kBadArgument;
+  }
+  const auto bytes = sizeof(float) * static_cast<size_t>(args->num_reals + 1);
+  auto* reals = static_cast<float*>(__builtin_malloc(bytes));
+  if (reals == nullptr) return Status::kOutOfMemory;
+  for (int i = 0; i < args->num_reals; ++i) reals[i] = static_cast<float>(args->reals[i]);
+  PointwiseContext context{args, reals, 0, 0};
+  parallel_ranges(args->numel, kGrain, args->execution.num_threads, pointwise_range, &context);
+  __builtin_free(reals);
+  if (context.failed) return Status::kOutOfMemory;
+  *args->nonfinite += context.nonfinite;
+  return Status::kOk;
+}
+
+}  // namespace
+}  // namespace pymerge

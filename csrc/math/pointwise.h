@@ -1,0 +1,81 @@
+// Methods that look at each element of all models, and at nothing else.
+#pragma once
+
+#include "math/value.h"
+
+namespace pymerge {
+
+template <class F>
+PM_INLINE F absolute(F x) {
+  return bit_cast<F>(magnitude_key(x));
+}
+
+// Parameters of one call: what `reals` means is said at each method.
+template <class F>
+struct PointwiseCall {
+  const typename Traits<F>::Scalar* reals;
+  int num_models;
+};
+
+// NearSwap: towards the other model where both are near: w = min(t / max(|a - b|, 1e-6), 1),
+// out = w b + (1 - w) a. reals: t, 1e-6. Models: b.
+template <class F, class Load>
+PM_INLINE F nearswap_point(F a, Load load, const PointwiseCall<F>& call) {
+  const F one = splat<F>(1), least = splat<F>(call.reals[1]);
+  const F b = load(0);
+  F distance = absolute(a - b);
+  distance = distance < least ? least : distance;
+  F w = splat<F>(call.reals[0]) / distance;
+  w = w > one ? one : w;
+  w = w < F{} ? F{} : w;
+  return w * b + (one - w) * a;
+}
+
+// RAM: the mean of the task vectors that changed an element; where only model k did, its own times
+// f_k. reals: epsilon, f_0 .. f_{K-1}.
+template <class F, class Load>
+PM_INLINE F ram_point(F base, Load load, const PointwiseCall<F>& call) {
+  const F one = splat<F>(1), epsilon = splat<F>(call.reals[0]);
+  F sum{}, count{}, scaled{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F delta = load(k) - base;
+    const auto active = absolute(delta) > epsilon;
+    sum = sum + (active ? delta : F{});
+    scaled = scaled + (active ? splat<F>(call.reals[1 + k]) * delta : F{});
+    count = count + (active ? one : F{});
+  }
+  const F mean = sum / (count > one ? count : one);
+  return base + (count == one ? scaled : mean);
+}
+
+// MagMax: the element of the task vector where it is largest in magnitude; the first of equals.
+// reals: scale.
+template <class F, class Load>
+PM_INLINE F magmax_point(F base, Load load, const PointwiseCall<F>& call) {
+  F best{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F delta = load(k) - base;
+    best = magnitude_key(delta) > magnitude_key(best) ? delta : best;
+  }
+  return base + splat<F>(call.reals[0]) * best;
+}
+
+// Consensus: the sum of task vectors, where at least `need` of the models call the element theirs:
+// |tau_k| > lambda_k |theta_m - theta_k| with theta_m = base + scale sum_k tau_k.
+// reals: scale, need, lambda_0 .. lambda_{K-1}.
+template <class F, class Load>
+PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
+  const F one = splat<F>(1);
+  F sum{};
+  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const F merged = base + splat<F>(call.reals[0]) * sum;
+  F count{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F x = load(k);
+    const auto own = absolute(x - base) > splat<F>(call.reals[2 + k]) * absolute(merged - x);
+    count = count + (own ? one : F{});
+  }
+  return base + splat<F>(call.reals[0]) * (count >= splat<F>(call.reals[1]) ? sum : F{});
+}
+
+}  // namespace pymerge

@@ -1,0 +1,107 @@
+// Merges of sparse task vectors: random drops (DARE, Yu et al. 2024), bands of magnitude
+// (Breadcrumbs, Davari & Belilovsky 2024), with or without an election of signs.
+//
+//   t_k = lo_k <= bits(|x_k - base|) <= last_k and drawn_k ? x_k - base : 0
+//   v_k = w_k (f_k t_k)
+//   s   = sum_k v_k, k = 0 .. K-1 in order
+//   m   = s / divisor                                                   without election
+//   m   = sum of the v_k of the sign of s (0 elects +) / sum of their w_k or nothing, else
+//   out = base + scale m
+#pragma once
+
+#include "math/value.h"
+
+namespace pymerge {
+
+// A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed: two
+// rounds of multiply and xor-shift; the second word enters between them, so that models do not
+// share a shifted sequence. U is an unsigned vector or integer of 32 bits.
+template <class U>
+PM_INLINE U mask_hash(U index, U first, U second) {
+  U x = index ^ first;
+  x = x ^ (x >> 16);
+  x = x * 0x7feb352du;
+  x = (x ^ (x >> 15)) + second;
+  x = x ^ (x >> 16);
+  x = x * 0x846ca68bu;
+  x = x ^ (x >> 15);
+  x = x * 0x9e3779b1u;
+  return x ^ (x >> 16);
+}
+
+template <class F>
+struct SparseCall {
+  using Scalar = typename Traits<F>::Scalar;
+  using IntScalar = typename Traits<F>::IntScalar;
+  const IntScalar* lo;     // [num_models] least and largest key that is kept
+  const IntScalar* last;   // [num_models]
+  const uint32_t* seeds;   // [num_models][2]
+  const uint32_t* limits;  // [num_models] kept where the hash is at most this
+  const Scalar* factors;   // [num_models]
+  const Scalar* weights;   // [num_models]
+  int num_models;
+  bool divide;  // by the weights of those that agree with the election, else by divisor
+  bool divide_by_divisor;
+  F divisor;
+  F scale;
+};
+
+template <class F>
+PM_INLINE F sparse_finish(F base, F merged, F scale) {
+  return base + scale * merged;
+}
+
+// One term: v_k. index and hashes are read where kDrawn.
+template <bool kBand, bool kDrawn, class F, class U>
+PM_INLINE F sparse_value(F base, F x, U index, const SparseCall<F>& call, int k,
+                         typename Traits<F>::Bits& worst) {
+  using T = Traits<F>;
+  const F delta = x - base;
+  const auto key = magnitude_key(delta);
+  worst = key > worst ? key : worst;
+  auto kept = T::at_least(key, splat_bits<F>(call.lo[k]));
+  if (kBand) kept = T::both(kept, T::at_least(splat_bits<F>(call.last[k]), key));
+  if (kDrawn) {
+    const U hash = mask_hash(index, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+    kept = T::both(kept, T::at_most(hash, U{} + call.limits[k]));
+  }
+  return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(delta, kept));
+}
+
+// load(k) gives theta_k; `values` has room for num_models values where K is 0 (any number).
+template <int K, bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
+PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, F* values,
+                         typename Traits<F>::Bits& worst) {
+  using T = Traits<F>;
+  F own[K > 0 ? K : 1];
+  F* v = K > 0 ? own : values;
+  const int count = K > 0 ? K : call.num_models;
+  F s{};
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) {
+    const F value = sparse_value<kBand, kDrawn>(base, load(k), index, call, k, worst);
+    if (kElect) v[k] = value;
+    s = s + value;
+  }
+  if (!kElect) {
+    if (call.divide_by_divisor) s = s / call.divisor;
+    return sparse_finish(base, s, call.scale);
+  }
+  // s begins with +0 and so is never -0: its sign bit is what is elected.
+  const auto sign = bit_cast<typename T::Bits>(s) & T::kSignMask;
+  F sum{}, divisor{};
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) {
+    const F u = bit_cast<F>(bit_cast<typename T::Bits>(v[k]) ^ sign);
+    const auto agrees = T::positive(u, T::everything());
+    sum = T::add(sum, u, agrees);
+    divisor = T::add(divisor, splat<F>(call.weights[k]), agrees);
+  }
+  if (call.divide) sum = sum / (divisor == F{} ? splat<F>(1) : divisor);
+  if (call.divide_by_divisor) sum = sum / call.divisor;
+  F merged = bit_cast<F>(bit_cast<typename T::Bits>(sum) ^ sign);
+  merged = s != s ? s : merged;
+  return sparse_finish(base, merged, call.scale);
+}
+
+}  // namespace pymerge

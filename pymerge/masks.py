@@ -1,0 +1,59 @@
+"""Random masks that depend on nothing but (seed, tensor name, model, element).
+
+An element is kept where a hash of its flat index, keyed by two 32-bit words, is at most a limit.
+The words come from BLAKE2b over seed, tensor name and number of the model, so that a mask does not
+depend on the device, on tiles, threads or shards, or on the other tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["keep_limit", "mask_hash", "seed_words", "words_at"]
+
+_WORD = 1 << 32
+
+
+def seed_words(seed: int, name: str, models: int) -> list[int]:
+    """Return two words below 2^32 for each model of a tensor."""
+    words: list[int] = []
+    for model in range(models):
+        text = f"{seed}\0{model}\0{name}".encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(text, digest_size=8, person=b"pymerge mask").digest()
+        words += [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")]
+    return words
+
+
+def words_at(words: Sequence[int], start: int) -> list[int]:
+    """Return the words for elements of that flat index and up to the next multiple of 2^32.
+
+    The hash takes the low half of an index; the high half changes the words.
+    """
+    high = start >> 32
+    if high == 0:
+        return list(words)
+    changed = []
+    for first, second in zip(words[::2], words[1::2], strict=True):
+        changed += [(first ^ (high * 0x9E3779B9)) % _WORD, (second + high * 0x85EBCA6B) % _WORD]
+    return changed
+
+
+def keep_limit(density: float) -> int:
+    """Return the largest hash that is kept, so that a share `density` is; -1 keeps nothing."""
+    return round(density * _WORD) - 1
+
+
+def mask_hash(index: np.ndarray, first: int, second: int) -> np.ndarray:
+    """Return the hash of indices (uint32), as csrc/math/sparse.h computes it."""
+    x = index ^ np.uint32(first)
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) + np.uint32(second)
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x846CA68B)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x9E3779B1)
+    return x ^ (x >> np.uint32(16))

@@ -1,0 +1,1 @@
+"""Comparisons with other tools; `make test-peers` runs them in an environment that has those."""
