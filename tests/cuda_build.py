@@ -18,6 +18,9 @@ CUDA = ROOT / "csrc" / "cuda"
 SHIM = ROOT / "tests" / "cuda_shim"
 CACHE = ROOT / "build" / "cuda-tests"
 
+# Sources whose intermediate code the tests read.
+PTX = ("any", "magnitudes", "sums", "ties_f32")
+
 HOST_FLAGS = [
     "-std=c++17",
     "-O1",
@@ -114,6 +117,10 @@ def build_for_device(arch: str) -> tuple[Path, dict[str, str]]:
     def make(folder: Path) -> None:
         cores = len(os.sched_getaffinity(0))
         module.build(folder / "_cuda.so", folder, archs=arch, jobs=cores, nvcc=nvcc)
+        for name in PTX:
+            flags = [*module.FLAGS, f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-ptx"]
+            source, target = CUDA / f"{name}.cu", folder / f"{name}.ptx"
+            subprocess.run([nvcc, *flags, str(source), "-o", str(target)], check=True)
 
     folder = _kept(f"sm_{arch}", _digest(nvcc, arch), make)
     logs = {path.stem: path.read_text() for path in folder.glob("*.log")}
