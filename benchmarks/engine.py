@@ -232,7 +232,7 @@ def _speed(
         )
         records += [asdict(run) for run in runs]
     table.notes = [
-        f"Median of {repetitions}. Wall: with starting Python and importing torch; inside: "
+        f"Median of {repetitions}. Wall: with starting Python; inside: "
         "without. GB/s: bytes of the inputs per second inside (TIES reads them twice). Memory: "
         "peak of allocated (anonymous) memory.",
         f"In the same run, doing nothing else: adding up all inputs takes {read:.2f} s, writing "

@@ -38,7 +38,7 @@ PEERS = "peers"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes minutes to compile, and what needs other programs: not part of `make test`."""
+    """Mark what compiles for minutes and what needs other programs: not part of `make test`."""
     for item in items:
         if item.path.name in COMPILE:
             item.add_marker(pytest.mark.compile)

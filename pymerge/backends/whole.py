@@ -33,6 +33,8 @@ def _elect(values: Sequence[Tensor], weights: Sequence[float], divide: bool) -> 
 
 def _keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     """Return DELLA's probabilities: by the rank of |delta| in its row, equal ones by index."""
+    if delta.numel() == 0:
+        return delta.to(torch.float64)
     rows = delta.reshape(-1, delta.shape[-1]) if delta.dim() > 1 else delta.reshape(1, -1)
     columns = rows.shape[1]
     if columns == 1:

@@ -112,6 +112,8 @@ def multislerp_weights(
             raise ValueError(f"the weights {list(weights)} sum to 0")
         w = w / total
     norms = _norms(gram)
+    if not norms.any():
+        return [0.0] * count
     units = np.diag(1.0 / (norms + epsilon))  # [k, coefficients]: direction k
     mean = w @ units
     length = math.sqrt(max(0.0, float(mean @ gram @ mean)))

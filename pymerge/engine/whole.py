@@ -41,9 +41,6 @@ def run_whole(works: Sequence[Work], source: Source, sink: Sink, context: Contex
     """Run a method tensor by tensor."""
     import torch
 
-    from pymerge.backends.whole import WHOLE
-    from pymerge.engine.execute import copy_equal, total_bytes
-
     merged = [work for work in works if not work.copied]
     rescaler = 1.0
     for work in merged[:1]:
@@ -51,6 +48,23 @@ def run_whole(works: Sequence[Work], source: Source, sink: Sink, context: Contex
     if context.method == "emr" and merged and merged[0].parameters["task"] is not None:
         rescaler = _rescaler(merged, source, context)
     situation = _Situation(context.method, rescaler)
+    threads = torch.get_num_threads()
+    # torch's sums and decompositions depend on the number of threads; the output must not.
+    torch.set_num_threads(1)
+    try:
+        _run_works(works, source, sink, context, situation)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_works(
+    works: Sequence[Work], source: Source, sink: Sink, context: Context, situation: _Situation
+) -> None:
+    import torch
+
+    from pymerge.backends.whole import WHOLE
+    from pymerge.engine.execute import copy_equal, total_bytes
+
     context.progress.phase(context.method, total_bytes(works, source))
     source.announce([work.name for work in works])
     for work in works:

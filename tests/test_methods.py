@@ -1,0 +1,275 @@
+"""The methods beyond the basic three: against plain arithmetic, from files, and at their edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pymerge
+from pymerge.backends.reference_more import mask_hash as torch_hash
+from pymerge.engine.geometry import karcher_weights, multislerp_weights, slerp_weights
+from pymerge.masks import keep_limit, mask_hash, seed_words, words_at
+from pymerge.methods import METHODS
+from tests import models
+from tests.conftest import BACKEND_IDS
+
+# What each method needs beside models to run.
+REQUIRED: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.01}}
+DENSE = {"dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"}
+BASIC = ("linear", "task_arithmetic", "ties")
+NEW = [name for name in METHODS if name not in BASIC]
+
+
+def number_of_models(name: str) -> int:
+    return min(METHODS[name].max_models or 3, 3)
+
+
+def parameters_of(name: str) -> dict[str, Any]:
+    parameters = dict(REQUIRED.get(name, {}))
+    if name in DENSE:
+        parameters["density"] = 0.6
+    if name.startswith("della"):
+        parameters["epsilon"] = 0.1
+    return parameters
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_files_and_tensors_give_the_same(name: str, tmp_path: Path) -> None:
+    """And neither shards, nor memory, nor threads change a byte."""
+    count = number_of_models(name)
+    base, tuned = models.llama(count, torch.float32)
+    for root, files in ((tmp_path / "one", 1), (tmp_path / "many", 4)):
+        models.save_family(root, base, tuned, files=files)
+    parameters = parameters_of(name)
+    spec = METHODS[name]
+    yaml = {**spec.yaml_defaults, **parameters}
+    origin = base if spec.needs_base else None
+    expected = pymerge.merge(name, origin, tuned, **yaml)
+    for root, options in (("one", {}), ("many", {"memory": "300MiB", "threads": 3})):
+        config = models.config(tmp_path / root, name, count, **parameters)
+        if not spec.needs_base:
+            config.pop("base_model", None)
+        out = tmp_path / f"out-{root}"
+        report = pymerge.merge_checkpoints(config, out, shard_size="1GB", **options)
+        assert report.method == name
+        merged = load_file(out / "model.safetensors")
+        assert merged.keys() == expected.keys()
+        for key, tensor in merged.items():
+            assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_backends_give_the_same_bits(name: str) -> None:
+    if "cpu" not in METHODS[name].backends:
+        pytest.skip("runs on torch only")
+    count = number_of_models(name)
+    base, tuned = models.llama(count)
+    origin = base if METHODS[name].needs_base else None
+    first = pymerge.merge(name, origin, tuned, backend="reference", **parameters_of(name))
+    again = pymerge.merge(name, origin, tuned, backend="cpu", **parameters_of(name))
+    for key in first:
+        assert torch.equal(first[key], again[key]), key
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_models_that_equal_the_base_change_nothing(name: str) -> None:
+    base = torch.linspace(-1, 1, 300).reshape(15, 20)
+    count = number_of_models(name)
+    origin = base if METHODS[name].needs_base else None
+    merged = pymerge.merge(name, origin, [base.clone()] * count, **parameters_of(name))
+    torch.testing.assert_close(merged, base, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (5, 1), (0, 4), (3, 0)], ids=str)
+def test_shapes_at_the_edge(name: str, shape: tuple[int, ...]) -> None:
+    base = torch.full(shape, 0.5)
+    count = number_of_models(name)
+    tuned = [base + 0.125 * (k + 1) for k in range(count)]
+    origin = base if METHODS[name].needs_base else None
+    merged = pymerge.merge(name, origin, tuned, **parameters_of(name))
+    assert merged.shape == base.shape
+    assert bool(merged.isfinite().all())
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_nan_is_an_error_that_names_it(name: str) -> None:
+    base = torch.ones(4, 30)
+    count = number_of_models(name)
+    tuned = [base + 0.25 for _ in range(count)]
+    tuned[-1][2, 5] = math.nan
+    origin = base if METHODS[name].needs_base else None
+    with pytest.raises(pymerge.NonFiniteError, match=rf"models\[{count - 1}\].*index 65"):
+        pymerge.merge(name, origin, tuned, **parameters_of(name))
+
+
+@pytest.mark.parametrize("identifier", BACKEND_IDS)
+def test_dare(identifier: str, use_backend: Callable[[str], str]) -> None:
+    """What is kept is the delta times 1 / density, at the elements whose hash is small."""
+    backend = use_backend(identifier)
+    base = torch.zeros(100_003)
+    tuned = torch.randn(base.shape, generator=torch.Generator().manual_seed(0))
+    merged = pymerge.dare_linear({"w": base}, [{"w": tuned}], density=0.25, seed=7, backend=backend)
+    first, second = seed_words(7, "w", 1)
+    index = np.arange(base.numel(), dtype=np.uint32)
+    kept = torch.from_numpy(mask_hash(index, first, second) <= np.uint32(keep_limit(0.25)))
+    assert torch.equal(merged["w"], torch.where(kept, 4.0 * tuned, torch.zeros(())))
+    assert abs(float(kept.float().mean()) - 0.25) < 0.01
+
+
+def test_masks_of_models_tensors_and_seeds_are_independent() -> None:
+    index = np.arange(1 << 18, dtype=np.uint32)
+    drawn = {}
+    for seed in (0, 1):
+        for name in ("a", "b"):
+            words = seed_words(seed, name, 2)
+            for model in range(2):
+                drawn[seed, name, model] = (
+                    mask_hash(index, *words[2 * model : 2 * model + 2]) < 2**31
+                )
+    every = list(drawn.values())
+    for i, first in enumerate(every):
+        assert abs(first.mean() - 0.5) < 0.005
+        assert abs((first[1:] == first[:-1]).mean() - 0.5) < 0.005
+        for second in every[i + 1 :]:
+            assert abs((first == second).mean() - 0.5) < 0.005
+            assert abs((first[1:] == second[:-1]).mean() - 0.5) < 0.005
+
+
+def test_the_hash_is_the_same_everywhere_and_goes_on_beyond_32_bits() -> None:
+    index = np.array([0, 1, 77, 2**31, 2**32 - 1], dtype=np.uint32)
+    mine = mask_hash(index, 123456789, 4000000000)
+    other = torch_hash(torch.from_numpy(index.astype(np.int64)), 123456789, 4000000000)
+    assert mine.tolist() == other.tolist()
+    words = seed_words(0, "w", 1)
+    assert words_at(words, 5) == words
+    assert words_at(words, 2**32) == words_at(words, 2**33 - 1) != words
+
+
+def test_densities_0_and_1() -> None:
+    base, tuned = torch.zeros(1000), torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(pymerge.dare_linear(base, [tuned], density=0.0), base)
+    for rescale in ("inv_keep", "l1", "none"):
+        assert torch.equal(pymerge.dare_linear(base, [tuned], density=1.0, rescale=rescale), tuned)
+    assert torch.equal(pymerge.breadcrumbs(base, [tuned], density=1.0), tuned)
+    assert torch.equal(pymerge.breadcrumbs(base, [tuned], density=0.0, gamma=0.5), base)
+
+
+def test_rescaling_to_the_l1_norm() -> None:
+    base, tuned = (
+        torch.zeros(50_000),
+        torch.randn(50_000, generator=torch.Generator().manual_seed(2)),
+    )
+    merged = pymerge.dare_linear(base, [tuned], density=0.3, rescale="l1")
+    norms = merged.double().abs().sum(), tuned.double().abs().sum()
+    assert abs(float(norms[0] / norms[1]) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_breadcrumbs_keeps_a_band(seed: int) -> None:
+    """Also where magnitudes are equal: those of the lowest index count as the larger."""
+    generator = torch.Generator().manual_seed(seed)
+    numel = int(torch.randint(1, 200, (), generator=generator))
+    delta = torch.randint(-5, 6, (numel,), generator=generator) / 4
+    density, gamma = (float(x) for x in torch.rand(2, generator=generator))
+    merged = pymerge.breadcrumbs(torch.zeros(numel), [delta], density=density, gamma=gamma)
+    kept, top = int(density * numel), int(gamma * numel)
+    bottom = max(0, numel - kept - top)
+    order = sorted(range(numel), key=lambda i: (-abs(float(delta[i])), i))
+    expected = torch.zeros(numel)
+    for i in order[numel - bottom - kept : numel - bottom]:
+        expected[i] = delta[i]
+    assert torch.equal(merged, expected)
+
+
+def test_slerp_and_kin_keep_norms_on_the_sphere() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(4, 5000, generator=generator, dtype=torch.float64)
+    rows = rows / rows.norm(dim=1, keepdim=True) * 3.0
+    gram = (rows @ rows.T).numpy()
+    a, b = slerp_weights(gram[:2, :2], 0.3, norm_floor=1e-8)
+    assert abs(float((a * rows[0] + b * rows[1]).norm()) - 3.0) < 1e-9
+    for weights in (
+        karcher_weights(gram, 50, 1e-9),
+        multislerp_weights(gram, [1.0, 2.0, 1.0, 0.5], True, 1e-12),
+    ):
+        merged = sum(w * row for w, row in zip(weights, rows, strict=True))
+        assert abs(float(merged.norm()) - 3.0) < 1e-6
+    # The Karcher mean is where the log maps add up to nothing.
+    mean = (
+        sum(w * row for w, row in zip(karcher_weights(gram, 100, 1e-12), rows, strict=True)) / 3.0
+    )
+    tangent = torch.zeros(5000, dtype=torch.float64)
+    for row in rows / 3.0:
+        angle = torch.arccos(mean @ row)
+        tangent += angle / torch.sin(angle) * (row - (mean @ row) * mean)
+    assert float(tangent.norm()) < 1e-8
+
+
+def test_consensus_and_tall_masks() -> None:
+    generator = torch.Generator().manual_seed(4)
+    base = torch.randn(500, generator=generator)
+    tuned = [base + torch.randn(500, generator=generator) for _ in range(3)]
+    total = sum(model - base for model in tuned)
+    merged = base + 0.3 * total
+    masks = [(model - base).abs() > 0.4 * (merged - model).abs() for model in tuned]
+    count = torch.stack(masks).sum(dim=0)
+    expected = torch.where(count >= 2, merged, base)
+    torch.testing.assert_close(pymerge.consensus_ta(base, tuned), expected)
+    own = torch.where(masks[1], merged, base)
+    torch.testing.assert_close(pymerge.tall_masks(base, tuned, task=1), own)
+
+
+def test_emr_rebuilds_a_task() -> None:
+    generator = torch.Generator().manual_seed(5)
+    base = {"w": torch.zeros(40, 50), "v": torch.zeros(7)}
+    tuned = [
+        {name: torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        for _ in range(2)
+    ]
+    unified = pymerge.emr(base, tuned)
+    for name in base:
+        total = tuned[0][name] + tuned[1][name]
+        sign = torch.where(total > 0, 1.0, -1.0)
+        largest = torch.stack([(m[name] * sign).clamp(min=0) for m in tuned]).amax(dim=0)
+        assert torch.equal(unified[name], sign * largest)
+    one = pymerge.emr(base, tuned, task=0)
+    means = [sum(float(m[name].abs().mean()) for name in base) for m in (tuned[0], one)]
+    assert abs(means[0] / means[1] - 1) < 1e-5
+    with pytest.raises(pymerge.RequestError, match="0 to 1; got 2"):
+        pymerge.emr(base, tuned, task=2)
+
+
+def test_tsv_m_of_one_low_rank_task_is_that_task() -> None:
+    generator = torch.Generator().manual_seed(6)
+    base = torch.randn(20, 30, generator=generator)
+    delta = torch.randn(20, 4, generator=generator) @ torch.randn(4, 30, generator=generator)
+    torch.testing.assert_close(pymerge.tsv_m(base, [base + delta]), base + delta, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b, m: pymerge.slerp(b, [m], t=0.5), "expected a tensor"),
+        (lambda b, m: pymerge.merge("slerp", b, [m]), "t: is required"),
+        (lambda b, m: pymerge.merge("slerp", b, [m, m], t=0.5), "takes at most 1"),
+        (lambda b, m: pymerge.model_stock(b, [m]), "at least 2"),
+        (lambda b, m: pymerge.dare_linear(b, [m], density=1.5), r"in \[0, 1\]"),
+        (lambda b, m: pymerge.dare_linear(b, [m], rescale="l2"), "one of 'inv_keep'"),
+        (lambda b, m: pymerge.della(b, [m], density=0.05, epsilon=0.1), "must lie in"),
+        (lambda b, m: pymerge.pcb_merge(b, [m], variant="papr"), "did you mean 'paper'"),
+        (lambda b, m: pymerge.multislerp([m, m], weights=[1, -1]), "sum to 0"),
+        (lambda b, m: pymerge.dare_linear(b, [m, m], weights=[1, -1], normalize=True), "sum to 0"),
+        (lambda b, m: pymerge.merge("sce", b, [m], backend="cpu"), "has no kernels for sce"),
+    ],
+)
+def test_bad_requests(call: Callable[[Any, Any], Any], message: str) -> None:
+    with pytest.raises(pymerge.RequestError, match=message):
+        call(torch.zeros(3), torch.ones(3))
