@@ -93,9 +93,8 @@ def sparse_merge(
         values.append(value)
         vote = vote + value
     stats[2] += int(infinite)
-    merged = vote
+    merged, negative = vote, torch.signbit(vote)
     if elect:
-        negative = torch.signbit(vote)
         merged, total = zero, zero
         for value, weight in zip(values, weights, strict=True):
             aligned = torch.where(negative, -value, value)
