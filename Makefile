@@ -24,7 +24,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PEER   := $(shell grep '^mergekit==' constraints.txt)
 NATIVE := $(shell find csrc -type f) setup.py pymerge/_version.py
 PINS   := pyproject.toml constraints.txt
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Weights and data of the demos: only files inside these packages are read, so none of the programs
 # that they depend on (compilers, plotting, a GUI) is installed.
@@ -139,5 +139,5 @@ $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info .pytest_cache .ruff_cache
-	rm -f pymerge/_C*.so
+	rm -f pymerge/_C*.so pymerge/_cuda.so
 	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,13 +37,33 @@ def call(name: str, *arguments: Any, backend: str, **keywords: Any) -> None:
     from pymerge import _ops as _ops  # declares torch.ops.pymerge
 
     converted = [_for_torch(argument) for argument in arguments]
+    device = _device_of(converted)
+    counters: list[tuple[np.ndarray, Any]] = []
+    if device is not None and backend != "reference":
+        # These backends count on the device; what they counted is fetched.
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, np.ndarray):
+                converted[i] = converted[i].to(device)
+                counters.append((argument, converted[i]))
     getattr(torch.ops.pymerge, name)(*converted, backend=backend, **keywords)
+    for host, counted in counters:
+        host[...] = counted.cpu().numpy()
 
 
 def _has_array(argument: Any) -> bool:
     if isinstance(argument, list):
         return bool(argument) and isinstance(argument[0], Array)
     return isinstance(argument, Array)
+
+
+def _device_of(arguments: list[Any]) -> Any:
+    """Return the device of the first tensor that is not on the processor, or None."""
+    for argument in arguments:
+        for one in argument if isinstance(argument, list) else [argument]:
+            device = getattr(one, "device", None)
+            if device is not None and device.type != "cpu":
+                return device
+    return None
 
 
 def _for_torch(argument: Any) -> Any:

@@ -3,7 +3,8 @@
 Every op writes into tensors that the caller owns (tiles of an output), works on contiguous tensors
 of equal length, of dtypes float32, float16, bfloat16 or float64 in any mixture, and computes in
 float32, or float64 where `wide`. Arguments are validated by the public API (`pymerge.api`,
-`pymerge.plan`), not here. `backend` is a name of `pymerge.backends.BACKENDS` or "auto".
+`pymerge.plan`), not here. `backend` is a name of `pymerge.backends.BACKENDS` or "auto". Where a
+flag is said to grow by 1, CUDA only raises it to at least 1.
 
 weighted_sum_: out = sum_k weights[k] models[k] / divisor;
     stats[0] += 1 if a result is not finite.

@@ -89,9 +89,11 @@ Flat: TypeAlias = Union[Array, "torch.Tensor"]
 
 
 def as_array(flat: Flat) -> Array:
-    """Return an array over the same memory, which must be the processor's."""
+    """Return an array over the same memory, or over a copy of what lies on another device."""
     if isinstance(flat, Array):
         return flat
+    if flat.device.type != "cpu":
+        flat = flat.cpu()
     return Array(flat, flat.data_ptr(), dtype_code(flat.dtype), flat.numel())
 
 
@@ -110,6 +112,9 @@ def widen(flat: Array, wide: bool) -> np.ndarray:
 
 def sample_lines(flat: Flat, stride: int, lines: int, line: int) -> Array:
     """Return a copy of `lines` stretches of `line` elements, every stride-th one."""
+    if not isinstance(flat, Array) and flat.device.type != "cpu":
+        # Only the sample leaves the device.
+        return as_array(flat.as_strided((lines, line), (stride, 1)).contiguous().view(-1))
     array = as_array(flat)
     values = array.numpy()
     steps = (stride * values.itemsize, values.itemsize)

@@ -22,7 +22,7 @@ import numpy as np
 
 from pymerge._calls import call
 from pymerge.array import Array, Flat, as_array, concatenate, sample_lines, widen
-from pymerge.backends import resolve
+from pymerge.backends import BACKENDS, resolve
 from pymerge.backends.sizes import HOT_CHUNK
 from pymerge.methods.ties import TrimTarget
 
@@ -302,7 +302,8 @@ def _count(
     used = max(
         -(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True)
     )
-    counts = workspace.zeros(resolve(backend).slots(), len(searches), used + 3)
+    slots = (resolve(backend) if backend == "auto" else BACKENDS[backend]).slots()
+    counts = workspace.zeros(slots, len(searches), used + 3)
     totals: np.ndarray | None = None
     counted = 0
     wants_chunks = any(search.exact and search.hot >= 0 for search in searches)

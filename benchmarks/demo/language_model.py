@@ -46,7 +46,7 @@ class Training:
     """How a fine-tune is made. AdamW without weight decay, the rate rising for `warmup` steps and
     then falling linearly to a tenth; the embedding, which is also the output layer, stays fixed."""
 
-    steps: int = 30
+    steps: int = 22
     batch: int = 2
     rate: float = 2e-4
     warmup: int = 4

@@ -13,7 +13,7 @@ import numpy as np
 
 from pymerge._calls import call
 from pymerge.array import Array, Flat, as_tensor
-from pymerge.backends import resolve
+from pymerge.backends import BACKENDS, resolve
 from pymerge.engine.geometry import run_geometry
 from pymerge.engine.pcb import run_pcb
 from pymerge.engine.pointwise import run_pointwise
@@ -72,7 +72,11 @@ def execute(
     Raises NonFiniteError for NaN or infinity in an input (unless told to keep them), RequestError
     where integer tensors differ between models.
     """
-    resolve(context.backend)  # an unavailable backend is refused before anything is read
+    # An unavailable backend is refused before anything is read.
+    if context.backend == "auto":
+        context.backend = resolve("auto").NAME
+    elif (reason := BACKENDS[context.backend].reason()) is not None:
+        raise RequestError(f"backend: {context.backend!r} is not available: {reason}")
     context.method = method
     if method == "ties":
         return run_ties(works, source, sink, context)
