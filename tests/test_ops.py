@@ -125,6 +125,24 @@ def test_non_finite_values(case: Case, identifier: str, use_backend: Callable[[s
 
 
 @pytest.mark.parametrize("identifier", NATIVE)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_few_non_finite_values(
+    case: Case, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    """Among many finite ones: kernels that take a shorter way for those must notice."""
+    backend = use_backend(identifier)
+    for dtype in (torch.float32, torch.bfloat16):
+        base, models = make_inputs(9_001, 3, (dtype,), "few")
+        for k, (index, value) in enumerate(
+            [(5, "nan"), (4_100, "inf"), (4_101, "-inf"), (8_999, "nan"), (9_000, "inf")]
+        ):
+            [base, *models][k % 4][index] = float(value)
+        inputs = base, models
+        expected = case.run(inputs, dtype, "reference")
+        assert same(expected, case.run(inputs, dtype, backend)), dtype
+
+
+@pytest.mark.parametrize("identifier", NATIVE)
 def test_rounding_of_every_half(identifier: str, use_backend: Callable[[str], str]) -> None:
     """Every bf16 and f16 value loads exactly, and every store rounds to nearest even."""
     backend = use_backend(identifier)

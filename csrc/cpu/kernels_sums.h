@@ -102,11 +102,13 @@ inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* r
       const float* a = values + static_cast<int64_t>(i) * kSumChunk;
       const float* b = values + static_cast<int64_t>(j) * kSumChunk;
       if (args.kind == SumsKind::kPcbExtremes) {
-        float least = a[0] * b[0], most = least;
-        for (int e = 1; e < n; ++e) {
+        // NaN and infinity are left out: they must not spoil what is finite.
+        float least = __builtin_inff(), most = -__builtin_inff();
+        for (int e = 0; e < n; ++e) {
           const float product = a[e] * b[e];
-          least = product < least ? product : least;
-          most = product > most ? product : most;
+          const bool finite = product - product == 0;
+          least = finite && product < least ? product : least;
+          most = finite && product > most ? product : most;
         }
         args.partials[2 * row * args.num_chunks + c] = least + 0.0;  // no -0, which has no order
         args.partials[(2 * row + 1) * args.num_chunks + c] = most + 0.0;
@@ -117,7 +119,8 @@ inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* r
         for (int e = 0; e < kSumChunk; e += kLanes) {
           const F product = (F)load_bits(a + e) * (F)load_bits(b + e);
           const F x = (product - (F{} + call.pair_min[row])) * (F{} + call.pair_inv[row]);
-          store_bits(room + e, (U)exp32(many * x));
+          const F value = exp32(many * x);
+          store_bits(room + e, (U)(value == value ? value : F{}));
         }
         for (int e = n; e < kSumChunk; ++e) room[e] = 0;
         const int64_t to = again == 1 ? pairs + i : row;

@@ -6,6 +6,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -202,7 +203,9 @@ def pcb_extremes(
         product = taus[i] * taus[j] + 0.0  # no -0, which has no order
         for c in range(partials.shape[1]):
             chunk = product[1024 * c : 1024 * (c + 1)]
-            partials[2 * row, c], partials[2 * row + 1, c] = chunk.min(), chunk.max()
+            finite = chunk.isfinite()  # what is not must not spoil what is
+            partials[2 * row, c] = torch.where(finite, chunk, math.inf).min()
+            partials[2 * row + 1, c] = torch.where(finite, chunk, -math.inf).max()
 
 
 def pcb_exp_sums(
@@ -218,6 +221,10 @@ def pcb_exp_sums(
     for row, (i, j) in enumerate(rows):
         x = taus[i] * taus[j] - _f(reals[row], taus[i])
         x = x * _f(reals[len(rows) + row], x)
-        partials[row] = chunk_sums(exp32(x))
+        partials[row] = chunk_sums(_known(exp32(x)))
         if i == j:
-            partials[len(rows) + i] = chunk_sums(exp32(_f(float(len(taus)), x) * x))
+            partials[len(rows) + i] = chunk_sums(_known(exp32(_f(float(len(taus)), x) * x)))
+
+
+def _known(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), torch.zeros_like(x), x)

@@ -136,8 +136,8 @@ class _Scope:
             call("pcb_extremes_", partials, base, models, backend=self.context.backend)
             least = np.minimum(least, partials[::2].min(axis=1))
             most = np.maximum(most, partials[1::2].max(axis=1))
-        numbers.pair_min = [float(value) for value in least]
-        spread = most - least
+        numbers.pair_min = [float(value) if math.isfinite(value) else 0.0 for value in least]
+        spread = np.where(np.isfinite(most), most, 0.0) - np.array(numbers.pair_min)
         numbers.pair_inv = [_single(1.0 / value) if value > 0 else 0.0 for value in spread]
         reals = [*numbers.pair_min, *numbers.pair_inv]
         rows: list[list[float]] = []
