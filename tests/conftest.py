@@ -4,7 +4,9 @@ loudly."""
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
 from pymerge.backends import BACKENDS, cpu
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell starts background jobs with SIGINT ignored, which the programs that tests start and
+# interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REQUIRED = [name for name in os.environ.get("PYMERGE_REQUIRE", "cpu").split(",") if name]
 
