@@ -153,7 +153,8 @@ def _settings(folder: Path, settings: list[str]) -> Path:
 
 
 def _is_newer(target: Path, time: float) -> bool:
-    return target.is_file() and target.stat().st_mtime > time
+    # Not older: a compiler may be done within one tick of the clock of the file system.
+    return target.is_file() and target.stat().st_mtime >= time
 
 
 def main() -> None:
