@@ -259,7 +259,7 @@ def resolve_parameters(
     Raises RequestError listing everything that is wrong.
     """
     known = {parameter.name: parameter for parameter in spec.parameters}
-    spelled = [name for name in known if name != "weight"] + ["weights"]
+    spelled = ["weights" if name == "weight" else name for name in known]
     problems = [
         f"{where}: unknown parameter {name!r} of method {spec.name}{nearest(name, spelled)} "
         f"(known: {', '.join(sorted(spelled))})"
@@ -271,6 +271,10 @@ def resolve_parameters(
         for name in given
         if name in known and (known[name].no_effect or known[name].only is not None)
     ]
+    if weights is not None and "weight" not in known:
+        problems.append(
+            f"{where}: weights: {spec.name} takes none, got {weights!r}; leave them out"
+        )
     values: dict[str, Any] = {}
     for name, parameter in known.items():
         shown = f"{where}: {'weights' if name == 'weight' else name}"

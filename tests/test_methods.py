@@ -267,9 +267,17 @@ def test_tsv_m_of_one_low_rank_task_is_that_task() -> None:
         (lambda b, m: pymerge.pcb_merge(b, [m], variant="papr"), "did you mean 'paper'"),
         (lambda b, m: pymerge.multislerp([m, m], weights=[1, -1]), "sum to 0"),
         (lambda b, m: pymerge.dare_linear(b, [m, m], weights=[1, -1], normalize=True), "sum to 0"),
+        (lambda b, m: pymerge.merge("magmax", b, [m], weights=2.0), "weights: magmax takes none"),
         (lambda b, m: pymerge.merge("sce", b, [m], backend="cpu"), "has no kernels for sce"),
     ],
 )
 def test_bad_requests(call: Callable[[Any, Any], Any], message: str) -> None:
     with pytest.raises(pymerge.RequestError, match=message):
         call(torch.zeros(3), torch.ones(3))
+
+
+def test_the_karcher_mean_of_small_tensors_is_not_zero() -> None:
+    small = torch.full((4,), 1e-6)
+    torch.testing.assert_close(pymerge.karcher([small]), small, rtol=1e-6, atol=0)
+    torch.testing.assert_close(pymerge.karcher([small, 3 * small]), 2 * small, rtol=1e-6, atol=0)
+    assert torch.equal(pymerge.karcher([0 * small, 0 * small]), 0 * small)

@@ -138,7 +138,7 @@ class Demo:
         best = winner.recipe.label
         board.notes += [
             f"{_HELD_OUT_BLOCKS} held-out blocks of {_LENGTH} tokens a domain, the same for every"
-            " model; one seed; peak MB: memory that the merge allocated, torch included.",
+            " model; one seed; peak MB: memory that the merge allocated.",
             *(
                 _compared(one.recipe.label, losses[one.recipe.label], losses[best], best)
                 for one in merged

@@ -121,7 +121,7 @@ class Demo:
         board.notes.append(
             f"Held-out images: {counts}; one seed. The head of a task is the mean feature of each"
             " class under the pretrained model, the same for all models. peak MB: memory that the"
-            " merge allocated, torch included."
+            " merge allocated."
         )
         show(board, self.output, self.log, {})
 

@@ -133,11 +133,11 @@ def karcher_weights(gram: np.ndarray, max_iter: int, tol: float) -> list[float]:
     """Return the weights of the Karcher mean of K directions, times the mean norm."""
     count = len(gram)
     norms = _norms(gram)
-    valid = norms > tol
-    if not valid.any():
-        return [0.0] * count
+    valid = norms > 0
     if count == 1:
         return [1.0]
+    if not valid.any():
+        return [0.0] * count
     units = np.diag(np.where(valid, 1.0 / np.where(valid, norms, 1.0), 0.0))[valid]
     share = 1.0 / len(units)
     mean = units.sum(axis=0) * share
