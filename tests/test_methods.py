@@ -281,3 +281,23 @@ def test_the_karcher_mean_of_small_tensors_is_not_zero() -> None:
     torch.testing.assert_close(pymerge.karcher([small]), small, rtol=1e-6, atol=0)
     torch.testing.assert_close(pymerge.karcher([small, 3 * small]), 2 * small, rtol=1e-6, atol=0)
     assert torch.equal(pymerge.karcher([0 * small, 0 * small]), 0 * small)
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_keep_lets_what_is_not_finite_through(name: str, value: float) -> None:
+    """It stays where it is, but in methods whose weights are sums over the whole tensor."""
+    generator = torch.Generator().manual_seed(8)
+    base = torch.randn(20, 30, generator=generator)
+    count = number_of_models(name)
+    tuned = [base + torch.randn(20, 30, generator=generator) * 0.01 for _ in range(count)]
+    tuned[-1][3, 4] = value
+    origin = base if METHODS[name].needs_base else None
+    if name == "tsv_m":
+        with pytest.raises(pymerge.RequestError, match="no singular vectors"):
+            pymerge.merge(name, origin, tuned, nan="keep")
+        return
+    merged = pymerge.merge(name, origin, tuned, nan="keep", **parameters_of(name))
+    wrong = ~merged.isfinite()
+    wrong[3, 4] = False
+    assert not bool(wrong.any()) or name == "sce"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pymerge.backends.reference_more import mask_hash
+from pymerge.errors import RequestError
 
 __all__ = ["WHOLE"]
 
@@ -202,6 +203,11 @@ def tsv_m(
         for delta in deltas:
             mean = mean + delta
         return base + parameters["scale"] * (mean / len(deltas))
+    if not all(bool(delta.isfinite().all()) for delta in deltas):
+        raise RequestError(
+            f"tsv_m: tensor {context.name!r} holds NaN or infinity; such a matrix has no singular "
+            "vectors; nan='keep' cannot help here"
+        )
     keep = max(1, min(base.shape) // len(deltas))
     parts = []
     for delta in deltas:

@@ -39,8 +39,10 @@ def run_geometry(work: Work, source: Source, sink: Sink, context: Context) -> No
         scale, coefficients = 1.0, [float(work.parameters["scale"][0])]
     elif method == "model_stock":
         gram = gram_matrix(base, inputs, wide=work.wide, backend=context.backend)
-        scale, coefficients = stock_ratio(gram, work.parameters["angle"]), [1.0 / len(inputs)]
-        coefficients = coefficients * len(inputs)
+        # Where an input is not finite there is no angle: the plain average then.
+        finite = bool(np.isfinite(gram).all())
+        scale = stock_ratio(gram, work.parameters["angle"]) if finite else 1.0
+        coefficients = [1.0 / len(inputs)] * len(inputs)
     else:
         gram = gram_matrix(origin, inputs, wide=work.wide, backend=context.backend)
         # NaN in an input is an error that the weighted sum reports; here it must do no harm.
