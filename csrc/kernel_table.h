@@ -13,7 +13,7 @@
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 3;
+constexpr uint32_t kAbiVersion = 4;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -123,6 +123,10 @@ struct EqualCountsArgs {
   int64_t* counts;
 };
 
+// Rows of scores and ranks have room for a multiple of so many elements: kernels read and write
+// whole vectors.
+constexpr int kScoreAlignment = 64;
+
 // out = base + scale * merge of sparse task vectors: csrc/math/sparse.h.
 struct SparseArgs {
   Execution execution;
@@ -144,9 +148,25 @@ struct SparseArgs {
   double scale;
   int64_t start;  // flat index of the first element in its tensor; no call crosses 2^32
   int64_t* nonfinite;
+  // Where there are ranks, they decide in place of the keys: lo <= rank <= last is kept or, with
+  // chances, what is drawn with probability chances[k][0] + rank * chances[k][1].
+  const int32_t* ranks;   // [num_models][rank_stride], from 0; or null
+  const double* chances;  // [num_models][2], or null; needs seeds, and no limits are read
+  int64_t rank_stride;
+  int32_t per_element;  // with chances: what is kept is divided by its probability
+  int32_t bare;         // out = scale * merge, without the base
 };
 
-enum class Pointwise : int32_t { kNearswap = 0, kRam = 1, kMagmax = 2, kConsensus = 3 };
+enum class Pointwise : int32_t {
+  kNearswap = 0,
+  kRam = 1,
+  kMagmax = 2,
+  kConsensus = 3,
+  kTall = 4,
+  kEmr = 5,
+  kVariance = 6,
+  kSce = 7,
+};
 
 // out from each element of base and models alone: csrc/math/pointwise.h.
 struct PointwiseArgs {
@@ -164,8 +184,6 @@ struct PointwiseArgs {
 };
 
 constexpr int kSumChunk = 1024;
-
-constexpr int kScoreAlignment = 64;
 
 // PCB-Merging: scores of every model, or the merge. reals, by csrc/math/pcb.h, K models, P pairs:
 // variant 0 (paper): min[P], inv[P], norm[P], norm[K], q[K], weights[K], scale; others: lo[K],
@@ -185,14 +203,31 @@ struct PcbArgs {
   int64_t* nonfinite;
 };
 
-enum class SumsKind : int32_t { kSparse = 0, kGram = 1, kPcbExtremes = 2, kPcbExp = 3 };
+enum class SumsKind : int32_t {
+  kSparse = 0,
+  kGram = 1,
+  kPcbExtremes = 2,
+  kPcbExp = 3,
+  kDots = 4,
+  kStatistics = 5,
+  kRamCounts = 6,
+  kEmr = 7,
+  kSce = 8,
+};
 
-// Sums over chunks of kSumChunk elements, in a fixed order (csrc/cpu/kernels_sums.h):
-// kSparse: partials[2 k][c] = sum |delta_k|, partials[2 k + 1][c] = sum of what a sparse merge
-// keeps of it; kGram: partials[row][c] = sum x_i x_j for i <= j, row by row, with x the models, or
-// their deltas where there is a base. For the paper's PCB, with tau the deltas in fp32:
-// kPcbExtremes: partials[2 row][c] and [2 row + 1][c] = least and largest tau_i tau_j; kPcbExp:
-// partials[row][c] = sum exp(x_ij), then, for each k, sum exp(K x_kk); reals: min[P], inv[P].
+// Sums over chunks of kSumChunk elements, in a fixed order (csrc/cpu/kernels_sums.h), or over rows
+// of `columns` elements: the sums of a row's chunks, which begin at its beginning, in their order.
+// With c the number of a chunk or row, x_k the models, or their deltas where there is a base:
+// kSparse: partials[2 k][c] = sum |x_k|, partials[2 k + 1][c] = sum of what a sparse merge keeps of
+// it; kGram: partials[row][c] = sum x_i x_j for i <= j, row by row. For the paper's PCB, with tau
+// the deltas in fp32: kPcbExtremes: partials[2 row][c] and [2 row + 1][c] = least and largest tau_i
+// tau_j; kPcbExp: partials[row][c] = sum exp(x_ij), then, for each k, sum exp(K x_kk); reals:
+// min[P], inv[P]. kDots: partials[k][c] = sum g x_k, g the last of the models, which is no model
+// and from which nothing is subtracted. kStatistics: partials[4 k ..][c] = least x_k, largest x_k,
+// sum |x_k|, sum x_k^2. kRamCounts: partials[2 k][c] and [2 k + 1][c] = how many |x_k| > reals[0]
+// are the only one of their element, and are not. kEmr: partials[0][c] = sum |x_t|, partials[1][c]
+// = sum of |unified| where x_t unified > 0, t = reals[0]. kSce: partials[k][c] = sum x_k^2 where
+// the key of the variance is at least lo[0].
 struct SumsArgs {
   Execution execution;
   Dtype compute;
@@ -202,14 +237,46 @@ struct SumsArgs {
   const Operand* models;
   SumsKind kind;
   int32_t reserved;
-  const int64_t* lo;  // as in SparseArgs; read by kSparse only
+  const int64_t* lo;  // as in SparseArgs; but for kSce's lo[0], read by kSparse only
   const int64_t* last;
   const int64_t* seeds;
   const int64_t* limits;
+  const int32_t* ranks;
+  const double* chances;
+  int64_t rank_stride;
   int64_t start;
-  int64_t num_chunks;
+  int64_t columns;     // 0: chunks; else numel is a multiple of it
+  int64_t num_chunks;  // or rows
   double* partials;
-  const float* reals;
+  const double* reals;  // of kPcbExp: floats
+};
+
+// ranks[k][i] = rank of |models[k] - base| among the elements of its row of `columns`, from 0; of
+// equal magnitudes, that of the lower index is the smaller. Less than 2^31 columns.
+struct RanksArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;  // a multiple of columns
+  int64_t columns;
+  Operand base;
+  const Operand* models;
+  int32_t* ranks;  // [num_models][stride], room for a multiple of kScoreAlignment
+  int64_t stride;
+};
+
+// As WeightedSumArgs with scale 1 and no divisor, with weights of each row: weights[k][row].
+struct RowSumArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;  // a multiple of columns
+  int64_t columns;
+  Operand base;
+  const Operand* models;
+  MutableOperand out;
+  const double* weights;  // [num_models][rows]; on CUDA in device memory
+  int64_t* nonfinite;
 };
 
 struct KernelTable {
@@ -236,6 +303,8 @@ struct KernelTable {
   Status (*pointwise)(const PointwiseArgs*) = nullptr;
   Status (*chunk_sums)(const SumsArgs*) = nullptr;
   Status (*pcb)(const PcbArgs*) = nullptr;
+  Status (*row_ranks)(const RanksArgs*) = nullptr;
+  Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
 };
 
 }  // namespace pymerge

@@ -12,6 +12,7 @@ import numpy as np
 
 from pymerge.array import Array, Flat
 from pymerge.backends import resolve
+from pymerge.backends.arguments import Kept, SparseMerge
 from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.masks import words_at
 
@@ -210,29 +211,28 @@ def sparse_merge_(
     divisor: float,
     scale: float,
     start: int,
+    ranks: Any = None,
+    chances: Sequence[float] = (),
+    per_element: bool = False,
     *,
+    bare: bool = False,
     wide: bool = False,
     backend: str = "auto",
 ) -> None:
     chosen = _backend(backend, out)
+    how = SparseMerge(factors, weights, elect, divide, divisor, scale, bare)
     # A hash sees the low half of an index: no call of a kernel crosses a multiple of 2^32.
     for begin, end in _halves(start, out.numel(), bool(seeds)):
+        here = start + begin
+        own = ranks if ranks is None or begin == 0 else ranks[:, begin:]
+        words = words_at(seeds, here)
         chosen.sparse_merge(
             out[begin:end],
             stats,
             base[begin:end],
             [model[begin:end] for model in models],
-            lo,
-            last,
-            words_at(seeds, start + begin),
-            limits,
-            factors,
-            weights,
-            elect,
-            divide,
-            divisor,
-            scale,
-            start + begin,
+            Kept(lo, last, words, limits, here, own, chances, per_element),
+            how,
             wide,
         )
 
@@ -247,120 +247,58 @@ def _halves(start: int, numel: int, matters: bool) -> list[tuple[int, int]]:
     ]
 
 
-def sparse_sums_(
-    partials: Counters,
-    base: Flat,
-    models: Sequence[Flat],
-    lo: Sequence[int],
-    last: Sequence[int],
-    seeds: Sequence[int],
-    limits: Sequence[int],
-    start: int,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    chosen = _backend(backend, base)
-    for begin, end in _halves(start, base.numel(), bool(seeds)):
-        columns = partials[:, begin // SUM_CHUNK : -(-end // SUM_CHUNK)]
-        whole = columns.shape == partials.shape
-        part = partials if whole else np.zeros(columns.shape)
-        chosen.sparse_sums(
-            part,
-            base[begin:end],
-            [model[begin:end] for model in models],
-            lo,
-            last,
-            words_at(seeds, start + begin),
-            limits,
-            start + begin,
-            wide,
-        )
-        if not whole:
-            columns[:] = part
-
-
-def gram_(
+def chunk_sums_(
     partials: Counters,
     base: Flat | None,
     models: Sequence[Flat],
+    kind: str,
+    reals: Sequence[float] = (),
+    lo: Sequence[int] = (),
+    last: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    limits: Sequence[int] = (),
+    start: int = 0,
+    ranks: Any = None,
+    chances: Sequence[float] = (),
+    columns: int = 0,
     *,
     wide: bool = False,
     backend: str = "auto",
 ) -> None:
-    _backend(backend, models[0]).gram(partials, base, models, wide)
+    chosen = _backend(backend, models[0])
+    length = columns or SUM_CHUNK
+    for begin, end in _halves(start, models[0].numel(), bool(seeds)):
+        here = start + begin
+        own = ranks if ranks is None or begin == 0 else ranks[:, begin:]
+        part = partials
+        if (begin, end) != (0, models[0].numel()):
+            part = partials[:, begin // length : -(-end // length)] * 0.0
+        chosen.chunk_sums(
+            kind,
+            part,
+            None if base is None else base[begin:end],
+            [model[begin:end] for model in models],
+            reals,
+            Kept(lo, last, words_at(seeds, here), limits, here, own, chances),
+            columns,
+            wide,
+        )
+        if part is not partials:
+            partials[:, begin // length : -(-end // length)] = part
 
 
-def nearswap_(
-    out: Flat,
-    stats: Counters,
-    base: Flat,
-    model: Flat,
-    t: float,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    _backend(backend, out).nearswap(out, stats, base, model, t, wide)
-
-
-def ram_(
-    out: Flat,
-    stats: Counters,
-    base: Flat,
-    models: Sequence[Flat],
-    factors: Sequence[float],
-    epsilon: float,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    _backend(backend, out).ram(out, stats, base, models, factors, epsilon, wide)
-
-
-def magmax_(
-    out: Flat,
-    stats: Counters,
-    base: Flat,
-    models: Sequence[Flat],
-    scale: float,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    _backend(backend, out).magmax(out, stats, base, models, scale, wide)
-
-
-def consensus_(
+def pointwise_(
     out: Flat,
     stats: Counters,
     base: Flat,
     models: Sequence[Flat],
-    thresholds: Sequence[float],
-    scale: float,
-    need: int,
-    *,
-    wide: bool = False,
-    backend: str = "auto",
-) -> None:
-    _backend(backend, out).consensus(out, stats, base, models, thresholds, scale, need, wide)
-
-
-def pcb_extremes_(
-    partials: Counters, base: Flat, models: Sequence[Flat], *, backend: str = "auto"
-) -> None:
-    _backend(backend, base).pcb_extremes(partials, base, models)
-
-
-def pcb_exp_sums_(
-    partials: Counters,
-    base: Flat,
-    models: Sequence[Flat],
+    method: str,
     reals: Sequence[float],
     *,
+    wide: bool = False,
     backend: str = "auto",
 ) -> None:
-    _backend(backend, base).pcb_exp_sums(partials, base, models, reals)
+    _backend(backend, out).pointwise(method, out, stats, base, models, reals, wide)
 
 
 def pcb_scores_(
@@ -387,3 +325,29 @@ def pcb_merge_(
     backend: str = "auto",
 ) -> None:
     _backend(backend, out).pcb_merge(out, stats, base, models, variant, reals)
+
+
+def row_ranks_(
+    ranks: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    columns: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, base).row_ranks(ranks, base, models, columns, wide)
+
+
+def row_weighted_sum_(
+    out: Flat,
+    stats: Counters,
+    base: Flat | None,
+    models: Sequence[Flat],
+    weights: Counters,
+    columns: int,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).row_weighted_sum(out, stats, base, models, weights, columns, wide)

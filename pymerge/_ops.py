@@ -19,20 +19,26 @@ magnitude_histogram_: counts[slot, k, 0 .. bins + 2] += keys below, in each bin 
     elements (not counted where hot_chunks has no columns).
 magnitude_equal_counts_: counts[j] = number of keys equal to `key` in chunk j.
 sparse_merge_: out = base + scale merge_k w_k (f_k t_k), t_k = delta_k where lo_k <= key <= last_k
-    and, where there are seeds (two words for each model), hash(start + i) <= limits[k]; merged by
-    the sum (/ divisor), or with `elect` by the sum over what has the sign of the sum, where zero
-    elects + (`divide`: by the weights of those that agree); stats[2] += 1 if a delta is not finite.
-sparse_sums_: partials[2k, c] = sum over chunk c (1024 elements, a fixed order, doubles) of
-    |delta_k|, partials[2k + 1, c] of |t_k|.
-gram_: partials[row, c] = sum over chunk c of x_i x_j, i <= j row by row; x the models, or their
-    deltas where there is a base.
-pcb_extremes_, pcb_exp_sums_: what the paper's softmax needs, chunk by chunk: least and largest
-    product of each pair of deltas; sums of exp of the scaled products.
+    and, where there are seeds (two words for each model), hash(start + i) <= limits[k]; or by
+    `ranks` (of row_ranks_): lo_k <= rank <= last_k or, with `chances` (two numbers for each model),
+    drawn with probability first + rank step and divided by it (`per_element`). Merged by the sum
+    (/ divisor), or with `elect` by the sum over what has the sign of the sum, where zero elects +
+    (`divide`: by the weights of those that agree). bare: nothing is added to the base.
+    stats[2] += 1 if a delta is not finite.
+pointwise_: a method that looks at each element alone: nearswap, ram, magmax, consensus, tall, emr,
+    sce, or "variance" (of the task vectors). reals: see csrc/math/pointwise.h. stats[2] += 1 if an
+    input is not finite.
+chunk_sums_: partials[row, c] = sums over chunk c (1024 elements, in a fixed order, in doubles) or,
+    with `columns`, over row c of a matrix. kind: gram, dots, statistics, sparse (L1 norms of task
+    vectors and of what is kept), ram_counts, emr, sce, pcb_extremes, pcb_exp; what the rows are:
+    SumsArgs in csrc/kernel_table.h. dots: <gradient, delta_k>, the gradient last among the models.
 pcb_scores_, pcb_merge_: scores[k, :numel] = PCB's score of each element (rows have room for a
     multiple of 64); the merge. See csrc/math/pcb.h and PcbArgs in csrc/kernel_table.h; always in
     float32.
-nearswap_, ram_, magmax_, consensus_: see csrc/math/pointwise.h; stats[2] += 1 if an input is not
-    finite.
+row_ranks_: ranks[k, i] = rank of |delta_k| within its row of `columns`, from 0, equal magnitudes by
+    index (rows of `ranks` have room for a multiple of 64).
+row_weighted_sum_: out = sum_k weights[k, row] x_k, or base + sum_k weights[k, row] (x_k - base);
+    stats[0] += 1 if a result is not finite.
 """
 
 from __future__ import annotations
@@ -77,37 +83,17 @@ _SCHEMAS = {
     "sparse_merge_": (
         "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int[] lo, int[] last, "
         "int[] seeds, int[] limits, float[] factors, float[] weights, bool elect, bool divide, "
-        "float divisor, float scale, int start, *, bool wide=False, str backend='auto') -> ()"
+        "float divisor, float scale, int start, Tensor? ranks=None, float[] chances=[], "
+        "bool per_element=False, *, bool bare=False, bool wide=False, str backend='auto') -> ()"
     ),
-    "sparse_sums_": (
-        "(Tensor(a!) partials, Tensor base, Tensor[] models, int[] lo, int[] last, int[] seeds, "
-        "int[] limits, int start, *, bool wide=False, str backend='auto') -> ()"
+    "pointwise_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, str method, "
+        "float[] reals, *, bool wide=False, str backend='auto') -> ()"
     ),
-    "gram_": (
-        "(Tensor(a!) partials, Tensor? base, Tensor[] models, *, bool wide=False, "
-        "str backend='auto') -> ()"
-    ),
-    "nearswap_": (
-        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor model, float t, *, "
-        "bool wide=False, str backend='auto') -> ()"
-    ),
-    "ram_": (
-        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float[] factors, "
-        "float epsilon, *, bool wide=False, str backend='auto') -> ()"
-    ),
-    "magmax_": (
-        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float scale, *, "
-        "bool wide=False, str backend='auto') -> ()"
-    ),
-    "consensus_": (
-        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, float[] thresholds, "
-        "float scale, int need, *, bool wide=False, str backend='auto') -> ()"
-    ),
-    "pcb_extremes_": (
-        "(Tensor(a!) partials, Tensor base, Tensor[] models, *, str backend='auto') -> ()"
-    ),
-    "pcb_exp_sums_": (
-        "(Tensor(a!) partials, Tensor base, Tensor[] models, float[] reals, *, "
+    "chunk_sums_": (
+        "(Tensor(a!) partials, Tensor? base, Tensor[] models, str kind, float[] reals=[], "
+        "int[] lo=[], int[] last=[], int[] seeds=[], int[] limits=[], int start=0, "
+        "Tensor? ranks=None, float[] chances=[], int columns=0, *, bool wide=False, "
         "str backend='auto') -> ()"
     ),
     "pcb_scores_": (
@@ -117,6 +103,14 @@ _SCHEMAS = {
     "pcb_merge_": (
         "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int variant, "
         "float[] reals, *, str backend='auto') -> ()"
+    ),
+    "row_ranks_": (
+        "(Tensor(a!) ranks, Tensor base, Tensor[] models, int columns, *, bool wide=False, "
+        "str backend='auto') -> ()"
+    ),
+    "row_weighted_sum_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor? base, Tensor[] models, Tensor weights, "
+        "int columns, *, bool wide=False, str backend='auto') -> ()"
     ),
 }
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pymerge.backends.arguments import sums_shape
+
 Inputs = tuple[torch.Tensor, list[torch.Tensor]]  # base, models
 
 
@@ -40,10 +42,12 @@ class Case:
         base, models = inputs
         outputs = self.outputs(base, models, dtype)
         arguments = self.arguments(base, models)
-        how = {} if self.op.startswith("pcb") else {"wide": wide}  # PCB is in float32 always
+        in_float32 = self.op.startswith("pcb") or "pcb" in str(arguments.get("kind"))
+        how = {} if self.op.startswith("pcb") else {"wide": wide and not in_float32}
         getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, **how, backend=backend)
-        if "scores" in outputs:
-            outputs["scores"] = outputs["scores"][:, : base.numel()]
+        for name in ("scores", "ranks"):  # what is beyond a row's end is nobody's
+            if name in outputs:
+                outputs[name] = outputs[name][:, : base.numel()]
         if "counts" in outputs and outputs["counts"].dim() == 3:
             outputs["counts"] = outputs["counts"].sum(dim=0)
         return outputs
@@ -198,40 +202,146 @@ def _sparse(
     return arguments
 
 
+def _padded(numel: int) -> int:
+    return -(-numel // 64) * 64
+
+
+def _columns(numel: int) -> int:
+    """Return the length of a row: one that divides the number of elements."""
+    return next((c for c in (341, 17, 11, 7, 3) if numel % c == 0), max(numel, 1))
+
+
+def _ranks(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
+    """Return ranks within rows, as `row_ranks_` gives them."""
+    ranks = torch.zeros(len(models), _padded(base.numel()), dtype=torch.int32)
+    columns = _columns(base.numel())
+    for k, model in enumerate(models):
+        size = (model.double() - base.double()).abs().view(-1, columns)
+        order = size.argsort(dim=1, stable=True)
+        places = torch.arange(columns).expand_as(order)
+        found = torch.empty_like(order).scatter_(1, order, places)
+        ranks[k, : base.numel()] = found.reshape(-1)
+    return ranks
+
+
+def _ranked(mode: str, elect: bool) -> Callable[..., dict[str, Any]]:
+    """DELLA ("chance", "per_element"), or Breadcrumbs by rows ("band")."""
+
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        count, columns = len(models), _columns(base.numel())
+        ranked = _sparse(mode != "band", False, elect, divide=elect)(base, models)
+        ranked["ranks"] = _ranks(base, models)
+        if mode == "band":
+            ranked["lo"], ranked["last"] = [columns // 3] * count, [columns - 2] * count
+        else:
+            ranked["limits"] = []
+            ranked["chances"] = [x for k in range(count) for x in (0.2 + 0.01 * k, 0.6 / columns)]
+            ranked["per_element"] = mode == "per_element"
+            ranked["limits"] = [0] * count
+        return ranked
+
+    return arguments
+
+
+def _bare(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {**_sparse(True, True, False)(base, models), "bare": True}
+
+
+def _sums(kind: str, **more: Any) -> Callable[..., dict[str, Any]]:
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        return {"base": base, "models": models, "kind": kind, **more}
+
+    return arguments
+
+
 def _sparse_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    return {"base": base, "models": models, **_bands(base, models, True, True), "start": 3 << 10}
+    return {**_sums("sparse", start=3 << 10)(base, models), **_bands(base, models, True, True)}
 
 
-def _partials(rows: Callable[[int], int]) -> Callable[..., dict[str, torch.Tensor]]:
+def _ranked_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    kept = _ranked("chance", False)(base, models)
+    names = ("lo", "last", "seeds", "limits", "ranks", "chances", "start")
+    return {**_sums("sparse")(base, models), **{name: kept[name] for name in names}}
+
+
+def _sce_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    wide = torch.float64 in [base.dtype, *(model.dtype for model in models)]
+    dtype, bits = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    key = int(torch.tensor(2e-5, dtype=dtype).view(bits))
+    return {**_sums("sce")(base, models), "lo": [key]}
+
+
+def _dots(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {**_sums("dots")(base, models), "models": [*models, models[0]]}
+
+
+def _rows(kind: str) -> Callable[..., dict[str, Any]]:
+    return lambda base, models: _sums(kind, columns=_columns(base.numel()))(base, models)
+
+
+def _partials(kind: str, rows: bool = False) -> Callable[..., dict[str, torch.Tensor]]:
     def outputs(
         base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        chunks = -(-base.numel() // 1024)
-        return {"partials": torch.full((rows(len(models)), chunks), 7.0, dtype=torch.float64)}
+        count = len(models) + (1 if kind == "dots" else 0)
+        shape = sums_shape(kind, count, base.numel(), _columns(base.numel()) if rows else 0)
+        return {"partials": torch.full(shape, 7.0, dtype=torch.float64)}
 
     return outputs
 
 
-def _gram(with_base: bool) -> Callable[..., dict[str, Any]]:
-    return lambda base, models: {"base": base if with_base else None, "models": models}
+def _sums_case(name: str, arguments: Callable[..., dict[str, Any]], rows: bool = False) -> Case:
+    kind = name.partition(".")[0]
+    outputs = _partials(kind, rows)
+    return Case(f"sums_{name}", "chunk_sums_", arguments, outputs, streams_out=False, slow=True)
 
 
-def _nearswap(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    return {"base": base, "model": models[0], "t": 0.005}
+def _gram(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": None, "models": models, "kind": "gram"}
 
 
-def _ram(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    factors = [1.0 + 0.1 * k for k in range(len(models))]
-    return {"base": base, "models": models, "factors": factors, "epsilon": 0.004}
+def _pointwise(method: str, *reals: float, models: int = 17) -> Case:
+    """Reals of "shares" stand for one number for each model."""
+
+    def arguments(base: torch.Tensor, tensors: list[torch.Tensor]) -> dict[str, Any]:
+        numbers = list(reals)
+        if method in ("ram", "consensus", "sce"):
+            numbers += [0.2 + 0.1 * (k % 5) for k in range(len(tensors))]
+        if method == "tall" or (method == "emr" and reals[0] > 0):
+            last = 2 if method == "tall" else 0
+            numbers[last] = min(numbers[last], len(tensors) - 1)
+        own = tensors[:models]
+        return {"base": base, "models": own, "method": method, "reals": numbers}
+
+    name = method if method != "emr" or reals[0] < 0 else "emr_task"
+    if method == "sce" and reals[0]:
+        name = "sce_everywhere"
+    return Case(name, "pointwise_", arguments, _out, slow=True)
 
 
-def _magmax(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    return {"base": base, "models": models, "scale": 0.7}
+def _row_ranks(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+    return {"base": base, "models": models, "columns": _columns(base.numel())}
 
 
-def _consensus(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    shares = [0.2 + 0.1 * (k % 5) for k in range(len(models))]
-    return {"base": base, "models": models, "thresholds": shares, "scale": 0.3, "need": 2}
+def _rank_room(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    return {"ranks": torch.full((len(models), _padded(base.numel())), 7, dtype=torch.int32)}
+
+
+def _row_sum(with_base: bool) -> Callable[..., dict[str, Any]]:
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        columns = _columns(base.numel())
+        rows = torch.arange(base.numel() // columns, dtype=torch.float64)
+        weights = torch.stack([0.3 * w + 0.01 * (rows % 7) for w in _weights(len(models))])
+        return {
+            "base": base if with_base else None,
+            "models": models,
+            "weights": weights,
+            "columns": columns,
+        }
+
+    return arguments
 
 
 def _pcb_reals(variant: int, models: int) -> list[float]:
@@ -260,20 +370,15 @@ def _pcb(variant: int) -> Callable[..., dict[str, Any]]:
 def _pcb_scores(
     base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    padded = -(-base.numel() // 64) * 64
     return {
-        "scores": torch.full((len(models), padded), 7.0),
+        "scores": torch.full((len(models), _padded(base.numel())), 7.0),
         "stats": torch.zeros(3, dtype=torch.int64),
     }
 
 
-def _pcb_extremes(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
-    return {"base": base, "models": models}
-
-
 def _pcb_exp_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
     pairs = len(models) * (len(models) + 1) // 2
-    return {"base": base, "models": models, "reals": _pcb_reals(0, len(models))[: 2 * pairs]}
+    return _sums("pcb_exp", reals=_pcb_reals(0, len(models))[: 2 * pairs])(base, models)
 
 
 CASES = [
@@ -306,34 +411,36 @@ CASES = [
     Case("breadcrumbs_ties", "sparse_merge_", _sparse(False, True, True, divide=True), _out),
     Case("sparse_all", "sparse_merge_", _sparse(True, True, True, True, 1.5), _out, slow=True),
     Case("sparse_both", "sparse_merge_", _sparse(True, True, False), _out, slow=True),
-    Case(
-        "sparse_sums",
-        "sparse_sums_",
-        _sparse_sums,
-        _partials(lambda count: 2 * count),
-        streams_out=False,
-        slow=True,
-    ),
-    Case(
-        "gram",
-        "gram_",
-        _gram(False),
-        _partials(lambda count: count * (count + 1) // 2),
-        streams_out=False,
-        slow=True,
-    ),
-    Case(
-        "gram_deltas",
-        "gram_",
-        _gram(True),
-        _partials(lambda count: count * (count + 1) // 2),
-        streams_out=False,
-        slow=True,
-    ),
-    Case("nearswap", "nearswap_", _nearswap, _out, slow=True),
-    Case("ram", "ram_", _ram, _out, slow=True),
-    Case("magmax", "magmax_", _magmax, _out, slow=True),
-    Case("consensus", "consensus_", _consensus, _out, slow=True),
+    Case("sparse_bare", "sparse_merge_", _bare, _out, slow=True),
+    Case("della", "sparse_merge_", _ranked("per_element", True), _out, slow=True),
+    Case("della_linear", "sparse_merge_", _ranked("chance", False), _out, slow=True),
+    Case("breadcrumbs_rows", "sparse_merge_", _ranked("band", True), _out, slow=True),
+    _sums_case("sparse", _sparse_sums),
+    _sums_case("sparse.ranked", _ranked_sums),
+    _sums_case("gram", _gram),
+    _sums_case("gram.deltas", _sums("gram")),
+    _sums_case("gram.rows", _rows("gram"), rows=True),
+    _sums_case("dots", _dots),
+    _sums_case("statistics", _sums("statistics")),
+    _sums_case("statistics.rows", _rows("statistics"), rows=True),
+    _sums_case("ram_counts", _sums("ram_counts", reals=[0.004])),
+    _sums_case("emr", _sums("emr", reals=[0.0])),
+    _sums_case("sce", _sce_sums),
+    _sums_case("pcb_extremes", _sums("pcb_extremes")),
+    _sums_case("pcb_exp", _pcb_exp_sums),
+    _pointwise("nearswap", 0.005, 1e-6, models=1),
+    _pointwise("ram", 0.004),
+    _pointwise("magmax", 0.7),
+    _pointwise("consensus", 0.3, 2.0),
+    _pointwise("tall", 0.3, 0.4, 1.0),
+    _pointwise("emr", -1.0, 1.0),
+    _pointwise("emr", 1.0, 1.7),
+    _pointwise("variance"),
+    _pointwise("sce", 0.0, 0.0),
+    _pointwise("sce", 1.0, 2e-5),
+    Case("row_ranks", "row_ranks_", _row_ranks, _rank_room, streams_out=False, slow=True),
+    Case("row_weighted_sum", "row_weighted_sum_", _row_sum(False), _out, slow=True),
+    Case("row_task_arithmetic", "row_weighted_sum_", _row_sum(True), _out, slow=True),
     *(
         Case(f"pcb_{name}", "pcb_merge_", _pcb(variant), _out, slow=True)
         for variant, name in enumerate(("paper", "root", "vision", "vision_es"))
@@ -341,22 +448,6 @@ CASES = [
     *(
         Case(f"pcb_{name}_scores", "pcb_scores_", _pcb(k), _pcb_scores, False, slow=True)
         for k, name in enumerate(("paper", "root", "vision", "vision_es"))
-    ),
-    Case(
-        "pcb_extremes",
-        "pcb_extremes_",
-        _pcb_extremes,
-        _partials(lambda count: count * (count + 1)),
-        streams_out=False,
-        slow=True,
-    ),
-    Case(
-        "pcb_exp_sums",
-        "pcb_exp_sums_",
-        _pcb_exp_sums,
-        _partials(lambda count: count * (count + 1) // 2 + count),
-        streams_out=False,
-        slow=True,
     ),
 ]
 

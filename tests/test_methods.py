@@ -268,7 +268,7 @@ def test_tsv_m_of_one_low_rank_task_is_that_task() -> None:
         (lambda b, m: pymerge.multislerp([m, m], weights=[1, -1]), "sum to 0"),
         (lambda b, m: pymerge.dare_linear(b, [m, m], weights=[1, -1], normalize=True), "sum to 0"),
         (lambda b, m: pymerge.merge("magmax", b, [m], weights=2.0), "weights: magmax takes none"),
-        (lambda b, m: pymerge.merge("sce", b, [m], backend="cpu"), "has no kernels for sce"),
+        (lambda b, m: pymerge.merge("tsv_m", b, [m], backend="cpu"), "has no kernels for tsv_m"),
     ],
 )
 def test_bad_requests(call: Callable[[Any, Any], Any], message: str) -> None:

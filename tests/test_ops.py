@@ -164,8 +164,11 @@ def test_opcheck(case: Case, backend: str) -> None:
     base, models = make_inputs(100, 2, [torch.float32])
     op = getattr(torch.ops.pymerge, case.op).default
     arguments = {**case.outputs(base, models, torch.float32), **case.arguments(base, models)}
-    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
-    positional = tuple(arguments.pop(name) for name in names)
+    positional = tuple(
+        arguments.pop(argument.name, argument.default_value)
+        for argument in op._schema.arguments
+        if not argument.kwarg_only
+    )
     torch.library.opcheck(op, positional, {**arguments, "backend": backend})
 
 

@@ -6,6 +6,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/tables.h"
@@ -261,27 +263,68 @@ struct Kept {
   }
 };
 
-int64_t sparse_merge(Address out, Address base, const std::vector<Address>& models,
-                     const std::vector<int64_t>& lo, const std::vector<int64_t>& last,
-                     const std::vector<int64_t>& seeds, const std::vector<int64_t>& limits,
-                     const std::vector<double>& factors, const std::vector<double>& weights,
-                     bool elect, bool divide, double divisor, double scale, int64_t start,
-                     int64_t numel, int32_t compute, int32_t threads) {
-  const std::vector<Operand> inputs = operands(models);
+// What every call has: execution, sizes, the operands.
+struct Common {
+  Address base;
+  std::vector<Operand> inputs;
+  int64_t numel;
+  int32_t compute, threads, device;
+  uintptr_t stream;
+
+  // From Python: (base, models, numel, compute, threads[, device, stream])
+  explicit Common(const py::tuple& all)
+      : base(all[0].cast<Address>()),
+        inputs(operands(all[1].cast<std::vector<Address>>())),
+        numel(all[2].cast<int64_t>()),
+        compute(all[3].cast<int32_t>()),
+        threads(all[4].cast<int32_t>()),
+        device(all.size() > 5 ? all[5].cast<int32_t>() : -1),
+        stream(all.size() > 6 ? all[6].cast<uintptr_t>() : 0) {}
+
+  template <class Args>
+  void fill(Args& args) const {
+    args.execution = execution(threads, device, stream);
+    args.num_models = static_cast<int32_t>(inputs.size());
+    args.numel = numel;
+    args.base = operand(base);
+    args.models = inputs.data();
+    if constexpr (!std::is_same_v<Args, PcbArgs>) args.compute = static_cast<Dtype>(compute);
+  }
+};
+
+// Ranks of elements in their rows, which may decide what is kept: (address, stride), and chances,
+// two for each model, or none.
+struct Ranked {
+  std::pair<uintptr_t, int64_t> ranks;
+  const std::vector<double>& chances;
+
+  template <class Args>
+  void fill(Args& args, size_t models) const {
+    if (!chances.empty()) require_size("chances", chances.size(), 2 * models);
+    args.ranks = pointer<int32_t>(ranks.first);
+    args.rank_stride = ranks.second;
+    args.chances = chances.empty() ? nullptr : chances.data();
+  }
+};
+
+void sparse_merge(const py::tuple& common, Address out, uintptr_t stats,
+                  const std::vector<int64_t>& lo, const std::vector<int64_t>& last,
+                  const std::vector<int64_t>& seeds, const std::vector<int64_t>& limits,
+                  const std::vector<double>& factors, const std::vector<double>& weights,
+                  bool elect, bool divide, double divisor, double scale, int64_t start, bool bare,
+                  std::pair<uintptr_t, int64_t> ranks, const std::vector<double>& chances,
+                  bool per_element) {
+  const Common all(common);
   const Kept kept{lo, last, seeds, limits};
-  kept.check(inputs.size());
-  require_size("factors", factors.size(), inputs.size());
-  require_size("weights", weights.size(), inputs.size());
-  int64_t nonfinite = 0;
+  kept.check(all.inputs.size());
+  require_size("factors", factors.size(), all.inputs.size());
+  require_size("weights", weights.size(), all.inputs.size());
   SparseArgs args{};
-  args.execution = execution(threads, -1, 0);
-  args.compute = static_cast<Dtype>(compute);
-  args.num_models = static_cast<int32_t>(inputs.size());
-  args.numel = numel;
-  args.base = operand(base);
-  args.models = inputs.data();
+  all.fill(args);
   args.out = output(out);
   kept.fill(args);
+  Ranked{ranks, chances}.fill(args, all.inputs.size());
+  args.per_element = per_element;
   args.factors = factors.data();
   args.weights = weights.data();
   args.elect = elect;
@@ -289,82 +332,91 @@ int64_t sparse_merge(Address out, Address base, const std::vector<Address>& mode
   args.divisor = divisor;
   args.scale = scale;
   args.start = start;
-  args.nonfinite = &nonfinite;
-  call(&KernelTable::sparse_merge, args, "sparse_merge", -1);
-  return nonfinite;
+  args.bare = bare;
+  args.nonfinite = pointer<int64_t>(stats) + 2;
+  call(&KernelTable::sparse_merge, args, "sparse_merge", all.device);
 }
 
-int64_t pointwise(Address out, Address base, const std::vector<Address>& models, int32_t op,
-                  const std::vector<double>& reals, int64_t numel, int32_t compute,
-                  int32_t threads) {
-  const std::vector<Operand> inputs = operands(models);
-  int64_t nonfinite = 0;
+void pointwise(const py::tuple& common, Address out, uintptr_t stats, int32_t op,
+               const std::vector<double>& reals) {
+  const Common all(common);
   PointwiseArgs args{};
-  args.execution = execution(threads, -1, 0);
-  args.compute = static_cast<Dtype>(compute);
-  args.num_models = static_cast<int32_t>(inputs.size());
-  args.numel = numel;
-  args.base = operand(base);
-  args.models = inputs.data();
+  all.fill(args);
   args.out = output(out);
   args.op = static_cast<Pointwise>(op);
   args.num_reals = static_cast<int32_t>(reals.size());
   args.reals = reals.data();
-  args.nonfinite = &nonfinite;
-  call(&KernelTable::pointwise, args, "pointwise", -1);
-  return nonfinite;
+  args.nonfinite = pointer<int64_t>(stats) + 2;
+  call(&KernelTable::pointwise, args, "pointwise", all.device);
 }
 
-void chunk_sums(uintptr_t partials, int64_t num_chunks, int32_t kind, Address base,
-                const std::vector<Address>& models, const std::vector<int64_t>& lo,
-                const std::vector<int64_t>& last, const std::vector<int64_t>& seeds,
-                const std::vector<int64_t>& limits, int64_t start, int64_t numel, int32_t compute,
-                int32_t threads, const std::vector<float>& reals) {
-  const std::vector<Operand> inputs = operands(models);
+void chunk_sums(const py::tuple& common, uintptr_t partials, int64_t num_chunks, int32_t kind,
+                int64_t columns, const std::vector<int64_t>& lo, const std::vector<int64_t>& last,
+                const std::vector<int64_t>& seeds, const std::vector<int64_t>& limits,
+                int64_t start, std::pair<uintptr_t, int64_t> ranks,
+                const std::vector<double>& chances, const std::vector<double>& reals) {
+  const Common all(common);
   const Kept kept{lo, last, seeds, limits};
   SumsArgs args{};
-  const size_t pairs = inputs.size() * (inputs.size() + 1) / 2;
-  if (static_cast<SumsKind>(kind) == SumsKind::kPcbExp) {
-    require_size("reals", reals.size(), 2 * pairs);
-    args.reals = reals.data();
-  }
+  all.fill(args);
+  const size_t pairs = all.inputs.size() * (all.inputs.size() + 1) / 2;
   args.kind = static_cast<SumsKind>(kind);
-  if (args.kind == SumsKind::kSparse) {
-    kept.check(inputs.size());
-    kept.fill(args);
+  if (args.kind == SumsKind::kPcbExp) require_size("reals", reals.size(), 2 * pairs);
+  if (args.kind == SumsKind::kRamCounts || args.kind == SumsKind::kEmr) {
+    require_size("reals", reals.size(), 1);
   }
-  args.execution = execution(threads, -1, 0);
-  args.compute = static_cast<Dtype>(compute);
-  args.num_models = static_cast<int32_t>(inputs.size());
-  args.numel = numel;
-  args.base = operand(base);
-  args.models = inputs.data();
+  if (args.kind == SumsKind::kSparse) {
+    kept.check(all.inputs.size());
+    kept.fill(args);
+    Ranked{ranks, chances}.fill(args, all.inputs.size());
+  }
+  if (args.kind == SumsKind::kSce) {
+    require_size("lo", lo.size(), 1);
+    args.lo = lo.data();
+  }
+  args.reals = reals.data();
   args.start = start;
+  args.columns = columns;
   args.num_chunks = num_chunks;
   args.partials = pointer<double>(partials);
-  call(&KernelTable::chunk_sums, args, "chunk_sums", -1);
+  call(&KernelTable::chunk_sums, args, "chunk_sums", all.device);
 }
 
-int64_t pcb(Address out, uintptr_t scores, int64_t stride, Address base,
-            const std::vector<Address>& models, int32_t variant, const std::vector<float>& reals,
-            int64_t numel, int32_t threads) {
-  const std::vector<Operand> inputs = operands(models);
-  int64_t nonfinite = 0;
+void pcb(const py::tuple& common, Address out, uintptr_t stats, uintptr_t scores, int64_t stride,
+         int32_t variant, const std::vector<float>& reals) {
+  const Common all(common);
   PcbArgs args{};
-  args.execution = execution(threads, -1, 0);
+  all.fill(args);
   args.variant = variant;
-  args.num_models = static_cast<int32_t>(inputs.size());
-  args.numel = numel;
-  args.base = operand(base);
-  args.models = inputs.data();
   args.out = output(out);
   args.scores = pointer<float>(scores);
   args.stride = stride;
   args.reals = reals.data();
   args.num_reals = static_cast<int64_t>(reals.size());
-  args.nonfinite = &nonfinite;
-  call(&KernelTable::pcb, args, "pcb", -1);
-  return nonfinite;
+  args.nonfinite = pointer<int64_t>(stats) + 2;
+  call(&KernelTable::pcb, args, "pcb", all.device);
+}
+
+void row_ranks(const py::tuple& common, uintptr_t ranks, int64_t stride, int64_t columns) {
+  const Common all(common);
+  RanksArgs args{};
+  all.fill(args);
+  args.columns = columns;
+  args.ranks = pointer<int32_t>(ranks);
+  args.stride = stride;
+  call(&KernelTable::row_ranks, args, "row_ranks", all.device);
+}
+
+void row_weighted_sum(const py::tuple& common, Address out, uintptr_t stats, uintptr_t weights,
+                      int64_t columns) {
+  const Common all(common);
+  RowSumArgs args{};
+  all.fill(args);
+  args.columns = columns;
+  args.out = output(out);
+  args.weights = pointer<double>(weights);
+  args.nonfinite = pointer<int64_t>(stats);
+  call(&KernelTable::row_weighted_sum, args, "row_weighted_sum", all.device);
 }
 
 py::dict isa_list() {
@@ -413,4 +465,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pointwise", &pointwise);
   m.def("chunk_sums", &chunk_sums);
   m.def("pcb", &pcb);
+  m.def("row_ranks", &row_ranks);
+  m.def("row_weighted_sum", &row_weighted_sum);
 }

@@ -4,6 +4,7 @@
 #include "cpu/kernels_magnitude.h"
 #include "cpu/kernels_pcb.h"
 #include "cpu/kernels_pointwise.h"
+#include "cpu/kernels_rows.h"
 #include "cpu/kernels_sparse.h"
 #include "cpu/kernels_sums.h"
 #include "cpu/kernels_ties.h"
@@ -21,6 +22,8 @@ void fill_table(KernelTable& table) {
   table.pointwise = pointwise;
   table.chunk_sums = chunk_sums;
   table.pcb = pcb;
+  table.row_ranks = row_ranks;
+  table.row_weighted_sum = row_weighted_sum;
 }
 
 }  // namespace

@@ -184,6 +184,46 @@ struct Mixed64 {
   }
 };
 
+// n elements of an operand from `at` on -> V, zeros up to `padded`, a multiple of kStep. `raw` has
+// room for `padded` elements of 8 bytes, `scratch` for as many floats.
+template <class V>
+void widen_part(const Operand& operand, int64_t at, int n, int padded, V* to, char* raw,
+                char* scratch) {
+  const int bytes = dtype_bytes(operand.dtype);
+  const char* from = static_cast<const char*>(operand.data) + at * bytes;
+  if (n < padded) {
+    std::memset(raw, 0, static_cast<size_t>(padded) * bytes);
+    std::memcpy(raw, from, static_cast<size_t>(n) * bytes);
+    from = raw;
+  }
+  if constexpr (sizeof(V) == 8) {
+    widen(operand.dtype, from, padded, to, reinterpret_cast<float*>(scratch));
+  } else {
+    widen(operand.dtype, from, padded, to);
+  }
+}
+
+// The keys of scalars: as magnitude_key.
+template <class V>
+struct KeyOf {
+  using Type = int32_t;
+  static constexpr Type kLargest = INT32_MAX;
+  static constexpr Type kInfinity = 0x7f800000;
+};
+template <>
+struct KeyOf<double> {
+  using Type = int64_t;
+  static constexpr Type kLargest = INT64_MAX;
+  static constexpr Type kInfinity = 0x7ff0000000000000;
+};
+
+template <class V>
+PM_INLINE typename KeyOf<V>::Type scalar_key(V value) {
+  typename KeyOf<V>::Type key;
+  std::memcpy(&key, &value, sizeof(V));
+  return key & KeyOf<V>::kLargest;
+}
+
 // Work through [begin, end) with the kernel for fp32 arithmetic.
 template <class Kernel>
 void run_range(Kernel& kernel, const Streams& streams, Room& room, int64_t begin, int64_t end) {

@@ -32,6 +32,31 @@ struct ConsensusPoint {
   }
 };
 
+struct TallPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return tall_point(base, load, call);
+  }
+};
+struct EmrPoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return emr_point(base, load, call);
+  }
+};
+struct VariancePoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return variance_point(base, load, call);
+  }
+};
+struct ScePoint {
+  template <class V, class Load>
+  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
+    return sce_point(base, load, call);
+  }
+};
+
 template <class Function>
 PM_INLINE void with_point(Pointwise op, Function&& function) {
   switch (op) {
@@ -43,6 +68,14 @@ PM_INLINE void with_point(Pointwise op, Function&& function) {
       return function(MagmaxPoint{});
     case Pointwise::kConsensus:
       return function(ConsensusPoint{});
+    case Pointwise::kTall:
+      return function(TallPoint{});
+    case Pointwise::kEmr:
+      return function(EmrPoint{});
+    case Pointwise::kVariance:
+      return function(VariancePoint{});
+    case Pointwise::kSce:
+      return function(ScePoint{});
   }
 }
 
@@ -134,7 +167,7 @@ void pointwise_range(void* opaque, int64_t begin, int64_t end, int) {
 
 Status pointwise(const PointwiseArgs* args) {
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr ||
-      args->num_reals < 0 || args->op < Pointwise::kNearswap || args->op > Pointwise::kConsensus) {
+      args->num_reals < 0 || args->op < Pointwise::kNearswap || args->op > Pointwise::kSce) {
     return Status::kBadArgument;
   }
   const auto bytes = sizeof(float) * static_cast<size_t>(args->num_reals + 1);

@@ -102,6 +102,16 @@ struct Sparse64 {
   bool nonfinite;
   int64_t at;
 
+  // What a call by ranks makes of an element.
+  double ranked(double delta, uint32_t hash, int64_t i, int k) const {
+    const int32_t rank = args->ranks[k * args->rank_stride + at + i];
+    if (args->chances == nullptr) return rank >= args->lo[k] && rank <= args->last[k] ? delta : 0.0;
+    const double drawn = static_cast<double>(hash >> 8) * 0x1p-24;
+    const double p = args->chances[2 * k] + rank * args->chances[2 * k + 1];
+    if (!(drawn < p)) return 0.0;
+    return args->per_element != 0 ? delta / p : delta;
+  }
+
   double value(const char* const* in, int64_t i, int k, double base) {
     const double x = reinterpret_cast<const double*>(in[k + 1])[i];
     const double delta = x - base;
@@ -109,13 +119,18 @@ struct Sparse64 {
     std::memcpy(&key, &delta, 8);
     key &= INT64_MAX;
     nonfinite = nonfinite || key >= Traits<D>::kInfinity;
-    bool kept = key >= args->lo[k] && key <= args->last[k];
+    uint32_t hash = 0;
     if (args->seeds != nullptr) {
       const uint32_t index = start + static_cast<uint32_t>(at + i);
       const auto first = static_cast<uint32_t>(args->seeds[2 * k]);
       const auto second = static_cast<uint32_t>(args->seeds[2 * k + 1]);
-      kept = kept && static_cast<int64_t>(mask_hash(index, first, second)) <= args->limits[k];
+      hash = mask_hash(index, first, second);
     }
+    if (args->ranks != nullptr) {
+      return args->weights[k] * (args->factors[k] * ranked(delta, hash, i, k));
+    }
+    const bool drawn = args->seeds == nullptr || static_cast<int64_t>(hash) <= args->limits[k];
+    const bool kept = drawn && key >= args->lo[k] && key <= args->last[k];
     const double trimmed = kept ? delta : 0.0;
     return args->weights[k] * (args->factors[k] * trimmed);
   }
@@ -144,7 +159,43 @@ struct Sparse64 {
       } else if (args->divisor != 1.0) {
         merged = merged / args->divisor;
       }
-      reinterpret_cast<double*>(out)[i] = base + args->scale * merged;
+      const double added = args->scale * merged;
+      reinterpret_cast<double*>(out)[i] = args->bare != 0 ? added : base + added;
+    }
+  }
+};
+
+// By ranks: on converted blocks, whose lanes are in order as the ranks are.
+struct RankedKernel {
+  SparseCall<F> call;
+  const SparseArgs* args;
+  uint32_t start;
+  F* values;
+  I worst;
+  int64_t at;
+
+  template <bool kElect>
+  F point(const char* const* in, int64_t i) {
+    const F base = (F)load_bits(in[0] + 4 * i);
+    const U index = F32::lanes<0>() + (start + static_cast<uint32_t>(at + i));
+    return sparse_merge_values<0, kElect>(
+        base,
+        [&](int k) {
+          const I rank = (I)load_bits(args->ranks + k * args->rank_stride + at + i);
+          U hash{};
+          if (call.chance) {
+            hash = mask_hash(index, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+          }
+          const F x = (F)load_bits(in[k + 1] + 4 * i);
+          return ranked_value(base, x, rank, (I)(hash >> 8), call, k, worst);
+        },
+        call, values);
+  }
+
+  template <class Io>
+  void run(const char* const* in, char* out, int64_t n, Store) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_bits(out + 4 * i, (U)(args->elect != 0 ? point<true>(in, i) : point<false>(in, i)));
     }
   }
 };
@@ -157,6 +208,7 @@ struct SparseContext {
   const uint32_t* limits;
   const float* factors;
   const float* weights;
+  const float* chances;
   int32_t failed, nonfinite;
 };
 
@@ -175,8 +227,7 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
     if (kernel.nonfinite) set_flag(&context.nonfinite);
     return;
   }
-  SparseKernel kernel{};
-  SparseCall<F>& call = kernel.call;
+  SparseCall<F> call{};
   call.lo = context.lo;
   call.last = context.last;
   call.seeds = context.seeds;
@@ -188,6 +239,20 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   call.divide_by_divisor = args.divisor != 1.0;
   call.divisor = splat<F>(static_cast<float>(args.divisor));
   call.scale = splat<F>(static_cast<float>(args.scale));
+  call.bare = args.bare != 0;
+  call.chance = args.chances != nullptr;
+  call.per_element = args.per_element != 0;
+  call.chances = context.chances;
+  F* values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
+                                   Room::bytes(streams.count(), 4));
+  if (args.ranks != nullptr) {
+    RankedKernel kernel{call, &args, start, values, I{}, 0};
+    run_mixed<Mixed32>(kernel, streams, room, begin, end);
+    if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
+    return;
+  }
+  SparseKernel kernel{};
+  kernel.call = call;
   kernel.drawn = args.seeds != nullptr;
   kernel.elect = args.elect != 0;
   for (int k = 0; k < args.num_models; ++k) {
@@ -195,8 +260,7 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   }
   kernel.band = kernel.band || !kernel.drawn;
   kernel.start = start;
-  kernel.values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
-                                       Room::bytes(streams.count(), 4));
+  kernel.values = values;
   run_range(kernel, streams, room, begin, end);
   if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
 }
@@ -212,7 +276,12 @@ Status sparse_merge(const SparseArgs* args) {
   if (args->seeds != nullptr && last >> 32 != args->start >> 32 && args->numel > 0) {
     return Status::kBadArgument;  // the hash sees the low half; the caller mixes in the high one
   }
-  const int64_t bytes = k * 4 * 7;
+  const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
+  if (args->ranks != nullptr &&
+      (args->rank_stride < padded || (args->chances != nullptr && args->seeds == nullptr))) {
+    return Status::kBadArgument;
+  }
+  const int64_t bytes = k * 4 * 9;
   char* memory = static_cast<char*>(__builtin_malloc(static_cast<size_t>(bytes)));
   if (memory == nullptr) return Status::kOutOfMemory;
   auto* lo = reinterpret_cast<int32_t*>(memory);
@@ -221,6 +290,7 @@ Status sparse_merge(const SparseArgs* args) {
   uint32_t* limits = seeds + 2 * k;
   auto* factors = reinterpret_cast<float*>(limits + k);
   float* weights = factors + k;
+  float* chances = weights + k;
   for (int64_t i = 0; i < k; ++i) {
     // Nothing is kept where the least key is above the largest that can be.
     const bool nothing = args->compute != Dtype::kF64 && args->lo[i] > INT32_MAX;
@@ -229,11 +299,15 @@ Status sparse_merge(const SparseArgs* args) {
     for (int64_t j = 2 * i; j < 2 * i + 2; ++j) {
       seeds[j] = args->seeds == nullptr ? 0 : static_cast<uint32_t>(args->seeds[j]);
     }
-    limits[i] = args->seeds == nullptr ? UINT32_MAX : static_cast<uint32_t>(args->limits[i]);
+    for (int64_t j = 2 * i; j < 2 * i + 2; ++j) {
+      chances[j] = args->chances == nullptr ? 0.0f : static_cast<float>(args->chances[j]);
+    }
+    const bool limited = args->seeds != nullptr && args->chances == nullptr;
+    limits[i] = limited ? static_cast<uint32_t>(args->limits[i]) : UINT32_MAX;
     factors[i] = static_cast<float>(args->factors[i]);
     weights[i] = static_cast<float>(args->weights[i]);
   }
-  SparseContext context{args, lo, top, seeds, limits, factors, weights, 0, 0};
+  SparseContext context{args, lo, top, seeds, limits, factors, weights, chances, 0, 0};
   parallel_ranges(args->numel, kGrain, args->execution.num_threads, sparse_range, &context);
   __builtin_free(memory);
   if (context.failed) return Status::kOutOfMemory;

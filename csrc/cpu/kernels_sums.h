@@ -39,63 +39,53 @@ double dot_in_lanes(const V* a, const V* b) {
   return total;
 }
 
-// n elements -> V, zeros up to kSumChunk. `raw` and `scratch` hold a chunk of 8-byte elements.
-template <class V>
-void widen_chunk(const Operand& operand, int64_t at, int n, V* to, char* raw, char* scratch) {
-  const int bytes = dtype_bytes(operand.dtype);
-  const char* from = static_cast<const char*>(operand.data) + at * bytes;
-  if (n < kSumChunk) {
-    std::memset(raw, 0, static_cast<size_t>(kSumChunk) * bytes);
-    std::memcpy(raw, from, static_cast<size_t>(n) * bytes);
-    from = raw;
-  }
-  if constexpr (sizeof(V) == 8) {
-    widen(operand.dtype, from, kSumChunk, to, reinterpret_cast<float*>(scratch));
-  } else {
-    widen(operand.dtype, from, kSumChunk, to);
-  }
-}
-
-template <class V>
-struct IntegerOf {
-  using Type = int32_t;
-};
-template <>
-struct IntegerOf<double> {
-  using Type = int64_t;
-};
-
-// Keeps of `values` what model k of a sparse merge keeps.
+// Keeps of `values` what model k of a sparse merge keeps. index: that of the first one.
 template <class V>
 void keep_sparse(const SumsArgs& args, int k, int64_t index, const V* values, V* kept) {
-  using Int = typename IntegerOf<V>::Type;
-  constexpr int64_t largest = sizeof(V) == 8 ? INT64_MAX : INT32_MAX;
+  using Int = typename KeyOf<V>::Type;
+  constexpr int64_t largest = KeyOf<V>::kLargest;
   const bool nothing = args.lo[k] > largest;
   const Int lo = static_cast<Int>(nothing ? largest : args.lo[k]);
   const Int last = static_cast<Int>(args.last[k] > largest ? largest : args.last[k]);
   const bool drawn = args.seeds != nullptr;
   const auto first = drawn ? static_cast<uint32_t>(args.seeds[2 * k]) : 0u;
   const auto second = drawn ? static_cast<uint32_t>(args.seeds[2 * k + 1]) : 0u;
-  const auto limit = drawn ? static_cast<uint32_t>(args.limits[k]) : UINT32_MAX;
+  const bool limited = drawn && args.chances == nullptr;
+  const auto limit = limited ? static_cast<uint32_t>(args.limits[k]) : UINT32_MAX;
   const auto start = static_cast<uint32_t>(index);
   for (int i = 0; i < kSumChunk; ++i) {
-    Int key;
-    std::memcpy(&key, values + i, sizeof(V));
-    key &= static_cast<Int>(largest);
+    const Int key = scalar_key(values[i]);
     const bool in_band = (key >= lo) & (key <= last) & !nothing;
     const uint32_t hash = mask_hash(start + static_cast<uint32_t>(i), first, second);
     kept[i] = in_band & (hash <= limit) ? values[i] : V(0);
   }
 }
 
+// The same by ranks, of n values; `at` is the place of the first one among the ranks.
+template <class V>
+void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values, V* kept) {
+  const int32_t* ranks = args.ranks + k * args.rank_stride + at;
+  for (int i = 0; i < n; ++i) {
+    if (args.chances == nullptr) {
+      kept[i] = ranks[i] >= args.lo[k] && ranks[i] <= args.last[k] ? values[i] : V(0);
+      continue;
+    }
+    const auto index = static_cast<uint32_t>(args.start + at + i);
+    const uint32_t hash = mask_hash(index, static_cast<uint32_t>(args.seeds[2 * k]),
+                                    static_cast<uint32_t>(args.seeds[2 * k + 1]));
+    const V drawn = static_cast<V>(hash >> 8) * static_cast<V>(0x1p-24);
+    const V spread = static_cast<V>(args.chances[2 * k + 1]);
+    const V p = static_cast<V>(args.chances[2 * k]) + static_cast<V>(ranks[i]) * spread;
+    kept[i] = drawn < p ? values[i] : V(0);
+  }
+  for (int i = n; i < kSumChunk; ++i) kept[i] = 0;
+}
+
 // Products of all pairs, of n elements: extremes, or sums of exp of the scaled products.
-inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* room, int64_t c) {
+inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* room,
+                      double* found) {
   const int count = args.num_models;
   const int pairs = count * (count + 1) / 2;
-  PcbCall call{};
-  call.num_models = count;
-  call.pair_min = args.reals;
-  call.pair_inv = args.reals + pairs;
   int row = 0;
   for (int i = 0; i < count; ++i) {
     for (int j = i; j < count; ++j, ++row) {
@@ -110,24 +100,214 @@ inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* r
           least = finite && product < least ? product : least;
           most = finite && product > most ? product : most;
         }
-        args.partials[2 * row * args.num_chunks + c] = least + 0.0;  // no -0, which has no order
-        args.partials[(2 * row + 1) * args.num_chunks + c] = most + 0.0;
+        found[2 * row] = least + 0.0;  // no -0, which has no order
+        found[2 * row + 1] = most + 0.0;
         continue;
       }
+      const F low = F{} + static_cast<float>(args.reals[row]);
+      const F inverse = F{} + static_cast<float>(args.reals[pairs + row]);
       for (int again = 0; again <= (i == j ? 1 : 0); ++again) {
         const F many = F{} + (again == 1 ? static_cast<float>(count) : 1.0f);
         for (int e = 0; e < kSumChunk; e += kLanes) {
           const F product = (F)load_bits(a + e) * (F)load_bits(b + e);
-          const F x = (product - (F{} + call.pair_min[row])) * (F{} + call.pair_inv[row]);
-          const F value = exp32(many * x);
+          const F value = exp32(many * ((product - low) * inverse));
           store_bits(room + e, (U)(value == value ? value : F{}));
         }
         for (int e = n; e < kSumChunk; ++e) room[e] = 0;
-        const int64_t to = again == 1 ? pairs + i : row;
-        args.partials[to * args.num_chunks + c] = sum_in_lanes(room);
+        found[again == 1 ? pairs + i : row] = sum_in_lanes(room);
       }
     }
   }
+}
+
+// Least, largest, sum of magnitudes and of squares of n values. NaN is left out of the extremes.
+template <class V>
+void statistics_chunk(const V* values, int n, double* found) {
+  V least = static_cast<V>(__builtin_inf()), most = -least;
+  for (int i = 0; i < n; ++i) {
+    least = values[i] < least ? values[i] : least;
+    most = values[i] > most ? values[i] : most;
+  }
+  found[0] = least + 0.0;
+  found[1] = most + 0.0;
+  found[2] = sum_in_lanes(values);
+  found[3] = dot_in_lanes(values, values);
+}
+
+// RAM: how many elements each model alone changed, and how many with others.
+template <class V>
+void ram_chunk(const SumsArgs& args, const V* values, double* found) {
+  const V epsilon = static_cast<V>(args.reals[0]);
+  for (int k = 0; k < 2 * args.num_models; ++k) found[k] = 0;
+  for (int i = 0; i < kSumChunk; ++i) {
+    int active = 0;
+    for (int k = 0; k < args.num_models; ++k) {
+      const V x = values[static_cast<int64_t>(k) * kSumChunk + i];
+      active += (x < 0 ? -x : x) > epsilon ? 1 : 0;
+    }
+    if (active == 0) continue;
+    for (int k = 0; k < args.num_models; ++k) {
+      const V x = values[static_cast<int64_t>(k) * kSumChunk + i];
+      if ((x < 0 ? -x : x) > epsilon) found[2 * k + (active > 1 ? 1 : 0)] += 1;
+    }
+  }
+}
+
+// EMR: |tau_t|, and what its mask keeps of the unified vector.
+template <class V>
+void emr_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
+  const int task = static_cast<int>(args.reals[0]);
+  for (int i = 0; i < kSumChunk; ++i) {
+    V sum = 0, largest = 0;
+    for (int k = 0; k < args.num_models; ++k) {
+      sum = sum + values[static_cast<int64_t>(k) * kSumChunk + i];
+    }
+    for (int k = 0; k < args.num_models; ++k) {
+      const V x = values[static_cast<int64_t>(k) * kSumChunk + i];
+      const V aligned = sum > 0 ? x : -x;
+      largest = aligned > largest ? aligned : largest;
+    }
+    const V own = values[static_cast<int64_t>(task) * kSumChunk + i];
+    const bool agrees = sum > 0 ? own > 0 : own < 0;
+    room[i] = agrees ? largest : V(0);
+  }
+  found[0] = sum_in_lanes(values + static_cast<int64_t>(task) * kSumChunk);
+  found[1] = sum_in_lanes(room);
+}
+
+// SCE: squares of each task vector where the models differ most.
+template <class V>
+void sce_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
+  const int count = args.num_models;
+  const V many = static_cast<V>(count);
+  constexpr int64_t largest = KeyOf<V>::kLargest;
+  bool chosen[kSumChunk];
+  for (int i = 0; i < kSumChunk; ++i) {
+    V sum = 0;
+    for (int k = 0; k < count; ++k) sum = sum + values[static_cast<int64_t>(k) * kSumChunk + i];
+    const V mean = sum / many;
+    V squares = 0;
+    for (int k = 0; k < count; ++k) {
+      const V apart = values[static_cast<int64_t>(k) * kSumChunk + i] - mean;
+      squares = squares + apart * apart;
+    }
+    chosen[i] = args.lo[0] <= largest && scalar_key(squares / many) >= args.lo[0];
+  }
+  for (int k = 0; k < count; ++k) {
+    const V* own = values + static_cast<int64_t>(k) * kSumChunk;
+    for (int i = 0; i < kSumChunk; ++i) room[i] = chosen[i] ? own[i] : V(0);
+    found[k] = dot_in_lanes(room, room);
+  }
+}
+
+int64_t rows_of(const SumsArgs& args) {
+  const int64_t k = args.num_models, pairs = k * (k + 1) / 2;
+  switch (args.kind) {
+    case SumsKind::kSparse:
+    case SumsKind::kRamCounts:
+      return 2 * k;
+    case SumsKind::kGram:
+      return pairs;
+    case SumsKind::kPcbExtremes:
+      return 2 * pairs;
+    case SumsKind::kPcbExp:
+      return pairs + k;
+    case SumsKind::kDots:
+      return k - 1;
+    case SumsKind::kStatistics:
+      return 4 * k;
+    case SumsKind::kEmr:
+      return 2;
+    case SumsKind::kSce:
+      return k;
+  }
+  return 0;
+}
+
+// Room of one thread: a chunk of every input, one more, and what conversions need.
+template <class V>
+struct ChunkRoom {
+  V* values;  // [models][kSumChunk]
+  V* base;
+  V* more;
+  char* raw;
+  char* scratch;
+  double* found;  // [rows]
+  double* total;  // [rows]
+
+  bool take(const SumsArgs& args) {
+    const int64_t models = args.num_models, rows = rows_of(args);
+    const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
+    const int64_t bytes = (models + 2) * chunk + 2 * kSumChunk * 8 + 2 * rows * 8;
+    char* memory = static_cast<char*>(thread_workspace(bytes));
+    if (memory == nullptr) return false;
+    values = reinterpret_cast<V*>(memory);
+    base = values + models * kSumChunk;
+    more = base + kSumChunk;
+    raw = reinterpret_cast<char*>(more + kSumChunk);
+    scratch = raw + kSumChunk * 8;
+    found = reinterpret_cast<double*>(scratch + kSumChunk * 8);
+    total = found + rows;
+    return true;
+  }
+};
+
+// The sums of n <= kSumChunk elements from `at` on, to room.found.
+template <class V>
+void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
+  const int count = args.num_models;
+  const bool has_base = args.base.data != nullptr;
+  // The gradient is no model.
+  const int deltas = args.kind == SumsKind::kDots ? count - 1 : count;
+  if (has_base) widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
+  for (int k = 0; k < count; ++k) {
+    V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
+    widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch);
+    for (int i = 0; i < kSumChunk && has_base && k < deltas; ++i) own[i] = own[i] - room.base[i];
+  }
+  const auto model = [&](int k) { return room.values + static_cast<int64_t>(k) * kSumChunk; };
+  double* found = room.found;
+  switch (args.kind) {
+    case SumsKind::kSparse:
+      for (int k = 0; k < count; ++k) {
+        if (args.ranks != nullptr) {
+          keep_ranked(args, k, at, n, model(k), room.more);
+        } else {
+          keep_sparse(args, k, args.start + at, model(k), room.more);
+        }
+        *found++ = sum_in_lanes(model(k));
+        *found++ = sum_in_lanes(room.more);
+      }
+      return;
+    case SumsKind::kGram:
+      for (int k = 0; k < count; ++k) {
+        for (int j = k; j < count; ++j) *found++ = dot_in_lanes(model(k), model(j));
+      }
+      return;
+    case SumsKind::kDots:
+      for (int k = 0; k < deltas; ++k) *found++ = dot_in_lanes(model(deltas), model(k));
+      return;
+    case SumsKind::kStatistics:
+      for (int k = 0; k < count; ++k) statistics_chunk(model(k), n, found + 4 * k);
+      return;
+    case SumsKind::kRamCounts:
+      return ram_chunk(args, room.values, found);
+    case SumsKind::kEmr:
+      return emr_chunk(args, room.values, room.more, found);
+    case SumsKind::kSce:
+      return sce_chunk(args, room.values, room.more, found);
+    case SumsKind::kPcbExtremes:
+    case SumsKind::kPcbExp:
+      if constexpr (sizeof(V) == 4) pcb_chunk(args, room.values, n, room.more, found);
+      return;
+  }
+}
+
+// Whether a row of partials holds least (-1) or largest (1) values, which are not added up.
+int extreme_of(SumsKind kind, int64_t row) {
+  if (kind == SumsKind::kPcbExtremes) return row % 2 == 0 ? -1 : 1;
+  if (kind == SumsKind::kStatistics && row % 4 < 2) return row % 4 == 0 ? -1 : 1;
+  return 0;
 }
 
 struct SumsContext {
@@ -137,42 +317,30 @@ struct SumsContext {
 
 template <class V>
 bool sums_of(const SumsArgs& args, int64_t first, int64_t last) {
-  const int64_t models = args.num_models;
-  const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
-  char* memory = static_cast<char*>(thread_workspace((models + 2) * chunk + 2 * kSumChunk * 8));
-  if (memory == nullptr) return false;
-  V* values = reinterpret_cast<V*>(memory);
-  V* base = values + models * kSumChunk;
-  V* kept = base + kSumChunk;
-  char* raw = reinterpret_cast<char*>(kept + kSumChunk);
-  char* scratch = raw + kSumChunk * 8;
+  ChunkRoom<V> room;
+  if (!room.take(args)) return false;
+  const int64_t rows = rows_of(args);
+  const int64_t length = args.columns > 0 ? args.columns : kSumChunk;
   for (int64_t c = first; c < last; ++c) {
-    const int64_t at = c * kSumChunk;
-    const int n = static_cast<int>(args.numel - at < kSumChunk ? args.numel - at : kSumChunk);
-    if (args.base.data != nullptr) widen_chunk(args.base, at, n, base, raw, scratch);
-    for (int64_t k = 0; k < models; ++k) {
-      V* own = values + k * kSumChunk;
-      widen_chunk(args.models[k], at, n, own, raw, scratch);
-      for (int i = 0; i < kSumChunk && args.base.data != nullptr; ++i) own[i] = own[i] - base[i];
-    }
-    if constexpr (sizeof(V) == 4) {
-      if (args.kind >= SumsKind::kPcbExtremes) {
-        pcb_chunk(args, values, n, kept, c);
-        continue;
-      }
-    }
-    int64_t row = 0;
-    for (int64_t k = 0; k < models; ++k) {
-      const V* own = values + k * kSumChunk;
-      if (args.kind == SumsKind::kSparse) {
-        keep_sparse(args, static_cast<int>(k), args.start + at, own, kept);
-        args.partials[row++ * args.num_chunks + c] = sum_in_lanes(own);
-        args.partials[row++ * args.num_chunks + c] = sum_in_lanes(kept);
-      } else {
-        for (int64_t j = k; j < models; ++j) {
-          args.partials[row++ * args.num_chunks + c] = dot_in_lanes(own, values + j * kSumChunk);
+    const int64_t begin = c * length;
+    const int64_t end = begin + length < args.numel ? begin + length : args.numel;
+    for (int64_t at = begin; at < end; at += kSumChunk) {
+      sum_chunk(args, room, at, static_cast<int>(end - at < kSumChunk ? end - at : kSumChunk));
+      for (int64_t row = 0; row < rows; ++row) {
+        const double value = room.found[row];
+        double& total = room.total[row];
+        const int extreme = at == begin ? 0 : extreme_of(args.kind, row);
+        if (at == begin) {
+          total = value;
+        } else if (extreme == 0) {
+          total = total + value;
+        } else {
+          total = (extreme < 0 ? value < total : value > total) ? value : total;
         }
       }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      args.partials[row * args.num_chunks + c] = room.total[row];
     }
   }
   return true;
@@ -187,19 +355,26 @@ void sums_range(void* opaque, int64_t first, int64_t last, int) {
 }
 
 Status chunk_sums(const SumsArgs* args) {
-  const int64_t chunks = (args->numel + kSumChunk - 1) / kSumChunk;
-  if (args->num_models < 1 || args->numel < 0 || args->num_chunks != chunks ||
-      (args->kind != SumsKind::kGram && args->base.data == nullptr) ||
-      (args->kind == SumsKind::kPcbExp && args->reals == nullptr) ||
-      (args->kind >= SumsKind::kPcbExtremes && args->compute == Dtype::kF64)) {
+  const SumsKind kind = args->kind;
+  const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
+  const bool pcb = kind == SumsKind::kPcbExtremes || kind == SumsKind::kPcbExp;
+  const bool needs_base = pcb || kind == SumsKind::kSparse || kind == SumsKind::kRamCounts ||
+                          kind == SumsKind::kEmr || kind == SumsKind::kSce;
+  if (args->num_models < 1 || args->numel < 0 || args->columns < 0 ||
+      args->num_chunks != (args->numel + length - 1) / length ||
+      (args->columns > 0 && args->numel % args->columns != 0) ||
+      (needs_base && args->base.data == nullptr) || (pcb && args->compute == Dtype::kF64) ||
+      (kind == SumsKind::kDots && args->num_models < 2)) {
     return Status::kBadArgument;
   }
   const int64_t last = args->start + args->numel - 1;
   if (args->seeds != nullptr && args->numel > 0 && last >> 32 != args->start >> 32) {
     return Status::kBadArgument;
   }
+  if (args->ranks != nullptr && args->rank_stride < args->numel) return Status::kBadArgument;
   SumsContext context{args, 0};
-  parallel_ranges(chunks, kGrain / kSumChunk, args->execution.num_threads, sums_range, &context);
+  const int64_t grain = length >= kGrain ? 1 : kGrain / length;
+  parallel_ranges(args->num_chunks, grain, args->execution.num_threads, sums_range, &context);
   return context.failed ? Status::kOutOfMemory : Status::kOk;
 }
 

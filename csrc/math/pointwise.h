@@ -78,4 +78,79 @@ PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
   return base + splat<F>(call.reals[0]) * (count >= splat<F>(call.reals[1]) ? sum : F{});
 }
 
+// TALL masks: the merged task vector where it is one task's: as consensus, of one task.
+// reals: scale, lambda, task.
+template <class F, class Load>
+PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
+  F sum{};
+  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const F scaled = splat<F>(call.reals[0]) * sum;
+  const F merged = base + scaled;
+  const F x = load(static_cast<int>(call.reals[2]));
+  const auto own = absolute(x - base) > splat<F>(call.reals[1]) * absolute(merged - x);
+  return base + (own ? scaled : F{});
+}
+
+// EMR: the sign of the sum (0 elects -), the largest magnitude of those that agree; for one task,
+// where it agrees, times its rescaler. reals: task (-1: none), rescaler.
+template <class F, class Load>
+PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
+  F sum{}, largest{};
+  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const auto positive = sum > F{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F delta = load(k) - base;
+    const F aligned = positive ? delta : -delta;
+    largest = aligned > largest ? aligned : largest;
+  }
+  const F unified = positive ? largest : -largest;
+  if (call.reals[0] < 0) return base + unified;
+  const F own = load(static_cast<int>(call.reals[0])) - base;
+  const F aligned = positive ? own : -own;
+  return base + splat<F>(call.reals[1]) * (aligned > F{} ? unified : F{});
+}
+
+// The variance over the models' task vectors. Nothing of the base is added.
+template <class F, class Load>
+PM_INLINE F variance_point(F base, Load load, const PointwiseCall<F>& call) {
+  const F many = splat<F>(static_cast<typename Traits<F>::Scalar>(call.num_models));
+  F sum{}, squares{};
+  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const F mean = sum / many;
+  for (int k = 0; k < call.num_models; ++k) {
+    const F apart = (load(k) - base) - mean;
+    squares = squares + apart * apart;
+  }
+  return squares / many;
+}
+
+// SCE: the weighted mean of the task vectors that have the sign of the sum (0 elects +). reals:
+// everywhere (not 0: elements whose variance is below the threshold are taken as 0, and the sum of
+// weights as at least 1e-6), threshold, weights.
+template <class F, class Load>
+PM_INLINE F sce_point(F base, Load load, const PointwiseCall<F>& call) {
+  const bool everywhere = call.reals[0] != 0;
+  F sum{};
+  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const auto positive = sum >= F{};
+  F merged{}, total{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F delta = load(k) - base;
+    const F weight = splat<F>(call.reals[2 + k]);
+    const F aligned = positive ? delta : -delta;
+    const auto agrees = aligned > F{};
+    merged = merged + (agrees ? weight * delta : F{});
+    total = total + (agrees ? weight : F{});
+  }
+  const F one = splat<F>(1), least = splat<F>(static_cast<typename Traits<F>::Scalar>(1e-6));
+  merged = merged / (everywhere ? (total < least ? least : total) : (total == F{} ? one : total));
+  if (everywhere) {
+    const F variance = variance_point(base, load, call);
+    merged = variance >= splat<F>(call.reals[1]) ? merged : F{};
+  }
+  // NaN agrees with nothing, but must not be lost.
+  merged = sum != sum ? sum : merged;
+  return base + merged;
+}
+
 }  // namespace pymerge

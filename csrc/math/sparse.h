@@ -2,6 +2,9 @@
 // (Breadcrumbs, Davari & Belilovsky 2024), with or without an election of signs.
 //
 //   t_k = lo_k <= bits(|x_k - base|) <= last_k and drawn_k ? x_k - base : 0
+//         or, by the rank r of |x_k - base| in its row: lo_k <= r <= last_k (Breadcrumbs' code), or
+//         drawn with probability p = first_k + r spread_k, and divided by it or not (DELLA, Deep et
+//         al. 2024)
 //   v_k = w_k (f_k t_k)
 //   s   = sum_k v_k, k = 0 .. K-1 in order
 //   m   = s / divisor                                                   without election
@@ -44,11 +47,38 @@ struct SparseCall {
   bool divide_by_divisor;
   F divisor;
   F scale;
+  bool bare;              // the merge alone, without the base
+  bool chance;            // by ranks: drawn with probabilities from chances
+  bool per_element;       // and divided by them
+  const Scalar* chances;  // [num_models][2]: first, spread
 };
 
 template <class F>
-PM_INLINE F sparse_finish(F base, F merged, F scale) {
-  return base + scale * merged;
+PM_INLINE F sparse_finish(F base, F merged, const SparseCall<F>& call) {
+  const F added = call.scale * merged;
+  return call.bare ? added : base + added;
+}
+
+// v_k by ranks. draw: the upper 24 bits of the element's hash.
+template <class F>
+PM_INLINE F ranked_value(F base, F x, typename Traits<F>::Bits rank, typename Traits<F>::Bits draw,
+                         const SparseCall<F>& call, int k, typename Traits<F>::Bits& worst) {
+  using T = Traits<F>;
+  const F delta = x - base;
+  const auto key = magnitude_key(delta);
+  worst = key > worst ? key : worst;
+  F t = delta;
+  if (call.chance) {
+    const F drawn = to_float<F>(draw) * splat<F>(0x1p-24f);
+    const F spread = splat<F>(call.chances[2 * k + 1]);
+    const F p = splat<F>(call.chances[2 * k]) + to_float<F>(rank) * spread;
+    t = drawn < p ? delta : F{};
+    if (call.per_element) t = drawn < p ? t / p : F{};
+  } else {
+    t = T::keep(delta, T::both(T::at_least(rank, splat_bits<F>(call.lo[k])),
+                               T::at_least(splat_bits<F>(call.last[k]), rank)));
+  }
+  return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * t);
 }
 
 // One term: v_k. index and hashes are read where kDrawn.
@@ -68,10 +98,9 @@ PM_INLINE F sparse_value(F base, F x, U index, const SparseCall<F>& call, int k,
   return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(delta, kept));
 }
 
-// load(k) gives theta_k; `values` has room for num_models values where K is 0 (any number).
-template <int K, bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
-PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, F* values,
-                         typename Traits<F>::Bits& worst) {
+// The merge of what value(k) gives: v_k.
+template <int K, bool kElect, class F, class Value>
+PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, F* values) {
   using T = Traits<F>;
   F own[K > 0 ? K : 1];
   F* v = K > 0 ? own : values;
@@ -79,13 +108,13 @@ PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, 
   F s{};
 #pragma GCC unroll 8
   for (int k = 0; k < count; ++k) {
-    const F value = sparse_value<kBand, kDrawn>(base, load(k), index, call, k, worst);
-    if (kElect) v[k] = value;
-    s = s + value;
+    const F one = value(k);
+    if (kElect) v[k] = one;
+    s = s + one;
   }
   if (!kElect) {
     if (call.divide_by_divisor) s = s / call.divisor;
-    return sparse_finish(base, s, call.scale);
+    return sparse_finish(base, s, call);
   }
   // s begins with +0 and so is never -0: its sign bit is what is elected.
   const auto sign = bit_cast<typename T::Bits>(s) & T::kSignMask;
@@ -101,7 +130,17 @@ PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, 
   if (call.divide_by_divisor) sum = sum / call.divisor;
   F merged = bit_cast<F>(bit_cast<typename T::Bits>(sum) ^ sign);
   merged = s != s ? s : merged;
-  return sparse_finish(base, merged, call.scale);
+  return sparse_finish(base, merged, call);
+}
+
+// load(k) gives theta_k; `values` has room for num_models values where K is 0 (any number).
+template <int K, bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
+PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, F* values,
+                         typename Traits<F>::Bits& worst) {
+  const auto value = [&](int k) __attribute__((always_inline)) {
+    return sparse_value<kBand, kDrawn>(base, load(k), index, call, k, worst);
+  };
+  return sparse_merge_values<K, kElect>(base, value, call, values);
 }
 
 }  // namespace pymerge

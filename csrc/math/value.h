@@ -39,6 +39,16 @@ PM_INLINE typename Traits<F>::Bits splat_bits(typename Traits<F>::IntScalar valu
   return typename Traits<F>::Bits{} + value;
 }
 
+// Integers of the same shape, rounded to nearest even where they are too large to be exact.
+template <class F>
+PM_INLINE F to_float(typename Traits<F>::Bits value) {
+#if defined(__CUDACC__)
+  return static_cast<F>(value);
+#else
+  return __builtin_convertvector(value, F);
+#endif
+}
+
 // What comparisons of vectors give, as integers of the same shape, all ones where true. Instruction
 // sets with mask registers have their own.
 template <class F, class Bits>

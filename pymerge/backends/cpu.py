@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pymerge.array import Array, Flat
-from pymerge.backends.sizes import HOT_CHUNK, SCORE_ALIGNMENT, SUM_CHUNK
+from pymerge.backends.arguments import POINTWISE, SUMS, Kept, SparseMerge, padded, sums_shape
+from pymerge.backends.sizes import HOT_CHUNK, SUM_CHUNK
 
 NAME = "cpu"
 SUMMARY = "C++ kernels"
@@ -276,49 +277,66 @@ def magnitude_equal_counts(
     )
 
 
-def sparse_merge(
-    out: Flat,
-    stats: Any,
-    base: Flat,
-    models: Sequence[Flat],
-    lo: Sequence[int],
-    last: Sequence[int],
-    seeds: Sequence[int],
-    limits: Sequence[int],
-    factors: Sequence[float],
-    weights: Sequence[float],
-    elect: bool,
-    divide: bool,
-    divisor: float,
-    scale: float,
-    start: int,
-    wide: bool,
-) -> None:
-    numel = out.numel()
-    _counters(stats, least=3)
-    stats[2] += _native().sparse_merge(
-        _address(out, numel),
-        _address(base, numel),
+def _common(base: Flat | None, models: Sequence[Flat], wide: bool) -> tuple[Any, ...]:
+    """Return what every call has: operands, their length, how to compute, threads."""
+    numel = models[0].numel()
+    return (
+        _NOTHING if base is None else _address(base, numel),
         [_address(model, numel) for model in models],
-        lo,
-        last,
-        seeds,
-        limits,
-        factors,
-        weights,
-        elect,
-        divide,
-        divisor,
-        scale,
-        start,
         numel,
         3 if wide else 0,
         0,
     )
 
 
-def _pointwise(
-    op: int,
+def _ranked(ranks: Any, models: Sequence[Flat]) -> tuple[int, int]:
+    """Return address and stride of ranks: [models, numel padded], rows may be apart."""
+    if ranks is None:
+        return _NOTHING
+    count, room = ranks.shape
+    if count != len(models) or room < padded(models[0].numel()):
+        raise ValueError(f"backend 'cpu': ranks of shape {tuple(ranks.shape)} are too few")
+    if isinstance(ranks, np.ndarray):
+        kind, address = str(ranks.dtype), ranks.ctypes.data
+        stride, step = (stride // ranks.itemsize for stride in ranks.strides)
+    else:
+        kind, address = str(ranks.dtype).removeprefix("torch."), ranks.data_ptr()
+        stride, step = ranks.stride()
+    if kind != "int32" or step != 1:
+        raise ValueError(f"backend 'cpu': ranks must be rows of int32, got {kind}")
+    return address, stride
+
+
+def sparse_merge(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    models: Sequence[Flat],
+    kept: Kept,
+    how: SparseMerge,
+    wide: bool,
+) -> None:
+    _native().sparse_merge(
+        _common(base, models, wide),
+        _address(out, models[0].numel()),
+        _counters(stats, least=3),
+        *kept.numbers(),
+        how.factors,
+        how.weights,
+        how.elect,
+        how.divide,
+        how.divisor,
+        how.scale,
+        kept.start,
+        how.bare,
+        _ranked(kept.ranks, models),
+        kept.chances,
+        kept.per_element,
+    )
+
+
+def pointwise(
+    op: str,
     out: Flat,
     stats: Any,
     base: Flat,
@@ -326,113 +344,42 @@ def _pointwise(
     reals: Sequence[float],
     wide: bool,
 ) -> None:
-    numel = out.numel()
-    _counters(stats, least=3)
-    stats[2] += _native().pointwise(
-        _address(out, numel),
-        _address(base, numel),
-        [_address(model, numel) for model in models],
-        op,
+    _native().pointwise(
+        _common(base, models, wide),
+        _address(out, models[0].numel()),
+        _counters(stats, least=3),
+        POINTWISE[op],
         reals,
-        numel,
-        3 if wide else 0,
-        0,
     )
 
 
-def nearswap(out: Flat, stats: Any, base: Flat, model: Flat, t: float, wide: bool) -> None:
-    _pointwise(0, out, stats, base, [model], [t, 1e-6], wide)
-
-
-def ram(
-    out: Flat,
-    stats: Any,
-    base: Flat,
-    models: Sequence[Flat],
-    factors: Sequence[float],
-    epsilon: float,
-    wide: bool,
-) -> None:
-    _pointwise(1, out, stats, base, models, [epsilon, *factors], wide)
-
-
-def magmax(
-    out: Flat, stats: Any, base: Flat, models: Sequence[Flat], scale: float, wide: bool
-) -> None:
-    _pointwise(2, out, stats, base, models, [scale], wide)
-
-
-def consensus(
-    out: Flat,
-    stats: Any,
-    base: Flat,
-    models: Sequence[Flat],
-    thresholds: Sequence[float],
-    scale: float,
-    need: int,
-    wide: bool,
-) -> None:
-    _pointwise(3, out, stats, base, models, [scale, need, *thresholds], wide)
-
-
-def _sums(
-    kind: int,
+def chunk_sums(
+    kind: str,
     partials: Any,
     base: Flat | None,
     models: Sequence[Flat],
-    kept: tuple[Sequence[int], ...] = ((), (), (), ()),
-    start: int = 0,
-    wide: bool = False,
-    reals: Sequence[float] = (),
-) -> None:
-    numel, count = models[0].numel(), len(models)
-    chunks = -(-numel // SUM_CHUNK)
-    pairs = count * (count + 1) // 2
-    rows = (2 * count, pairs, 2 * pairs, pairs + count)[kind]
-    if tuple(partials.shape) != (rows, chunks):
-        raise ValueError(
-            f"backend 'cpu': expected partials of shape {(rows, chunks)}, got "
-            f"{tuple(partials.shape)}"
-        )
-    _native().chunk_sums(
-        _counters(partials, "float64"),
-        chunks,
-        kind,
-        _NOTHING if base is None else _address(base, numel),
-        [_address(model, numel) for model in models],
-        *kept,
-        start,
-        numel,
-        3 if wide else 0,
-        0,
-        reals,
-    )
-
-
-def sparse_sums(
-    partials: Any,
-    base: Flat,
-    models: Sequence[Flat],
-    lo: Sequence[int],
-    last: Sequence[int],
-    seeds: Sequence[int],
-    limits: Sequence[int],
-    start: int,
+    reals: Sequence[float],
+    kept: Kept,
+    columns: int,
     wide: bool,
 ) -> None:
-    _sums(0, partials, base, models, (lo, last, seeds, limits), start, wide)
-
-
-def gram(partials: Any, base: Flat | None, models: Sequence[Flat], wide: bool) -> None:
-    _sums(1, partials, base, models, wide=wide)
-
-
-def pcb_extremes(partials: Any, base: Flat, models: Sequence[Flat]) -> None:
-    _sums(2, partials, base, models)
-
-
-def pcb_exp_sums(partials: Any, base: Flat, models: Sequence[Flat], reals: Sequence[float]) -> None:
-    _sums(3, partials, base, models, reals=reals)
+    shape = sums_shape(kind, len(models), models[0].numel(), columns)
+    if tuple(partials.shape) != shape:
+        raise ValueError(
+            f"backend 'cpu': expected partials of shape {shape}, got {tuple(partials.shape)}"
+        )
+    _native().chunk_sums(
+        _common(base, models, wide),
+        _counters(partials, "float64"),
+        shape[1],
+        SUMS[kind],
+        columns,
+        *kept.numbers(),
+        kept.start,
+        _ranked(kept.ranks, models),
+        kept.chances,
+        reals,
+    )
 
 
 def pcb_scores(
@@ -443,20 +390,17 @@ def pcb_scores(
     variant: int,
     reals: Sequence[float],
 ) -> None:
-    numel, (count, stride) = base.numel(), scores.shape
-    if count != len(models) or stride < -(-numel // SCORE_ALIGNMENT) * SCORE_ALIGNMENT:
+    count, stride = scores.shape
+    if count != len(models) or stride < padded(base.numel()):
         raise ValueError(f"backend 'cpu': scores of shape {tuple(scores.shape)} are too small")
-    _counters(stats, least=3)
-    stats[2] += _native().pcb(
+    _native().pcb(
+        _common(base, models, False),
         _NOTHING,
+        _counters(stats, least=3),
         _counters(scores, "float32"),
         stride,
-        _address(base, numel),
-        [_address(model, numel) for model in models],
         variant,
         reals,
-        numel,
-        0,
     )
 
 
@@ -468,16 +412,39 @@ def pcb_merge(
     variant: int,
     reals: Sequence[float],
 ) -> None:
-    numel = out.numel()
-    _counters(stats, least=3)
-    stats[2] += _native().pcb(
-        _address(out, numel),
+    _native().pcb(
+        _common(base, models, False),
+        _address(out, models[0].numel()),
+        _counters(stats, least=3),
         0,
         0,
-        _address(base, numel),
-        [_address(model, numel) for model in models],
         variant,
         reals,
-        numel,
-        0,
+    )
+
+
+def row_ranks(ranks: Any, base: Flat, models: Sequence[Flat], columns: int, wide: bool) -> None:
+    _native().row_ranks(_common(base, models, wide), *_ranked(ranks, models), columns)
+
+
+def row_weighted_sum(
+    out: Flat,
+    stats: Any,
+    base: Flat | None,
+    models: Sequence[Flat],
+    weights: Any,
+    columns: int,
+    wide: bool,
+) -> None:
+    shape = len(models), models[0].numel() // columns
+    if tuple(weights.shape) != shape:
+        raise ValueError(
+            f"backend 'cpu': expected weights of shape {shape}, got {tuple(weights.shape)}"
+        )
+    _native().row_weighted_sum(
+        _common(base, models, wide),
+        _address(out, models[0].numel()),
+        _counters(stats, least=1),
+        _counters(weights, "float64"),
+        columns,
     )

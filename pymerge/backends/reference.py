@@ -11,36 +11,25 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends.reference_more import (
-    consensus,
-    gram,
-    magmax,
-    nearswap,
-    ram,
-    sparse_merge,
-    sparse_sums,
-)
-from pymerge.backends.reference_pcb import pcb_exp_sums, pcb_extremes, pcb_merge, pcb_scores
+from pymerge.backends.reference_more import pointwise, row_ranks, row_weighted_sum, sparse_merge
+from pymerge.backends.reference_pcb import pcb_merge, pcb_scores
+from pymerge.backends.reference_sums import chunk_sums
 from pymerge.backends.sizes import HOT_CHUNK
 
 __all__ = [
     "NAME",
     "SUMMARY",
-    "consensus",
-    "gram",
-    "magmax",
+    "chunk_sums",
     "magnitude_equal_counts",
     "magnitude_histogram",
-    "nearswap",
-    "pcb_exp_sums",
-    "pcb_extremes",
     "pcb_merge",
     "pcb_scores",
-    "ram",
+    "pointwise",
     "reason",
+    "row_ranks",
+    "row_weighted_sum",
     "slots",
     "sparse_merge",
-    "sparse_sums",
     "ties",
     "weighted_sum",
 ]

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends.reference_more import chunk_sums
-
-__all__ = ["exp32", "pcb_exp_sums", "pcb_extremes", "pcb_merge", "pcb_scores", "tanh32"]
+__all__ = ["exp32", "pcb_merge", "pcb_rows", "pcb_scores", "tanh32"]
 
 _EXP = (
     1.9875691500e-4,
@@ -194,36 +192,33 @@ def pcb_merge(
     out.copy_((base.to(torch.float32) + _f(call.scale, merged) * merged).to(out.dtype))
 
 
-def pcb_extremes(
-    partials: torch.Tensor, base: torch.Tensor, models: Sequence[torch.Tensor]
-) -> None:
-    """partials[2 row], [2 row + 1] = least and largest tau_i tau_j of each chunk."""
-    taus = _taus(base, models)
-    for row, (i, j) in enumerate(_pairs(len(taus))):
-        product = taus[i] * taus[j] + 0.0  # no -0, which has no order
-        for c in range(partials.shape[1]):
-            chunk = product[1024 * c : 1024 * (c + 1)]
-            finite = chunk.isfinite()  # what is not must not spoil what is
-            partials[2 * row, c] = torch.where(finite, chunk, math.inf).min()
-            partials[2 * row + 1, c] = torch.where(finite, chunk, -math.inf).max()
-
-
-def pcb_exp_sums(
-    partials: torch.Tensor,
-    base: torch.Tensor,
+def pcb_rows(
+    kind: str,
+    base: torch.Tensor | None,
     models: Sequence[torch.Tensor],
     reals: Sequence[float],
-) -> None:
-    """partials[row] = chunk sums of exp(x_ij), then of exp(K x_kk); reals: min and inverse range of
-    each pair."""
+) -> list[tuple[str, torch.Tensor]]:
+    """Return what the paper's softmax needs of each pair: extremes of the products (least, largest)
+    or exp(x_ij), then exp(K x_kk); reals: min and inverse range of each pair."""
+    assert base is not None
     taus = _taus(base, models)
-    rows = _pairs(len(taus))
-    for row, (i, j) in enumerate(rows):
+    pairs = _pairs(len(taus))
+    if kind == "pcb_extremes":
+        rows = []
+        for i, j in pairs:
+            product = taus[i] * taus[j]
+            # What is not finite must not spoil what is.
+            clean = torch.where(product.isfinite(), product, _f(math.nan, product))
+            rows += [("min", clean), ("max", clean)]
+        return rows
+    sums, own = [], []
+    for row, (i, j) in enumerate(pairs):
         x = taus[i] * taus[j] - _f(reals[row], taus[i])
-        x = x * _f(reals[len(rows) + row], x)
-        partials[row] = chunk_sums(_known(exp32(x)))
+        x = x * _f(reals[len(pairs) + row], x)
+        sums.append(("sum", _known(exp32(x))))
         if i == j:
-            partials[len(rows) + i] = chunk_sums(_known(exp32(_f(float(len(taus)), x) * x)))
+            own.append(("sum", _known(exp32(_f(float(len(taus)), x) * x))))
+    return sums + own
 
 
 def _known(x: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import BACKENDS, resolve
 from pymerge.engine.geometry import run_geometry
 from pymerge.engine.pcb import run_pcb
-from pymerge.engine.pointwise import run_pointwise
-from pymerge.engine.sparse import run_breadcrumbs, run_dare
+from pymerge.engine.pointwise import emr_rescaler, run_pointwise
+from pymerge.engine.sce import run_sce
+from pymerge.engine.sparse import run_breadcrumbs, run_dare, run_della, run_trimmed_dare
 from pymerge.engine.ties import run_ties
 from pymerge.engine.whole import METHODS as WHOLE_METHODS
 from pymerge.engine.whole import run_whole
@@ -39,6 +40,7 @@ class Context:
     nan: str = "error"
     seed: int = 0
     method: str = ""
+    rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)
 
     def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
@@ -86,6 +88,13 @@ def execute(
     if method in WHOLE_METHODS:
         run_whole(works, source, sink, context)
         return {}
+    merged = [work for work in works if not work.copied]
+    first = merged[0].parameters if merged else {}
+    if method == "dare_ties" and first.get("trim") is not None and first["trim_scope"] == "global":
+        run_trimmed_dare(works, source, sink, context)
+        return {}
+    if method == "emr" and first.get("task") is not None:
+        context.rescaler = emr_rescaler(merged, source, context)
     run = _RUNNERS[method]
     context.progress.phase(method, total_bytes(works, source))
     source.announce([work.name for work in works])
@@ -162,7 +171,13 @@ _RUNNERS = {
     **dict.fromkeys(
         ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"), run_geometry
     ),
-    **dict.fromkeys(("nearswap", "ram", "magmax", "consensus_ta"), run_pointwise),
+    "della": run_della,
+    "della_linear": run_della,
+    "sce": run_sce,
+    **dict.fromkeys(
+        ("nearswap", "ram", "ramplus_tl", "magmax", "consensus_ta", "tall_masks", "emr"),
+        run_pointwise,
+    ),
 }
 
 

@@ -6,27 +6,24 @@ Scores are computed tile by tile, anew in each pass: no score of a whole model i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pymerge._calls import call
-from pymerge.array import Array, Flat
-from pymerge.backends.sizes import SCORE_ALIGNMENT, SUM_CHUNK
-from pymerge.engine.work import Sink, Source, Work, slices
+from pymerge.array import Flat
+from pymerge.backends.sizes import SUM_CHUNK
+from pymerge.engine.scores import Scores, Tile, tiles
+from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.pcb import VARIANTS, PcbVariant
 from pymerge.methods.ties import TrimTarget
-from pymerge.select import Part, order_statistics, sample_parts
+from pymerge.select import Part, order_statistics
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
 __all__ = ["run_pcb"]
-
-_TILE = 1 << 20  # elements scored at once; a multiple of the chunks of sums
-
-Parts = Callable[[], Iterable[Part]]
 
 
 def run_pcb(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
@@ -122,18 +119,15 @@ class _Scope:
                 self.context.progress.advance(read)
                 self.source.release(work.name)
 
-    def tiles(self, phase: str) -> Iterator[tuple[Flat, list[Flat]]]:
-        for _, base, models in self.parts(phase):
-            for start, stop in slices(base.numel(), _TILE):
-                yield base[start:stop], [model[start:stop] for model in models]
-
     def _products(self, numbers: _Numbers) -> None:
         """The paper: least and largest products of pairs, and the sums of exp."""
         pairs = self.count * (self.count + 1) // 2
         least, most = np.full(pairs, math.inf), np.full(pairs, -math.inf)
-        for base, models in self.tiles("extremes"):
+        for _, _, base, models in tiles(self.parts("extremes")):
             partials = np.zeros((2 * pairs, -(-base.numel() // SUM_CHUNK)))
-            call("pcb_extremes_", partials, base, models, backend=self.context.backend)
+            call(
+                "chunk_sums_", partials, base, models, "pcb_extremes", backend=self.context.backend
+            )
             least = np.minimum(least, partials[::2].min(axis=1))
             most = np.maximum(most, partials[1::2].max(axis=1))
         numbers.pair_min = [float(value) if math.isfinite(value) else 0.0 for value in least]
@@ -141,9 +135,10 @@ class _Scope:
         numbers.pair_inv = [_single(1.0 / value) if value > 0 else 0.0 for value in spread]
         reals = [*numbers.pair_min, *numbers.pair_inv]
         rows: list[list[float]] = []
-        for base, models in self.tiles("softmax"):
+        for _, _, base, models in tiles(self.parts("softmax")):
             partials = np.zeros((pairs + self.count, -(-base.numel() // SUM_CHUNK)))
-            call("pcb_exp_sums_", partials, base, models, reals, backend=self.context.backend)
+            backend = self.context.backend
+            call("chunk_sums_", partials, base, models, "pcb_exp", reals, backend=backend)
             rows.append([math.fsum(row) for row in partials])
         sums = [math.fsum(row) for row in zip(*rows, strict=True)]
         norms = [self.total / v if math.isfinite(v) and v > 0 else 1.0 for v in sums]
@@ -180,7 +175,7 @@ class _Scope:
         """The score from which on elements are kept, and the largest score, of each model."""
         index = min(int(self.total * (1.0 - self.ratio)), self.total - 1)
         targets = [TrimTarget("rank", index + 1)] * self.count
-        finder = _Scores(self, numbers)
+        finder = _Finder(self, numbers)
         positive = finder.select(targets, 1.0)
         # A threshold of 0 or less lies among the scores that are not positive: look from below.
         q = positive
@@ -196,63 +191,40 @@ class _Scope:
         ]
 
 
-class _Scores:
-    """Scores of all elements, tile by tile, as something to select from."""
+class _Finder:
+    """Finds order statistics of the scores, and their maxima on the way."""
 
     def __init__(self, scope: _Scope, numbers: _Numbers) -> None:
         self.scope = scope
         self.reals = numbers.reals()
-        self.zeros = Array.of(np.zeros(_TILE, np.float32), "F32")
-        self.room = np.empty((scope.count, _TILE + SCORE_ALIGNMENT), np.float32)
         self.largest = np.full(scope.count, -math.inf)
 
     def select(self, targets: Sequence[TrimTarget], sign: float) -> list[float]:
         """Return an order statistic of max(sign * score, 0) for each model."""
-        scope, context = self.scope, self.scope.context
-        samples = []
-        for base, models in sample_parts(
-            lambda: scope.parts("sample"), scope.total, context.sample
-        ):
-            room = np.empty((scope.count, _padded(base.numel())), np.float32)
-            scores = self._score(base, models, room, sign)
-            samples.append((Array.of(np.zeros(base.numel(), np.float32), "F32"), scores))
-        cuts, _ = order_statistics(
-            lambda: self._parts(sign),
-            targets,
-            scope.total,
-            bins=context.bins,
-            sample=context.sample,
-            backend=context.backend,
-            samples=samples,
-        )
-        return [_magnitude(cut.key) for cut in cuts]
+        scope = self.scope
 
-    def _parts(self, sign: float) -> Iterator[Part]:
-        for number, (base, models) in enumerate(self.scope.tiles("thresholds")):
-            yield number, self.zeros[: base.numel()], self._score(base, models, self.room, sign)
+        def score(tile: Tile, room: np.ndarray) -> None:
+            self._score(*tile[2:], room, sign)
 
-    def _score(
-        self, base: Flat, models: Sequence[Flat], room: np.ndarray, sign: float
-    ) -> list[Flat]:
-        room = np.ascontiguousarray(room[:, : _padded(base.numel())])
+        scores = Scores(scope.parts, scope.total, scope.count, score, scope.context)
+        return [_magnitude(cut.key) for cut in scores.select(targets)]
+
+    def _score(self, base: Flat, models: Sequence[Flat], room: np.ndarray, sign: float) -> None:
         stats = np.zeros(3, np.int64)
         call(
             "pcb_scores_",
             room,
             stats,
             base,
-            list(models),
+            models,
             self.scope.variant.code,
             self.reals,
             backend=self.scope.context.backend,
         )
-        rows: list[Flat] = []
-        for k in range(self.scope.count):
-            scores = room[k, : base.numel()]
-            if sign > 0 and len(scores):
-                self.largest[k] = max(self.largest[k], float(scores.max()))
-            rows.append(Array.of(np.maximum(sign * scores, 0.0).astype(np.float32), "F32"))
-        return rows
+        scores = room[:, : base.numel()]
+        if sign > 0:
+            self.largest = np.maximum(self.largest, scores.max(axis=1, initial=-math.inf))
+        np.maximum(sign * scores, 0.0, out=scores)
 
 
 class _Numbers:
@@ -273,10 +245,6 @@ class _Numbers:
         else:
             first = [*self.lo, *self.hi, *self.inv, *self.q, *self.top, *self.top_inv]
         return [*first, *self.weights, 1.0]
-
-
-def _padded(numel: int) -> int:
-    return -(-numel // SCORE_ALIGNMENT) * SCORE_ALIGNMENT
 
 
 def _magnitude(key: int) -> float:

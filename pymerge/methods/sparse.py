@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pymerge.methods.linear import NAN
 from pymerge.methods.spec import MethodSpec, Parameter
 
@@ -26,6 +29,40 @@ SEED = Parameter(
 def normalize(elect: bool) -> Parameter:
     divided = "the weights of the models that agree" if elect else "the weights, not 0"
     return Parameter("normalize", "bool", False, f"Divide by the sum of {divided}.")
+
+
+_TRIM = (
+    Parameter(
+        "trim",
+        "float",
+        None,
+        "After dropping, keep this share of the elements, the largest, as TIES does; none: all "
+        "that was drawn.",
+        minimum=0.0,
+        maximum=1.0,
+        per_tensor=False,
+        default_doc="none (mergekit, PEFT); the authors trim",
+    ),
+    Parameter(
+        "trim_scope",
+        "str",
+        "tensor",
+        "Trim tensor by tensor (exactly so many) or over the whole model (all at or above the "
+        "threshold).",
+        choices=("tensor", "global"),
+        per_tensor=False,
+    ),
+)
+
+
+def _check_trim(parameters: Mapping[str, Any]) -> list[str]:
+    trimmed = parameters["trim"] is not None and parameters["trim_scope"] == "global"
+    if trimmed and parameters["rescale"] == "l1":
+        return [
+            "trim_scope global compares magnitudes of all tensors; rescale must be inv_keep or "
+            "none, got l1, whose factors differ between tensors"
+        ]
+    return []
 
 
 def _dare(elect: bool) -> MethodSpec:
@@ -72,10 +109,12 @@ def _dare(elect: bool) -> MethodSpec:
             ),
             SCALE,
             normalize(elect),
+            *(_TRIM if elect else ()),
             SEED,
             NAN,
             INT8_MASK,
         ),
+        check=_check_trim if elect else None,
         yaml_defaults={"density": 1.0, "rescale": "l1"},
     )
 
@@ -121,6 +160,15 @@ def _breadcrumbs(elect: bool) -> MethodSpec:
             ),
             SCALE,
             normalize(elect),
+            Parameter(
+                "scope",
+                "str",
+                "tensor",
+                "What shares are of: a tensor (mergekit), or each row of its last dimension (the "
+                "authors' code).",
+                choices=("tensor", "row"),
+                per_tensor=False,
+            ),
             NAN,
             INT8_MASK,
             Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),

@@ -55,7 +55,6 @@ def _della(elect: bool) -> MethodSpec:
         url="https://arxiv.org/abs/2406.11617",
         needs_base=True,
         divides=None if elect else "normalize",
-        backends=_ON_TORCH,
         check=_check_della,
         parameters=(
             WEIGHT,
@@ -118,7 +117,6 @@ SCE = MethodSpec(
     source="Wan et al., FuseChat, 2024",
     url="https://arxiv.org/abs/2408.07990",
     needs_base=True,
-    backends=_ON_TORCH,
     parameters=(
         Parameter(
             "select_topk",
@@ -166,7 +164,6 @@ RAMPLUS_TL = MethodSpec(
     source="mergekit",
     url=_MERGEKIT,
     needs_base=True,
-    backends=_ON_TORCH,
     parameters=(
         Parameter("r", "float", 0.1, "Strength of the rescaling.", minimum=0.0),
         Parameter("alpha", "float", 0.2, "Most of the ratio that counts.", minimum=0.0),
@@ -186,7 +183,6 @@ EMR = MethodSpec(
     source="Huang et al., EMR-Merging, 2024",
     url="https://arxiv.org/abs/2405.17461",
     needs_base=True,
-    backends=_ON_TORCH,
     parameters=(
         Parameter(
             "task",
@@ -212,7 +208,6 @@ TALL_MASKS = MethodSpec(
     source="Wang et al., Localizing Task Information (TALL masks, Consensus), 2024",
     url="https://arxiv.org/abs/2405.07813",
     needs_base=True,
-    backends=_ON_TORCH,
     parameters=(
         Parameter("task", "int", 0, "Number of the model, from 0.", minimum=0, per_tensor=False),
         Parameter("threshold", "float", 0.4, "lambda of the mask.", minimum=0.0),
