@@ -52,6 +52,7 @@ def model_stock(
     models: Sequence[T],
     *,
     angle: str = "cosine",
+    filter_wise: bool = False,
     nan: str = "error",
     backend: str | None = None,
     dtype: torch.dtype | None = None,
@@ -60,6 +61,7 @@ def model_stock(
 
     Args:
         angle: mean over pairs of the "cosine" (mergekit) or of the "angle" (FusionBench).
+        filter_wise: one ratio for each row, a vector of the last dimension.
     """
     return _run(
         "model_stock",
@@ -69,6 +71,7 @@ def model_stock(
         backend,
         dtype,
         angle=angle,
+        filter_wise=filter_wise,
         nan=nan,
     )
 
@@ -107,6 +110,7 @@ def nuslerp(
     *,
     base: T | None = None,
     weights: Numbers | None = None,
+    flatten: bool = True,
     nan: str = "error",
     backend: str | None = None,
     dtype: torch.dtype | None = None,
@@ -115,6 +119,8 @@ def nuslerp(
 
     Args:
         weights: t is w_2 / (w_1 + w_2).
+        flatten: one angle for a whole tensor; False: one for each row, a vector of the last
+            dimension.
     """
     return _run(
         "nuslerp",
@@ -123,6 +129,7 @@ def nuslerp(
         weights,
         backend,
         dtype,
+        flatten=flatten,
         nan=nan,
     )
 

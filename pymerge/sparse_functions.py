@@ -138,16 +138,22 @@ def dare_ties(
     rescale: str = "inv_keep",
     scale: float = 1.0,
     normalize: bool = False,
+    trim: float | None = None,
+    trim_scope: str = "tensor",
     seed: int = 0,
     nan: str = "error",
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """DARE with TIES' election of signs, without its trim, as in mergekit.
+    """DARE with TIES' election of signs (Yu et al. 2024), and with its trim if asked.
 
     Args:
         density, rescale, seed: as in `dare_linear`.
         normalize: divide by the weights of the models that agree.
+        trim: share of the elements, in [0, 1], that is kept by magnitude after dropping, as the
+            authors do; None: all that was drawn, as in mergekit and PEFT.
+        trim_scope: "tensor" (exactly int(trim n) elements of each) or "global" (of all tensors
+            together, all that equal the threshold; not with rescale="l1").
     """
     return _run(
         "dare_ties",
@@ -160,6 +166,8 @@ def dare_ties(
         rescale=rescale,
         scale=scale,
         normalize=normalize,
+        trim=trim,
+        trim_scope=trim_scope,
         seed=seed,
         nan=nan,
     )
@@ -174,6 +182,7 @@ def breadcrumbs(
     gamma: Numbers = 0.01,
     scale: float = 1.0,
     normalize: bool = False,
+    scope: str = "tensor",
     nan: str = "error",
     backend: str | None = None,
     dtype: torch.dtype | None = None,
@@ -184,6 +193,8 @@ def breadcrumbs(
         density: share that is kept, in [0, 1].
         gamma: share of the largest that is dropped, in [0, 1].
         normalize: divide by the sum of the weights, which then must not be 0.
+        scope: shares of each "tensor" (mergekit), or of each "row", a vector of the last dimension
+            (the authors' code); rows take equal magnitudes by index, the lower as the smaller.
     """
     return _run(
         "breadcrumbs",
@@ -196,6 +207,7 @@ def breadcrumbs(
         gamma=gamma,
         scale=scale,
         normalize=normalize,
+        scope=scope,
         nan=nan,
     )
 
@@ -209,6 +221,7 @@ def breadcrumbs_ties(
     gamma: Numbers = 0.01,
     scale: float = 1.0,
     normalize: bool = False,
+    scope: str = "tensor",
     nan: str = "error",
     backend: str | None = None,
     dtype: torch.dtype | None = None,
@@ -216,7 +229,7 @@ def breadcrumbs_ties(
     """Model Breadcrumbs with TIES' election of signs.
 
     Args:
-        density, gamma: as in `breadcrumbs`.
+        density, gamma, scope: as in `breadcrumbs`.
         normalize: divide by the weights of the models that agree.
     """
     return _run(
@@ -230,6 +243,7 @@ def breadcrumbs_ties(
         gamma=gamma,
         scale=scale,
         normalize=normalize,
+        scope=scope,
         nan=nan,
     )
 

@@ -7,15 +7,15 @@ follow from the inputs' Gram matrix: one pass for that, and one for the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pymerge._calls import call
 from pymerge.array import Flat
-from pymerge.engine.sums import gram_matrix
-from pymerge.engine.work import Sink, Source, Work
+from pymerge.engine.sums import gram_matrix, row_sums, square
+from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ def run_geometry(work: Work, source: Source, sink: Sink, context: Context) -> No
     if method == "slerp":
         assert base is not None
         inputs, origin = [base, *models], None
+    rows = not work.parameters.get("flatten", True) or work.parameters.get("filter_wise")
+    if rows and len(work.shape) > 1 and work.numel > 0:
+        _run_rows(work, origin, inputs, source, sink, context)
+        return
     if method == "passthrough":
         scale, coefficients = 1.0, [float(work.parameters["scale"][0])]
     elif method == "model_stock":
@@ -66,6 +70,62 @@ def _coefficients(method: str, gram: np.ndarray, work: Work) -> list[float]:
         )
     except ValueError as error:
         raise RequestError(f"multislerp: tensor {work.name!r}: {error}") from None
+
+
+def _run_rows(
+    work: Work,
+    origin: Flat | None,
+    inputs: Sequence[Flat],
+    source: Source,
+    sink: Sink,
+    context: Context,
+) -> None:
+    """The same with coefficients of its own for each row: each vector of the last dimension."""
+    columns, how = row_length(work), {"wide": work.wide, "backend": context.backend}
+    count = len(inputs)
+    grams = square(row_sums("gram", origin, inputs, columns, **how), count)
+    coefficients = np.full((count, work.numel // columns), 1.0)
+    for row in range(coefficients.shape[1]):
+        gram = grams[:, :, row]
+        finite = bool(np.isfinite(gram).all())
+        if context.method == "model_stock":
+            ratio = stock_ratio(gram, work.parameters["angle"]) if finite else 1.0
+            coefficients[:, row] = ratio / count
+        elif finite:
+            coefficients[:, row] = _coefficients(context.method, gram, work)
+    for start, out in sink.pieces(work.name):
+        stop = start + out.numel()
+        stats = np.zeros(3, np.int64)
+        for begin, end, length in _whole_rows(start, stop, columns):
+            own = coefficients[:, begin // columns : -(-end // columns)]
+            call(
+                "row_weighted_sum_",
+                out[begin - start : end - start],
+                stats,
+                None if origin is None else origin[begin:end],
+                [flat[begin:end] for flat in inputs],
+                np.ascontiguousarray(own),
+                length,
+                **how,
+            )
+        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        read = [*inputs, *([] if origin is None else [origin])]
+        context.progress.advance(sum(flat[start:stop].nbytes for flat in read))
+
+
+def _whole_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a stretch into a part of a row, whole rows, and a part of a row: (begin, end, row
+    length)."""
+    first, last = -(-start // columns) * columns, stop // columns * columns
+    if first > last:  # inside one row
+        yield start, stop, stop - start
+        return
+    if start < first:
+        yield start, first, first - start
+    if first < last:
+        yield first, last, columns
+    if last < stop:
+        yield last, stop, stop - last
 
 
 def _norms(gram: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from pymerge.array import Array, Flat
 from pymerge.backends.arguments import Kept, SparseMerge, padded
 from pymerge.engine.scores import Scores, Tile, flat_index
 from pymerge.engine.sums import sparse_norms
-from pymerge.engine.work import Sink, Source, Work
+from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.masks import keep_limit, seed_words
 from pymerge.methods.sparse import band_counts
 from pymerge.methods.ties import TrimTarget
@@ -208,11 +208,6 @@ def run_breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) ->
         last = [key if key == KEEP_NONE else key - 1 for key in first_dropped]
         stretches.append((begin, end, Kept(lo=lo, last=last)))
     _merge(work, base, models, stretches, how, source, sink, context)
-
-
-def row_length(work: Work) -> int:
-    """Return the length of a row: the last dimension, or all of a vector."""
-    return work.shape[-1] if len(work.shape) > 1 else work.numel
 
 
 def _largest(total: int, count: int, exact: bool = True) -> TrimTarget:

@@ -8,7 +8,16 @@ from typing import Any, Protocol
 
 from pymerge.array import Flat
 
-__all__ = ["NoProgress", "Progress", "Sink", "Source", "Work", "no_progress"]
+__all__ = [
+    "NoProgress",
+    "Progress",
+    "Sink",
+    "Source",
+    "Work",
+    "no_progress",
+    "row_length",
+    "slices",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,11 @@ class Work:
     copied: bool
     parameters: Mapping[str, Any]
     shape: tuple[int, ...] = ()
+
+
+def row_length(work: Work) -> int:
+    """Return the length of a row: the last dimension, or all of a vector."""
+    return work.shape[-1] if len(work.shape) > 1 else work.numel
 
 
 class Source(Protocol):

@@ -43,8 +43,21 @@ NUSLERP = MethodSpec(
     passes=_PASSES,
     parameters=(
         _WEIGHT,
-        Parameter("nuslerp_flatten", "bool", True, "One angle for a whole tensor.", only=True),
-        Parameter("nuslerp_row_wise", "bool", False, "One angle for each row.", only=False),
+        Parameter(
+            "flatten",
+            "bool",
+            True,
+            "One angle for a whole tensor; false: one for each row, a vector of the last "
+            "dimension.",
+            names=("nuslerp_flatten", "flatten"),
+        ),
+        Parameter(
+            "nuslerp_row_wise",
+            "bool",
+            False,
+            "mergekit's: true takes one angle for each column, in spite of its name.",
+            only=False,
+        ),
         NAN,
     ),
 )
@@ -109,7 +122,12 @@ MODEL_STOCK = MethodSpec(
             "The mean over pairs: of cosines (mergekit), or of angles (FusionBench).",
             choices=("cosine", "angle"),
         ),
-        Parameter("filter_wise", "bool", False, "One ratio for each row.", only=False),
+        Parameter(
+            "filter_wise",
+            "bool",
+            False,
+            "One ratio for each row, a vector of the last dimension; false: one for a tensor.",
+        ),
         NAN,
     ),
 )
