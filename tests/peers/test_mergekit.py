@@ -155,12 +155,28 @@ def test_geometry(shape: tuple[int, ...], seed: int) -> None:
         theirs("model_stock", base, models, {}, {}),
         5e-6,
     )
+    close(
+        pymerge.merge("model_stock", base, models, filter_wise=True),
+        theirs("model_stock", base, models, {"filter_wise": True}, {}),
+        5e-6,
+    )
     # Angles of nearly parallel models are noise in float32, in which mergekit computes them.
     close(pymerge.merge("karcher", None, models), theirs("karcher", None, models, {}, {}), 1e-4)
     for origin in (None, base):
         close(
             pymerge.merge("nuslerp", origin, models[:2], weights=weights[:2]),
             theirs("nuslerp", origin, models[:2], {}, {"weight": weights[:2]}),
+            5e-6,
+        )
+        close(
+            pymerge.merge("nuslerp", origin, models[:2], weights=weights[:2], flatten=False),
+            theirs(
+                "nuslerp",
+                origin,
+                models[:2],
+                {"nuslerp_flatten": False},
+                {"weight": weights[:2]},
+            ),
             5e-6,
         )
         close(
