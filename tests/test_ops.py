@@ -16,7 +16,8 @@ from tests.conftest import NATIVE
 SIZES = [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 1023, 4097]
 COUNTS = [1, 2, 3, 8, 17]
 SLOW_SIZES = [0, 1, 33, 1023, 4097]
-LARGE = 700_003  # stored past the caches by one thread; not a multiple of anything
+LARGE = 540_003  # stored past the caches by one thread; not a multiple of anything
+THREE_PARTS = 200_003  # work for three threads
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -63,6 +64,8 @@ def test_equal_to_reference(
     wide = dtypes == "f64"
     for numel in SIZES if not case.slow else SLOW_SIZES:
         for count in COUNTS if not case.slow else COUNTS[::2]:
+            if case.slow and count == 17 and numel > 33:
+                continue  # the reference takes long; `test_every_number_of_models` has 16
             for result in {DTYPES[dtypes][0], torch.float32}:
                 inputs, expected = reference(
                     case.name, numel, count, DTYPES[dtypes], result, numel % 2 == 1
@@ -80,7 +83,7 @@ def test_every_number_of_models(
     backend = use_backend(identifier)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for case in CASES:
-            if case.slow and count not in (2, 4, 5, 9, 16):
+            if case.slow and count not in (2, 4, 5, 16):
                 continue
             inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
             assert same(expected, case.run(inputs, dtype, backend)), (case.name, dtype)
@@ -99,8 +102,11 @@ def test_large_outputs_and_threads(
             for case in CASES:
                 if case.slow and (misaligned or threads == 1):
                     continue
+                if misaligned and case.name not in ("linear", "task_arithmetic", "ties_mean"):
+                    continue
+                numel = THREE_PARTS if case.slow else LARGE
                 inputs, expected = reference(
-                    case.name, LARGE, 3, (torch.bfloat16,), torch.bfloat16, misaligned
+                    case.name, numel, 3, (torch.bfloat16,), torch.bfloat16, misaligned
                 )
                 assert same(expected, case.run(inputs, torch.bfloat16, backend)), case.name
     finally:

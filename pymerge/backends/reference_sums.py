@@ -14,25 +14,37 @@ from pymerge.backends.sizes import SUM_CHUNK, SUM_LANES
 __all__ = ["chunk_sums"]
 
 Row = tuple[str, torch.Tensor]  # how ("sum", "min", "max"), values
+_AT_ONCE = 1 << 20
 
 
-def _chunked(values: torch.Tensor) -> torch.Tensor:
-    """Return values as doubles [chunks, steps, lanes], padded with zeros."""
-    chunks = -(-values.numel() // SUM_CHUNK)
-    padded = torch.zeros(chunks * SUM_CHUNK, dtype=torch.float64, device=values.device)
-    padded[: values.numel()] = values.to(torch.float64)
-    return padded.view(chunks, SUM_CHUNK // SUM_LANES, SUM_LANES)
+def _chunks(values: torch.Tensor, columns: int, filling: float) -> torch.Tensor:
+    """Return values as doubles [segments, chunks of a segment, SUM_CHUNK], filled up.
+
+    A segment is a row of `columns`, or a chunk where that is 0.
+    """
+    length = columns or SUM_CHUNK
+    segments = -(-values.numel() // length)
+    room = -(-length // SUM_CHUNK) * SUM_CHUNK
+    doubles = values.to(torch.float64)
+    whole = torch.nn.functional.pad(doubles, (0, segments * length - len(doubles)), value=filling)
+    rows = whole.view(segments, length)
+    padded = torch.nn.functional.pad(rows, (0, room - length), value=filling)
+    return padded.view(segments, -1, SUM_CHUNK)
 
 
-def _chunk_sums(values: torch.Tensor) -> torch.Tensor:
-    """Add up chunks of doubles, each lane in order, then the lanes: the order of all backends."""
-    steps = _chunked(values)
-    lanes = torch.zeros_like(steps[:, 0])
-    for step in steps.unbind(1):
+def _added(chunks: torch.Tensor) -> torch.Tensor:
+    """Add up each chunk: each lane in order, then the lanes: the order of all backends; then the
+    chunks of a segment."""
+    steps = chunks.unflatten(-1, (SUM_CHUNK // SUM_LANES, SUM_LANES))
+    lanes = torch.zeros_like(steps[..., 0, :])
+    for step in steps.unbind(-2):
         lanes = lanes + step
-    total = torch.zeros_like(lanes[:, 0])
-    for lane in lanes.unbind(1):
-        total = total + lane
+    sums = torch.zeros_like(lanes[..., 0])
+    for lane in lanes.unbind(-1):
+        sums = sums + lane
+    total = sums[..., 0]
+    for part in sums.unbind(-1)[1:]:
+        total = total + part
     return total
 
 
@@ -70,32 +82,12 @@ def _sum_rows(kind: str, element: Element, reals: Sequence[float], kept: Kept) -
     return [("sum", values * values) for values in masked]
 
 
-def chunk_extremes(values: torch.Tensor, how: str) -> torch.Tensor:
-    """Return the least or the largest value of each chunk; NaN counts for nothing, -0 is 0."""
+def _extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
+    """Return the least or the largest value of each segment; NaN counts for nothing, -0 is 0."""
     infinity = float("inf") if how == "min" else float("-inf")
     clean = torch.where(values.isnan(), torch.full_like(values, infinity), values)
-    chunks = -(-values.numel() // SUM_CHUNK)
-    room = torch.full((chunks * SUM_CHUNK,), infinity, dtype=torch.float64, device=values.device)
-    room[: values.numel()] = clean.to(torch.float64) + 0.0
-    steps = room.view(chunks, SUM_CHUNK)
-    return steps.amin(dim=1) if how == "min" else steps.amax(dim=1)
-
-
-def _row_sums(how: str, values: torch.Tensor, columns: int) -> torch.Tensor:
-    reduce = _chunk_sums if how == "sum" else lambda part: chunk_extremes(part, how)
-    if columns == 0 or values.numel() == 0:
-        return reduce(values)
-    # Each row is filled up to whole chunks; what a row's chunks give is added up in order.
-    rows = values.view(-1, columns)
-    room = -(-columns // SUM_CHUNK) * SUM_CHUNK
-    filling = rows.new_full((len(rows), room - columns), 0.0 if how == "sum" else float("nan"))
-    chunks = reduce(torch.cat([rows, filling], dim=1).view(-1)).view(len(rows), -1)
-    if how != "sum":
-        return chunks.amin(dim=1) if how == "min" else chunks.amax(dim=1)
-    total = chunks[:, 0]
-    for part in chunks.unbind(1)[1:]:
-        total = total + part
-    return total
+    chunks = _chunks(clean, columns, infinity) + 0.0
+    return chunks.amin(dim=(-1, -2)) if how == "min" else chunks.amax(dim=(-1, -2))
 
 
 def chunk_sums(
@@ -113,5 +105,14 @@ def chunk_sums(
         rows = pcb_rows(kind, base, models, reals)
     else:
         rows = _sum_rows(kind, Element(base, models, wide), reals, kept)
+    if models[0].numel() == 0:
+        return
+    summed = [number for number, (how, _) in enumerate(rows) if how == "sum"]
+    at_once = max(1, _AT_ONCE // models[0].numel())  # rows that are added up together
+    for first in range(0, len(summed), at_once):
+        numbers = summed[first : first + at_once]
+        stacked = torch.stack([_chunks(rows[number][1], columns, 0.0) for number in numbers])
+        partials[numbers] = _added(stacked)
     for number, (how, values) in enumerate(rows):
-        partials[number] = _row_sums(how, values, columns)
+        if how != "sum":
+            partials[number] = _extremes(values, how, columns)
