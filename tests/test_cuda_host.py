@@ -24,16 +24,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or cuda_build.compiler() is None, reason="needs g++ on Linux"
 )
 
-# Those of the case table that have CUDA kernels.
-OPS = {
-    "weighted_sum_",
-    "task_arithmetic_",
-    "ties_",
-    "ties_signs_",
-    "magnitude_histogram_",
-    "magnitude_equal_counts_",
-}
-HERE = [case for case in CASES if case.op in OPS]
+HERE = CASES
 BY_NAME = {case.name: case for case in HERE}
 SIZES = [0, 1, 9, 33, 1023, 2057]
 COUNTS = [1, 2, 3, 8, 17]
