@@ -63,6 +63,7 @@ Status pointwise(const PointwiseArgs* args) {
   if (const char* why = unfit_call(*args)) return refuse(why);
   if (args->base.data == nullptr) return refuse("null argument");
   if (args->op < Pointwise::kNearswap || args->op > Pointwise::kSce) return refuse("op");
+  if (args->num_reals != pointwise_reals(args->op, args->num_models)) return refuse("num_reals");
   using AnyRecord = Record<Head, Model>;
   const bool wide = args->compute == Dtype::kF64;
   const int64_t bytes = static_cast<int64_t>(args->num_reals) * (wide ? 8 : 4);

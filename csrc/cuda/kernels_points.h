@@ -3,8 +3,9 @@
 //
 // A Point says what is computed:
 //   ModelType: of the records
-//   get<K, F>(base, load, head, models, count, at, finite): load(k) gives element `at` of model k,
-//   count is K where K > 0; `finite` becomes false where an input is not.
+//   kNumbers<K>: how many numbers of a call follow its models
+//   get<K, F>(base, load, head, models, numbers, count, at, finite): load(k) gives element `at` of
+//   model k, count is K where K > 0; `finite` becomes false where an input is not.
 #pragma once
 
 #include "cuda/elements.h"
@@ -26,14 +27,16 @@ PM_DEVICE bool point_elements(const Head& head, int num_models, int begin) {
     const int64_t at = tile.begin + i;
     const auto load = [&](int k) { return Elements<Io>::load(models[k].data, models[k].dtype, at); };
     const F base = Elements<Io>::load(head.base, head.base_dtype, at);
-    const F x = Point::template get<K, F>(base, load, head, models, num_models, at, finite);
+    const F x = Point::template get<K, F>(base, load, head, models,
+                                          numbers_after<F>(models, num_models), num_models, at,
+                                          finite);
     Elements<Io>::store(head.out, head.out_dtype, at, x);
   }
   return finite;
 }
 
 // Blocks that a multiprocessor must have room for: as many as the registers allow without spills.
-constexpr int point_blocks(int models) { return models <= 2 ? 4 : models <= 4 ? 3 : 2; }
+constexpr int point_blocks(int models) { return models <= 4 ? 3 : 2; }
 
 // One dtype, K models known at compile time; K = 0 takes any number, and Io may be Mixed then.
 template <class Io, int K, class Point>
@@ -43,13 +46,23 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
   bool finite = true;
   if constexpr (K > 0) {
     constexpr int kUnroll = K <= 2 ? 2 : 1;  // vectors of a thread that are loaded at once
-    const Head& head = record<Head>(table, index);
-    const auto* models = models_of<typename Point::ModelType>(head);
+    // Copies, of which what is read stays in registers: the compiler would read the record anew for
+    // each element.
+    const Head head = record<Head>(table, index);
+    const auto* of_record = models_of<typename Point::ModelType>(record<Head>(table, index));
     const Tile tile = tile_of_block(head);
-    const uint4* in[K + 1];
-    in[0] = vector_at(head.base, tile.begin, Io::kBytes);
+    typename Point::ModelType models[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) in[k + 1] = vector_at(models[k].data, tile.begin, Io::kBytes);
+    for (int k = 0; k < K; ++k) models[k] = of_record[k];
+    constexpr int64_t kNumbers = Point::template kNumbers<K>;
+    float numbers[kNumbers > 0 ? kNumbers : 1];
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) numbers[i] = numbers_after<float>(of_record, K)[i];
+    // Addresses of many models are read anew for each vector.
+    const auto in = [&](int i) {
+      const void* data = i == 0 ? head.base : K < 7 ? models[i - 1].data : of_record[i - 1].data;
+      return vector_at(data, tile.begin, Io::kBytes);
+    };
     uint4* out = vector_at(head.out, tile.begin, Io::kBytes);
     const int vectors = vectors_of<Io>(head, tile);
 #pragma unroll 1
@@ -60,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
         const int at = first + u * kThreads;
         if (at >= vectors) continue;
 #pragma unroll
-        for (int k = 0; k <= K; ++k) raw[u][k] = load_vector(in[k], at);
+        for (int k = 0; k <= K; ++k) raw[u][k] = load_vector(in(k), at);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -75,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
           for (int half = 0; half < Io::kPerWord; ++half) {
             const auto load = [&](int k) { return Io::get(word_of(raw[u][k + 1], word), half); };
             x[half] = Point::template get<K, float>(
-                Io::get(word_of(raw[u][0], word), half), load, head, models, K,
+                Io::get(word_of(raw[u][0], word), half), load, head, models, numbers, K,
                 here + word * Io::kPerWord + half, finite);
           }
           set_word(result, word, Io::put(x));

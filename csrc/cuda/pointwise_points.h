@@ -11,10 +11,13 @@ template <Pointwise kOp>
 struct PointwisePoint {
   using ModelType = Model;
 
+  template <int K>
+  static constexpr int64_t kNumbers = pointwise_reals(kOp, K);
+
   template <int K, class F, class Load>
-  PM_DEVICE F get(F base, Load load, const Head&, const Model* models, int count, int64_t,
-                  bool& finite) {
-    const PointwiseCall<F> call{numbers_after<F>(models, count), count};
+  PM_DEVICE F get(F base, Load load, const Head&, const Model*, const F* numbers, int count,
+                  int64_t, bool& finite) {
+    const PointwiseCall<F> call{numbers, count};
     finite = finite & is_finite(base);
 #pragma unroll
     for (int k = 0; k < (K > 0 ? K : count); ++k) finite = finite & is_finite(load(k));

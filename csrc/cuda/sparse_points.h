@@ -20,16 +20,18 @@ PM_DEVICE bool in_band(typename Traits<F>::Bits key, const SparseModel& model) {
   }
 }
 
+// `mixed` is the element's flat index, its low half, mixed: mask_mix of math/sparse.h.
+//
 // What decides: bands of keys, hashes of indices, both, or ranks.
 template <bool kBand, bool kDrawn>
 struct KeptByKey {
   using ModelType = SparseModel;
 
   template <class F>
-  PM_DEVICE F keep(F delta, const Head&, const SparseModel& model, uint32_t index, int64_t) {
+  PM_DEVICE F keep(F delta, const Head&, const SparseModel& model, uint32_t mixed, int64_t) {
     bool kept = true;
     if (kBand) kept = in_band<F>(magnitude_key(delta), model);
-    if (kDrawn) kept = kept & (mask_hash(index, model.first, model.second) <= model.limit);
+    if (kDrawn) kept = kept & (mask_hash_of(mixed ^ model.first, model.second) <= model.limit);
     return kept ? delta : F{};
   }
 };
@@ -38,13 +40,13 @@ struct KeptByRank {
   using ModelType = RankedModel;
 
   template <class F>
-  PM_DEVICE F keep(F delta, const Head& head, const RankedModel& model, uint32_t index,
+  PM_DEVICE F keep(F delta, const Head& head, const RankedModel& model, uint32_t mixed,
                    int64_t at) {
     const int32_t rank = model.ranks[at];
     if ((head.flags & kChances) == 0) {
       return in_band<F>(static_cast<typename Traits<F>::Bits>(rank), model) ? delta : F{};
     }
-    const uint32_t hash = mask_hash(index, model.first, model.second);
+    const uint32_t hash = mask_hash_of(mixed ^ model.first, model.second);
     const F drawn = static_cast<F>(static_cast<int32_t>(hash >> 8)) * static_cast<F>(0x1p-24f);
     const F p = chance_of<F>(model) + static_cast<F>(rank) * spread_of<F>(model);
     const F kept = (head.flags & kPerElement) != 0 ? delta / p : delta;
@@ -56,14 +58,17 @@ template <class Kept, bool kElect>
 struct SparsePoint {
   using ModelType = typename Kept::ModelType;
 
+  template <int K>
+  static constexpr int64_t kNumbers = 0;
+
   template <int K, class F, class Load>
-  PM_DEVICE F get(F base, Load load, const Head& head, const ModelType* models, int count,
+  PM_DEVICE F get(F base, Load load, const Head& head, const ModelType* models, const F*, int count,
                   int64_t at, bool& finite) {
-    const uint32_t index = head.start + static_cast<uint32_t>(at);
+    const uint32_t mixed = mask_mix(head.start + static_cast<uint32_t>(at));
     const auto value = [&](int k) {
       const F delta = load(k) - base;
       finite = finite & is_finite(delta);
-      const F kept = Kept::template keep<F>(delta, head, models[k], index, at);
+      const F kept = Kept::template keep<F>(delta, head, models[k], mixed, at);
       return weight_of<F>(models[k]) * (factor_of<F>(models[k]) * kept);
     };
     F v[K > 0 ? K : 1];

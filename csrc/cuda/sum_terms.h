@@ -47,9 +47,9 @@ struct SparseTerms : EachModel {
   PM_DEVICE void add(double (&sums)[2], const Inputs& inputs, Nothing, const RowsHead& head,
                      const ModelType& model) {
     const F delta = inputs.delta(model);
-    const uint32_t index = head.start + static_cast<uint32_t>(inputs.at);
+    const uint32_t mixed = mask_mix(head.start + static_cast<uint32_t>(inputs.at));
     sums[0] += magnitude_of(delta);
-    sums[1] += magnitude_of(Kept::template keep<F>(delta, head, model, index, inputs.at));
+    sums[1] += magnitude_of(Kept::template keep<F>(delta, head, model, mixed, inputs.at));
   }
 };
 
