@@ -168,6 +168,27 @@ enum class Pointwise : int32_t {
   kSce = 7,
 };
 
+// How many `reals` an op takes.
+constexpr int64_t pointwise_reals(Pointwise op, int64_t num_models) {
+  switch (op) {
+    case Pointwise::kMagmax:
+      return 1;
+    case Pointwise::kNearswap:
+    case Pointwise::kEmr:
+      return 2;
+    case Pointwise::kTall:
+      return 3;
+    case Pointwise::kRam:
+      return 1 + num_models;
+    case Pointwise::kConsensus:
+    case Pointwise::kSce:
+      return 2 + num_models;
+    case Pointwise::kVariance:
+      return 0;
+  }
+  return 0;
+}
+
 // out from each element of base and models alone: csrc/math/pointwise.h.
 struct PointwiseArgs {
   Execution execution;

@@ -41,16 +41,27 @@ class Case:
         """Run the case and return what it wrote."""
         base, models = inputs
         outputs = self.outputs(base, models, dtype)
-        arguments = self.arguments(base, models)
+        self.call(outputs, self.arguments(base, models), backend, wide)
+        return seen(outputs, base.numel())
+
+    def call(
+        self, outputs: dict[str, Any], arguments: dict[str, Any], backend: str, wide: bool = False
+    ) -> None:
+        """Call the op on what `outputs` and `arguments` gave, on any device."""
         in_float32 = self.op.startswith("pcb") or "pcb" in str(arguments.get("kind"))
         how = {} if self.op.startswith("pcb") else {"wide": wide and not in_float32}
         getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, **how, backend=backend)
-        for name in ("scores", "ranks"):  # what is beyond a row's end is nobody's
-            if name in outputs:
-                outputs[name] = outputs[name][:, : base.numel()]
-        if "counts" in outputs and outputs["counts"].dim() == 3:
-            outputs["counts"] = outputs["counts"].sum(dim=0)
-        return outputs
+
+
+def seen(outputs: dict[str, torch.Tensor], numel: int) -> dict[str, torch.Tensor]:
+    """Return what of outputs must be the same everywhere."""
+    found = dict(outputs)
+    for name in ("scores", "ranks"):  # what is beyond a row's end is nobody's
+        if name in found:
+            found[name] = found[name][:, :numel]
+    if "counts" in found and found["counts"].dim() == 3:
+        found["counts"] = found["counts"].sum(dim=0)
+    return found
 
 
 def _out(

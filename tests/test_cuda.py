@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from pymerge.backends import cuda
-from tests.cases import DTYPES, Case, Inputs, make_inputs
-from tests.test_cuda_host import BY_NAME, COUNTS, HERE, TILE
-from tests.test_ops import LARGE, SIZES, SPECIAL, reference, same
+from tests.cases import CASES, DTYPES, Case, Inputs, make_inputs, seen
+from tests.test_cuda_host import BY_NAME, COUNTS, TILE
+from tests.test_ops import LARGE, SIZES, SLOW_SIZES, SPECIAL, reference, same
 
 # PYMERGE_REQUIRE=cuda makes a missing backend an error (tests/conftest.py).
 pytestmark = pytest.mark.skipif(cuda.reason() is not None, reason=f"cuda: {cuda.reason()}")
@@ -28,36 +29,34 @@ def moved(tensor: torch.Tensor) -> torch.Tensor:
     return room[offset:]
 
 
+def on_device(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [on_device(one) for one in argument]
+    return moved(argument) if isinstance(argument, torch.Tensor) else argument
+
+
 def queue(case: Case, inputs: Inputs, result: torch.dtype, wide: bool = False) -> Outputs:
     """Call a case on the GPU; the outputs are there once the device has done its work."""
-    base, models = inputs
-    outputs = {name: moved(one) for name, one in case.outputs(base, models, result).items()}
-    arguments = case.arguments(base, models)
-    on_device = [moved(model) for model in models]
-    device = {"base": moved(base), "models": on_device, "model": on_device[0]}
-    arguments = {name: device.get(name, value) for name, value in arguments.items()}
-    op = getattr(torch.ops.pymerge, case.op)
-    op(**outputs, **arguments, wide=wide, backend="cuda")
+    outputs = {name: moved(one) for name, one in case.outputs(*inputs, result).items()}
+    arguments = {name: on_device(value) for name, value in case.arguments(*inputs).items()}
+    case.call(outputs, arguments, "cuda", wide)
     return outputs
 
 
-def fetch(outputs: Outputs) -> Outputs:
-    found = {name: tensor.cpu() for name, tensor in outputs.items()}
-    if "counts" in found and found["counts"].dim() == 3:
-        found["counts"] = found["counts"].sum(dim=0)
-    return found
+def fetch(outputs: Outputs, numel: int) -> Outputs:
+    return seen({name: tensor.cpu() for name, tensor in outputs.items()}, numel)
 
 
 def run(case: Case, inputs: Inputs, result: torch.dtype, wide: bool = False) -> Outputs:
-    return fetch(queue(case, inputs, result, wide))
+    return fetch(queue(case, inputs, result, wide), inputs[0].numel())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equal_to_reference(case: Case, dtypes: str) -> None:
     wide = dtypes == "f64"
-    for numel in SIZES:
-        for count in COUNTS:
+    for numel in SIZES if not case.slow else SLOW_SIZES:
+        for count in COUNTS if not case.slow else COUNTS[::2]:
             for result in {DTYPES[dtypes][0], torch.float32}:
                 inputs, expected = reference(
                     case.name, numel, count, DTYPES[dtypes], result, numel % 2 == 1
@@ -68,13 +67,13 @@ def test_equal_to_reference(case: Case, dtypes: str) -> None:
 @pytest.mark.parametrize("count", range(1, 18))
 def test_every_number_of_models(count: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for case in HERE:
+        for case in CASES:
             inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
             assert same(expected, run(case, inputs, dtype)), (case.name, dtype)
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
-@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_large(case: Case, misaligned: bool) -> None:
     for numel in (TILE, LARGE):
         inputs, expected = reference(
@@ -83,7 +82,7 @@ def test_large(case: Case, misaligned: bool) -> None:
         assert same(expected, run(case, inputs, torch.bfloat16)), numel
 
 
-@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_non_finite_values(case: Case) -> None:
     grid = torch.tensor(SPECIAL)
     base = grid.repeat_interleave(len(SPECIAL) ** 2)
@@ -132,7 +131,7 @@ Prepared = tuple[Case, Inputs, torch.dtype, Outputs]
 
 def calls() -> list[Prepared]:
     prepared = []
-    for index, case in enumerate(HERE):
+    for index, case in enumerate(CASES):
         for dtype in (torch.float32, torch.bfloat16):
             for numel in (0, 3, 1000, TILE + 9):
                 inputs = make_inputs(numel, 3, [dtype], seed=str(index), misaligned=numel == 3)
@@ -142,7 +141,8 @@ def calls() -> list[Prepared]:
 
 def check_all(found: list[Outputs], prepared: list[Prepared]) -> None:
     for outputs, (case, inputs, dtype, expected) in zip(found, prepared, strict=True):
-        assert same(expected, fetch(outputs)), (case.name, inputs[0].numel(), dtype)
+        numel = inputs[0].numel()
+        assert same(expected, fetch(outputs, numel)), (case.name, numel, dtype)
 
 
 def test_a_phase_gathers_launches() -> None:
@@ -173,13 +173,12 @@ def test_graphs() -> None:
     """A phase can be captured: nothing in it copies to the device or waits for it."""
     case = BY_NAME["ties_mean"]
     inputs, expected = reference("ties_mean", 4097, 3, (torch.bfloat16,), torch.bfloat16)
-    base, models = moved(inputs[0]), [moved(model) for model in inputs[1]]
     outputs = {name: moved(one) for name, one in case.outputs(*inputs, torch.bfloat16).items()}
-    arguments = {**case.arguments(*inputs), "base": base, "models": models}
+    arguments = {name: on_device(value) for name, value in case.arguments(*inputs).items()}
 
     def work() -> None:
         with cuda.phase(torch.device("cuda")):
-            torch.ops.pymerge.ties_(**outputs, **arguments, backend="cuda")
+            case.call(outputs, arguments, "cuda")
 
     work()
     graph = capture(work)
@@ -187,7 +186,7 @@ def test_graphs() -> None:
     outputs["stats"].zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert same(expected, fetch(outputs))
+    assert same(expected, fetch(outputs, 4097))
 
 
 def test_host_tensors_are_refused() -> None:

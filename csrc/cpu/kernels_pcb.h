@@ -7,41 +7,6 @@
 namespace pymerge {
 namespace {
 
-PcbCall pcb_call(const PcbArgs& args) {
-  const int64_t k = args.num_models, pairs = k * (k + 1) / 2;
-  const float* at = args.reals;
-  const auto take = [&](int64_t count) {
-    const float* here = at;
-    at += count;
-    return here;
-  };
-  PcbCall call{};
-  call.variant = static_cast<PcbVariant>(args.variant);
-  call.num_models = args.num_models;
-  if (call.variant == PcbVariant::kPaper) {
-    call.pair_min = take(pairs);
-    call.pair_inv = take(pairs);
-    call.pair_norm = take(pairs);
-    call.norm = take(k);
-  } else {
-    call.lo = take(k);
-    call.hi = take(k);
-    call.inv = take(k);
-  }
-  call.q = take(k);
-  if (call.variant != PcbVariant::kPaper) {
-    call.top = take(k);
-    call.top_inv = take(k);
-  }
-  call.weights = take(k);
-  call.scale = *at;
-  return call;
-}
-
-int64_t pcb_reals(int32_t variant, int64_t k) {
-  return (variant == 0 ? 3 * (k * (k + 1) / 2) + 3 * k : 7 * k) + 1;
-}
-
 // Works on converted blocks: F32 lanes in order.
 struct PcbKernel {
   PcbCall call;
@@ -88,7 +53,9 @@ void pcb_range(void* opaque, int64_t begin, int64_t end, int) {
   if (!room.take(streams.count(), 4, extra)) return set_flag(&context.failed);
   F* values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
                                    Room::bytes(streams.count(), 4));
-  PcbKernel kernel{pcb_call(args), args.scores, args.stride, values, I{}, 0};
+  const auto variant = static_cast<PcbVariant>(args.variant);
+  const PcbCall call = pcb_call(variant, args.num_models, args.reals);
+  PcbKernel kernel{call, args.scores, args.stride, values, I{}, 0};
   run_mixed<Mixed32>(kernel, streams, room, begin, end);
   if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
 }
@@ -97,7 +64,8 @@ Status pcb(const PcbArgs* args) {
   if (args->numel == 0) return Status::kOk;
   const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr || args->variant < 0 ||
-      args->variant > 3 || args->num_reals != pcb_reals(args->variant, args->num_models) ||
+      args->variant > 3 || args->num_reals !=
+          pcb_reals(static_cast<PcbVariant>(args->variant), args->num_models) ||
       (args->scores == nullptr) == (args->out.data == nullptr) ||
       (args->scores != nullptr && args->stride < padded)) {
     return Status::kBadArgument;

@@ -167,7 +167,8 @@ void pointwise_range(void* opaque, int64_t begin, int64_t end, int) {
 
 Status pointwise(const PointwiseArgs* args) {
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr ||
-      args->num_reals < 0 || args->op < Pointwise::kNearswap || args->op > Pointwise::kSce) {
+      args->op < Pointwise::kNearswap || args->op > Pointwise::kSce ||
+      args->num_reals != pointwise_reals(args->op, args->num_models)) {
     return Status::kBadArgument;
   }
   const auto bytes = sizeof(float) * static_cast<size_t>(args->num_reals + 1);

@@ -145,5 +145,36 @@ PM_DEVICE void store_any(void* p, int32_t dtype, int64_t i, F x) {
   }
 }
 
+// Any dtypes at any address, one element at a time, computed in F.
+template <class F>
+struct Mixed {};
+
+// Calls pick with the Io of a kind of operands.
+template <class Pick>
+auto by_kind(Dtype dtype, bool mixed, Pick pick) {
+  if (dtype == Dtype::kF64) return pick(Mixed<double>{});
+  if (mixed) return pick(Mixed<float>{});
+  if (dtype == Dtype::kBF16) return pick(Bf16{});
+  if (dtype == Dtype::kF16) return pick(F16{});
+  return pick(F32{});
+}
+
+// Elements of a stream, one at a time, for a kernel over one dtype or over Mixed.
+template <class Io>
+struct Elements {
+  using F = float;
+  static constexpr bool kMixed = false;
+  PM_DEVICE float load(const void* p, int32_t, int64_t i) { return Io::load(p, i); }
+  PM_DEVICE void store(void* p, int32_t, int64_t i, float x) { Io::store(p, i, x); }
+};
+
+template <class AnyF>
+struct Elements<Mixed<AnyF>> {
+  using F = AnyF;
+  static constexpr bool kMixed = true;
+  PM_DEVICE F load(const void* p, int32_t dtype, int64_t i) { return load_any<F>(p, dtype, i); }
+  PM_DEVICE void store(void* p, int32_t dtype, int64_t i, F x) { store_any<F>(p, dtype, i, x); }
+};
+
 }  // namespace cuda
 }  // namespace pymerge

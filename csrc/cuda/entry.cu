@@ -1,11 +1,8 @@
 // The table of the CUDA library: turns arguments into records, and chooses kernels.
 #include <cmath>
-#include <cstring>
-#include <vector>
 
-#include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "math/value.h"
+#include "cuda/calls.h"
+#include "cuda/record.h"
 
 namespace pymerge {
 namespace cuda {
@@ -15,87 +12,26 @@ constexpr int32_t kInfinityKey = 0x7f800000;
 constexpr int kSharedBins = 1 << 13;  // more of them are counted in device memory
 constexpr int kModelsAtOnce = 64;     // in a record of the counting kernels
 
-int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
-
-// What the operands of a call have in common.
-struct Operands {
-  Dtype dtype;
-  bool uniform;      // one dtype, all at multiples of its size, arithmetic in float
-  uintptr_t places;  // all addresses, or-ed
-
-  Operands(Dtype dtype, Dtype compute)
-      : dtype(dtype), uniform(compute == Dtype::kF32 && dtype != Dtype::kF64), places(0) {}
-  void add(const void* data, Dtype other) {
-    places |= reinterpret_cast<uintptr_t>(data);
-    uniform = uniform && other == dtype && places % dtype_bytes(dtype) == 0;
-  }
-  int32_t alignment() const { return places % 16 == 0 ? kAligned : 0; }
-};
-
-// A record under construction.
-template <class AnyHead, class AnyModel>
-class Record {
- public:
-  explicit Record(int num_models) : bytes_(sizeof(AnyHead) + sizeof(AnyModel) * num_models) {}
-  AnyHead& head() { return *reinterpret_cast<AnyHead*>(bytes_.data()); }
-  AnyModel& model(int k) { return reinterpret_cast<AnyModel*>(&head() + 1)[k]; }
-  const void* data() const { return bytes_.data(); }
-  int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
-
- private:
-  std::vector<char> bytes_;
-};
-
 using Elementwise = Record<Head, Model>;
-
-bool too_many(int num_models) {
-  return sizeof(Head) + sizeof(Model) * static_cast<int64_t>(num_models) > kRecordBytes;
-}
-
-Status refuse(const char* why) { return fail(Status::kBadArgument, why); }
-
-Status run_elementwise(const Execution& execution, Kernel kernel, int num_models,
-                       Elementwise& record) {
-  const int64_t blocks = (record.head().numel + kTile - 1) / kTile;
-  const Launch launch{kernel, num_models, static_cast<int32_t>(record.size()), 0};
-  return run(execution, launch, record.data(), blocks);
-}
 
 Status weighted_sum(const WeightedSumArgs* args) {
   const int count = args->num_models;
   if (count < 1 || args->numel < 0) return refuse("num_models or numel");
   if (args->nonfinite == nullptr || args->weights == nullptr) return refuse("null argument");
-  if (too_many(count)) return refuse("more models than a launch can take");
+  if (too_many<Elementwise>(count)) return refuse(kTooMany);
   const bool has_base = args->base.data != nullptr;
-  Operands operands(args->out.dtype, args->compute);
-  operands.add(args->out.data, args->out.dtype);
-  if (has_base) operands.add(args->base.data, args->base.dtype);
   Elementwise record(count);
-  for (int k = 0; k < count; ++k) {
-    const Operand& model = args->models[k];
-    operands.add(model.data, model.dtype);
-    record.model(k) = {model.data, 0, args->weights[k], static_cast<float>(args->weights[k]),
-                       static_cast<int32_t>(model.dtype)};
-  }
-  Head& head = record.head();
-  head.flags = operands.alignment() | (args->divisor != 1.0 ? kDivide : 0);
-  head.numel = args->numel;
-  head.base = args->base.data;
-  head.out = args->out.data;
-  head.stats = args->nonfinite;
-  head.scale = args->scale;
-  head.divisor = args->divisor;
-  head.scale32 = static_cast<float>(args->scale);
-  head.divisor32 = static_cast<float>(args->divisor);
-  head.base_dtype = static_cast<int32_t>(args->base.dtype);
-  head.out_dtype = static_cast<int32_t>(args->out.dtype);
+  const Operands operands = record.set_operands(*args, args->compute, &args->out);
+  for (int k = 0; k < count; ++k) record.set_weight(k, args->weights[k]);
+  record.set_scale(args->scale, args->divisor);
+  record.head().stats = args->nonfinite;
   Kernel kernel = any_weighted_sum(args->compute == Dtype::kF64);
   if (operands.uniform && count <= kUnrolledModels) {
     kernel = operands.dtype == Dtype::kBF16  ? weighted_sum_bf16(count, has_base)
              : operands.dtype == Dtype::kF16 ? weighted_sum_f16(count, has_base)
                                              : weighted_sum_f32(count, has_base);
   }
-  return run_elementwise(args->execution, kernel, count, record);
+  return record.run_tiles(args->execution, kernel);
 }
 
 Status streaming_floor(const WeightedSumArgs* args) {
@@ -114,10 +50,10 @@ Status streaming_floor(const WeightedSumArgs* args) {
     record.model(i) = {operand.data, 0, 0, 0, static_cast<int32_t>(operand.dtype)};
   }
   if (!operands.uniform) return refuse("the floor takes one dtype of 16 or 32 bits");
-  record.head().flags = operands.alignment();
+  record.head().flags = operands.flags();
   record.head().numel = args->numel * (dtype_bytes(operands.dtype) / 2);
   record.head().out = args->out.data;
-  return run_elementwise(args->execution, floor_of_streams(count), count, record);
+  return record.run_tiles(args->execution, floor_of_streams(count));
 }
 
 // The form of a call that kernels of one dtype can take.
@@ -152,55 +88,41 @@ Status ties(const TiesArgs* args) {
   if (count < 1 || args->numel < 0) return refuse("num_models or numel");
   if (args->base.data == nullptr || args->stats == nullptr) return refuse("null argument");
   if (args->weighting != Weighting::kNone && args->weights == nullptr) return refuse("no weights");
-  if (too_many(count)) return refuse("more models than a launch can take");
+  if (too_many<Elementwise>(count)) return refuse(kTooMany);
   const bool wide = args->compute == Dtype::kF64;
-  Operands operands(args->base.dtype, args->compute);
-  operands.add(args->base.data, args->base.dtype);
-  if (args->out.data != nullptr) operands.add(args->out.data, args->out.dtype);
   const TiesForm form = form_of(*args);
   Elementwise record(count);
+  const Operands operands = record.set_operands(
+      *args, args->compute, args->out.data != nullptr ? &args->out : nullptr);
   for (int k = 0; k < count; ++k) {
-    const Operand& model = args->models[k];
-    operands.add(model.data, model.dtype);
     int64_t threshold = args->thresholds[k];
     if (!wide && threshold > INT32_MAX) threshold = INT32_MAX;
     // 0 and 1 keep the same, and 1 is what ties_point_finite takes.
-    if (threshold < 1) threshold = 1;
-    const double weight = args->weights != nullptr ? args->weights[k] : 1.0;
-    record.model(k) = {model.data, threshold, weight, static_cast<float>(weight),
-                       static_cast<int32_t>(model.dtype)};
+    record.model(k).threshold = threshold < 1 ? 1 : threshold;
+    record.set_weight(k, args->weights != nullptr ? args->weights[k] : 1.0);
   }
-  Head& head = record.head();
-  head.flags = operands.alignment() | ties_flags(*args);
-  head.numel = args->numel;
-  head.base = args->base.data;
-  head.out = args->out.data;
-  head.stats = args->stats;
-  head.scale = args->scale;
-  head.scale32 = static_cast<float>(args->scale);
-  head.zero_sign = args->zero_sign;
-  head.base_dtype = static_cast<int32_t>(args->base.dtype);
-  head.out_dtype = static_cast<int32_t>(args->out.dtype);
+  record.set_scale(args->scale, 1.0);
+  record.head().flags |= ties_flags(*args);
+  record.head().stats = args->stats;
+  record.head().zero_sign = args->zero_sign;
   Kernel kernel = any_ties(wide);
   if (operands.uniform && count <= kUnrolledModels) {
     kernel = operands.dtype == Dtype::kBF16  ? ties_bf16(count, form)
              : operands.dtype == Dtype::kF16 ? ties_f16(count, form)
                                              : ties_f32(count, form);
   }
-  return run_elementwise(args->execution, kernel, count, record);
+  return record.run_tiles(args->execution, kernel);
 }
 
 using Magnitudes = Record<MagnitudeHead, MagnitudeModel>;
 
-Status run_magnitudes(const Execution& execution, Dtype compute, int num_models,
-                      const Operands& operands, Magnitudes& record, Bins bins) {
+Status run_magnitudes(const Execution& execution, Dtype compute, const Operands& operands,
+                      Magnitudes& record, Bins bins) {
   const MagnitudeHead& head = record.head();
   const int64_t chunks = (head.numel + head.chunk - 1) / head.chunk;
-  const Dtype dtype = compute == Dtype::kF64 ? compute : operands.dtype;
   const int32_t bytes = bins == Bins::kShared ? head.num_bins * 4 : 0;
-  const Launch launch{magnitudes(dtype, !operands.uniform, bins), num_models,
-                      static_cast<int32_t>(record.size()), bytes};
-  return run(execution, launch, record.data(), chunks * num_models);
+  return record.run_blocks(execution, magnitudes(kind_of(operands, compute), bins),
+                           chunks * record.num_models(), bytes);
 }
 
 // The bracket of model k; false where it is not one.
@@ -251,7 +173,7 @@ Status magnitude_histogram(const HistogramArgs* args) {
     head.base = args->base.data;
     head.base_dtype = static_cast<int32_t>(args->base.dtype);
     const Status status =
-        run_magnitudes(args->execution, args->compute, count, operands, record, bins);
+        run_magnitudes(args->execution, args->compute, operands, record, bins);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
@@ -276,7 +198,7 @@ Status magnitude_equal_counts(const EqualCountsArgs* args) {
   head.chunk = args->chunk < args->numel ? args->chunk : args->numel > 0 ? args->numel : 1;
   head.base = args->base.data;
   head.base_dtype = static_cast<int32_t>(args->base.dtype);
-  return run_magnitudes(args->execution, args->compute, 1, operands, record, Bins::kNone);
+  return run_magnitudes(args->execution, args->compute, operands, record, Bins::kNone);
 }
 
 Status check_device(const Execution* execution) { return check(execution, floor_of_streams(1)); }
@@ -295,6 +217,11 @@ KernelTable make_table() {
   table.end = end;
   table.check = check_device;
   table.last_error = last_error;
+  table.sparse_merge = sparse_merge;
+  table.pointwise = pointwise;
+  table.chunk_sums = chunk_sums;
+  table.pcb = pcb;
+  table.row_weighted_sum = row_weighted_sum;
   return table;
 }
 

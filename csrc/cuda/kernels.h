@@ -15,10 +15,15 @@ constexpr int kUnrolledModels = PYMERGE_CUDA_UNROLLED;
 constexpr int kUnrolledModels = 16;
 #endif
 constexpr int kFloorStreams = kUnrolledModels + 1;
+// Ops that are wanted for many models less often.
+constexpr int kUnrolledPoints = 8;
 
 // Which arithmetic a kernel has: ties_point_finite without weights, with weights, and with
 // statistics of signs; or ties_point_careful for every dialect.
 enum class TiesForm { kPlain, kWeighted, kSigns, kCareful };
+
+// What decides which elements of sparse task vectors are kept.
+enum class SparseForm { kBand, kDrawn, kBoth, kRanks };
 
 // One dtype; num_models in 1 .. kUnrolledModels.
 Kernel weighted_sum_bf16(int num_models, bool has_base);
@@ -36,8 +41,32 @@ Kernel any_ties(bool wide);
 // Where the bins of a histogram are: none are wanted, in shared memory, or in device memory.
 enum class Bins { kNone, kShared, kDevice };
 
-// kF64: any dtypes in double; otherwise one dtype, or any in float where `mixed`.
-Kernel magnitudes(Dtype dtype, bool mixed, Bins bins);
+// The operands of a call: all of one dtype, or any dtypes where `mixed`, computed in `dtype`: kF64
+// or kF32.
+struct Kind {
+  Dtype dtype;
+  bool mixed;
+};
+
+Kernel magnitudes(Kind kind, Bins bins);
+
+// Of any number of models.
+Kernel sparse_kernel(Kind kind, int num_models, SparseForm form, bool elect);
+Kernel pointwise_kernel(Kind kind, int num_models, Pointwise op);
+Kernel row_sum_kernel_of(Kind kind);
+Kernel sums_kernel(Kind kind, int num_models, SumsKind sums, bool ranks);
+Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge);
+
+// Families that are large have a file for each dtype or kind: files are compiled in parallel.
+Kernel sparse_bf16(int num_models, SparseForm form, bool elect);
+Kernel sparse_f16(int num_models, SparseForm form, bool elect);
+Kernel sparse_f32(int num_models, SparseForm form, bool elect);
+Kernel pointwise_bf16(int num_models, Pointwise op);
+Kernel pointwise_f16(int num_models, Pointwise op);
+Kernel pointwise_f32(int num_models, Pointwise op);
+Kernel pairs_kernel_of(Kind kind, int num_models, SumsKind sums);
+Kernel exp_kernel_of(Kind kind, int num_models);
+Kernel pcb_paper(int num_models, bool merge);
 
 // Picks from kernels that are templates over the number of models.
 template <template <int> class Instance, int... K>

@@ -29,8 +29,6 @@ PM_DEVICE float weighted_sum_point(Load load, const SumCall<K>& call) {
   return task_arithmetic_finish(base, sum, call.divide, call.divisor, call.scale);
 }
 
-PM_DEVICE bool is_finite(float x) { return fabsf(x) < bit_cast<float>(Traits<float>::kInfinity); }
-
 template <int K>
 PM_DEVICE SumCall<K> sum_call(const Head& head) {
   const Model* models = models_of<Model>(head);

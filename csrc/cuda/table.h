@@ -47,7 +47,7 @@ struct Head {
   int32_t base_dtype;
   int32_t out_dtype;
   int32_t zero_sign;
-  int32_t reserved;
+  uint32_t start;  // of hashes: the flat index of element 0, its low half
 };
 
 struct Model {
@@ -67,6 +67,40 @@ enum : int32_t {
   kLargest = 32,
   kElectCount = 64,
   kWantSigns = 128,
+  kUniform = 256,  // one dtype, all operands at multiples of its size
+  kBare = 512,     // the merge alone, without the base
+  kDrawn = 1024,
+  kChances = 2048,
+  kPerElement = 4096,
+};
+
+// Of what writes rows of numbers: `out` is the first, others follow `stride` numbers apart.
+struct RowsHead : Head {
+  int64_t stride;
+  int64_t columns;  // of the rows of the inputs; 0: the inputs are chunks
+};
+
+// Weighted sums with weights[k][row]; `stride` is the number of rows.
+struct RowSumHead : RowsHead {
+  const double* weights;
+  int64_t reserved;
+};
+
+// What is kept of a task vector: lo <= key <= lo + span, and the hashes up to a limit.
+struct SparseModel : Model {
+  uint64_t span;  // `threshold` is lo
+  double factor;
+  float factor32;
+  uint32_t first, second;  // the words of its seed, the first one mixed (math/sparse.h)
+  uint32_t limit;
+};
+
+// Ranks decide in place of keys: lo <= rank <= lo + span, or drawn with probability chance + rank *
+// spread.
+struct RankedModel : SparseModel {
+  const int32_t* ranks;
+  double chance, spread;
+  float chance32, spread32;
 };
 
 // Blocks of one record: for each chunk in turn, one for each model.
@@ -92,6 +126,8 @@ struct MagnitudeModel {
 
 static_assert(sizeof(Head) % 16 == 0 && sizeof(Model) % 16 == 0, "records stay aligned");
 static_assert(sizeof(MagnitudeHead) % 16 == 0 && sizeof(MagnitudeModel) % 16 == 0, "the same");
+static_assert(sizeof(RowsHead) % 16 == 0 && sizeof(SparseModel) % 16 == 0, "the same");
+static_assert(sizeof(RankedModel) % 16 == 0 && sizeof(RowSumHead) % 16 == 0, "the same");
 
 // Numbers in the precision that a kernel computes in.
 template <class F>
@@ -112,6 +148,24 @@ PM_DEVICE F divisor_of(const Head& head) {
   return head.divisor32;
 }
 
+template <class F>
+PM_DEVICE F factor_of(const SparseModel& model) {
+  if constexpr (sizeof(F) == 8) return model.factor;
+  return model.factor32;
+}
+
+template <class F>
+PM_DEVICE F chance_of(const RankedModel& model) {
+  if constexpr (sizeof(F) == 8) return model.chance;
+  return model.chance32;
+}
+
+template <class F>
+PM_DEVICE F spread_of(const RankedModel& model) {
+  if constexpr (sizeof(F) == 8) return model.spread;
+  return model.spread32;
+}
+
 // Every kernel takes a table.
 using Kernel = void (*)(const Table);
 
@@ -123,6 +177,12 @@ PM_DEVICE const AnyHead& record(const Table& table, int index) {
 template <class AnyModel, class AnyHead>
 PM_DEVICE const AnyModel* models_of(const AnyHead& head) {
   return reinterpret_cast<const AnyModel*>(&head + 1);
+}
+
+// Numbers of a call that follow its models.
+template <class F, class AnyModel>
+PM_DEVICE const F* numbers_after(const AnyModel* models, int count) {
+  return reinterpret_cast<const F*>(models + count);
 }
 
 // The number of a block's record: the last one that begins at or before it.

@@ -46,4 +46,10 @@ struct Traits<double> : ScalarMasks<double, int64_t> {
   static constexpr int64_t kInfinity = 0x7ff0000000000000;
 };
 
+namespace cuda {
+
+PM_DEVICE bool is_finite(float x) { return fabsf(x) < bit_cast<float>(Traits<float>::kInfinity); }
+PM_DEVICE bool is_finite(double x) { return magnitude_key(x) < Traits<double>::kInfinity; }
+
+}  // namespace cuda
 }  // namespace pymerge

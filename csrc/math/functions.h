@@ -7,6 +7,16 @@
 
 namespace pymerge {
 
+// Into the place of the exponent. For one integer the shift is of an unsigned one: of NaN any bits
+// may come.
+template <class Bits>
+PM_INLINE Bits to_exponent(Bits x) {
+  return x << 23;
+}
+PM_INLINE int32_t to_exponent(int32_t x) {
+  return static_cast<int32_t>(static_cast<uint32_t>(x) << 23);
+}
+
 // e^x for |x| <= 87; x beyond is clamped.
 template <class F>
 PM_INLINE F exp32(F x) {
@@ -28,7 +38,7 @@ PM_INLINE F exp32(F x) {
   p = p * r + splat<F>(5.0000001201e-1f);
   const F y = p * (r * r) + r + splat<F>(1.0f);
   const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(magic);
-  return y * bit_cast<F>((exponent + splat_bits<F>(127)) << 23);
+  return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
 }
 
 template <class F>

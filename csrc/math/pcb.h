@@ -40,6 +40,36 @@ struct PcbCall {
   float scale;
 };
 
+// The numbers of a call one after the other, as PcbArgs has them.
+PM_INLINE PcbCall pcb_call(PcbVariant variant, int count, const float* reals) {
+  const int pairs = count * (count + 1) / 2;
+  PcbCall call{};
+  call.variant = variant;
+  call.num_models = count;
+  if (variant == PcbVariant::kPaper) {
+    call.pair_min = reals;
+    call.pair_inv = reals + pairs;
+    call.pair_norm = reals + 2 * pairs;
+    call.norm = reals + 3 * pairs;
+    call.q = call.norm + count;
+    call.weights = call.q + count;
+  } else {
+    call.lo = reals;
+    call.hi = reals + count;
+    call.inv = reals + 2 * count;
+    call.q = reals + 3 * count;
+    call.top = reals + 4 * count;
+    call.top_inv = reals + 5 * count;
+    call.weights = reals + 6 * count;
+  }
+  call.scale = call.weights[count];
+  return call;
+}
+
+static inline int64_t pcb_reals(PcbVariant variant, int64_t count) {
+  return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) + 1;
+}
+
 PM_INLINE int pcb_pair(int i, int j, int count) {
   const int a = i < j ? i : j, b = i < j ? j : i;
   return a * count - a * (a - 1) / 2 + (b - a);
@@ -53,9 +83,9 @@ PM_INLINE F pcb_sign(F x) {
 
 // x_ij of the paper.
 template <class F>
-PM_INLINE F pcb_product(const PcbCall& call, const F* tau, int i, int j) {
+PM_INLINE F pcb_product(const PcbCall& call, F tau_i, F tau_j, int i, int j) {
   const int pair = pcb_pair(i, j, call.num_models);
-  return (tau[i] * tau[j] - splat<F>(call.pair_min[pair])) * splat<F>(call.pair_inv[pair]);
+  return (tau_i * tau_j - splat<F>(call.pair_min[pair])) * splat<F>(call.pair_inv[pair]);
 }
 
 template <class F>
@@ -73,58 +103,75 @@ PM_INLINE F pcb_normal(const PcbCall& call, F tau, int i) {
   return pcb_sign(tau) * n;
 }
 
-// tau: [num_models] -> scores: beta_i or b_i.
-template <class F>
-PM_INLINE void pcb_scores(const PcbCall& call, const F* tau, F* scores) {
-  const int count = call.num_models;
-  const F many = splat<F>(static_cast<float>(count));
-  if (call.variant == PcbVariant::kPaper) {
-    for (int i = 0; i < count; ++i) {
-      F inter{};
-      for (int j = 0; j < count; ++j) {
-        const float z = call.pair_norm[pcb_pair(i, j, count)];
-        inter = inter + exp32(pcb_product(call, tau, i, j)) * splat<F>(z);
-      }
-      const F intra = exp32(many * pcb_product(call, tau, i, i)) * splat<F>(call.norm[i]);
-      scores[i] = intra * inter;
-    }
-    return;
-  }
+// tau[i] gives the task vectors' elements. What the scores of all models share: the sum in tanh.
+template <class F, class Taus>
+PM_INLINE F pcb_total(const PcbCall& call, const Taus& tau) {
   F sum{};
-  for (int j = 0; j < count; ++j) {
-    sum = sum + (call.variant == PcbVariant::kRoot ? tau[j] : pcb_normal(call, tau[j], j));
+  if (call.variant == PcbVariant::kPaper || call.variant == PcbVariant::kVisionEs) return sum;
+  PM_UNROLL
+  for (int j = 0; j < call.num_models; ++j) {
+    const F value = tau[j];
+    sum = sum + (call.variant == PcbVariant::kRoot ? value : pcb_normal(call, value, j));
   }
-  for (int i = 0; i < count; ++i) {
-    const F n = pcb_normal(call, tau[i], i);
-    const F intra = exp32(many * (n * n));
-    F inter{};
-    if (call.variant == PcbVariant::kVisionEs) {
-      for (int j = 0; j < count; ++j) {
-        inter = inter + tanh32(n * pcb_normal(call, tau[j], j));
-      }
-    } else {
-      inter = tanh32(tau[i] * sum);
-    }
-    scores[i] = intra * inter;
-  }
+  return sum;
 }
 
-template <class F>
-PM_INLINE F pcb_merge(const PcbCall& call, F base, const F* tau, const F* scores) {
+// beta_i or b_i.
+template <class F, class Taus>
+PM_INLINE F pcb_score(const PcbCall& call, const Taus& tau, F total, int i) {
+  const int count = call.num_models;
+  const F many = splat<F>(static_cast<float>(count));
+  const F own = tau[i];
+  F inter{};
+  if (call.variant == PcbVariant::kPaper) {
+    PM_UNROLL
+    for (int j = 0; j < count; ++j) {
+      const F other = tau[j];
+      const float z = call.pair_norm[pcb_pair(i, j, count)];
+      inter = inter + exp32(pcb_product(call, own, other, i, j)) * splat<F>(z);
+    }
+    const F intra = exp32(many * pcb_product(call, own, own, i, i)) * splat<F>(call.norm[i]);
+    return intra * inter;
+  }
+  const F n = pcb_normal(call, own, i);
+  const F intra = exp32(many * (n * n));
+  if (call.variant == PcbVariant::kVisionEs) {
+    PM_UNROLL
+    for (int j = 0; j < count; ++j) {
+      const F other = tau[j];
+      inter = inter + tanh32(n * pcb_normal(call, other, j));
+    }
+  } else {
+    inter = tanh32(own * total);
+  }
+  return intra * inter;
+}
+
+// The same for all models.
+template <class F, class Taus>
+PM_INLINE void pcb_scores(const PcbCall& call, const Taus& tau, F* scores) {
+  const F total = pcb_total<F>(call, tau);
+  PM_UNROLL
+  for (int i = 0; i < call.num_models; ++i) scores[i] = pcb_score(call, tau, total, i);
+}
+
+template <class F, class Taus, class Scores>
+PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores& scores) {
   const bool paper = call.variant == PcbVariant::kPaper;
   F sum{}, total{};
+  PM_UNROLL
   for (int i = 0; i < call.num_models; ++i) {
-    const F q = splat<F>(call.q[i]);
+    const F q = splat<F>(call.q[i]), score = scores[i], own = tau[i];
     F share;
-    F value = tau[i];
+    F value = own;
     if (paper) {
-      share = scores[i] >= q ? scores[i] : F{};
+      share = score >= q ? score : F{};
     } else {
       const F top = splat<F>(call.top[i]);
-      F b = scores[i] < q ? q : scores[i];
+      F b = score < q ? q : score;
       b = b > top ? top : b;
       share = call.top_inv[i] == 0 ? splat<F>(1.0f) : (b - q) * splat<F>(call.top_inv[i]);
-      value = pcb_sign(tau[i]) * pcb_magnitude(call, tau[i], i);
+      value = pcb_sign(own) * pcb_magnitude(call, own, i);
     }
     sum = sum + (splat<F>(call.weights[i]) * value) * share;
     total = total + share;

@@ -82,11 +82,15 @@ PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
 // reals: scale, lambda, task.
 template <class F, class Load>
 PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
-  F sum{};
-  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const int task = static_cast<int>(call.reals[2]);
+  F sum{}, x{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F own = load(k);  // chosen here: an index that is not known would cost a GPU its registers
+    sum = sum + (own - base);
+    if (k == task) x = own;
+  }
   const F scaled = splat<F>(call.reals[0]) * sum;
   const F merged = base + scaled;
-  const F x = load(static_cast<int>(call.reals[2]));
   const auto own = absolute(x - base) > splat<F>(call.reals[1]) * absolute(merged - x);
   return base + (own ? scaled : F{});
 }
@@ -95,8 +99,13 @@ PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
 // where it agrees, times its rescaler. reals: task (-1: none), rescaler.
 template <class F, class Load>
 PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
-  F sum{}, largest{};
-  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  const int task = static_cast<int>(call.reals[0]);
+  F sum{}, largest{}, own{};
+  for (int k = 0; k < call.num_models; ++k) {
+    const F delta = load(k) - base;
+    sum = sum + delta;
+    if (k == task) own = delta;
+  }
   const auto positive = sum > F{};
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
@@ -104,8 +113,7 @@ PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
     largest = aligned > largest ? aligned : largest;
   }
   const F unified = positive ? largest : -largest;
-  if (call.reals[0] < 0) return base + unified;
-  const F own = load(static_cast<int>(call.reals[0])) - base;
+  if (task < 0) return base + unified;
   const F aligned = positive ? own : -own;
   return base + splat<F>(call.reals[1]) * (aligned > F{} ? unified : F{});
 }

@@ -20,16 +20,24 @@ namespace pymerge {
 // rounds of multiply and xor-shift; the second word enters between them, so that models do not
 // share a shifted sequence. U is an unsigned vector or integer of 32 bits.
 template <class U>
-PM_INLINE U mask_hash(U index, U first, U second) {
-  U x = index ^ first;
-  x = x ^ (x >> 16);
-  x = x * 0x7feb352du;
-  x = (x ^ (x >> 15)) + second;
-  x = x ^ (x >> 16);
-  x = x * 0x846ca68bu;
-  x = x ^ (x >> 15);
-  x = x * 0x9e3779b1u;
+PM_INLINE U mask_mix(U x) {
   return x ^ (x >> 16);
+}
+
+// Of the index, mixed, and the first word, mixed, xor-ed: the models of an element share the one,
+// the elements of a model the other.
+template <class U>
+PM_INLINE U mask_hash_of(U mixed, U second) {
+  U x = mixed * 0x7feb352du;
+  x = (x ^ (x >> 15)) + second;
+  x = mask_mix(x) * 0x846ca68bu;
+  x = x ^ (x >> 15);
+  return mask_mix(x * 0x9e3779b1u);
+}
+
+template <class U>
+PM_INLINE U mask_hash(U index, U first, U second) {
+  return mask_hash_of(mask_mix(index) ^ mask_mix(first), second);
 }
 
 template <class F>

@@ -11,7 +11,10 @@
 
 #if defined(__CUDACC__)
 #define PM_INLINE static __device__ __forceinline__
+// What is indexed in a loop stays in registers only where the loop is unrolled.
+#define PM_UNROLL _Pragma("unroll")
 #else
+#define PM_UNROLL
 #define PM_INLINE static inline __attribute__((always_inline))
 #endif
 

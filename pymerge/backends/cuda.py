@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pymerge.backends.arguments import POINTWISE, SUMS, Kept, SparseMerge, padded, sums_shape
 from pymerge.backends.sizes import HOT_CHUNK
 
 if TYPE_CHECKING:
@@ -146,6 +147,29 @@ class _Call:
         if kept is not None:
             kept.append(tensor)
 
+    def rows(self, tensor: Any, count: int, dtype: str) -> tuple[int, int]:
+        """Return address and stride of scores or ranks: [count, numel and room]."""
+        if tensor.shape[0] != count or tensor.shape[1] < padded(self.numel):
+            raise ValueError(
+                f"backend 'cuda': expected {count} rows of {padded(self.numel)} numbers, got "
+                f"{tuple(tensor.shape)}"
+            )
+        return self.counters(tensor, dtype), tensor.shape[1]
+
+    def table(self, tensor: Any, shape: tuple[int, int]) -> int:
+        """Return the address of a table of doubles."""
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"backend 'cuda': expected a table of shape {shape}, got {tuple(tensor.shape)}"
+            )
+        return self.counters(tensor, "float64")
+
+    def common(
+        self, base: torch.Tensor | None, models: Sequence[torch.Tensor], wide: bool
+    ) -> tuple[Any, ...]:
+        """Return what every call begins with: operands, numel, compute, threads, device, stream."""
+        return self.address(base), self.addresses(models), *self.end(wide)
+
     def end(self, wide: bool) -> tuple[int, int, int, int, int]:
         """Return the last arguments of every call: numel, compute, threads, device, stream."""
         return self.numel, 3 if wide else 0, 0, *_place(self.device)
@@ -274,4 +298,152 @@ def magnitude_equal_counts(
         key,
         chunk,
         *call.end(wide),
+    )
+
+
+def _ranked(call: _Call, kept: Kept, count: int) -> tuple[int, int]:
+    return _NOTHING if kept.ranks is None else call.rows(kept.ranks, count, "int32")
+
+
+def sparse_merge(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    kept: Kept,
+    how: SparseMerge,
+    wide: bool,
+) -> None:
+    call = _Call(out)
+    call.native.sparse_merge(
+        call.common(base, models, wide),
+        call.address(out),
+        call.counters(stats, least=3),
+        *kept.numbers(),
+        how.factors,
+        how.weights,
+        how.elect,
+        how.divide,
+        how.divisor,
+        how.scale,
+        kept.start,
+        how.bare,
+        _ranked(call, kept, len(models)),
+        kept.chances,
+        kept.per_element,
+    )
+
+
+def pointwise(
+    op: str,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    reals: Sequence[float],
+    wide: bool,
+) -> None:
+    call = _Call(out)
+    common = call.common(base, models, wide)
+    call.native.pointwise(
+        common, call.address(out), call.counters(stats, least=3), POINTWISE[op], reals
+    )
+
+
+def chunk_sums(
+    kind: str,
+    partials: torch.Tensor,
+    base: torch.Tensor | None,
+    models: Sequence[torch.Tensor],
+    reals: Sequence[float],
+    kept: Kept,
+    columns: int,
+    wide: bool,
+) -> None:
+    call = _Call(models[0])
+    shape = sums_shape(kind, len(models), call.numel, columns)
+    call.native.chunk_sums(
+        call.common(base, models, wide),
+        call.table(partials, shape),
+        shape[1],
+        SUMS[kind],
+        columns,
+        *kept.numbers(),
+        kept.start,
+        _ranked(call, kept, len(models)),
+        kept.chances,
+        reals,
+    )
+
+
+def pcb_scores(
+    scores: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    variant: int,
+    reals: Sequence[float],
+) -> None:
+    call = _Call(base)
+    common = call.common(base, models, False)
+    place = call.rows(scores, len(models), "float32")
+    call.native.pcb(common, _NOTHING, call.counters(stats, least=3), *place, variant, reals)
+
+
+def pcb_merge(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    variant: int,
+    reals: Sequence[float],
+) -> None:
+    call = _Call(out)
+    common = call.common(base, models, False)
+    call.native.pcb(
+        common, call.address(out), call.counters(stats, least=3), *_NOTHING, variant, reals
+    )
+
+
+def row_ranks(
+    ranks: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    columns: int,
+    wide: bool,
+) -> None:
+    """Rank by torch's stable sort, model by model: it runs on the device, too."""
+    import torch
+
+    call = _Call(base)
+    call.rows(ranks, len(models), "int32")
+    call.common(base, models, wide)
+    if call.numel == 0:
+        return
+    float_, bits = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    places = torch.arange(columns, dtype=torch.int32, device=base.device)
+    for k, model in enumerate(models):
+        delta = model.to(float_) - base.to(float_)
+        keys = (delta.view(bits) & torch.iinfo(bits).max).view(-1, columns)
+        order = torch.sort(keys, dim=1, stable=True).indices
+        rows = ranks[k, : call.numel].view(-1, columns)
+        rows.scatter_(1, order, places.expand_as(order))
+
+
+def row_weighted_sum(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor | None,
+    models: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    columns: int,
+    wide: bool,
+) -> None:
+    call = _Call(out)
+    call.native.row_weighted_sum(
+        call.common(base, models, wide),
+        call.address(out),
+        call.counters(stats, least=1),
+        call.table(weights, (len(models), call.numel // columns)),
+        columns,
     )

@@ -1,0 +1,16 @@
+// The entries of the library's table that have a file of their own.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace pymerge {
+namespace cuda {
+
+Status sparse_merge(const SparseArgs* args);
+Status pointwise(const PointwiseArgs* args);
+Status pcb(const PcbArgs* args);
+Status row_weighted_sum(const RowSumArgs* args);
+Status chunk_sums(const SumsArgs* args);
+
+}  // namespace cuda
+}  // namespace pymerge
