@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import resolve, triton
+from pymerge.backends import resolve
+from pymerge.backends import triton_common as triton
 from tests.cases import DTYPES
 from tests.conftest import REQUIRED
 from tests.triton_checks import (

@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pymerge.backends import triton as backend
+from pymerge.backends import triton, triton_common
 from tests.cases import make_inputs
 from tests.test_triton import needs_triton, process
 from tests.triton_checks import BY_NAME
@@ -54,9 +54,10 @@ def launched(
     kernels = importlib.import_module("pymerge.triton_kernels.launch")
     calls: list[Any] = []
     with (
-        mock.patch.object(backend, "device", return_value="cpu"),
-        mock.patch.object(backend, "reason", return_value=None),
-        mock.patch.object(backend, "_load", return_value=(kernels, None)),
+        mock.patch.object(triton, "reason", return_value=None),
+        mock.patch.object(triton, "device", return_value="cpu"),
+        mock.patch.object(triton_common, "device", return_value="cpu"),
+        mock.patch.object(triton_common, "_load", return_value=(kernels, None)),
         mock.patch.object(kernels, "run", calls.append),
     ):
         wide = dtype == torch.float64

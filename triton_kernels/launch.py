@@ -14,19 +14,29 @@ from typing import Any
 import torch
 
 from .magnitude import magnitude_equal_counts_kernel, magnitude_histogram_kernel
+from .pcb import pcb_kernel
+from .pointwise import pointwise_kernel
+from .sparse import sparse_merge_kernel
+from .sums import chunk_sums_kernel
 from .ties import ties_kernel
 from .value import CODES, INTERPRETED, ROW
-from .weighted_sum import weighted_sum_kernel
+from .weighted_sum import row_weighted_sum_kernel, weighted_sum_kernel
 
-__all__ = ["CODES", "INTERPRETED", "KERNELS", "ROW", "UNROLLED", "Config", "Launch", "run"]
+__all__ = ["CODES", "INTERPRETED", "KERNELS", "ROW", "Config", "Launch", "run", "unrolled"]
 
 KERNELS: dict[str, Any] = {
     "weighted_sum": weighted_sum_kernel,
     "ties": ties_kernel,
     "magnitude_histogram": magnitude_histogram_kernel,
     "magnitude_equal_counts": magnitude_equal_counts_kernel,
+    "sparse_merge": sparse_merge_kernel,
+    "pointwise": pointwise_kernel,
+    "pcb": pcb_kernel,
+    "chunk_sums": chunk_sums_kernel,
+    "row_weighted_sum": row_weighted_sum_kernel,
 }
-UNROLLED = 16  # up to so many models a kernel is compiled for their number; beyond, it loops
+_KEEPING = ("ties", "sparse_merge", "pointwise")  # what they load of each model
+_PAIRWISE = ("pcb", "chunk_sums")  # their code grows with the square of the number of models
 
 # Below so many elements a call is over before a better configuration could pay.
 _WORTH_TUNING = 1 << 20
@@ -52,14 +62,21 @@ _CANDIDATES = [
 ]
 
 
+def unrolled(kernel: str) -> int:
+    """Return up to how many models a kernel is compiled for their number; beyond, it loops."""
+    return 8 if kernel in _PAIRWISE else 16
+
+
 @dataclass
 class Launch:
     """A call of a kernel.
 
     arguments: what the kernel takes, by name, but BLOCK.
-    numel: elements, which fix the number of programs where `programs` does not.
+    numel: elements, which with `units` fix the number of programs where `programs` does not.
     models: the number of models, whatever the kernel is told.
     scratch: names of arguments that the kernel adds to; where one is None, it is not there.
+    units: programs that share a block of elements.
+    span: what a block is a part of, where that is not `numel`.
     """
 
     kernel: str
@@ -70,6 +87,8 @@ class Launch:
     dtypes: tuple[torch.dtype, ...]
     programs: int | None = None
     scratch: tuple[str, ...] = ()
+    units: int = 1
+    span: int | None = None
 
     def keywords(self, config: Config) -> dict[str, Any]:
         """Return everything that the kernel is called with."""
@@ -79,19 +98,25 @@ class Launch:
 
     def start(self, config: Config) -> None:
         """Start the kernel on the device's current stream; wait for nothing."""
-        programs = self.programs or -(-self.numel // config.block)
+        span = self.numel if self.span is None else self.span
+        programs = self.programs or -(-span // config.block) * self.units
         KERNELS[self.kernel][(programs,)](**self.keywords(config))
 
 
 def default_config(launch: Launch) -> Config:
     """Return a fixed configuration: 16 bytes per thread and tensor, where registers allow it."""
-    if INTERPRETED.value:
-        return Config(2048, 4)  # a program costs the interpreter as much as its elements do
+    if INTERPRETED.value:  # a program costs the interpreter as much as its elements do
+        return Config(16384 if launch.kernel == "chunk_sums" else 2048, 4)
+    if launch.kernel == "chunk_sums":
+        return Config(4096, 2)  # chunks of 1024, of each of which 16 elements at a time
     if launch.kernel.startswith("magnitude"):
         return Config(2048, 8)  # each program adds to the same few counters
     width = max(dtype.itemsize for dtype in launch.dtypes)
-    # TIES keeps what all models vote with: 8 elements of 16 models are more than a thread can hold.
-    if launch.kernel == "ties" and 8 < launch.models <= UNROLLED:
+    if launch.kernel == "pcb":
+        # It computes more than it waits for memory, and each model takes many registers.
+        return Config({1: 512, 2: 512, 3: 256, 4: 256}.get(launch.models, 128), 4)
+    # What all models vote with is kept: 8 elements of 16 models are more than a thread can hold.
+    if launch.kernel in _KEEPING and 8 < launch.models <= unrolled(launch.kernel):
         return Config(512 if width < 8 else 256, 4)
     return Config(1024 if width == 2 else 512, 4)
 
@@ -99,8 +124,11 @@ def default_config(launch: Launch) -> Config:
 def candidates(launch: Launch) -> list[Config]:
     """Return the configurations that a search tries, the fixed one first."""
     first = default_config(launch)
+    if launch.kernel == "chunk_sums":
+        return [first, Config(2048, 1), Config(8192, 4), Config(16384, 4)]
     # More elements a thread than these would only spill registers.
-    most = 4 if launch.kernel == "ties" and launch.models > 4 else 16
+    keeps = launch.kernel == "pcb" or (launch.kernel in _KEEPING and launch.models > 4)
+    most = 4 if keeps else 16
     others = [c for c in _CANDIDATES if c != first and c.block <= most * 32 * c.warps]
     return [first, *others]
 

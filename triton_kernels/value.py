@@ -31,6 +31,12 @@ def magnitude_key(x: tl.tensor):
 
 
 @triton.jit
+def absolute(x: tl.tensor):
+    """|x|, NaN included."""
+    return magnitude_key(x).to(x.dtype, bitcast=True)
+
+
+@triton.jit
 def sign_bit(x: tl.tensor):
     """The sign of x, NaN included, as bits that `flip` takes."""
     if x.dtype == tl.float64:
@@ -46,6 +52,18 @@ def sign_bit(x: tl.tensor):
 def flip(x: tl.tensor, sign: tl.tensor):
     """x, negated where the sign bit is set; Triton's `-x` need not give -0 of +0."""
     return (x.to(sign.dtype, bitcast=True) ^ sign).to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def align(x: tl.tensor, positive: tl.tensor):
+    """x where positive, else -x."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        negated = bits ^ -0x8000000000000000
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        negated = bits ^ -0x80000000
+    return tl.where(positive, bits, negated).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -120,6 +138,19 @@ def load_row(
         value = _load_at(address, start, lane, mask, ALIGNED, tl.bfloat16, F)
     else:
         value = _load_at(address, start, lane, mask, ALIGNED, tl.float64, F)
+    return value
+
+
+@triton.jit
+def load_model(
+    models: tl.tuple | tl.tensor, k: int, start: tl.tensor, lane: tl.tensor, mask: tl.tensor,
+    MODELS: tl.constexpr, ALIGNED: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Load a block of model k: of a tuple of MODELS pointers, or of a table where that is 0."""
+    if MODELS > 0:
+        value = load(models[k] + start, lane, mask, F)
+    else:
+        value = load_row(models + ROW * k, start, lane, mask, ALIGNED, F)
     return value
 
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .value import ROW, divide, is_nonfinite, load, load_row, magnitude_key, raise_flag, store
+from .value import (
+    ROW,
+    divide,
+    is_nonfinite,
+    load,
+    load_model,
+    load_row,
+    magnitude_key,
+    raise_flag,
+    store,
+)
 
 
 @triton.jit
@@ -57,5 +67,68 @@ def weighted_sum_kernel(
         total = divide(total, tl.load(numbers + 1))
     if base is not None:
         total = origin + tl.load(numbers) * total
+    raise_flag(stats, integers, is_nonfinite(magnitude_key(total)))
+    store(out + start, lane, mask, total)
+
+
+@triton.jit
+def _row_term(
+    x: tl.tensor, origin: tl.tensor, weights: tl.tensor, row: tl.tensor, mask: tl.tensor
+):
+    """What one model adds to each element, with the weights of its rows."""
+    return tl.load(weights + row, mask=mask, other=0).to(x.dtype) * (x - origin)
+
+
+@triton.jit
+def row_weighted_sum_kernel(
+    out: tl.tensor,
+    stats: tl.tensor,
+    base: tl.tensor | None,
+    models: tl.tuple | tl.tensor,
+    weights: tl.tensor,
+    integers: tl.tensor,
+    numbers: tl.tensor,
+    count: int,
+    numel: int,
+    columns: int,
+    rows: int,
+    MODELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = sum_k w_kr x_k, or base + sum_k w_kr (x_k - base), in row r of `columns` elements.
+
+    models: MODELS pointers, or for MODELS = 0 a table of `count` rows. weights: doubles [K, rows].
+    LONG: rows have BLOCK elements or more. integers: [0] the flag of `raise_flag`. numbers: of the
+    type to compute in, otherwise unused.
+    """
+    F = numbers.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
+    first = start // columns
+    # 64-bit division is slow: one for the program, and 32 bits within it.
+    if LONG:
+        row = (lane >= (first + 1) * columns - start).to(tl.int32)
+    else:
+        row = ((start - first * columns).to(tl.int32) + lane) // columns
+    total = tl.zeros([BLOCK], F)
+    origin = total
+    if base is not None:
+        origin = load(base + start, lane, mask, F)
+    weights += first
+    if MODELS > 0:
+        for k in tl.static_range(MODELS):
+            x = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F)
+            total = total + _row_term(x, origin, weights, row, mask)
+            weights += rows
+    else:
+        for k in range(count):
+            x = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F)
+            total = total + _row_term(x, origin, weights, row, mask)
+            weights += rows
+    if base is not None:
+        total = origin + total
     raise_flag(stats, integers, is_nonfinite(magnitude_key(total)))
     store(out + start, lane, mask, total)

@@ -1,0 +1,191 @@
+# type: ignore
+# Kernels are written in Triton's language, whose types are not those of Python.
+"""Merges of sparse task vectors: DARE, Breadcrumbs, DELLA. The twin of csrc/math/sparse.h.
+
+KEEP says what decides on an element: "all"; its key ("band"); a hash of its index ("drawn"), or
+"both"; its rank in its row ("ranks"); a hash and its rank ("chances", or "shares" where what is
+kept is divided by its probability).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .value import (
+    divide,
+    flip,
+    is_nonfinite,
+    load,
+    load_model,
+    magnitude_key,
+    raise_flag,
+    sign_bit,
+    store,
+)
+
+# Integers that the rule of one model has: lo, last, two words of a seed, limit.
+RULE = tl.constexpr(5)
+
+
+@triton.jit
+def mask_hash(index: tl.tensor, first: tl.tensor, second: tl.tensor):
+    """The hash of flat indices; all are uint32."""
+    x = index ^ first
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = (x ^ (x >> 15)) + second
+    x = x ^ (x >> 16)
+    x = x * 0x846CA68B
+    x = x ^ (x >> 15)
+    x = x * 0x9E3779B1
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def load_rule(integers: tl.tensor, numbers: tl.tensor, k: int):
+    """Load the rule of model k: lo, last, seed, limit, and the chance of rank 0 and its step."""
+    at = integers + RULE * k
+    first, second = tl.load(at + 2).to(tl.uint32), tl.load(at + 3).to(tl.uint32)
+    limit = tl.load(at + 4).to(tl.uint32)
+    chance, step = tl.load(numbers + 2 * k), tl.load(numbers + 2 * k + 1)
+    return tl.load(at), tl.load(at + 1), first, second, limit, chance, step
+
+
+@triton.jit
+def load_rank(
+    ranks: tl.tensor | None, stride: int, k: int, start: tl.tensor, lane: tl.tensor, mask: tl.tensor
+):
+    """Load ranks of model k, where there are any."""
+    rank = lane
+    if ranks is not None:
+        rank = tl.load(ranks + (k * stride.to(tl.int64) + start) + lane, mask=mask, other=0)
+    return rank
+
+
+@triton.jit
+def keep(
+    delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr
+):
+    """Return what a model keeps of its task vector; zeros elsewhere."""
+    if KEEP == "band" or KEEP == "both":
+        key = magnitude_key(delta)
+        within = (key >= rule[0].to(key.dtype)) & (key <= rule[1].to(key.dtype))
+        delta = tl.where(within, delta, 0.0)
+    elif KEEP == "ranks":
+        within = (rank >= rule[0].to(tl.int32)) & (rank <= rule[1].to(tl.int32))
+        delta = tl.where(within, delta, 0.0)
+    if KEEP == "drawn" or KEEP == "both":
+        delta = tl.where(mask_hash(index, rule[2], rule[3]) <= rule[4], delta, 0.0)
+    elif KEEP == "chances" or KEEP == "shares":
+        F: tl.constexpr = delta.dtype
+        drawn = (mask_hash(index, rule[2], rule[3]) >> 8).to(F) * 5.9604644775390625e-08  # 2^-24
+        chance = rule[5] + rank.to(F) * rule[6]
+        kept = drawn < chance
+        if KEEP == "shares":
+            delta = divide(delta, chance)
+        delta = tl.where(kept, delta, 0.0)
+    return delta
+
+
+@triton.jit
+def _value(
+    delta: tl.tensor, index: tl.tensor, rank: tl.tensor, k: int, count: int, integers: tl.tensor,
+    numbers: tl.tensor, KEEP: tl.constexpr,
+):  # fmt: skip
+    """What one model adds, and its weight."""
+    kept = keep(delta, index, rank, load_rule(integers + 2, numbers + 2 + 2 * count, k), KEEP)
+    weight = tl.load(numbers + 3 + 2 * k)
+    return weight * (tl.load(numbers + 2 + 2 * k) * kept), weight
+
+
+@triton.jit
+def _agree(
+    value: tl.tensor, weight: tl.tensor, sign: tl.tensor, merged: tl.tensor, divisor: tl.tensor
+):
+    """Add a value to the merged magnitude, and its weight to the divisor, where it agrees."""
+    aligned = flip(value, sign)
+    agrees = (aligned > 0) | (aligned != aligned)
+    return merged + tl.where(agrees, aligned, 0.0), divisor + tl.where(agrees, weight, 0.0)
+
+
+@triton.jit
+def sparse_merge_kernel(
+    out: tl.tensor,
+    stats: tl.tensor,
+    base: tl.tensor,
+    models: tl.tuple | tl.tensor,
+    ranks: tl.tensor | None,
+    integers: tl.tensor,
+    numbers: tl.tensor,
+    count: int,
+    numel: int,
+    stride: int,
+    MODELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    KEEP: tl.constexpr,
+    ELECT: tl.constexpr,
+    DIVIDE_WEIGHTS: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = base + scale * merge_k w_k (f_k t_k), with t_k what model k keeps of its task vector.
+
+    models: MODELS pointers, or for MODELS = 0 a table of `count` rows, loaded twice with ELECT.
+    ranks: rows `stride` apart. BARE: without the base.
+    integers: [0] the flag of `raise_flag`, [1] flat index of the first element, [2 + RULE k ..] the
+    rule of model k. numbers: [0] scale, [1] divisor, [2 + 2k] f_k, [3 + 2k] w_k, then, K of them,
+    the chance of rank 0 and its step.
+    """
+    F = numbers.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
+    index = (tl.load(integers + 1) + start).to(tl.uint32) + lane.to(tl.uint32)
+    origin = load(base + start, lane, mask, F)
+    vote = tl.zeros([BLOCK], F)
+    worst = magnitude_key(vote)
+    values = ()
+    if MODELS > 0:
+        for k in tl.static_range(MODELS):
+            delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
+            rank = load_rank(ranks, stride, k, start, lane, mask)
+            value, weight = _value(delta, index, rank, k, MODELS, integers, numbers, KEEP)
+            worst = tl.maximum(worst, magnitude_key(delta))
+            vote = vote + value
+            values = values + (value,)  # noqa: RUF005  Triton has no unpacking
+    else:
+        for k in range(count):
+            delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
+            rank = load_rank(ranks, stride, k, start, lane, mask)
+            value, weight = _value(delta, index, rank, k, count, integers, numbers, KEEP)
+            worst = tl.maximum(worst, magnitude_key(delta))
+            vote = vote + value
+    raise_flag(stats + 2, integers, is_nonfinite(worst))
+    merged = vote
+    if ELECT:
+        # The vote begins with +0 and so is never -0: its sign bit is what is elected.
+        sign = sign_bit(vote)
+        merged = tl.zeros([BLOCK], F)
+        divisor = merged
+        if MODELS > 0:
+            for k in tl.static_range(MODELS):
+                weight = tl.load(numbers + 3 + 2 * k)
+                merged, divisor = _agree(values[k], weight, sign, merged, divisor)
+        else:
+            for k in range(count):
+                delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
+                rank = load_rank(ranks, stride, k, start, lane, mask)
+                value, weight = _value(delta, index, rank, k, count, integers, numbers, KEEP)
+                merged, divisor = _agree(value, weight, sign, merged, divisor)
+        if DIVIDE_WEIGHTS:
+            merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
+    if DIVIDE:
+        merged = divide(merged, tl.load(numbers + 1))
+    if ELECT:
+        merged = tl.where(vote == vote, flip(merged, sign), vote)
+    result = tl.load(numbers) * merged
+    if not BARE:
+        result = origin + result
+    store(out + start, lane, mask, result)
