@@ -255,14 +255,13 @@ def _weighted_sum(
 ) -> None:
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         parts = [flat[start:stop] for flat in inputs]
         if base is None:
-            arguments = (out, stats, parts, coefficients, 1.0)
+            arguments = (out, context.stats, parts, coefficients, 1.0)
             call("weighted_sum_", *arguments, wide=work.wide, backend=context.backend)
         else:
-            arguments = (out, stats, base[start:stop], parts, coefficients, scale, 1.0)
+            arguments = (out, context.stats, base[start:stop], parts, coefficients, scale, 1.0)
             call("task_arithmetic_", *arguments, wide=work.wide, backend=context.backend)
-        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.check(0, source, work.name, start, stop)
         read = [*parts, *([] if base is None else [base[start:stop]])]
         context.progress.advance(sum(flat.nbytes for flat in read))
