@@ -41,7 +41,8 @@ def call(name: str, *arguments: Any, backend: str | Runs, **keywords: Any) -> No
     if not isinstance(backend, str):
         backend.call(name, arguments, keywords)
         return
-    if backend == "cpu" and any(_has_array(argument) for argument in arguments):
+    given = [*arguments, *keywords.values()]
+    if backend == "cpu" and any(_has_array(argument) for argument in given):
         globals()[name](*arguments, backend=backend, **keywords)
         return
     import torch
@@ -57,7 +58,8 @@ def call(name: str, *arguments: Any, backend: str | Runs, **keywords: Any) -> No
             if isinstance(argument, np.ndarray):
                 converted[i] = converted[i].to(device)
                 counters.append((argument, converted[i]))
-    getattr(torch.ops.pymerge, name)(*converted, backend=backend, **keywords)
+    named = {key: _for_torch(value) for key, value in keywords.items()}
+    getattr(torch.ops.pymerge, name)(*converted, backend=backend, **named)
     for host, counted in counters:
         host[...] = counted.cpu().numpy()
 

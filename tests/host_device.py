@@ -26,6 +26,12 @@ class Race(AssertionError):
     """Two accesses to the same memory that nothing orders."""
 
 
+class Event(Clock):
+    """What a stream had done, and of what it knew, when the event was recorded."""
+
+    stream: str
+
+
 @dataclass
 class Access:
     begin: int
@@ -154,9 +160,11 @@ class HostDevice:
             self._touch(tensor, COMPUTE)
         return function()
 
-    def record(self, stream: str) -> Clock:
+    def record(self, stream: str) -> Event:
         self._merge(stream, self._clocks[HOST])
-        return dict(self._clocks[stream])
+        event = Event(self._clocks[stream])
+        event.stream = stream
+        return event
 
     def wait(self, stream: str, event: Clock) -> None:
         self._merge(stream, event)

@@ -232,8 +232,9 @@ def run_staged(
             smaller = sizes.halved()
             if smaller is None:
                 raise MergeError(
-                    f"{device.title}: too little memory: {format_size(sizes.total)} could not be "
-                    f"had ({found}); {format_size(device.free())} are free"
+                    f"{device.title}: too little memory: {found}; a merge takes "
+                    f"{format_size(device_sizes(0).total)} at least, and "
+                    f"{format_size(device.free())} are free"
                 )
             sizes = smaller
             sink.restart()
