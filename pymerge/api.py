@@ -246,7 +246,7 @@ def merge_by(
         {name: _shown(name, first) for name in leader},
     )
     bins = most_bins(len(inputs))
-    context = Context(backend=runner, bins=bins, nan=resolved["nan"])
+    context = Context(backend=runner, bins=bins, nan=resolved["nan"], gathers=True)
     if device.type != "meta":  # of meta tensors there is nothing but the shapes and dtypes
         execute(spec.name, works, source, MemorySink(results), context)
     for name, kept in tied.items():

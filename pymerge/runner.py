@@ -54,7 +54,7 @@ class Runner:
     def _here(self, argument: Any) -> Any:
         if isinstance(argument, Array):
             return argument.tensor().to(self.device)
-        if isinstance(argument, list):
+        if isinstance(argument, (list, tuple)):
             return [self._here(one) for one in argument]
         return argument
 

@@ -252,6 +252,8 @@ def print_info(info: Mapping[str, Any]) -> None:
             reason = state.get("reason") or ""
             status = "available" if state.get("available") else "not available"
             print(f"  {name:<12}{status}{': ' if reason else ''}{reason}")
+    for kind, runs in info.get("auto", {}).items():
+        print(f"  auto on {kind:<5}{runs}")
     methods = info.get("methods", {})
     if methods:
         print("\nmethods")

@@ -213,4 +213,18 @@ def describe() -> dict[str, Any]:
         }
         for method, spec in METHODS.items()
     }
-    return {"native": BACKENDS["cpu"].build(), "backends": backends, "methods": methods}
+    return {
+        "native": BACKENDS["cpu"].build(),
+        "backends": backends,
+        "auto": {kind: _automatic(kind, backends) for kind in ("cpu", "cuda")},
+        "methods": methods,
+    }
+
+
+def _automatic(kind: str, backends: Mapping[str, Any]) -> str:
+    """Say what runs on a kind of device where no backend is named."""
+    for name in ("cuda", "triton", "cpu"):
+        if _DEVICES[name] == kind == _device(name) and backends[name]["available"]:
+            return f"{name}, and reference for what it has no kernels for"
+    missing = [f"{name}: {backends[name]['reason']}" for name in _DEVICES if _DEVICES[name] == kind]
+    return f"reference; {'; '.join(missing)}"

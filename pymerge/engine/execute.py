@@ -7,7 +7,7 @@ memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ _UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
 class Context:
     """How to run: backend, memory for selection, NaN, seed, method, whom to tell.
 
+    gathers: results may be computed later than the next piece is asked for.
     stats: what merging ops count and report; on a device they are looked at from time to time.
     """
 
@@ -46,6 +47,7 @@ class Context:
     nan: str = "error"
     seed: int = 0
     method: str = ""
+    gathers: bool = False
     rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)
     stats: Counters = field(default_factory=lambda: np.zeros(3, np.int64))
@@ -56,6 +58,10 @@ class Context:
         """What runs the ops, once `execute` has begun."""
         assert isinstance(self.backend, Runner)
         return self.backend
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Return what gathers calls that do not depend on each other, if they may be late."""
+        return self.runner.phase() if self.gathers else nullcontext()
 
     def check(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
         """Raise NonFiniteError if `stats[flag]` says that [start, stop), just merged, or a piece
@@ -145,7 +151,7 @@ def _run_each(
     run = _RUNNERS[method]
     context.progress.phase(method, total_bytes(works, source))
     source.announce([work.name for work in works])
-    with context.runner.phase() if _is_one_op(method, works) else nullcontext():
+    with context.phase() if _is_one_op(method, works) else nullcontext():
         for work in works:
             if work.copied:
                 copy_equal(work, source, sink, context)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +62,6 @@ class Stage(Runner):
 
     def slots(self) -> int:
         return int(BACKENDS[self.backend_for("magnitude_histogram_").partition(" ")[0]].slots())
-
-    @contextmanager
-    def phase(self) -> Iterator[None]:
-        yield  # tiles are used again before a phase would end
 
     def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         """Run an op; tensors of the device may be written after this returns, arrays are now."""

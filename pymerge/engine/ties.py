@@ -255,7 +255,7 @@ def _run_global(
         context.stats[:] = 0
         context.progress.phase("ties", total_bytes(works, source))
         source.announce([work.name for work in works])
-        with context.runner.phase():
+        with context.phase():
             for work in works:
                 if work.copied:
                     copy_equal(work, source, sink, context)
