@@ -60,7 +60,7 @@ test: $(DONE)/extra-test
 	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 
 test-compile: $(DONE)/extra-test
-	$(PY) -m pytest -q -m compile tests/test_cuda_build.py tests/test_cuda_host.py \
+	$(PY) -m pytest -q -m compile tests/test_cuda_build.py tests/test_cuda_engine.py tests/test_cuda_host.py \
 	  tests/test_triton_compile.py $(ARGS)
 
 test-peers: $(PEERS)/.done/pymerge

@@ -5,8 +5,8 @@ The engine calls them directly where it can (`call`): that needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,18 +19,30 @@ from pymerge.masks import words_at
 Counters = Any  # arrays of numpy, or tensors
 
 
-def call(name: str, *arguments: Any, backend: str, **keywords: Any) -> None:
-    """Call an op on arrays or tensors, with counters of numpy.
+class Runs(Protocol):
+    """Something that runs ops; see `pymerge.runner`."""
 
-    Arrays go straight to the CPU's kernels; everything else goes through torch.
+    def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None: ...
+
+
+def call(name: str, *arguments: Any, backend: str | Runs, **keywords: Any) -> None:
+    """Call an op on arrays or tensors, with counters of numpy or tensors.
+
+    Arrays go straight to the CPU's kernels; everything else goes through torch. Counters of numpy
+    are right when this returns, wherever the op runs; those that are tensors of a device are added
+    to when the device comes to it.
 
     Args:
         name: an op of `pymerge._ops`, e.g. "ties_".
         arguments: its positional arguments; counters may be arrays of numpy.
-        backend: a name of `BACKENDS`, not "auto".
+        backend: a name of `BACKENDS`, not "auto", or what runs the op somewhere.
         keywords: its keyword arguments.
     """
-    if backend == "cpu" and any(_has_array(argument) for argument in arguments):
+    if not isinstance(backend, str):
+        backend.call(name, arguments, keywords)
+        return
+    given = [*arguments, *keywords.values()]
+    if backend == "cpu" and any(_has_array(argument) for argument in given):
         globals()[name](*arguments, backend=backend, **keywords)
         return
     import torch
@@ -46,7 +58,8 @@ def call(name: str, *arguments: Any, backend: str, **keywords: Any) -> None:
             if isinstance(argument, np.ndarray):
                 converted[i] = converted[i].to(device)
                 counters.append((argument, converted[i]))
-    getattr(torch.ops.pymerge, name)(*converted, backend=backend, **keywords)
+    named = {key: _for_torch(value) for key, value in keywords.items()}
+    getattr(torch.ops.pymerge, name)(*converted, backend=backend, **named)
     for host, counted in counters:
         host[...] = counted.cpu().numpy()
 

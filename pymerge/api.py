@@ -16,6 +16,7 @@ from pymerge.errors import RequestError, nearest
 from pymerge.memory import most_bins
 from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
 from pymerge.methods.ties import TiesRule
+from pymerge.runner import Runner
 
 __all__ = ["Tensors", "linear", "merge", "task_arithmetic", "ties_merge"]
 
@@ -235,7 +236,9 @@ def merge_by(
         kind = dtype if dtype is not None and floating else tensor.dtype
         results[name] = torch.empty(tensor.shape, dtype=kind, device=tensor.device)
     device = next((t.device for t in leader.values()), torch.device("cpu"))
+    # A backend named explicitly must have what the method needs; else each op's fastest runs.
     chosen = resolve_for(spec.name, spec.backends, backend, device).NAME
+    runner = Runner("auto" if backend in (None, "auto") else chosen, str(device))
     source = MemorySource(
         [f"{where}: {label}" for label in inputs],
         inputs["base"] if has_base else None,
@@ -243,7 +246,7 @@ def merge_by(
         {name: _shown(name, first) for name in leader},
     )
     bins = most_bins(len(inputs))
-    context = Context(backend=chosen, bins=bins, nan=resolved["nan"])
+    context = Context(backend=runner, bins=bins, nan=resolved["nan"], gathers=True)
     if device.type != "meta":  # of meta tensors there is nothing but the shapes and dtypes
         execute(spec.name, works, source, MemorySink(results), context)
     for name, kept in tied.items():

@@ -18,7 +18,7 @@ from pymerge.dtypes import DTYPES, dtype_code, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Array", "Flat", "as_array", "as_tensor", "widen"]
+__all__ = ["Array", "Flat", "as_array", "as_flat", "as_tensor", "widen"]
 
 # How numpy sees the elements; bfloat16, which it does not know, as bits.
 _NUMPY = {
@@ -70,6 +70,10 @@ class Array:
         kind = _NUMPY.get(self.code, np.uint8)
         return np.frombuffer(memoryview(self._buffer()), dtype=kind)
 
+    def bytes(self) -> Array:
+        """Return the same memory as bytes."""
+        return Array(self._owner, self._address, "U8", self.nbytes)
+
     def tensor(self) -> torch.Tensor:
         """Return a torch tensor over the memory."""
         import torch
@@ -95,6 +99,13 @@ def as_array(flat: Flat) -> Array:
     if flat.device.type != "cpu":
         flat = flat.cpu()
     return Array(flat, flat.data_ptr(), dtype_code(flat.dtype), flat.numel())
+
+
+def as_flat(values: np.ndarray | torch.Tensor) -> Flat:
+    """Return floats of numpy as an array over the same memory; a tensor as it is."""
+    if not isinstance(values, np.ndarray):
+        return values
+    return Array.of(values, "F64" if values.dtype == np.float64 else "F32")
 
 
 def as_tensor(flat: Flat) -> torch.Tensor:

@@ -82,12 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "out", metavar="OUT", help="directory to write; it appears complete or not at all"
     )
-    merge.add_argument(
-        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    merge.add_argument(
-        "--backend", choices=_BACKENDS, default="auto", help="what computes (default: auto)"
-    )
     _add_plan_options(merge)
     merge.add_argument(
         "--report", metavar="FILE", help="write the report (JSON) there too, beside OUT's own"
@@ -116,11 +110,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        help="cpu, cuda or cuda:N; auto is the CPU, unless the backend needs a GPU (default: auto)",
+    )
+    parser.add_argument(
+        "--backend", choices=_BACKENDS, default="auto", help="what computes (default: auto)"
+    )
+    parser.add_argument(
         "--memory",
         type=_size,
         default="2GiB",
         metavar="SIZE",
         help="memory to stay under, whatever the models' size (default: 2GiB)",
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=_size,
+        metavar="SIZE",
+        help="memory of the GPU to stay under (default: half of what is free there)",
     )
     parser.add_argument(
         "--threads", type=_integer(1), metavar="N", help="compute threads (default: one per core)"
@@ -187,6 +196,7 @@ def _merge(options: argparse.Namespace) -> None:
             device=options.device,
             backend=options.backend,
             memory=options.memory,
+            device_memory=options.device_memory,
             threads=options.threads,
             shard_size=options.shard_size,
             seed=options.seed,
@@ -206,6 +216,7 @@ def _plan(options: argparse.Namespace) -> None:
     from pymerge.config import load_config
 
     config = load_config(options.config)
+    from pymerge.engine.place import planned_device
     from pymerge.plan import make_plan
 
     with make_plan(
@@ -214,6 +225,8 @@ def _plan(options: argparse.Namespace) -> None:
         shard_size=options.shard_size,
         threads=options.threads,
         seed=options.seed,
+        device=planned_device(config.method, options.device, options.backend),
+        device_memory=options.device_memory,
     ) as plan:
         if options.json:
             print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))

@@ -12,7 +12,18 @@ from types import TracebackType
 from pymerge.errors import RequestError
 from pymerge.sizes import format_size
 
-__all__ = ["MemoryPlan", "PeakMemory", "available_memory", "default_threads", "plan_memory"]
+__all__ = [
+    "CHUNKS",
+    "PIECES",
+    "TILES",
+    "DeviceSizes",
+    "MemoryPlan",
+    "PeakMemory",
+    "available_memory",
+    "default_threads",
+    "device_sizes",
+    "plan_memory",
+]
 
 MIB = 1 << 20
 
@@ -25,6 +36,14 @@ MAX_SLOT_BYTES, MIN_SLOT_BYTES = 16 * MIB, 1 * MIB
 MAX_BINS, MIN_BINS = 1 << 18, 1 << 12
 MAX_BINS_OF_ALL = 1 << 20  # of all models together: more models do not take more memory
 MAX_SAMPLES, MIN_SAMPLES = 1 << 17, 1 << 14
+
+# Computing on a GPU: page-locked chunks for inputs on their way there, tiles of inputs there, and
+# pieces of output, each of which has a buffer on both sides.
+CHUNKS, TILES, PIECES = 3, 2, 3
+MAX_BUFFER_BYTES, MIN_BUFFER_BYTES = 16 * MIB, 1 * MIB
+TILE_BUFFERS = 8  # a tile holds as much input as so many buffers
+# What torch and the driver allocate on the host for a CUDA device, roughly.
+CUDA_FIXED_BYTES = 768 * MIB
 
 # Of a sampled element while one model's bracket is found: base, model and delta in float64, its
 # key, and the keys of all tensors put together and partitioned. Beside that, the sample itself.
@@ -39,6 +58,7 @@ class MemoryPlan:
     histogram_bins: bins of each histogram of |delta|: 4-byte counts per thread and model, and two
         rows of 8-byte sums per model. 0 where nothing is selected.
     sample_elements: most elements sampled to guess where a threshold lies, one model at a time.
+    buffer_bytes: of each of CHUNKS + PIECES page-locked buffers; 0 where the CPU computes.
     total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
         page cache: the kernel takes that back when it needs it.
     """
@@ -48,9 +68,53 @@ class MemoryPlan:
     histogram_bins: int
     sample_elements: int
     total: int
+    buffer_bytes: int = 0
 
 
-def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> MemoryPlan:
+@dataclass(frozen=True)
+class DeviceSizes:
+    """How much of a GPU's memory a merge takes, and what it is for.
+
+    buffer_bytes: of each of PIECES pieces of output, and of a page-locked buffer on the host.
+    tile_bytes: of each of TILES tiles of inputs.
+    resident_bytes: for tensors that stay between the passes over them.
+    """
+
+    buffer_bytes: int
+    tile_bytes: int
+    resident_bytes: int
+
+    @property
+    def total(self) -> int:
+        return _rings(self.buffer_bytes) + self.resident_bytes
+
+    def halved(self) -> DeviceSizes | None:
+        """Return what to try where these were too much; None if they are the smallest."""
+        if self.buffer_bytes <= MIN_BUFFER_BYTES:
+            return None
+        return device_sizes(self.total // 2, self.buffer_bytes // 2)
+
+
+def _rings(buffer_bytes: int) -> int:
+    return (PIECES + TILES * TILE_BUFFERS) * buffer_bytes
+
+
+def device_sizes(budget: int, buffer_bytes: int = MAX_BUFFER_BYTES) -> DeviceSizes:
+    """Fit a merge into a GPU's memory. Results do not depend on it.
+
+    Args:
+        budget: bytes to stay within, if that is possible at all.
+        buffer_bytes: the largest buffer to use.
+    """
+    while _rings(buffer_bytes) > budget and buffer_bytes > MIN_BUFFER_BYTES:
+        buffer_bytes //= 2
+    rest = max(0, budget - _rings(buffer_bytes))
+    return DeviceSizes(buffer_bytes, TILE_BUFFERS * buffer_bytes, rest)
+
+
+def plan_memory(
+    limit: int, *, models: int, threads: int, selects: bool, staged: bool = False
+) -> MemoryPlan:
     """Fit a merge into a limit.
 
     Everything starts at the size that is fastest; the largest part is halved until the sum fits.
@@ -61,6 +125,7 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
         models: number of fine-tuned models, K.
         threads: number of compute threads.
         selects: whether order statistics of |delta| are needed (a trim).
+        staged: whether a GPU computes.
 
     Raises:
         RequestError: not even the smallest sizes fit; names the smallest limit that works.
@@ -68,19 +133,23 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
     bins = most_bins(models) if selects else 0
     samples = MAX_SAMPLES if selects else 0
     slots, slot_bytes = MAX_SLOTS, MAX_SLOT_BYTES
+    buffer_bytes = MAX_BUFFER_BYTES if staged else 0
+    fixed = FIXED_BYTES + (CUDA_FIXED_BYTES if staged else 0)
     while True:
         parts = {
             "histogram": models * bins * (4 * threads + 16),
             "samples": samples * (SAMPLE_BYTES + 8 * (models + 1)),
             "slots": slots * slot_bytes,
+            "buffers": (CHUNKS + PIECES) * buffer_bytes,
         }
-        total = FIXED_BYTES + sum(parts.values())
+        total = fixed + sum(parts.values())
         if total <= limit:
-            return MemoryPlan(slots, slot_bytes, bins, samples, total)
+            return MemoryPlan(slots, slot_bytes, bins, samples, total, buffer_bytes)
         smaller = {
             "histogram": bins > MIN_BINS,
             "samples": samples > MIN_SAMPLES,
             "slots": slot_bytes > MIN_SLOT_BYTES or slots > MIN_SLOTS,
+            "buffers": buffer_bytes > MIN_BUFFER_BYTES,
         }
         shrinkable = [part for part in parts if smaller[part]]
         if not shrinkable:
@@ -94,6 +163,8 @@ def plan_memory(limit: int, *, models: int, threads: int, selects: bool) -> Memo
             bins //= 2
         elif largest == "samples":
             samples //= 2
+        elif largest == "buffers":
+            buffer_bytes //= 2
         elif slot_bytes > MIN_SLOT_BYTES:
             slot_bytes //= 2
         else:

@@ -68,7 +68,8 @@ class MergeReport:
 
     `tensors` and `parameters` count the output's; `phases` are in order; `seconds` is the whole
     wall time; `peak_anonymous` (RssAnon: allocated memory) and `peak_resident` (VmHWM: with mapped
-    inputs) are bytes.
+    inputs) are bytes. `backends` tells which ran each op, `why` the reason; `peak_device` is what
+    was taken of a GPU's memory.
     """
 
     method: str
@@ -89,6 +90,9 @@ class MergeReport:
     peak_resident: int
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    backends: dict[str, str] = field(default_factory=dict)
+    why: str = ""
+    peak_device: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""
@@ -142,6 +146,8 @@ class MergeReport:
                     f", {format_size(phase.bytes)} at {phase.bytes / phase.seconds / 1e9:.2f} GB/s"
                 )
             lines.append(f"  {name}: {phase.seconds:.2f} s{rate}")
+        if len(set(self.backends.values())) > 1:
+            lines.append("  " + ", ".join(f"{op}: {name}" for op, name in self.backends.items()))
         lines.append(
             f"  peak memory {format_size(self.peak_anonymous)} allocated, "
             f"{format_size(self.peak_resident)} with mapped files"

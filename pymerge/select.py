@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pymerge._calls import call
+from pymerge._calls import Counters, call
 from pymerge.array import Array, Flat, as_array, concatenate, sample_lines, widen
-from pymerge.backends import BACKENDS, resolve
 from pymerge.backends.sizes import HOT_CHUNK
 from pymerge.methods.ties import TrimTarget
+from pymerge.runner import Runner, fetched, slots, zeros
 
 __all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "Workspace", "order_statistics", "sample_parts"]
 
@@ -214,7 +214,7 @@ def order_statistics(
     bins: int = 1 << 18,
     sample: int = 1 << 17,
     wide: bool = False,
-    backend: str = "auto",
+    backend: str | Runner = "auto",
     samples: Sequence[tuple[Array, Sequence[Array]]] | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[list[Cut], int]:
@@ -293,7 +293,7 @@ def _count(
     searches: Sequence[_Search],
     bins: int,
     wide: bool,
-    backend: str,
+    backend: str | Runner,
     workspace: Workspace,
 ) -> None:
     """Make one pass over all parts, and let every search take its counts."""
@@ -302,8 +302,10 @@ def _count(
     used = max(
         -(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True)
     )
-    slots = (resolve(backend) if backend == "auto" else BACKENDS[backend]).slots()
-    counts = workspace.zeros(slots, len(searches), used + 3)
+    shape = slots(backend), len(searches), used + 3
+    on_host = isinstance(backend, str) or backend.on_host
+    counts: Counters = workspace.zeros(*shape) if on_host else zeros(backend, shape, "int32")
+    hot: list[tuple[int, Counters]] = []
     totals: np.ndarray | None = None
     counted = 0
     wants_chunks = any(search.exact and search.hot >= 0 for search in searches)
@@ -311,12 +313,14 @@ def _count(
         for start in range(0, base.numel(), _COUNTED_AT_ONCE):
             stop = min(start + _COUNTED_AT_ONCE, base.numel())
             if counted + stop - start > _COUNTED_AT_ONCE:
-                totals = _add_slots(counts, totals)
-                counts.fill(0)
+                totals = _add_slots(fetched(counts), totals)
+                counts[...] = 0
                 counted = 0
             counted += stop - start
             chunks = -(-(stop - start) // HOT_CHUNK) if wants_chunks else 0
-            hot_chunks = np.zeros((len(searches), chunks), np.int32)
+            hot_chunks = zeros(backend, (len(searches), chunks), "int32")
+            if chunks > 0:
+                hot.append((part, hot_chunks))
             call(
                 "magnitude_histogram_",
                 counts,
@@ -329,10 +333,10 @@ def _count(
                 wide=wide,
                 backend=backend,
             )
-            if wants_chunks:
-                for search, row in zip(searches, hot_chunks, strict=True):
-                    search.chunks.append((part, row))
-    rows = _add_slots(counts, totals)
+    for part, hot_chunks in hot:
+        for search, row in zip(searches, fetched(hot_chunks), strict=True):
+            search.chunks.append((part, row))
+    rows = _add_slots(fetched(counts), totals)
     for search, row, shift in zip(searches, rows, shifts, strict=True):
         search.narrow(row, shift, wide)
 
@@ -345,12 +349,12 @@ def _add_slots(slots: np.ndarray, totals: np.ndarray | None) -> np.ndarray:
 
 
 def _equal_chunks(
-    parts: Parts, model: int, key: int, wide: bool, backend: str
+    parts: Parts, model: int, key: int, wide: bool, backend: str | Runner
 ) -> list[tuple[int, np.ndarray]]:
     """Count the elements whose key equals `key` in every chunk of every part."""
-    found = []
+    found: list[tuple[int, Counters]] = []
     for part, base, models in parts():
-        counts = np.zeros(-(-base.numel() // HOT_CHUNK), np.int64)
+        counts = zeros(backend, (-(-base.numel() // HOT_CHUNK),), "int64")
         call(
             "magnitude_equal_counts_",
             counts,
@@ -362,7 +366,7 @@ def _equal_chunks(
             backend=backend,
         )
         found.append((part, counts))
-    return found
+    return [(part, fetched(counts)) for part, counts in found]
 
 
 def _position(parts: Parts, search: _Search, wanted: int, wide: bool) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pymerge.memory import CHUNKS, PIECES, TILES, device_sizes
 from pymerge.methods import REQUIRED, MethodSpec, Parameter
 from pymerge.sizes import format_size
 
@@ -56,8 +57,26 @@ def plan_text(plan: MergePlan) -> str:
     parts = f"{memory.slots} x {format_size(memory.slot_bytes)} of output"
     if memory.histogram_bins:
         parts += f", {memory.histogram_bins} bins and {memory.sample_elements} samples to select"
+    if memory.buffer_bytes:
+        parts += f", {CHUNKS + PIECES} x {format_size(memory.buffer_bytes)} on the way"
     lines.append(f"memory    {format_size(memory.total)} ({parts}), {plan.threads} threads")
+    if plan.device != "cpu":
+        lines.append(f"device    {plan.device}: {_device(plan)}")
     return "\n".join(lines)
+
+
+def _device(plan: MergePlan) -> str:
+    """Say what a merge takes of a GPU's memory."""
+    budget = plan.device_memory
+    sizes = device_sizes(budget or 1 << 62, plan.memory.buffer_bytes)
+    parts = (
+        f"{TILES} x {format_size(sizes.tile_bytes)} of input, {PIECES} x "
+        f"{format_size(sizes.buffer_bytes)} of output"
+    )
+    if plan.passes > 1:
+        most = "half of what is free" if budget is None else format_size(sizes.total)
+        return f"{most} ({parts}, the rest for tensors that are read again)"
+    return f"{format_size(sizes.total - sizes.resident_bytes)} ({parts})"
 
 
 def _setting(config: MergeConfig, name: str) -> str:
@@ -233,6 +252,8 @@ def print_info(info: Mapping[str, Any]) -> None:
             reason = state.get("reason") or ""
             status = "available" if state.get("available") else "not available"
             print(f"  {name:<12}{status}{': ' if reason else ''}{reason}")
+    for kind, runs in info.get("auto", {}).items():
+        print(f"  auto on {kind:<5}{runs}")
     methods = info.get("methods", {})
     if methods:
         print("\nmethods")

@@ -40,7 +40,12 @@ def pytest_configure() -> None:
             raise pytest.UsageError(f"PYMERGE_REQUIRE: backend {name!r} is not available: {reason}")
 
 
-COMPILE = ("test_cuda_build.py", "test_cuda_host.py", "test_triton_compile.py")
+COMPILE = (
+    "test_cuda_build.py",
+    "test_cuda_engine.py",
+    "test_cuda_host.py",
+    "test_triton_compile.py",
+)
 PEERS = "peers"
 
 

@@ -92,6 +92,7 @@ def test_merge_passes_its_options_to_the_engine(fake: FakeEngine) -> None:
                 "device": "auto",
                 "backend": "auto",
                 "memory": 2 << 30,
+                "device_memory": None,
                 "threads": None,
                 "shard_size": 5_000_000_000,
                 "seed": 0,
@@ -103,14 +104,15 @@ def test_merge_passes_its_options_to_the_engine(fake: FakeEngine) -> None:
         )
     ]
     options = (
-        "--device cuda:1 --backend reference --memory 512MiB --threads 3 --shard-size 1GB --seed 7 "
-        "--report r.json --force --quiet --checksums"
+        "--device cuda:1 --backend reference --memory 512MiB --device-memory 4GiB --threads 3 "
+        "--shard-size 1GB --seed 7 --report r.json --force --quiet --checksums"
     )
     assert run("merge", "c.yml", "out", *options.split()) == 0
     assert fake.calls[1][1] == {
         "device": "cuda:1",
         "backend": "reference",
         "memory": 512 << 20,
+        "device_memory": 4 << 30,
         "threads": 3,
         "shard_size": 10**9,
         "seed": 7,

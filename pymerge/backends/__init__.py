@@ -17,7 +17,7 @@ from pymerge.errors import RequestError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "Backend", "describe", "resolve"]
+__all__ = ["BACKENDS", "Backend", "choose", "describe", "has_kernel", "resolve"]
 
 
 class Backend(Protocol):
@@ -152,6 +152,32 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
     return backend
 
 
+# Ops that are a mode of a backend's function; all others are called as the function is.
+_FUNCTIONS = {"task_arithmetic_": "weighted_sum", "ties_signs_": "ties"}
+
+
+def has_kernel(name: str, op: str) -> bool:
+    """Tell whether a backend has an op of `pymerge._ops`."""
+    return hasattr(BACKENDS[name], _FUNCTIONS.get(op, op.removesuffix("_")))
+
+
+def choose(op: str, name: str | None, device: torch.device | str = "cpu") -> str:
+    """Return the name of the backend that runs an op: the one that was named, or, for None and
+    "auto", the fastest that can run on the device and has a kernel for it.
+
+    Raises RequestError where a backend named explicitly cannot be used.
+    """
+    first = resolve(name, device).NAME
+    if name not in (None, "auto") or has_kernel(first, op):
+        return first
+    kind = str(device).partition(":")[0]
+    for other in ("triton", "cpu"):
+        can_run = _DEVICES[other] == kind == _device(other) and BACKENDS[other].reason() is None
+        if can_run and has_kernel(other, op):
+            return other
+    return "reference"
+
+
 def resolve_for(
     method: str, kernels: Sequence[str], name: str | None, device: torch.device | str = "cpu"
 ) -> Backend:
@@ -187,4 +213,18 @@ def describe() -> dict[str, Any]:
         }
         for method, spec in METHODS.items()
     }
-    return {"native": BACKENDS["cpu"].build(), "backends": backends, "methods": methods}
+    return {
+        "native": BACKENDS["cpu"].build(),
+        "backends": backends,
+        "auto": {kind: _automatic(kind, backends) for kind in ("cpu", "cuda")},
+        "methods": methods,
+    }
+
+
+def _automatic(kind: str, backends: Mapping[str, Any]) -> str:
+    """Say what runs on a kind of device where no backend is named."""
+    for name in ("cuda", "triton", "cpu"):
+        if _DEVICES[name] == kind == _device(name) and backends[name]["available"]:
+            return f"{name}, and reference for what it has no kernels for"
+    missing = [f"{name}: {backends[name]['reason']}" for name in _DEVICES if _DEVICES[name] == kind]
+    return f"reference; {'; '.join(missing)}"

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.array import Flat
-from pymerge.backends import BACKENDS, cpu, resolve_for
+from pymerge.backends import cpu
 from pymerge.card import model_card
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import load_config
+from pymerge.engine.device import open_device
 from pymerge.engine.execute import Context, execute
+from pymerge.engine.place import Place, choose_place
 from pymerge.engine.progress import Recorder
-from pymerge.engine.work import Work
+from pymerge.engine.staged import run_staged
+from pymerge.engine.work import Sink, Source, Work
 from pymerge.errors import MergeError, RequestError
 from pymerge.memory import PeakMemory, available_memory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
@@ -32,6 +35,7 @@ from pymerge.report import (
     OutputReport,
     package_version,
 )
+from pymerge.runner import Runner
 from pymerge.sizes import parse_size
 
 __all__ = ["CheckpointSource", "merge_checkpoints"]
@@ -110,6 +114,7 @@ def merge_checkpoints(
     device: str = "auto",
     backend: str | None = "auto",
     memory: int | str = "2GiB",
+    device_memory: int | str | None = None,
     threads: int | None = None,
     shard_size: int | str = "5GB",
     seed: int = 0,
@@ -121,14 +126,15 @@ def merge_checkpoints(
     """Merge checkpoints as a mergekit-style config says, and write a checkpoint.
 
     The output directory appears under its name only when it is complete. Its bytes do not depend on
-    `backend`, `threads`, `memory` or the way the inputs are sharded.
+    `device`, `backend`, `threads`, `memory` or the way the inputs are sharded.
 
     Args:
         config: path of a YAML file, or its content as a mapping.
         out: directory to write; must not exist unless `force`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; "auto" is the CPU, unless `backend` needs a GPU.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
         memory: bytes of anonymous memory to stay within, or a size such as "2GiB".
+        device_memory: the same of a GPU's memory; default half of what is free there.
         threads: of the CPU kernels; default one for each core the process may run on.
         shard_size: bytes of an output file, or a size such as "5GB".
         seed: of random masks; recorded in the report.
@@ -142,17 +148,17 @@ def merge_checkpoints(
 
     Raises:
         RequestError: something is wrong with the request or the inputs; lists every problem.
-        MergeError: the output could not be written.
+        MergeError: the output could not be written, or a GPU failed.
     """
     started = time.monotonic()
     settings = load_config(config if isinstance(config, Mapping) else Path(config))
-    problems = _device_problems(device)
+    problems: list[str] = []
+    place = Place("reference", None, "")
     try:
-        method = settings.method
-        chosen = resolve_for(method.name, method.backends, backend)
+        place = choose_place(settings.method, device, backend, open_device)
     except RequestError as error:
         problems += error.problems
-        chosen = BACKENDS["reference"]
+    budget = None if device_memory is None else parse_size(device_memory, "device_memory")
     report_path = None if report is None else Path(report)
     if report_path is not None and not report_path.parent.is_dir():
         problems.append(f"report: the directory {report_path.parent} does not exist")
@@ -170,6 +176,8 @@ def merge_checkpoints(
                     shard_size=parse_size(shard_size, "shard_size"),
                     threads=threads,
                     seed=seed,
+                    device="cpu" if place.device is None else place.device.name,
+                    device_memory=budget,
                 )
             )
         except RequestError as error:
@@ -182,13 +190,10 @@ def merge_checkpoints(
             raise RequestError(problems)
         input_reports = _describe_inputs(plan, recorder if checksums else None)
 
-        stack.enter_context(_thread_count(plan.threads, chosen.NAME))
-        warnings = list(plan.warnings)
-        if chosen.NAME == "reference" and backend in (None, "auto"):
-            why = cpu.reason() or f"{settings.method.name} has no native kernels yet"
-            warnings.append(f"computed with the slow reference backend: {why}")
+        stack.enter_context(_thread_count(plan.threads, place))
+        warnings = [*plan.warnings, *place.warnings]
         with directory:
-            _stream(plan, directory.path, chosen.NAME, recorder)
+            runner = _stream(plan, directory.path, place, recorder)
             recorder.phase("finish", 0)
             _write_side_files(plan, directory.path, Path(out).name)
             result = MergeReport(
@@ -196,9 +201,9 @@ def merge_checkpoints(
                 config=settings.raw,
                 config_text=settings.text,
                 seed=seed,
-                backend=chosen.NAME,
-                isa=cpu.build().get("isa") if chosen.NAME == "cpu" else None,
-                device="cpu",
+                backend=_who_ran(place, runner),
+                isa=cpu.build().get("isa") if place.backend == "cpu" else None,
+                device="cpu" if place.device is None else place.device.title,
                 threads=plan.threads,
                 inputs=input_reports,
                 output=OutputReport(
@@ -213,6 +218,9 @@ def merge_checkpoints(
                 peak_anonymous=peak.anonymous,
                 peak_resident=peak.resident,
                 warnings=warnings,
+                backends=dict(sorted(runner.ran.items())),
+                why=place.why,
+                peak_device=0 if place.device is None else place.device.peak(),
             )
             _write(directory.path / REPORT_NAME, result.to_json())
             directory.commit()
@@ -225,20 +233,11 @@ def merge_checkpoints(
     return result
 
 
-def _device_problems(device: str) -> list[str]:
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        return [f"device: expected auto, cpu, cuda or cuda:N; got {device!r}"]
-    if kind == "cuda":
-        return [f"device: {device!r} is not available: {BACKENDS['cuda'].reason()}"]
-    return []
-
-
 @contextmanager
-def _thread_count(threads: int, backend: str) -> Iterator[None]:
+def _thread_count(threads: int, place: Place) -> Iterator[None]:
     cpu.set_threads(threads)
     before = None
-    if backend == "reference":
+    if place.backend == "reference" or place.device is not None:
         import torch
 
         before = torch.get_num_threads()
@@ -253,7 +252,8 @@ def _thread_count(threads: int, backend: str) -> Iterator[None]:
         cpu.set_threads(None)
 
 
-def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) -> None:
+def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) -> Runner:
+    """Compute and write all tensors; return what ran."""
     works = [
         Work(
             tensor.name,
@@ -266,18 +266,26 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
         for tensor in plan.tensors.values()
     ]
     nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
-    context = Context(
-        backend=backend,
-        bins=plan.memory.histogram_bins or 1,
-        sample=plan.memory.sample_elements or 1,
-        nan=nan,
-        seed=plan.seed,
-        progress=recorder,
-    )
+
+    def run(runner: Runner, source: Source, sink: Sink) -> None:
+        context = Context(
+            backend=runner,
+            bins=plan.memory.histogram_bins or 1,
+            sample=plan.memory.sample_elements or 1,
+            nan=nan,
+            seed=plan.seed,
+            progress=recorder,
+        )
+        execute(plan.config.method.name, works, source, sink, context)
+
     source = CheckpointSource(plan.base, plan.models)
     writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
+    runner = Runner(place.backend)
     try:
-        execute(plan.config.method.name, works, source, writer, context)
+        if place.device is None:
+            run(runner, source, writer)
+        else:
+            runner = run_staged(place.device, place.backend, plan, run, source, writer)
         recorder.phase("write", 0)
         writer.finish()
     except BaseException:
@@ -287,6 +295,14 @@ def _stream(plan: MergePlan, directory: Path, backend: str, recorder: Recorder) 
         source.close()
     if plan.layout.index is not None:
         _write(directory / INDEX_NAME, plan.layout.index.decode())
+    return runner
+
+
+def _who_ran(place: Place, runner: Runner) -> str:
+    """Return the backend, or the backends of a device where none was named."""
+    if place.device is None or place.backend != "auto":
+        return place.backend
+    return ", ".join(sorted(set(runner.ran.values()))) or "auto"
 
 
 def _write_side_files(plan: MergePlan, directory: Path, name: str) -> None:

@@ -7,13 +7,14 @@ memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pymerge._calls import call
+from pymerge._calls import Counters, call
 from pymerge.array import Array, Flat, as_tensor
-from pymerge.backends import BACKENDS, resolve
+from pymerge.backends import BACKENDS
 from pymerge.engine.geometry import run_geometry
 from pymerge.engine.pcb import run_pcb
 from pymerge.engine.pointwise import emr_rescaler, run_pointwise
@@ -24,24 +25,65 @@ from pymerge.engine.whole import METHODS as WHOLE_METHODS
 from pymerge.engine.whole import run_whole
 from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slices
 from pymerge.errors import NonFiniteError, RequestError
+from pymerge.runner import Runner, fetched
 
 __all__ = ["Context", "execute"]
 
 _CHECKED_AT_ONCE = 1 << 22
+_UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
 
 
 @dataclass
 class Context:
-    """How to run: backend, memory for selection, NaN, seed, method, whom to tell."""
+    """How to run: backend, memory for selection, NaN, seed, method, whom to tell.
 
-    backend: str = "auto"
+    gathers: results may be computed later than the next piece is asked for.
+    stats: what merging ops count and report; on a device they are looked at from time to time.
+    """
+
+    backend: str | Runner = "auto"
     bins: int = 1 << 18
     sample: int = 1 << 17
     nan: str = "error"
     seed: int = 0
     method: str = ""
+    gathers: bool = False
     rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)
+    stats: Counters = field(default_factory=lambda: np.zeros(3, np.int64))
+    _unseen: list[tuple[int, Source, str, int, int]] = field(default_factory=list)
+
+    @property
+    def runner(self) -> Runner:
+        """What runs the ops, once `execute` has begun."""
+        assert isinstance(self.backend, Runner)
+        return self.backend
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Return what gathers calls that do not depend on each other, if they may be late."""
+        return self.runner.phase() if self.gathers else nullcontext()
+
+    def check(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
+        """Raise NonFiniteError if `stats[flag]` says that [start, stop), just merged, or a piece
+        before it holds NaN or infinity; where a device counts, some time later."""
+        if self.nan == "keep":
+            return
+        self._unseen.append((flag, source, name, start, stop))
+        waits = not isinstance(self.stats, np.ndarray)
+        if not self.runner.gathering and (not waits or len(self._unseen) >= _UNSEEN):
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the flags of all pieces so far."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen:
+            return
+        raised = fetched(self.stats)
+        for flag, source, name, start, stop in unseen:
+            self.check_finite(int(raised[flag]), source, name, start, stop)
+        # What went over the range of its dtype although all inputs are finite raises a flag too.
+        for flag in {flag for flag, *_ in unseen if raised[flag]}:
+            self.stats[flag] = 0
 
     def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
         """Raise NonFiniteError naming the culprit if a kernel saw NaN or infinity in [start,
@@ -75,36 +117,55 @@ def execute(
     where integer tensors differ between models.
     """
     # An unavailable backend is refused before anything is read.
-    if context.backend == "auto":
-        context.backend = resolve("auto").NAME
-    elif (reason := BACKENDS[context.backend].reason()) is not None:
-        raise RequestError(f"backend: {context.backend!r} is not available: {reason}")
+    if isinstance(context.backend, str):
+        name = context.backend
+        if name != "auto" and (reason := BACKENDS[name].reason()) is not None:
+            raise RequestError(f"backend: {name!r} is not available: {reason}")
+        context.backend = Runner(name)
+    context.stats = context.runner.zeros((3,), "int64")
     context.method = method
+    statistics: dict[str, int] = {}
     if method == "ties":
-        return run_ties(works, source, sink, context)
-    if method == "pcb":
+        statistics = run_ties(works, source, sink, context)
+    elif method == "pcb":
         run_pcb(works, source, sink, context)
-        return {}
-    if method in WHOLE_METHODS:
+    elif method in WHOLE_METHODS:
         run_whole(works, source, sink, context)
-        return {}
+    else:
+        _run_each(method, works, source, sink, context)
+    context.settle()
+    return statistics
+
+
+def _run_each(
+    method: str, works: Sequence[Work], source: Source, sink: Sink, context: Context
+) -> None:
+    """Run a method that takes one tensor after the other."""
     merged = [work for work in works if not work.copied]
     first = merged[0].parameters if merged else {}
     if method == "dare_ties" and first.get("trim") is not None and first["trim_scope"] == "global":
         run_trimmed_dare(works, source, sink, context)
-        return {}
+        return
     if method == "emr" and first.get("task") is not None:
         context.rescaler = emr_rescaler(merged, source, context)
     run = _RUNNERS[method]
     context.progress.phase(method, total_bytes(works, source))
     source.announce([work.name for work in works])
-    for work in works:
-        if work.copied:
-            copy_equal(work, source, sink, context)
-        else:
-            run(work, source, sink, context)
-        source.release(work.name)
-    return {}
+    with context.phase() if _is_one_op(method, works) else nullcontext():
+        for work in works:
+            if work.copied:
+                copy_equal(work, source, sink, context)
+            else:
+                run(work, source, sink, context)
+            source.release(work.name)
+
+
+def _is_one_op(method: str, works: Sequence[Work]) -> bool:
+    """Tell whether all that a method does are ops that merge, of which none needs another."""
+    if method.startswith("dare"):
+        own = [work.parameters for work in works if not work.copied]
+        return all(p["rescale"] != "l1" and p.get("trim") is None for p in own)
+    return method in ("linear", "task_arithmetic", "passthrough", *_POINTWISE)
 
 
 def total_bytes(works: Sequence[Work], source: Source) -> int:
@@ -122,18 +183,17 @@ def _run_linear(work: Work, source: Source, sink: Sink, context: Context) -> Non
     _, models = source.load(work.name)
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         call(
             "weighted_sum_",
             out,
-            stats,
+            context.stats,
             [model[start:stop] for model in models],
             weights,
             divisor,
             wide=work.wide,
             backend=context.backend,
         )
-        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.check(0, source, work.name, start, stop)
         context.progress.advance(sum(model[start:stop].nbytes for model in models))
 
 
@@ -144,11 +204,10 @@ def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Contex
     assert base is not None
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         call(
             "task_arithmetic_",
             out,
-            stats,
+            context.stats,
             base[start:stop],
             [model[start:stop] for model in models],
             weights,
@@ -157,10 +216,11 @@ def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Contex
             wide=work.wide,
             backend=context.backend,
         )
-        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.check(0, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 
+_POINTWISE = ("nearswap", "ram", "magmax", "consensus_ta", "tall_masks", "emr")
 _RUNNERS = {
     "linear": _run_linear,
     "task_arithmetic": _run_task_arithmetic,
@@ -174,10 +234,8 @@ _RUNNERS = {
     "della": run_della,
     "della_linear": run_della,
     "sce": run_sce,
-    **dict.fromkeys(
-        ("nearswap", "ram", "ramplus_tl", "magmax", "consensus_ta", "tall_masks", "emr"),
-        run_pointwise,
-    ),
+    "ramplus_tl": run_pointwise,
+    **dict.fromkeys(_POINTWISE, run_pointwise),
 }
 
 

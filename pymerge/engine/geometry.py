@@ -95,20 +95,19 @@ def _run_rows(
             coefficients[:, row] = _coefficients(context.method, gram, work)
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         for begin, end, length in _whole_rows(start, stop, columns):
             own = coefficients[:, begin // columns : -(-end // columns)]
             call(
                 "row_weighted_sum_",
                 out[begin - start : end - start],
-                stats,
+                context.stats,
                 None if origin is None else origin[begin:end],
                 [flat[begin:end] for flat in inputs],
                 np.ascontiguousarray(own),
                 length,
                 **how,
             )
-        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.check(0, source, work.name, start, stop)
         read = [*inputs, *([] if origin is None else [origin])]
         context.progress.advance(sum(flat[start:stop].nbytes for flat in read))
 
@@ -255,14 +254,13 @@ def _weighted_sum(
 ) -> None:
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         parts = [flat[start:stop] for flat in inputs]
         if base is None:
-            arguments = (out, stats, parts, coefficients, 1.0)
+            arguments = (out, context.stats, parts, coefficients, 1.0)
             call("weighted_sum_", *arguments, wide=work.wide, backend=context.backend)
         else:
-            arguments = (out, stats, base[start:stop], parts, coefficients, scale, 1.0)
+            arguments = (out, context.stats, base[start:stop], parts, coefficients, scale, 1.0)
             call("task_arithmetic_", *arguments, wide=work.wide, backend=context.backend)
-        context.check_finite(int(stats[0]), source, work.name, start, stop)
+        context.check(0, source, work.name, start, stop)
         read = [*parts, *([] if base is None else [base[start:stop]])]
         context.progress.advance(sum(flat.nbytes for flat in read))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pymerge._calls import call
+from pymerge._calls import Counters, call
 from pymerge.array import Flat
 from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.engine.scores import Scores, Tile, tiles
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.pcb import VARIANTS, PcbVariant
 from pymerge.methods.ties import TrimTarget
+from pymerge.runner import fetched
 from pymerge.select import Part, order_statistics
 
 if TYPE_CHECKING:
@@ -59,18 +60,17 @@ def _merge(
     reals = [*reals[:-1], float(work.parameters["scale"])]
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         call(
             "pcb_merge_",
             out,
-            stats,
+            context.stats,
             base[start:stop],
             [model[start:stop] for model in models],
             variant.code,
             reals,
             backend=context.backend,
         )
-        context.check_finite(int(stats[2]), source, work.name, start, stop)
+        context.check(2, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 
@@ -197,24 +197,30 @@ class _Finder:
     def __init__(self, scope: _Scope, numbers: _Numbers) -> None:
         self.scope = scope
         self.reals = numbers.reals()
-        self.largest = np.full(scope.count, -math.inf)
+        # Where scores are computed.
+        self._largest = scope.context.runner.zeros((scope.count,), "float32")
+        self._largest[:] = -math.inf
+
+    @property
+    def largest(self) -> np.ndarray:
+        """The largest score of each model."""
+        return fetched(self._largest)
 
     def select(self, targets: Sequence[TrimTarget], sign: float) -> list[float]:
         """Return an order statistic of max(sign * score, 0) for each model."""
         scope = self.scope
 
-        def score(tile: Tile, room: np.ndarray) -> None:
+        def score(tile: Tile, room: Counters) -> None:
             self._score(*tile[2:], room, sign)
 
         scores = Scores(scope.parts, scope.total, scope.count, score, scope.context)
         return [_magnitude(cut.key) for cut in scores.select(targets)]
 
-    def _score(self, base: Flat, models: Sequence[Flat], room: np.ndarray, sign: float) -> None:
-        stats = np.zeros(3, np.int64)
+    def _score(self, base: Flat, models: Sequence[Flat], room: Counters, sign: float) -> None:
         call(
             "pcb_scores_",
             room,
-            stats,
+            self.scope.context.runner.zeros((3,), "int64"),
             base,
             models,
             self.scope.variant.code,
@@ -222,9 +228,14 @@ class _Finder:
             backend=self.scope.context.backend,
         )
         scores = room[:, : base.numel()]
-        if sign > 0:
-            self.largest = np.maximum(self.largest, scores.max(axis=1, initial=-math.inf))
-        np.maximum(sign * scores, 0.0, out=scores)
+        if isinstance(scores, np.ndarray):
+            if sign > 0:
+                self._largest = np.maximum(self._largest, scores.max(axis=1, initial=-math.inf))
+            np.maximum(sign * scores, 0.0, out=scores)
+        elif scores.numel() > 0:
+            if sign > 0:
+                self._largest = self._largest.maximum(scores.amax(1))
+            scores.mul_(sign).clamp_(min=0.0)
 
 
 class _Numbers:

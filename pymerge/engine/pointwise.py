@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pymerge._calls import call
 from pymerge.array import Flat
 from pymerge.engine.sums import add_up
@@ -41,7 +39,6 @@ def merge_pointwise(
     assert base is not None
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         for begin, end, reals in stretches:
             begin, end = max(begin, start), min(end, stop)
             if begin >= end:
@@ -49,7 +46,7 @@ def merge_pointwise(
             call(
                 "pointwise_",
                 out[begin - start : end - start],
-                stats,
+                context.stats,
                 base[begin:end],
                 [model[begin:end] for model in models],
                 operation,
@@ -57,7 +54,7 @@ def merge_pointwise(
                 wide=work.wide,
                 backend=context.backend,
             )
-        context.check_finite(int(stats[2]), source, work.name, start, stop)
+        context.check(2, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pymerge._calls import call
-from pymerge.array import Array, Flat
+from pymerge._calls import Counters, call
+from pymerge.array import Flat, as_flat
 from pymerge.backends.arguments import Kept
 from pymerge.engine.pointwise import merge_pointwise
-from pymerge.engine.scores import Scores, Tile, flat_index, tiles
+from pymerge.engine.scores import TILE, Scores, Tile, flat_index, tiles
 from pymerge.engine.sums import add_up
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.ties import TrimTarget
@@ -72,12 +72,13 @@ def _selected(
 ) -> list[tuple[int, int, int]]:
     """Return (begin, end, least key) of the variances that are selected: exactly so many, of equal
     ones those of the lowest index."""
-    dtype, code = (np.float64, "F64") if work.wide else (np.float32, "F32")
+    dtype = "float64" if work.wide else "float32"
+    runner = context.runner
 
-    def variance(tile: Tile, room: np.ndarray) -> None:
+    def variance(tile: Tile, room: Counters) -> None:
         _, _, base, models = tile
-        out = Array.of(room.reshape(-1)[: base.numel()], code)
-        stats = np.zeros(3, np.int64)
+        out = as_flat(room.reshape(-1)[: base.numel()])
+        stats = runner.zeros((3,), "int64")
         how = {"wide": work.wide, "backend": context.backend}
         call("pointwise_", out, stats, base, models, "variance", [], **how)
 
@@ -85,13 +86,11 @@ def _selected(
         yield 0, base, models
 
     nonzero = 0
-    room = np.empty(0, dtype)
+    room = runner.zeros((min(TILE, work.numel),), dtype)
     for tile in tiles(parts("count")):
         numel = tile[2].numel()
-        if room.size < numel:
-            room = np.empty(numel, dtype)
         variance(tile, room)
-        nonzero += int(np.count_nonzero(room[:numel]))
+        nonzero += int((room[:numel] != 0).sum())
     count = int(nonzero * work.parameters["select_topk"])
     if count == 0:
         return [(0, work.numel, KEEP_NONE)]

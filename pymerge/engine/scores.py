@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pymerge.array import Array, Flat
+from pymerge._calls import Counters
+from pymerge.array import Flat, as_array, as_flat
 from pymerge.backends.arguments import padded
 from pymerge.engine.work import slices
 from pymerge.methods.ties import TrimTarget
@@ -26,7 +25,7 @@ TILE = 1 << 20  # elements scored at once; a multiple of the chunks of sums
 Parts = Callable[[], Iterable[Part]]
 Tile = tuple[int, int, Flat, Sequence[Flat]]  # number of the part, start there, base, models
 # (tile, room [rows, numel padded]) -> fills room[:, :numel]. Samples are tiles from anywhere.
-Score = Callable[[Tile, np.ndarray], None]
+Score = Callable[[Tile, Counters], None]
 
 
 def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
@@ -60,12 +59,14 @@ class Scores:
         self._total = total
         self._score = score
         self._context = context
-        self._dtype = np.float64 if wide else np.float32
         self._rows = rows
         self._wide = wide
-        self._code = "F64" if wide else "F32"
-        self._room = np.empty(rows * padded(min(TILE, total)), self._dtype)
-        self._zeros = Array.of(np.zeros(min(TILE, total), self._dtype), self._code)
+        # Numbers stay where they are computed.
+        self._room = self._zeros_of(rows * padded(min(TILE, total)))
+        self._zeros = self._zeros_of(min(TILE, total))
+
+    def _zeros_of(self, numel: int) -> Counters:
+        return self._context.runner.zeros((numel,), "float64" if self._wide else "float32")
 
     def select(self, targets: Sequence[TrimTarget]) -> list[Cut]:
         """Return the threshold of each row. Where exactly k are kept, positions count tiles: see
@@ -76,9 +77,8 @@ class Scores:
             lambda: self._parts("sample"), self._total, context.sample
         ):
             numel = base.numel()
-            room = np.empty(self._rows * padded(numel), self._dtype)
-            zeros = Array.of(np.zeros(numel, self._dtype), self._code)
-            samples.append((zeros, self._rows_of((0, 0, base, models), room)))
+            scored = self._rows_of((0, 0, base, models), self._zeros_of(self._rows * padded(numel)))
+            samples.append((as_array(self._base(numel)), [as_array(row) for row in scored]))
         cuts, _ = order_statistics(
             self._scored,
             targets,
@@ -96,14 +96,19 @@ class Scores:
             numel = tile[2].numel()
             room = self._room
             if self._total <= len(room) // self._rows:  # so few may be held all at once
-                room = np.empty(self._rows * padded(numel), self._dtype)
-            yield number, self._zeros[:numel], self._rows_of(tile, room)
+                room = self._zeros_of(self._rows * padded(numel))
+            yield number, self._base(numel), self._rows_of(tile, room)
 
-    def _rows_of(self, tile: Tile, memory: np.ndarray) -> list[Array]:
+    def _base(self, numel: int) -> Flat:
+        """Return zeros, from which the numbers are the distance."""
+        enough = numel <= len(self._zeros)
+        return as_flat(self._zeros[:numel] if enough else self._zeros_of(numel))
+
+    def _rows_of(self, tile: Tile, memory: Counters) -> list[Flat]:
         numel = tile[2].numel()
         room = memory[: self._rows * padded(numel)].reshape(self._rows, -1)
         self._score(tile, room)
-        return [Array.of(row[:numel], self._code) for row in room]
+        return [as_flat(row[:numel]) for row in room]
 
 
 def flat_index(cut: Cut) -> Cut:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pymerge._calls import call
-from pymerge.array import Array, Flat
+from pymerge._calls import Counters, call
+from pymerge.array import Flat, as_flat
 from pymerge.backends.arguments import Kept, SparseMerge, padded
 from pymerge.engine.scores import Scores, Tile, flat_index
 from pymerge.engine.sums import sparse_norms
@@ -125,19 +125,16 @@ def _trim_cuts(
     """Return the thresholds of a trim of what was drawn, over the tensors `works` together."""
     total = sum(work.numel for work in works)
     wide, count = works[0].wide, len(works[0].parameters["density"])
-    code = "F64" if wide else "F32"
     drawn = [_drawn(work, count, context)[0] for work in works]
 
-    def score(tile: Tile, room: np.ndarray) -> None:
+    def score(tile: Tile, room: Counters) -> None:
         number, start, base, models = tile
         kept = drawn[number]
         for k, model in enumerate(models):
-            out = Array.of(room[k, : base.numel()], code)
-            stats = np.zeros(3, np.int64)
             call(
                 "sparse_merge_",
-                out,
-                stats,
+                as_flat(room[k, : base.numel()]),
+                context.runner.zeros((3,), "int64"),
                 base,
                 [model],
                 [kept.lo[k]],
@@ -285,20 +282,20 @@ class _Ranks:
         rows = max(1, _RANKED_AT_ONCE // len(models) // self._columns)
         self._step = rows * self._columns
         self._begin = -1
-        self._room = np.empty(0, np.int32)
+        self._room: Counters = np.empty(0, np.int32)
 
     def borders(self) -> Iterator[tuple[int, int]]:
         for begin in range(0, self._work.numel, self._step):
             yield begin, min(begin + self._step, self._work.numel)
 
-    def of(self, index: int) -> tuple[int, np.ndarray, int]:
+    def of(self, index: int) -> tuple[int, Counters, int]:
         """Return (begin, ranks, end) of the block that holds an element."""
         begin = index // self._step * self._step
         end = min(begin + self._step, self._work.numel)
         room = len(self._models), padded(end - begin) + padded(1)
         if begin != self._begin:
             if self._room.shape != room:
-                self._room = np.zeros(room, np.int32)
+                self._room = self._context.runner.zeros(room, "int32")
             call(
                 "row_ranks_",
                 self._room,
@@ -326,14 +323,13 @@ def _merge_ranked(
     blocks = _Ranks(work, base, models, columns, context)
     for start, out in sink.pieces(work.name):
         stop, at = start + out.numel(), start
-        stats = np.zeros(3, np.int64)
         while at < stop:
             begin, ranks, end = blocks.of(at)
             end = min(end, stop)
             part, own = out[at - start : end - start], replace(kept, ranks=ranks[:, at - begin :])
-            _call(work, part, stats, base, models, at, end, own, how, context)
+            _call(work, part, base, models, at, end, own, how, context)
             at = end
-        context.check_finite(int(stats[2]), source, work.name, start, stop)
+        context.check(2, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 
@@ -358,21 +354,19 @@ def _merge(
 ) -> None:
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        stats = np.zeros(3, np.int64)
         for begin, end, kept in stretches:
             begin, end = max(begin, start), min(end, stop)
             if begin >= end:
                 continue
             part = out[begin - start : end - start]
-            _call(work, part, stats, base, models, begin, end, kept, how, context)
-        context.check_finite(int(stats[2]), source, work.name, start, stop)
+            _call(work, part, base, models, begin, end, kept, how, context)
+        context.check(2, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
 
 def _call(
     work: Work,
     out: Flat,
-    stats: np.ndarray,
     base: Flat,
     models: Sequence[Flat],
     begin: int,
@@ -384,7 +378,7 @@ def _call(
     call(
         "sparse_merge_",
         out,
-        stats,
+        context.stats,
         base[begin:end],
         [model[begin:end] for model in models],
         *kept.numbers(),

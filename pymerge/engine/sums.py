@@ -10,6 +10,7 @@ import numpy as np
 from pymerge._calls import call
 from pymerge.array import Flat
 from pymerge.backends.arguments import Kept, sums_shape
+from pymerge.runner import Runner
 
 __all__ = ["add_up", "gram_matrix", "row_sums", "sparse_norms", "square"]
 
@@ -24,7 +25,7 @@ def add_up(
     reals: Sequence[float] = (),
     kept: Kept | None = None,
     wide: bool,
-    backend: str,
+    backend: str | Runner,
 ) -> list[float]:
     """Return the sums of a kind (`chunk_sums_`) over a tensor. `fsum` rounds once, so that the
     order of chunks does not matter."""
@@ -66,7 +67,7 @@ def square(upper: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
 
 
 def gram_matrix(
-    base: Flat | None, models: Sequence[Flat], *, wide: bool, backend: str
+    base: Flat | None, models: Sequence[Flat], *, wide: bool, backend: str | Runner
 ) -> np.ndarray:
     """Return the dot products of all pairs of models, or of their deltas: [models, models]."""
     return square(add_up("gram", base, models, wide=wide, backend=backend), len(models))
@@ -79,7 +80,7 @@ def row_sums(
     columns: int,
     *,
     wide: bool,
-    backend: str,
+    backend: str | Runner,
 ) -> np.ndarray:
     """Return the sums of a kind over each row: [sums, rows]."""
     partials = np.zeros(sums_shape(kind, len(models), models[0].numel(), columns))
@@ -99,7 +100,7 @@ def _row_blocks(numel: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def sparse_norms(
-    base: Flat, models: Sequence[Flat], kept: Kept, *, wide: bool, backend: str
+    base: Flat, models: Sequence[Flat], kept: Kept, *, wide: bool, backend: str | Runner
 ) -> list[tuple[float, float]]:
     """Return the L1 norms of each task vector and of what is kept of it."""
     totals = add_up("sparse", base, models, kept=kept, wide=wide, backend=backend)

@@ -13,6 +13,7 @@ from pymerge._calls import call
 from pymerge.array import Array
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.ties import TiesRule, trim_target
+from pymerge.runner import fetched, zeros
 from pymerge.select import Cut, Part, Workspace, order_statistics, sample_parts
 
 if TYPE_CHECKING:
@@ -75,23 +76,22 @@ class _Merge:
         self.source = source
         self.sink = sink
         self.context = context
-        self.stats = np.zeros(3, np.int64)
 
     def tensor(
         self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int
     ) -> None:
-        """Merge one tensor; the balance of signs is added up in `stats` where the rule needs it."""
+        """Merge one tensor; the context's `stats` add up the balance of signs where the rule needs
+        it."""
         how = _how(work, rule)
         base, models = self.source.load(work.name)
         assert base is not None
         for start, out in self.sink.pieces(work.name):
             stop = start + out.numel()
-            self.stats[2] = 0
             for begin, end, thresholds in stretches(cuts, part, start, stop, work.numel):
                 call(
                     "ties_",
                     out[begin - start : end - start],
-                    self.stats,
+                    self.context.stats,
                     base[begin:end],
                     [model[begin:end] for model in models],
                     thresholds,
@@ -102,7 +102,7 @@ class _Merge:
                     backend=self.context.backend,
                     **how,
                 )
-            self.context.check_finite(int(self.stats[2]), self.source, work.name, start, stop)
+            self.context.check(2, self.source, work.name, start, stop)
             self.context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
 
     def signs(self, work: Work, rule: TiesRule, part: int, cuts: list[Cut]) -> np.ndarray:
@@ -111,7 +111,7 @@ class _Merge:
         del how["merge"]
         base, models = self.source.load(work.name)
         assert base is not None
-        stats = np.zeros(3, np.int64)
+        stats = zeros(self.context.backend, (3,), "int64")
         for begin, end, thresholds in stretches(cuts, part, 0, work.numel, work.numel):
             call(
                 "ties_signs_",
@@ -123,7 +123,7 @@ class _Merge:
                 backend=self.context.backend,
                 **how,
             )
-        return stats
+        return fetched(stats)
 
 
 def run_ties(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
@@ -252,18 +252,20 @@ def _run_global(
     attempts = 0
     while True:
         attempts += 1
-        merge.stats[:] = 0
+        context.stats[:] = 0
         context.progress.phase("ties", total_bytes(works, source))
         source.announce([work.name for work in works])
-        for work in works:
-            if work.copied:
-                copy_equal(work, source, sink, context)
-            else:
-                own, number = rules[work.name], numbers[work.name]
-                merge.tensor(by_name[work.name], own, number, cuts, _zero_sign(own, balance))
-            source.release(work.name)
-        guess, balance = balance, int(merge.stats[0])
-        undecided = int(merge.stats[1])
+        with context.phase():
+            for work in works:
+                if work.copied:
+                    copy_equal(work, source, sink, context)
+                else:
+                    own, number = rules[work.name], numbers[work.name]
+                    merge.tensor(by_name[work.name], own, number, cuts, _zero_sign(own, balance))
+                source.release(work.name)
+        context.settle()
+        counted = fetched(context.stats)
+        guess, balance, undecided = balance, int(counted[0]), int(counted[1])
         right = all(_zero_sign(own, guess) == _zero_sign(own, balance) for own in rules.values())
         # Where nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
         matters = undecided > 0 or any(own.merge == "max" for own in rules.values())

@@ -24,6 +24,8 @@ def make_plan(
     shard_size: int = 5_000_000_000,
     threads: int | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    device_memory: int | None = None,
 ) -> MergePlan:
     """Plan a merge: open all checkpoints, check everything, read no tensor.
 
@@ -33,6 +35,9 @@ def make_plan(
         shard_size: bytes of an output file; a larger tensor gets a file of its own.
         threads: compute threads; default one per processor.
         seed: of random masks, 0 <= seed < 2**63.
+        device: "cpu", or the GPU that computes, "cuda" or "cuda:N"; it is not looked at.
+        device_memory: bytes of the GPU's memory that the merge may take; default half of what is
+            free there when it begins.
 
     Raises:
         RequestError: listing every problem of the request and of all inputs.
@@ -46,7 +51,8 @@ def make_plan(
         planned = _plan_tensors(config, inputs, counter, problems)
         computed = [tensor for tensor in planned if tensor.compute is not None]
         selects = any(counter.selects(tensor.parameters, tensor.numel) for tensor in computed)
-        fitted = _fit_memory(config, memory, threads, selects, problems)
+        staged = device != "cpu"
+        fitted = _fit_memory(config, memory, threads, selects, staged, problems)
         if problems or fitted is None:
             raise RequestError(problems)
         layout = plan_layout(
@@ -69,6 +75,8 @@ def make_plan(
             memory=fitted,
             threads=threads,
             seed=seed,
+            device=device,
+            device_memory=device_memory,
             warnings=[
                 *config.warnings,
                 *inputs.warnings,
@@ -148,10 +156,16 @@ def _dtypes(config: MergeConfig, dtypes: list[str]) -> tuple[str, Literal["F32",
 
 
 def _fit_memory(
-    config: MergeConfig, memory: int, threads: int, selects: bool, problems: list[str]
+    config: MergeConfig,
+    memory: int,
+    threads: int,
+    selects: bool,
+    staged: bool,
+    problems: list[str],
 ) -> MemoryPlan | None:
+    count = len(config.models)
     try:
-        return plan_memory(memory, models=len(config.models), threads=threads, selects=selects)
+        return plan_memory(memory, models=count, threads=threads, selects=selects, staged=staged)
     except RequestError as error:
         problems += error.problems
         return None

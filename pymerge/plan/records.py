@@ -43,7 +43,8 @@ class MergePlan:
     """Everything that is decided before a tensor is read. Holds the checkpoints open: close it.
 
     `base` is None for methods without one. `tensors` are in the order of the output files.
-    `side_files` is where the config and tokenizer files come from.
+    `side_files` is where the config and tokenizer files come from. `device_memory` is None where
+    it is half of what a GPU has free.
     """
 
     config: MergeConfig
@@ -59,6 +60,8 @@ class MergePlan:
     memory: MemoryPlan
     threads: int
     seed: int
+    device: str = "cpu"
+    device_memory: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -131,7 +134,10 @@ class MergePlan:
                 "slot_bytes": self.memory.slot_bytes,
                 "histogram_bins": self.memory.histogram_bins,
                 "sample_elements": self.memory.sample_elements,
+                "buffer_bytes": self.memory.buffer_bytes,
             },
+            "device": self.device,
+            "device_memory": self.device_memory,
             "threads": self.threads,
             "seed": self.seed,
             "warnings": self.warnings,

@@ -1,0 +1,326 @@
+"""Merges on a device: the same bytes as on the CPU, in bounded memory, with everything ordered.
+
+The device is the processor (tests/host_device.py): what needs a GPU is in tests/test_cuda_merge.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pymerge
+import pymerge.cli
+from pymerge import memory
+from pymerge.engine import checkpoints, staged
+from pymerge.engine.device import COMPUTE, IN, OUT
+from pymerge.memory import DeviceSizes, device_sizes, plan_memory
+from pymerge.methods import METHODS
+from tests import models
+from tests.host_device import HostDevice, Race
+from tests.test_engine import METHODS as DIALECTS
+from tests.test_methods import number_of_models, parameters_of
+
+no_waiting = models.no_waiting
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
+# Those with kernels, so that they run on a device that runs the CPU's kernels.
+NATIVE = [name for name, spec in METHODS.items() if "cpu" in spec.backends]
+# A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.
+SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
+ROOMY = replace(SMALL, resident_bytes=1 << 30)
+
+Merge = Callable[..., pymerge.MergeReport]
+
+
+@pytest.fixture
+def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
+    """Return merge_checkpoints on a device, whose memory is cut as told."""
+
+    def run(
+        config: Any, out: Path, device: HostDevice, sizes: DeviceSizes | None = None, **options: Any
+    ) -> pymerge.MergeReport:
+        monkeypatch.setattr(checkpoints, "open_device", lambda name: device)
+        if sizes is not None:
+            monkeypatch.setattr(staged, "device_sizes", lambda budget, most: sizes)
+        return pymerge.merge_checkpoints(config, out, device="cuda", **options)
+
+    return run
+
+
+def config_of(root: Path, name: str, count: int) -> dict[str, Any]:
+    config = models.config(root, name, count, **parameters_of(name))
+    if not METHODS[name].needs_base:
+        config.pop("base_model", None)
+    return config
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_method(name: str, sizes: DeviceSizes, merge: Merge, tmp_path: Path) -> None:
+    """Some tensors of more than a chunk, some of less, of several pieces of output."""
+    count = number_of_models(name)
+    base, tuned = models.llama(count, coarse=name == "ties", vocabulary=2101, layers=1)
+    models.save_family(tmp_path, base, tuned, files=2)
+    config = config_of(tmp_path, name, count)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    device = HostDevice()
+    report = merge(config, tmp_path / "out", device, sizes)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+    assert report.device == "cuda:0 (the processor)"
+    assert set(report.backends.values()) == {"cpu"}
+    assert report.why.startswith("the device was asked for")
+    assert device.copied[OUT] > 0.9 * report.output.bytes
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+@pytest.mark.parametrize("name", DIALECTS)
+def test_dialects_of_ties(name: str, sizes: DeviceSizes, merge: Merge, tmp_path: Path) -> None:
+    """Order statistics over tensors and models, exact positions, votes of zero, restarts."""
+    base, tuned = models.llama(3, coarse=True, vocabulary=2101, layers=1)
+    models.save_family(tmp_path, base, tuned)
+    arguments = dict(DIALECTS[name])
+    config = models.config(tmp_path, arguments.pop("method"), 3, **arguments)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    merge(config, tmp_path / "out", HostDevice(), sizes)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
+def test_tensors_stay_while_they_are_needed_again(merge: Merge, tmp_path: Path) -> None:
+    """What there is room for is copied once, however many passes there are."""
+    base, tuned = models.llama(2, vocabulary=2101, layers=1)
+    models.save_family(tmp_path, base, tuned)
+    config = models.config(tmp_path, "ties", 2, density=0.3, semantics="official")
+    copied = []
+    for number, sizes in enumerate((SMALL, replace(SMALL, resident_bytes=1 << 20), ROOMY)):
+        device = HostDevice()
+        merge(config, tmp_path / str(number), device, sizes)
+        copied.append(device.copied[IN])
+    assert copied[0] > copied[1] > copied[2] > 0
+    found = [models.weight_bytes(tmp_path / str(number)) for number in range(3)]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (torch.float32,),
+        (torch.bfloat16, torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+    ],
+    ids=["f32", "mixed", "halves", "f64"],
+)
+def test_dtypes_and_numbers_of_models(
+    kinds: tuple[torch.dtype, ...], count: int, merge: Merge, tmp_path: Path
+) -> None:
+    base, tuned = models.llama(count, torch.float32, vocabulary=40, layers=1, mlp=32)
+    states = [
+        {name: t.to(kinds[k % len(kinds)]) if t.is_floating_point() else t for name, t in s.items()}
+        for k, s in enumerate([base, *tuned])
+    ]
+    states[0]["large.weight"] = torch.linspace(-1, 1, 70_001).to(kinds[0])
+    for k, state in enumerate(states[1:], 1):
+        kind = kinds[k % len(kinds)]
+        state["large.weight"] = (torch.linspace(-1, 1, 70_001) * (1 + 0.1 * k)).sin().to(kind)
+    models.save_family(tmp_path, states[0], states[1:])
+    requests: dict[str, dict[str, Any]] = {
+        "linear": {},
+        "ties": {"density": 0.3, "semantics": "official", "exact_k": True},
+        "dare_ties": {"density": 0.5, "rescale": "l1"},
+        "magmax": {},
+    }
+    for name, parameters in requests.items():
+        config = models.config(tmp_path, name, count, **parameters)
+        pymerge.merge_checkpoints(config, tmp_path / f"{name}-cpu")
+        merge(config, tmp_path / name, HostDevice(), SMALL)
+        expected = models.weight_bytes(tmp_path / f"{name}-cpu")
+        assert models.weight_bytes(tmp_path / name) == expected, name
+
+
+def two(root: Path, **sizes: int) -> dict[str, Any]:
+    """Write a family and return the request of a merge of it."""
+    base, tuned = models.llama(2, torch.float32, **({"layers": 1, "vocabulary": 1100} | sizes))
+    models.save_family(root, base, tuned)
+    return models.config(root, "ties", 2, density=0.3)
+
+
+@pytest.mark.parametrize("what", ["wait", "finish"])
+@pytest.mark.parametrize("actor", [IN, COMPUTE, OUT])
+def test_every_wait_is_needed(
+    what: str, actor: str, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the waits of one stream, or those of the host for one, a race is found."""
+    if what == "finish" and actor == COMPUTE:
+        pytest.skip("the host waits for copies alone")
+    device = HostDevice()
+    original = getattr(device, what)
+
+    def wait(stream: str, event: Any) -> None:
+        if stream != actor:
+            original(stream, event)
+
+    def finish(event: Any) -> None:
+        if event.stream != actor:
+            original(event)
+
+    monkeypatch.setattr(device, what, {"wait": wait, "finish": finish}[what])
+    # Results are larger than the buffers, and so is what goes through the chunks.
+    with pytest.raises(Race):
+        merge(two(tmp_path), tmp_path / "out", device, SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_without_all_kernels(merge: Merge, tmp_path: Path) -> None:
+    """What has none is computed on the host, and the report says so."""
+    config = two(tmp_path)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    for number, lacks in enumerate((["ties_"], ["magnitude_histogram_"], ["ties_", "x"])):
+        out = tmp_path / str(number)
+        sizes = SMALL if number < 2 else ROOMY
+        report = merge(config, out, HostDevice(lacks=lacks), sizes)
+        assert models.weight_bytes(out) == models.weight_bytes(tmp_path / "cpu")
+        assert report.backends[lacks[0]] == "cpu on the host"
+        assert "ties_: cpu on the host" in report.summary() or number == 1
+
+
+def test_methods_without_kernels_run_on_the_cpu(merge: Merge, tmp_path: Path) -> None:
+    """Bytes must not depend on the device, which adds up and decomposes in another order."""
+    base, tuned = models.llama(2, layers=1, hidden=8, mlp=8, vocabulary=16)
+    models.save_family(tmp_path, base, tuned)
+    report = merge(models.config(tmp_path, "tsv_m", 2), tmp_path / "out", HostDevice())
+    assert report.device == "cpu"
+    assert report.why == "no backend has kernels for tsv_m on a GPU"
+    assert "tsv_m is computed on the CPU: no backend has kernels for tsv_m" in report.warnings[0]
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["linear", "ties", "dare_linear", "pcb"])
+def test_nan_is_found_and_named(
+    name: str, value: float, sizes: DeviceSizes, merge: Merge, tmp_path: Path
+) -> None:
+    base, tuned = models.llama(2, torch.float32, layers=1, vocabulary=1100)
+    tuned[1]["model.embed_tokens.weight"][1099, 3] = value
+    models.save_family(tmp_path, base, tuned)
+    config = config_of(tmp_path, name, 2)
+    expected = rf"m1\): tensor 'model.embed_tokens.weight' holds {value} at flat index 70339"
+    with pytest.raises(pymerge.NonFiniteError, match=expected):
+        merge(config, tmp_path / "out", HostDevice(), sizes)
+    assert not (tmp_path / "out").exists()
+    if name == "pcb":
+        return  # its statistics would be NaN
+    config["parameters"]["nan"] = "keep"
+    merge(config, tmp_path / "kept", HostDevice(), sizes)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    kept = models.load(tmp_path / "kept")
+    for key, tensor in models.load(tmp_path / "cpu").items():
+        assert torch.equal(kept[key].nan_to_num(7.0), tensor.nan_to_num(7.0)), key
+
+
+def test_flags_of_finite_inputs_do_not_stay(merge: Merge, tmp_path: Path) -> None:
+    """A sum beyond the range of float32 raises the flag of NaN, although no input is NaN."""
+    state = {f"t{k}": torch.full((5000,), 3e38) for k in range(3)}
+    models.save_family(tmp_path, state, [state, state])
+    config = models.config(tmp_path, "linear", 2, normalize=False)
+    merge(config, tmp_path / "out", HostDevice(), SMALL)
+    assert bool(models.load(tmp_path / "out")["t2"].isinf().all())
+
+
+def test_less_memory_than_was_free(merge: Merge, tmp_path: Path) -> None:
+    """Whenever the device refuses, the merge begins again with half as much."""
+    config = two(tmp_path)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    expected = models.weight_bytes(tmp_path / "cpu")
+    for failing in (1, 3, 6, 7):
+        device = HostDevice(failing=[failing])
+        merge(config, tmp_path / f"out{failing}", device, memory="1100MiB")
+        assert models.weight_bytes(tmp_path / f"out{failing}") == expected
+    device = HostDevice(largest=9 << 20)
+    merge(config, tmp_path / "small", device, memory="2GiB")
+    assert models.weight_bytes(tmp_path / "small") == expected
+    assert device.most == 8 << 20
+    with pytest.raises(
+        pymerge.MergeError, match=r"cuda:0 .*: too little memory: .* takes 19.0 MiB"
+    ):
+        merge(config, tmp_path / "none", HostDevice(largest=7 << 20), memory="2GiB")
+    assert not (tmp_path / "none").exists()
+
+
+def test_memory_is_bounded(merge: Merge, tmp_path: Path) -> None:
+    """Neither the tensor nor the number of models makes a block of the device larger."""
+    largest = []
+    for count, vocabulary in ((2, 1100), (2, 9000), (9, 1100)):
+        root = tmp_path / f"{count}-{vocabulary}"
+        base, tuned = models.llama(count, layers=1, vocabulary=vocabulary)
+        models.save_family(root, base, tuned)
+        device = HostDevice(memory=1 << 20)
+        config = models.config(root, "ties", count, density=0.3)
+        merge(config, root / "out", device, device_memory="20MiB")
+        largest.append(device.most)
+    assert largest == [8 << 20] * 3
+
+
+def test_sizes_fit() -> None:
+    for budget in (0, 19 << 20, 100 << 20, 10 << 30):
+        sizes = device_sizes(budget)
+        assert sizes.total <= max(budget, 19 << 20)
+        assert sizes.tile_bytes == 8 * sizes.buffer_bytes
+        assert sizes.buffer_bytes >= 1 << 20
+    sizes: DeviceSizes | None = device_sizes(10 << 30)
+    steps = 0
+    while sizes is not None:
+        smaller = sizes.halved()
+        assert smaller is None or smaller.total < sizes.total
+        sizes, steps = smaller, steps + 1
+    assert steps == 5
+    plain = plan_memory(2 << 30, models=2, threads=2, selects=False)
+    there = plan_memory(2 << 30, models=2, threads=2, selects=False, staged=True)
+    assert plain.buffer_bytes == 0
+    assert there.buffer_bytes == memory.MAX_BUFFER_BYTES
+    assert there.total - plain.total == memory.CUDA_FIXED_BYTES + 6 * there.buffer_bytes
+    least = plan_memory(1032 << 20, models=2, threads=2, selects=False, staged=True)
+    assert least.buffer_bytes == 1 << 20
+
+
+def test_the_plan_tells_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without looking for a GPU."""
+    two(tmp_path)
+    lines = [f"  - model: {tmp_path}/m{k}\n" for k in range(2)]
+    text = f"merge_method: ties\nbase_model: {tmp_path}/base\nmodels:\n" + "".join(lines)
+    (tmp_path / "c.yml").write_text(text + "parameters: {density: 0.2}\n")
+
+    def plan(*options: str) -> str:
+        assert pymerge.cli.main(["plan", str(tmp_path / "c.yml"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert "device" not in plan()
+    assert "device" not in plan("--device", "cpu")
+    said = plan("--device", "cuda:1")
+    assert "6 x 16.0 MiB on the way" in said
+    parts = "2 x 128.0 MiB of input, 3 x 16.0 MiB of output, the rest for tensors that are read"
+    assert f"device    cuda:1: half of what is free ({parts} again)" in said
+    said = plan("--backend", "cuda", "--device-memory", "1GiB")
+    assert f"device    cuda: 1.00 GiB ({parts} again)" in said
+    found = json.loads(plan("--device", "cuda", "--device-memory", "1GiB", "--json"))
+    assert (found["device"], found["device_memory"]) == ("cuda", 1 << 30)
+    assert found["memory"]["buffer_bytes"] == 16 << 20
+
+
+def test_requests_that_do_not_fit_together(tmp_path: Path) -> None:
+    config = two(tmp_path)
+    for options, expected in (
+        ({"device": "cuda", "backend": "cpu"}, "'cpu' computes on cpu tensors, but these are on"),
+        ({"device": "cpu", "backend": "cuda"}, "backend: 'cuda' "),
+        ({"device": "cuda", "device_memory": "1G"}, "device_memory: expected a size"),
+        ({"device": "cuda:"}, "device: expected auto, cpu, cuda or cuda:N; got 'cuda:'"),
+    ):
+        with pytest.raises(pymerge.RequestError) as caught:
+            pymerge.merge_checkpoints(config, tmp_path / "out", **options)
+        assert expected in str(caught.value)
