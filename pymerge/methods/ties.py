@@ -177,7 +177,6 @@ TIES = MethodSpec(
     source="Yadav et al., TIES-Merging, 2023",
     url="https://arxiv.org/abs/2306.01708",
     needs_base=True,
-    backends=("reference", "cpu", "cuda", "triton"),
     passes="2 (an order statistic of |delta|, then the merge)",
     parameters=(
         Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model"),
