@@ -44,6 +44,7 @@ DEFAULT_CASES = (
 )
 MODELS = 4
 STRETCHES, STRETCH = 64, 4096
+COLUMNS = 4096  # of the rows that some methods rank or weigh
 # Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
 # the magnitude kernels count separately.
 _TILE = math.lcm(CHUNK, HOT_CHUNK)
@@ -68,19 +69,32 @@ def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Return the case's arguments over the whole arrays, with thresholds from their first part."""
     base, models = inputs
     arguments = case.arguments(base[:_SAMPLE], [model[:_SAMPLE] for model in models])
-    whole = {"base": base, "models": models, "model": models[0]}
+    whole: dict[str, Any] = {"base": base, "model": models[0]}
+    # Some take one model, and dot products a gradient more.
+    whole["models"] = (models * 2)[: len(arguments.get("models", ()))]
+    if arguments.get("base", base) is None:
+        whole["base"] = None
+    repeats = base.numel() // _SAMPLE
+    if arguments.get("ranks") is not None:  # [models, elements]
+        whole["ranks"] = arguments["ranks"].repeat(1, repeats)
+    if isinstance(arguments.get("weights"), torch.Tensor):  # [models, rows]
+        whole["weights"] = arguments["weights"].repeat(1, repeats)
     return {name: whole.get(name, value) for name, value in arguments.items()}
 
 
 def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     part = dict(arguments)
     for name in ("base", "model"):
-        if name in part:
+        if part.get(name) is not None:
             part[name] = part[name][start:stop]
     if "start" in part:  # the hash of a random mask sees the index
         part["start"] += start
     if "models" in part:
         part["models"] = [model[start:stop] for model in part["models"]]
+    if part.get("ranks") is not None:
+        part["ranks"] = part["ranks"][:, start:stop]
+    if isinstance(part.get("weights"), torch.Tensor):
+        part["weights"] = part["weights"][:, start // COLUMNS : stop // COLUMNS]
     return part
 
 
@@ -107,8 +121,11 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
     expected = Expected([], {})
     if case.streams_out:
         last = max(0, numel - STRETCH)
-        drawn = random.Random(seed).sample(range(last + 1), min(STRETCHES - 2, last + 1))
-        for start in sorted({0, last, *drawn}):
+        rows = {"columns", "ranks"} & arguments.keys()
+        step = COLUMNS if rows else 1
+        places = range(0, last + 1, step)
+        drawn = random.Random(seed).sample(places, min(STRETCHES - 2, len(places)))
+        for start in sorted({0, places[-1], *drawn}):
             stop = min(start + STRETCH, numel)
             expected.stretches.append((start, reference(start, stop)["out"]))
     if case.streams_out and not arguments.get("want_signs"):
@@ -117,7 +134,7 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
     tiles = [reference(start, min(start + _TILE, numel)) for start in range(0, numel, _TILE)]
     for name in tiles[0].keys() - {"out"}:
         values = [tile[name] for tile in tiles]
-        per_chunk = name in ("hot_chunks", "partials", "scores")
+        per_chunk = name in ("hot_chunks", "partials", "scores", "ranks")
         per_chunk = per_chunk or (name == "counts" and values[0].dim() == 1)
         if per_chunk:
             expected.counters[name] = torch.cat(values, dim=-1)
@@ -140,7 +157,7 @@ def check(name: str, expected: Expected, outputs: dict[str, torch.Tensor], numel
         found = outputs[key]
         if found.dim() == 3:  # [slots, models, bins]
             found, values = found.sum(dim=0), values.sum(dim=0)
-        if key == "scores":  # rows have room for a multiple of 64
+        if key in ("scores", "ranks"):  # rows have room for a multiple of 64
             found, values = found[:, :numel], values[:, :numel]
         kind = torch.float64 if values.is_floating_point() else torch.int64
         if not torch.equal(found.to(kind), values.to(kind)):
@@ -199,6 +216,8 @@ def measure_case(
     read = [*floor_models, *([] if floor_base is None else [floor_base])]
     read_bytes = sum(tensor.nbytes for tensor in read)
     nbytes = read_bytes + (out.nbytes if case.streams_out else 0)
+    # Ranks are read, or written, beside them.
+    nbytes += sum(t.nbytes for t in (arguments.get("ranks"), outputs.get("ranks")) if t is not None)
     op = getattr(torch.ops.pymerge, case.op)
 
     def kernel() -> None:

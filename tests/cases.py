@@ -219,7 +219,8 @@ def _padded(numel: int) -> int:
 
 def _columns(numel: int) -> int:
     """Return the length of a row: one that divides the number of elements."""
-    return next((c for c in (341, 17, 11, 7, 3) if numel % c == 0), max(numel, 1))
+    lengths = (4096, 341, 17, 11, 7, 3)
+    return next((c for c in lengths if numel % c == 0), max(numel, 1))
 
 
 def _ranks(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:

@@ -16,25 +16,76 @@ struct PcbKernel {
   I worst;
   int64_t at;
 
+  // K models of a variant that is known here, or any number of either.
+  template <int K, class Taus>
+  void point(const PcbCall& known, const char* const* in, char* out, int64_t i, Taus& tau,
+             Taus& found, I& seen) {
+    const F base = (F)load_bits(in[0] + 4 * i);
+    PM_UNROLL
+    for (int k = 0; k < known.num_models; ++k) {
+      tau[k] = (F)load_bits(in[k + 1] + 4 * i) - base;
+      const I key = magnitude_key(tau[k]);
+      seen = key > seen ? key : seen;
+    }
+    if constexpr (K > 0) {
+      pcb_scores_of(known, tau, found);
+    } else {
+      pcb_scores(known, tau, found);
+    }
+    if (scores == nullptr) {
+      store_bits(out + 4 * i, (U)pcb_merge(known, base, tau, found));
+      return;
+    }
+    PM_UNROLL
+    for (int k = 0; k < known.num_models; ++k) {
+      store_bits(scores + k * stride + at + i, (U)found[k]);
+    }
+  }
+
+  template <PcbVariant kVariant, int K>
+  void loop(const char* const* in, char* out, int64_t n) {
+    I seen = worst;
+    if constexpr (K > 0) {
+      PcbCall known = call;
+      known.variant = kVariant;
+      known.num_models = K;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        F tau[K], found[K];
+        point<K>(known, in, out, i, tau, found, seen);
+      }
+    } else {
+      F* tau = room;
+      F* found = room + call.num_models;
+      for (int64_t i = 0; i < n; i += kLanes) point<K>(call, in, out, i, tau, found, seen);
+    }
+    worst = seen;
+  }
+
+  template <PcbVariant kVariant>
+  void with_count(const char* const* in, char* out, int64_t n) {
+    switch (call.num_models) {
+      case 2:
+        return loop<kVariant, 2>(in, out, n);
+      case 3:
+        return loop<kVariant, 3>(in, out, n);
+      case 4:
+        return loop<kVariant, 4>(in, out, n);
+      default:
+        return loop<PcbVariant::kPaper, 0>(in, out, n);  // of any variant
+    }
+  }
+
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store) {
-    F* tau = room;
-    F* found = room + call.num_models;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const F base = (F)load_bits(in[0] + 4 * i);
-      for (int k = 0; k < call.num_models; ++k) {
-        tau[k] = (F)load_bits(in[k + 1] + 4 * i) - base;
-        const I key = magnitude_key(tau[k]);
-        worst = key > worst ? key : worst;
-      }
-      pcb_scores(call, tau, found);
-      if (scores == nullptr) {
-        store_bits(out + 4 * i, (U)pcb_merge(call, base, tau, found));
-        continue;
-      }
-      for (int k = 0; k < call.num_models; ++k) {
-        store_bits(scores + k * stride + at + i, (U)found[k]);
-      }
+    switch (call.variant) {
+      case PcbVariant::kPaper:
+        return with_count<PcbVariant::kPaper>(in, out, n);
+      case PcbVariant::kRoot:
+        return with_count<PcbVariant::kRoot>(in, out, n);
+      case PcbVariant::kVision:
+        return with_count<PcbVariant::kVision>(in, out, n);
+      case PcbVariant::kVisionEs:
+        return with_count<PcbVariant::kVisionEs>(in, out, n);
     }
   }
 };
@@ -64,8 +115,8 @@ Status pcb(const PcbArgs* args) {
   if (args->numel == 0) return Status::kOk;
   const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr || args->variant < 0 ||
-      args->variant > 3 || args->num_reals !=
-          pcb_reals(static_cast<PcbVariant>(args->variant), args->num_models) ||
+      args->variant > 3 ||
+      args->num_reals != pcb_reals(static_cast<PcbVariant>(args->variant), args->num_models) ||
       (args->scores == nullptr) == (args->out.data == nullptr) ||
       (args->scores != nullptr && args->stride < padded)) {
     return Status::kBadArgument;

@@ -85,33 +85,58 @@ struct PointwiseKernel {
   int num_models;
   I worst;  // the largest key of all inputs
 
-  template <class Io, class Point, int Half>
+  template <class Io, class Point, int K, int Half>
   PM_INLINE F point(const PointwiseCall<F>& call, const char* const* in, int64_t bytes, I& worst) {
-    const auto load = [&](int k) { return Io::template load<Half>(in[k + 1] + bytes); };
+    const int count = K > 0 ? K : call.num_models;
     const F base = Io::template load<Half>(in[0] + bytes);
     const I key = magnitude_key(base);
     worst = key > worst ? key : worst;
-    for (int k = 0; k < call.num_models; ++k) {
-      const I other = magnitude_key(load(k));
+    F values[K > 0 ? K : 1];
+    PM_UNROLL
+    for (int k = 0; k < count; ++k) {
+      const F x = Io::template load<Half>(in[k + 1] + bytes);
+      const I other = magnitude_key(x);
       worst = other > worst ? other : worst;
+      if (K > 0) values[k] = x;
     }
+    const auto load = [&](int k) {
+      return K > 0 ? values[k] : Io::template load<Half>(in[k + 1] + bytes);
+    };
     return Point::get(base, load, call);
+  }
+
+  template <class Io, class Point, int K>
+  void loop(const char* const* streams, char* out, int64_t n, Store store) {
+    const PointwiseCall<F> call{reals, K > 0 ? K : num_models};
+    I seen = worst;
+    const char* in[K + 1];
+    for (int k = 0; k <= K && K > 0; ++k) in[k] = streams[k];
+    const char* const* from = K > 0 ? in : streams;
+    for (int64_t i = 0; i < n; i += kStep) {
+      const int64_t bytes = i * Io::kBytes;
+      prefetch_ahead<Io, K == 0 ? 0 : K + 1>(from, bytes);
+      const F a = point<Io, Point, K, 0>(call, from, bytes, seen);
+      const F b = point<Io, Point, K, 1>(call, from, bytes, seen);
+      store_step<Io, false>(out, i, a, b, store);
+    }
+    worst = seen;
   }
 
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store store) {
-    const PointwiseCall<F> call{reals, num_models};
-    I seen = worst;
     with_point(op, [&](auto which) {
       using Point = decltype(which);
-      for (int64_t i = 0; i < n; i += kStep) {
-        const int64_t bytes = i * Io::kBytes;
-        const F a = point<Io, Point, 0>(call, in, bytes, seen);
-        const F b = point<Io, Point, 1>(call, in, bytes, seen);
-        store_step<Io, false>(out, i, a, b, store);
+      switch (num_models) {
+        case 2:
+          return loop<Io, Point, 2>(in, out, n, store);
+        case 3:
+          return loop<Io, Point, 3>(in, out, n, store);
+        case 4:
+          return loop<Io, Point, 4>(in, out, n, store);
+        default:
+          return loop<Io, Point, 0>(in, out, n, store);
       }
     });
-    worst = seen;
   }
 };
 

@@ -22,7 +22,8 @@ struct SparseKernel {
                     F* values, I& worst) {
     const F base = Io::template load<Half>(in[0] + bytes);
     const auto load = [&](int k) { return Io::template load<Half>(in[k + 1] + bytes); };
-    return sparse_point<K, kBand, kDrawn, kElect>(base, load, index, call, values, worst);
+    const U mixed = kDrawn ? mask_mix(index) : index;
+    return sparse_point<K, kBand, kDrawn, kElect>(base, load, mixed, call, values, worst);
   }
 
   template <class Io, int K, bool kBand, bool kDrawn, bool kElect>
@@ -177,14 +178,14 @@ struct RankedKernel {
   template <bool kElect>
   F point(const char* const* in, int64_t i) {
     const F base = (F)load_bits(in[0] + 4 * i);
-    const U index = F32::lanes<0>() + (start + static_cast<uint32_t>(at + i));
+    const U mixed = mask_mix(F32::lanes<0>() + (start + static_cast<uint32_t>(at + i)));
     return sparse_merge_values<0, kElect>(
         base,
         [&](int k) {
           const I rank = (I)load_bits(args->ranks + k * args->rank_stride + at + i);
           U hash{};
           if (call.chance) {
-            hash = mask_hash(index, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+            hash = mask_hash_of(mixed ^ (U{} + call.seeds[2 * k]), U{} + call.seeds[2 * k + 1]);
           }
           const F x = (F)load_bits(in[k + 1] + 4 * i);
           return ranked_value(base, x, rank, (I)(hash >> 8), call, k, worst);
@@ -296,9 +297,9 @@ Status sparse_merge(const SparseArgs* args) {
     const bool nothing = args->compute != Dtype::kF64 && args->lo[i] > INT32_MAX;
     lo[i] = nothing ? 1 : narrow_key(args->lo[i]);
     top[i] = nothing ? 0 : narrow_key(args->last[i]);
-    for (int64_t j = 2 * i; j < 2 * i + 2; ++j) {
-      seeds[j] = args->seeds == nullptr ? 0 : static_cast<uint32_t>(args->seeds[j]);
-    }
+    const bool drawn = args->seeds != nullptr;
+    seeds[2 * i] = drawn ? mask_mix(static_cast<uint32_t>(args->seeds[2 * i])) : 0;
+    seeds[2 * i + 1] = drawn ? static_cast<uint32_t>(args->seeds[2 * i + 1]) : 0;
     for (int64_t j = 2 * i; j < 2 * i + 2; ++j) {
       chances[j] = args->chances == nullptr ? 0.0f : static_cast<float>(args->chances[j]);
     }

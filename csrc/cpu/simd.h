@@ -22,6 +22,7 @@ using I = PM_VECTOR(int32_t);
 using U = PM_VECTOR(uint32_t);
 using D = PM_VECTOR(double);
 using L = PM_VECTOR(int64_t);
+using Halves = uint16_t __attribute__((vector_size(PM_VECTOR_BYTES / 2)));
 using Unaligned = uint32_t
     __attribute__((vector_size(PM_VECTOR_BYTES), aligned(1), may_alias));  // any address, any type
 
@@ -51,6 +52,9 @@ struct FloatMasks {
   PM_INLINE Mask equal(I a, I b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask at_most(U a, U b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
+  PM_INLINE bool any(Mask chosen) { return chosen != 0; }
+  PM_INLINE F larger(F a, F b) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+  PM_INLINE F smaller(F a, F b) { return (F)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
     const Mask within = _mm512_cmple_epu32_mask((__m512i)offset, (__m512i)span);
     return _kandn_mask16(not_these, within);
@@ -58,9 +62,27 @@ struct FloatMasks {
 };
 #else
 struct FloatMasks : VectorMasks<F, I> {
+#if defined(__AVX2__)
+  PM_INLINE F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+  PM_INLINE F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+  PM_INLINE F larger(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }
+  PM_INLINE F smaller(F a, F b) { return (F)_mm_min_ps((__m128)a, (__m128)b); }
+#endif
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
   PM_INLINE Mask at_most(U a, U b) { return a <= b; }
+  PM_INLINE bool any(Mask chosen) {
+#if defined(__AVX2__)
+    return _mm256_testz_si256((__m256i)chosen, (__m256i)chosen) == 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_epi8((__m128i)chosen) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < PM_VECTOR_BYTES / 4; ++i) all |= chosen[i];
+    return all != 0;
+#endif
+  }
   // 0 <= offset <= span
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
     return (offset >= I{}) & (offset <= span) & ~not_these;
@@ -312,11 +334,9 @@ inline void narrow(const float* from, int n, Dtype dtype, char* to) {
     for (int i = 0; i < n; i += kLanes) store_f16(to + 2 * i, (F)load_bits(from + i));
   } else if (dtype == Dtype::kBF16) {
     for (int i = 0; i < n; i += kLanes) {
-      const U rounded = round_bf16<false>((F)load_bits(from + i));
-      for (int j = 0; j < kLanes; ++j) {
-        const uint16_t half = static_cast<uint16_t>(rounded[j] >> 16);
-        std::memcpy(to + 2 * (i + j), &half, 2);
-      }
+      const U halves = round_bf16<false>((F)load_bits(from + i)) >> 16;
+      const Halves packed = __builtin_convertvector(halves, Halves);
+      std::memcpy(to + 2 * i, &packed, sizeof(packed));
     }
   } else {
     for (int i = 0; i < n; ++i) {

@@ -14,6 +14,9 @@ struct ScalarMasks {
   // x > 0 or NaN, among those chosen before
   PM_INLINE bool positive(F x, bool among) { return !(x <= F{}) & among; }
   PM_INLINE bool zero(F x) { return x == F{}; }
+  PM_INLINE bool any(bool chosen) { return chosen; }
+  PM_INLINE F larger(F a, F b) { return a > b ? a : b; }
+  PM_INLINE F smaller(F a, F b) { return a < b ? a : b; }
   PM_INLINE bool both(bool a, bool b) { return a & b; }
   PM_INLINE bool either(bool a, bool b) { return a | b; }
   PM_INLINE F keep(F x, bool chosen) { return chosen ? x : F{}; }

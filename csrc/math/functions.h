@@ -22,8 +22,9 @@ template <class F>
 PM_INLINE F exp32(F x) {
   using Bits = typename Traits<F>::Bits;
   const F top = splat<F>(87.0f);
-  x = x > top ? top : x;
-  x = x < -top ? -top : x;
+  // NaN is kept.
+  x = Traits<F>::smaller(top, x);
+  x = Traits<F>::larger(-top, x);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const F magic = splat<F>(12582912.0f);
   const F shifted = x * splat<F>(1.44269504088896341f) + magic;
@@ -53,6 +54,10 @@ PM_INLINE F tanh32(F x) {
   p = p * z + splat<F>(1.33314422036e-1f);
   p = p * z + splat<F>(-3.33332819422e-1f);
   const F near = p * z * x + x;
+  // Small arguments are the rule, and the rest costs several times as much. NaN counts as large.
+  const auto large =
+      Traits<F>::at_least(magnitude_key(x), splat_bits<F>(bit_cast<int32_t>(0.625f)));
+  if (!Traits<F>::any(large)) return near;
   const F far = one - two / (exp32(two * size) + one);
   const F signed_far =
       bit_cast<F>(bit_cast<Bits>(far) | (bit_cast<Bits>(x) & Traits<F>::kSignMask));

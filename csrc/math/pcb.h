@@ -67,7 +67,8 @@ PM_INLINE PcbCall pcb_call(PcbVariant variant, int count, const float* reals) {
 }
 
 static inline int64_t pcb_reals(PcbVariant variant, int64_t count) {
-  return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) + 1;
+  return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) +
+         1;
 }
 
 PM_INLINE int pcb_pair(int i, int j, int count) {
@@ -75,10 +76,13 @@ PM_INLINE int pcb_pair(int i, int j, int count) {
   return a * count - a * (a - 1) / 2 + (b - a);
 }
 
+// sgn(x) size, with size >= 0: 0 where x is.
 template <class F>
-PM_INLINE F pcb_sign(F x) {
-  const F one = splat<F>(1.0f);
-  return (x > F{} ? one : F{}) - (x < F{} ? one : F{});
+PM_INLINE F pcb_signed(F x, F size) {
+  using T = Traits<F>;
+  const auto sign = bit_cast<typename T::Bits>(x) & T::kSignMask;
+  const F with_sign = bit_cast<F>(bit_cast<typename T::Bits>(size) | sign);
+  return T::keep(with_sign, T::at_least(magnitude_key(x), splat_bits<F>(1)));
 }
 
 // x_ij of the paper.
@@ -92,15 +96,15 @@ template <class F>
 PM_INLINE F pcb_magnitude(const PcbCall& call, F tau, int i) {
   const F lo = splat<F>(call.lo[i]), hi = splat<F>(call.hi[i]);
   F a = bit_cast<F>(magnitude_key(tau));
-  a = a < lo ? lo : a;
-  return a > hi ? hi : a;
+  a = Traits<F>::larger(lo, a);
+  return Traits<F>::smaller(hi, a);
 }
 
 // sgn(tau_i) n_i
 template <class F>
 PM_INLINE F pcb_normal(const PcbCall& call, F tau, int i) {
   const F n = (pcb_magnitude(call, tau, i) - splat<F>(call.lo[i])) * splat<F>(call.inv[i]);
-  return pcb_sign(tau) * n;
+  return pcb_signed(tau, n);
 }
 
 // tau[i] gives the task vectors' elements. What the scores of all models share: the sum in tanh.
@@ -155,6 +159,37 @@ PM_INLINE void pcb_scores(const PcbCall& call, const Taus& tau, F* scores) {
   for (int i = 0; i < call.num_models; ++i) scores[i] = pcb_score(call, tau, total, i);
 }
 
+// The same for K models in an array. A pair's exp serves both of its models: their product is the
+// same in either order.
+template <class F, int K>
+PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)[K]) {
+  if constexpr (K <= 4) {
+    if (call.variant == PcbVariant::kPaper) {
+      const F many = splat<F>(static_cast<float>(K));
+      F terms[K * (K + 1) / 2], own[K];
+      PM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        PM_UNROLL
+        for (int j = i; j < K; ++j) {
+          const int pair = pcb_pair(i, j, K);
+          const F x = pcb_product(call, tau[i], tau[j], i, j);
+          terms[pair] = exp32(x) * splat<F>(call.pair_norm[pair]);
+          if (i == j) own[i] = exp32(many * x) * splat<F>(call.norm[i]);
+        }
+      }
+      PM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        F inter{};
+        PM_UNROLL
+        for (int j = 0; j < K; ++j) inter = inter + terms[pcb_pair(i, j, K)];
+        scores[i] = own[i] * inter;
+      }
+      return;
+    }
+  }
+  pcb_scores(call, tau, &scores[0]);
+}
+
 template <class F, class Taus, class Scores>
 PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores& scores) {
   const bool paper = call.variant == PcbVariant::kPaper;
@@ -168,10 +203,10 @@ PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores
       share = score >= q ? score : F{};
     } else {
       const F top = splat<F>(call.top[i]);
-      F b = score < q ? q : score;
-      b = b > top ? top : b;
+      F b = Traits<F>::larger(q, score);
+      b = Traits<F>::smaller(top, b);
       share = call.top_inv[i] == 0 ? splat<F>(1.0f) : (b - q) * splat<F>(call.top_inv[i]);
-      value = pcb_sign(own) * pcb_magnitude(call, own, i);
+      value = pcb_signed(own, pcb_magnitude(call, own, i));
     }
     sum = sum + (splat<F>(call.weights[i]) * value) * share;
     total = total + share;

@@ -37,6 +37,7 @@ template <class F, class Load>
 PM_INLINE F ram_point(F base, Load load, const PointwiseCall<F>& call) {
   const F one = splat<F>(1), epsilon = splat<F>(call.reals[0]);
   F sum{}, count{}, scaled{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     const auto active = absolute(delta) > epsilon;
@@ -53,6 +54,7 @@ PM_INLINE F ram_point(F base, Load load, const PointwiseCall<F>& call) {
 template <class F, class Load>
 PM_INLINE F magmax_point(F base, Load load, const PointwiseCall<F>& call) {
   F best{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     best = magnitude_key(delta) > magnitude_key(best) ? delta : best;
@@ -67,9 +69,11 @@ template <class F, class Load>
 PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
   const F one = splat<F>(1);
   F sum{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
   const F merged = base + splat<F>(call.reals[0]) * sum;
   F count{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F x = load(k);
     const auto own = absolute(x - base) > splat<F>(call.reals[2 + k]) * absolute(merged - x);
@@ -84,8 +88,10 @@ template <class F, class Load>
 PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
   const int task = static_cast<int>(call.reals[2]);
   F sum{}, x{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
-    const F own = load(k);  // chosen here: an index that is not known would cost a GPU its registers
+    const F own =
+        load(k);  // chosen here: an index that is not known would cost a GPU its registers
     sum = sum + (own - base);
     if (k == task) x = own;
   }
@@ -101,12 +107,14 @@ template <class F, class Load>
 PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
   const int task = static_cast<int>(call.reals[0]);
   F sum{}, largest{}, own{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     sum = sum + delta;
     if (k == task) own = delta;
   }
   const auto positive = sum > F{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     const F aligned = positive ? delta : -delta;
@@ -123,8 +131,10 @@ template <class F, class Load>
 PM_INLINE F variance_point(F base, Load load, const PointwiseCall<F>& call) {
   const F many = splat<F>(static_cast<typename Traits<F>::Scalar>(call.num_models));
   F sum{}, squares{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
   const F mean = sum / many;
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F apart = (load(k) - base) - mean;
     squares = squares + apart * apart;
@@ -139,9 +149,11 @@ template <class F, class Load>
 PM_INLINE F sce_point(F base, Load load, const PointwiseCall<F>& call) {
   const bool everywhere = call.reals[0] != 0;
   F sum{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
   const auto positive = sum >= F{};
   F merged{}, total{};
+  PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     const F weight = splat<F>(call.reals[2 + k]);

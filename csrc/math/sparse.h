@@ -46,7 +46,7 @@ struct SparseCall {
   using IntScalar = typename Traits<F>::IntScalar;
   const IntScalar* lo;     // [num_models] least and largest key that is kept
   const IntScalar* last;   // [num_models]
-  const uint32_t* seeds;   // [num_models][2]
+  const uint32_t* seeds;   // [num_models][2], the first of each mixed: mask_mix
   const uint32_t* limits;  // [num_models] kept where the hash is at most this
   const Scalar* factors;   // [num_models]
   const Scalar* weights;   // [num_models]
@@ -89,19 +89,23 @@ PM_INLINE F ranked_value(F base, F x, typename Traits<F>::Bits rank, typename Tr
   return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * t);
 }
 
-// One term: v_k. index and hashes are read where kDrawn.
+// One term: v_k. mixed: mask_mix of the index, read where kDrawn.
 template <bool kBand, bool kDrawn, class F, class U>
-PM_INLINE F sparse_value(F base, F x, U index, const SparseCall<F>& call, int k,
+PM_INLINE F sparse_value(F base, F x, U mixed, const SparseCall<F>& call, int k,
                          typename Traits<F>::Bits& worst) {
   using T = Traits<F>;
   const F delta = x - base;
   const auto key = magnitude_key(delta);
   worst = key > worst ? key : worst;
-  auto kept = T::at_least(key, splat_bits<F>(call.lo[k]));
-  if (kBand) kept = T::both(kept, T::at_least(splat_bits<F>(call.last[k]), key));
+  typename T::Mask kept;
+  if (kBand) {
+    kept = T::both(T::at_least(key, splat_bits<F>(call.lo[k])),
+                   T::at_least(splat_bits<F>(call.last[k]), key));
+  }
   if (kDrawn) {
-    const U hash = mask_hash(index, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
-    kept = T::both(kept, T::at_most(hash, U{} + call.limits[k]));
+    const U hash = mask_hash_of(mixed ^ (U{} + call.seeds[2 * k]), U{} + call.seeds[2 * k + 1]);
+    const auto drawn = T::at_most(hash, U{} + call.limits[k]);
+    kept = kBand ? T::both(kept, drawn) : drawn;
   }
   return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(delta, kept));
 }
@@ -143,10 +147,10 @@ PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, 
 
 // load(k) gives theta_k; `values` has room for num_models values where K is 0 (any number).
 template <int K, bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
-PM_INLINE F sparse_point(F base, Load load, U index, const SparseCall<F>& call, F* values,
+PM_INLINE F sparse_point(F base, Load load, U mixed, const SparseCall<F>& call, F* values,
                          typename Traits<F>::Bits& worst) {
   const auto value = [&](int k) __attribute__((always_inline)) {
-    return sparse_value<kBand, kDrawn>(base, load(k), index, call, k, worst);
+    return sparse_value<kBand, kDrawn>(base, load(k), mixed, call, k, worst);
   };
   return sparse_merge_values<K, kElect>(base, value, call, values);
 }

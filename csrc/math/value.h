@@ -14,7 +14,7 @@
 // What is indexed in a loop stays in registers only where the loop is unrolled.
 #define PM_UNROLL _Pragma("unroll")
 #else
-#define PM_UNROLL
+#define PM_UNROLL _Pragma("GCC unroll 4")
 #define PM_INLINE static inline __attribute__((always_inline))
 #endif
 
@@ -61,6 +61,9 @@ struct VectorMasks {
   // x > 0 or NaN, among those chosen before
   PM_INLINE Mask positive(F x, Mask among) { return ~(x <= F{}) & among; }
   PM_INLINE Mask zero(F x) { return x == F{}; }
+  // a > b ? a : b and a < b ? a : b: the second where one is NaN
+  PM_INLINE F larger(F a, F b) { return a > b ? a : b; }
+  PM_INLINE F smaller(F a, F b) { return a < b ? a : b; }
   PM_INLINE Mask everything() { return Bits{} == Bits{}; }
   PM_INLINE Mask both(Mask a, Mask b) { return a & b; }
   PM_INLINE Mask either(Mask a, Mask b) { return a | b; }
