@@ -19,7 +19,19 @@ SHIM = ROOT / "tests" / "cuda_shim"
 CACHE = ROOT / "build" / "cuda-tests"
 
 # Sources whose intermediate code the tests read.
-PTX = ("any", "magnitudes", "sums", "ties_f32")
+PTX = (
+    "any",
+    "chunk_exp",
+    "chunk_pairs",
+    "chunk_sums",
+    "magnitudes",
+    "pcb_codes",
+    "pcb_paper",
+    "pointwise_f32",
+    "sparse_f32",
+    "sums",
+    "ties_f32",
+)
 
 HOST_FLAGS = [
     "-std=c++17",

@@ -19,6 +19,7 @@ from tests import cuda_build
 
 ARCH = "90"
 UNROLLED = 16  # kernels of one dtype are unrolled for up to so many models
+POINTS = 8  # of the other ops
 
 
 @dataclass(frozen=True)
@@ -88,28 +89,76 @@ def test_kernels_of_one_dtype(
             assert report.registers <= (80 if name[0] <= 4 else 128), name
 
 
-@pytest.mark.parametrize("kind", ["magnitude_kernel", "any_ties_kernel", "any_weighted_sum_kernel"])
-def test_other_kernels(built: tuple[Path, dict[str, Report]], kind: str) -> None:
-    found = {name: report for name, report in built[1].items() if kind in name}
-    assert len(found) == (5 * 3 if kind == "magnitude_kernel" else 2)
+def test_kernels_of_points(built: tuple[Path, dict[str, Report]]) -> None:
+    """Every op over single elements has kernels for 1 .. 8 models of each dtype, and one that
+    loops; nearswap has one model."""
+    found = of_points(built[1])
+    unrolled = [name for name in found if name[0] > 0]
+    looping = [name for name in found if name[0] == 0]
+    assert len(unrolled) == 3 * (POINTS * (4 + 7) + 1)
+    assert len(looping) == 5 * (4 + 2 + 2 + 8)
     for name, report in found.items():
         assert (report.stack, report.spilled) == (0, 0), name
-        assert report.registers <= 80, name
+        assert report.registers <= (80 if name[0] <= 4 else 128), name
+
+
+def of_points(reports: dict[str, Report]) -> dict[tuple[int, str], Report]:
+    found = {}
+    for name, report in reports.items():
+        match = re.search(r"point_kernelI.*?Li(\d+)E", name)
+        if match is not None:
+            found[int(match[1]), name] = report
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "most"),
+    [
+        ("magnitude_kernel", 5 * 3, 80),
+        ("any_ties_kernel", 2, 80),
+        ("any_weighted_sum_kernel", 2, 80),
+        ("row_sum_kernel", 5, 80),
+        ("terms_kernel", 5 * 7, 80),
+        ("pcb_kernel", 4 * 2 * (POINTS + 1), 80),
+        # A sum for each pair of models: they take the registers that they take.
+        ("pairs_kernel", 3 * (3 * POINTS + 5), 255),
+    ],
+)
+def test_other_kernels(
+    built: tuple[Path, dict[str, Report]], kind: str, count: int, most: int
+) -> None:
+    found = {name: report for name, report in built[1].items() if kind in name}
+    assert len(found) == count
+    for name, report in found.items():
+        assert (report.stack, report.spilled) == (0, 0), name
+        assert report.registers <= most, name
 
 
 @pytest.mark.parametrize("name", cuda_build.PTX)
 def test_arithmetic_is_exact(built: tuple[Path, dict[str, Report]], name: str) -> None:
-    """Nothing is fused, approximate or flushed to zero but what ties_points.h writes down: a
-    reciprocal and the four fused operations that make an exact quotient of it."""
+    """Nothing is fused, approximate or flushed to zero but what is written down: in ties_points.h a
+    reciprocal and the four fused operations that make an exact quotient of it; in sum_terms.h
+    products of floats in double, which are exact."""
     code = (built[0].parent / f"{name}.ptx").read_text()
     counts = [
         len(re.findall(pattern, code))
-        for pattern in (r"\bfma\.", r"\.approx\b", r"\.ftz\b", r"\brcp\.approx\.ftz\.f32\b")
+        for pattern in (
+            r"\bfma\.rn\.f32\b",
+            r"\.approx\b",
+            r"\.ftz\b",
+            r"\brcp\.approx\.ftz\.f32\b",
+        )
     ]
     # Kernels for 3 .. 16 models, with statistics and without, 4 floats in 16 bytes.
     quotients = 14 * 2 * 4 if name == "ties_f32" else 0
     assert counts == [4 * quotients, quotients, quotients, quotients]
-    assert ("ld.global.nc.L1::no_allocate.v4" in code) == (name != "any")
+    fused = len(re.findall(r"\bfma\.", code))
+    if name in ("chunk_pairs", "chunk_sums"):
+        assert fused == len(re.findall(r"\bfma\.rn\.f64\b", code)) > 0
+    else:
+        assert fused == counts[0]
+    vectors = name in ("magnitudes", "sums") or name.endswith("f32")
+    assert ("ld.global.nc.L1::no_allocate.v4" in code) == vectors
 
 
 def test_only_the_table_is_exported(built: tuple[Path, dict[str, Report]]) -> None:
