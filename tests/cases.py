@@ -37,11 +37,12 @@ class Case:
         dtype: torch.dtype,
         backend: str,
         wide: bool = False,
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> dict[str, torch.Tensor]:
-        """Run the case and return what it wrote."""
+        """Run the case and return what it wrote. place: puts a tensor where the backend works."""
         base, models = inputs
-        outputs = self.outputs(base, models, dtype)
-        arguments = self.arguments(base, models)
+        outputs = {k: place(tensor) for k, tensor in self.outputs(base, models, dtype).items()}
+        arguments = {k: _placed(v, place) for k, v in self.arguments(base, models).items()}
         in_float32 = self.op.startswith("pcb") or "pcb" in str(arguments.get("kind"))
         how = {} if self.op.startswith("pcb") else {"wide": wide and not in_float32}
         getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, **how, backend=backend)
@@ -50,7 +51,15 @@ class Case:
                 outputs[name] = outputs[name][:, : base.numel()]
         if "counts" in outputs and outputs["counts"].dim() == 3:
             outputs["counts"] = outputs["counts"].sum(dim=0)
-        return outputs
+        return {name: tensor.cpu() for name, tensor in outputs.items()}
+
+
+def _placed(argument: Any, place: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return place(argument)
+    if isinstance(argument, list) and argument and isinstance(argument[0], torch.Tensor):
+        return [place(tensor) for tensor in argument]
+    return argument
 
 
 def _out(

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from .functions import exp32, tanh32
-from .value import absolute, divide, is_nonfinite, load, load_model, magnitude_key, raise_flag, store
+from .value import (
+    absolute,
+    divide,
+    is_nonfinite,
+    load,
+    load_model,
+    magnitude_key,
+    raise_flag,
+    store,
+)
 
 PAPER, ROOT, VISION, VISION_ES = (tl.constexpr(code) for code in range(4))
 
@@ -206,14 +215,12 @@ def pcb_kernel(
                 store(row, lane, mask, found[k])
                 row += stride
             else:
-                total, weight = _merge(
-                    taus[k], found[k], k, reals, MODELS, total, weight, VARIANT
-                )
+                total, weight = _merge(taus[k], found[k], k, reals, MODELS, total, weight, VARIANT)
         if out is not None:
             store(out + start, lane, mask, _finish(origin, total, weight, reals, MODELS, VARIANT))
     else:
         together = total
-        if VARIANT == ROOT or VARIANT == VISION:
+        if VARIANT != PAPER and VARIANT != VISION_ES:
             for k in range(count):
                 tau = load_model(models, k, start, lane, mask, 0, ALIGNED, F) - origin
                 if VARIANT == VISION:

@@ -64,9 +64,7 @@ def load_rank(
 
 
 @triton.jit
-def keep(
-    delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr
-):
+def keep(delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr):
     """Return what a model keeps of its task vector; zeros elsewhere."""
     if KEEP == "band" or KEEP == "both":
         key = magnitude_key(delta)

@@ -72,9 +72,7 @@ def weighted_sum_kernel(
 
 
 @triton.jit
-def _row_term(
-    x: tl.tensor, origin: tl.tensor, weights: tl.tensor, row: tl.tensor, mask: tl.tensor
-):
+def _row_term(x: tl.tensor, origin: tl.tensor, weights: tl.tensor, row: tl.tensor, mask: tl.tensor):
     """What one model adds to each element, with the weights of its rows."""
     return tl.load(weights + row, mask=mask, other=0).to(x.dtype) * (x - origin)
 

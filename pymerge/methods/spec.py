@@ -137,7 +137,7 @@ class MethodSpec:
     divides: str | None = None
     # Says what of resolved parameters does not fit together.
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
-    backends: tuple[str, ...] = ("reference", "cpu")
+    backends: tuple[str, ...] = ("reference", "cpu", "triton")
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
 
