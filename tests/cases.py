@@ -37,12 +37,14 @@ class Case:
         dtype: torch.dtype,
         backend: str,
         wide: bool = False,
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> dict[str, torch.Tensor]:
-        """Run the case and return what it wrote."""
+        """Run the case and return what it wrote. place: puts a tensor where the backend works."""
         base, models = inputs
-        outputs = self.outputs(base, models, dtype)
-        self.call(outputs, self.arguments(base, models), backend, wide)
-        return seen(outputs, base.numel())
+        outputs = {k: place(tensor) for k, tensor in self.outputs(base, models, dtype).items()}
+        arguments = {k: _placed(v, place) for k, v in self.arguments(base, models).items()}
+        self.call(outputs, arguments, backend, wide)
+        return {name: tensor.cpu() for name, tensor in seen(outputs, base.numel()).items()}
 
     def call(
         self, outputs: dict[str, Any], arguments: dict[str, Any], backend: str, wide: bool = False
@@ -62,6 +64,14 @@ def seen(outputs: dict[str, torch.Tensor], numel: int) -> dict[str, torch.Tensor
     if "counts" in found and found["counts"].dim() == 3:
         found["counts"] = found["counts"].sum(dim=0)
     return found
+
+
+def _placed(argument: Any, place: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return place(argument)
+    if isinstance(argument, list) and argument and isinstance(argument[0], torch.Tensor):
+        return [place(tensor) for tensor in argument]
+    return argument
 
 
 def _out(

@@ -25,6 +25,7 @@ import torch
 import pymerge
 from pymerge.backends import resolve
 from pymerge.backends import triton_common as triton
+from pymerge.methods import METHODS
 from tests.cases import DTYPES
 from tests.conftest import REQUIRED
 from tests.triton_checks import (
@@ -32,6 +33,7 @@ from tests.triton_checks import (
     begin,
     choice,
     differing_dialects,
+    differing_method,
     differing_shapes,
     differing_specials,
     large_differences,
@@ -53,6 +55,15 @@ needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING} is not
 
 # Elements and models. The interpreter takes a millisecond for what hardware does in no time.
 SHAPES = [(0, 2), (1, 1), (7, 8), (33, 17), (1023, 2), (4097, 3)]
+FEW_SHAPES = {
+    "f32": [(0, 2), (1, 1), (1030, 2)],
+    "bf16": [(7, 8)],
+    "f16": [(33, 3)],
+    "mixed": [(7, 9), (33, 17)],
+    "f64": [(33, 4)],
+}
+# Of these kernels the interpreter would look at 153 pairs of 17 models, one after the other.
+PAIRWISE = ("chunk_sums_", "pcb_merge_", "pcb_scores_")
 MANY_SHAPES = [(numel, count) for numel in (0, 1, 7, 33, 1023, 4097) for count in (1, 2, 3, 8, 17)]
 
 
@@ -106,7 +117,11 @@ def kernels(request: pytest.FixtureRequest) -> Callable[..., Any]:
 def test_equal_to_reference(
     case: str, dtypes: str, kernels: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
-    shapes = SHAPES if "interpreter" in request.node.callspec.id else MANY_SHAPES
+    shapes = MANY_SHAPES
+    if request.node.callspec.params["kernels"] == "interpreter":
+        shapes = FEW_SHAPES[dtypes] if BY_NAME[case].slow else SHAPES
+        if BY_NAME[case].op in PAIRWISE:
+            shapes = [(numel, min(count, 9)) for numel, count in shapes if numel != 33 or count < 9]
     assert kernels(differing_shapes, case, dtypes, shapes) == []
 
 
@@ -119,6 +134,19 @@ def test_every_number_of_models(case: str, kernels: Callable[..., Any]) -> None:
     assert kernels(differing_shapes, case, "bf16", [(77, count) for count in range(1, 18)]) == []
     assert kernels(differing_shapes, case, "mixed", [(77, 20)]) == []
     assert kernels(differing_shapes, case, "f64", [(77, 20)]) == []
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["sparse_all", "consensus", "row_task_arithmetic"])
+def test_more_numbers_of_models(case: str, kernels: Callable[..., Any]) -> None:
+    assert kernels(differing_shapes, case, "bf16", [(20, count) for count in (3, 4, 16, 17)]) == []
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["pcb_paper", "pcb_vision_es", "sums_gram", "sums_pcb_exp"])
+def test_numbers_of_models_of_pairs(case: str, kernels: Callable[..., Any]) -> None:
+    """Kernels of pairs are compiled for up to 8 models."""
+    assert kernels(differing_shapes, case, "bf16", [(20, count) for count in (3, 4, 5, 9)]) == []
 
 
 @needs_triton
@@ -163,6 +191,12 @@ def test_merges(semantics: str, interpreter: Callable[..., Any]) -> None:
     """Selection and merge together, through the API."""
     expected = interpreter(merged, "reference", semantics)
     assert torch.equal(interpreter(merged, "triton", semantics), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("method", [name for name in METHODS if "triton" in METHODS[name].backends])
+def test_every_method(method: str, interpreter: Callable[..., Any]) -> None:
+    assert interpreter(differing_method, method) == []
 
 
 @needs_triton

@@ -220,7 +220,7 @@ def pcb_kernel(
             store(out + start, lane, mask, _finish(origin, total, weight, reals, MODELS, VARIANT))
     else:
         together = total
-        if VARIANT == ROOT or VARIANT == VISION:
+        if VARIANT != PAPER and VARIANT != VISION_ES:
             for k in range(count):
                 tau = load_model(models, k, start, lane, mask, 0, ALIGNED, F) - origin
                 if VARIANT == VISION:

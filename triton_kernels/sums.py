@@ -15,7 +15,17 @@ import triton.language as tl
 from .functions import exp32
 from .pcb import scaled_product
 from .sparse import keep, load_rank, load_rule
-from .value import ROW, absolute, align, divide, load, load_model, load_row, magnitude_key
+from .value import (
+    INTERPRETED,
+    ROW,
+    absolute,
+    align,
+    divide,
+    load,
+    load_model,
+    load_row,
+    magnitude_key,
+)
 
 SUM_CHUNK = tl.constexpr(1024)  # pymerge/backends/sizes.py has the same
 LANES = tl.constexpr(16)
@@ -24,7 +34,7 @@ LANES = tl.constexpr(16)
 @triton.constexpr_function
 def _ahead(rows: int) -> int:
     """How many steps' loads do not wait for each other: fewer where many sums fill registers."""
-    return 4 if rows <= 10 else 2 if rows <= 20 else 1
+    return 1 if INTERPRETED.value or rows > 20 else 2 if rows > 10 else 4
 
 
 @triton.constexpr_function
@@ -85,7 +95,7 @@ def _in_order(lanes: tl.tensor):
         for part in tl.static_range(1 << level):
             halved = tl.reshape(parts[part], [lanes.shape[0], 2, LANES >> (level + 1)])
             low, high = tl.split(tl.permute(halved, [0, 2, 1]))
-            halves = halves + (low, high)
+            halves = halves + (low, high)  # noqa: RUF005
         parts = halves
     total = tl.zeros_like(parts[0])
     for lane in tl.static_range(LANES):
@@ -130,9 +140,9 @@ def _gather_again(x: tl.tensor, total: tl.tensor, found: tl.tensor, KIND: tl.con
 
 @triton.jit
 def _together(
-    xs: tl.tuple, origin: tl.tensor, models: tl.tuple | tl.tensor, start: tl.tensor, lane: tl.tensor,
-    mask: tl.tensor, numbers: tl.tensor, count: int, MODELS: tl.constexpr, ALIGNED: tl.constexpr,
-    KIND: tl.constexpr, F: tl.constexpr,
+    xs: tl.tuple, origin: tl.tensor, models: tl.tuple | tl.tensor, start: tl.tensor,
+    lane: tl.tensor, mask: tl.tensor, numbers: tl.tensor, count: int, MODELS: tl.constexpr,
+    ALIGNED: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """What is made of all models: ram_counts, how many are active; emr, the sum and the largest
     that agrees with it; sce, the mean and the variance."""
