@@ -27,6 +27,7 @@ from benchmarks.measure import Timing, WrongResult, interleave
 from benchmarks.tables import Table, console, save
 from pymerge.backends import cpu
 from pymerge.backends.reference import HOT_CHUNK
+from pymerge.methods import METHODS
 from pymerge.sizes import parse_size
 from tests.cases import CASES, CHUNK, Case, Inputs
 
@@ -42,6 +43,40 @@ DEFAULT_CASES = (
     "magnitude_histogram",
     "magnitude_equal_counts",
 )
+# The kernel that writes what each method merges, its statistics given; and what gathers these.
+METHOD_CASES = {
+    "linear": "linear",
+    "task_arithmetic": "task_arithmetic",
+    "ties": "ties_mean",
+    "dare_linear": "dare_linear",
+    "dare_ties": "dare_ties",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs_ties",
+    "breadcrumbs, by rows": "breadcrumbs_rows",
+    "della": "della",
+    "della_linear": "della_linear",
+    "sce": "sce",
+    "sce, mask everywhere": "sce_everywhere",
+    "emr": "emr",
+    "emr, one task": "emr_task",
+    "tall_masks": "tall",
+    "consensus_ta": "consensus",
+    "magmax": "magmax",
+    "ram": "ram",
+    "nearswap": "nearswap",
+    "model_stock, by rows": "row_task_arithmetic",
+    "pcb, paper": "pcb_paper",
+    "pcb, root and nlp": "pcb_root",
+    "pcb, vision": "pcb_vision",
+    "pcb, vision_es": "pcb_vision_es",
+}
+GATHERING_CASES = {
+    "histogram of magnitudes": "magnitude_histogram",
+    "Gram matrix": "sums_gram.deltas",
+    "gradient times task vectors": "sums_dots",
+    "least, largest, L1, L2": "sums_statistics",
+    "ranks in rows": "row_ranks",
+}
 MODELS = 4
 STRETCHES, STRETCH = 64, 4096
 COLUMNS = 4096  # of the rows that some methods rank or weigh
@@ -343,6 +378,32 @@ def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
     return {"kernels": short, "kernels-all": everything}
 
 
+def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> Table:
+    """Return the table of all methods' kernels."""
+    first = next(iter(measured.values()))
+    table = Table(
+        f"Kernels of the methods, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}, {isa}, "
+        f"{threads} threads",
+        ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming"],
+        notes=[
+            "The kernel that writes the result, given thresholds, sums and ranks; below, those that "
+            "find these. Ranks are counted among the bytes (4 for each element of each model). "
+            "Measured and checked as above."
+        ],
+    )
+    for name, m in measured.items():
+        spec = METHODS.get(name.partition(",")[0])
+        table.add(
+            name,
+            spec.passes.partition(" (")[0] if spec else "",
+            f"{m.seconds * 1e3:.1f}",
+            f"{m.rate / 1e9:.1f}",
+            f"{m.nbytes / m.elements:g}",
+            f"{m.share:.0%}",
+        )
+    return table
+
+
 def run(options: argparse.Namespace) -> dict[str, Table]:
     """Measure, show and save."""
     reason = cpu.reason()
@@ -375,6 +436,16 @@ def run(options: argparse.Namespace) -> dict[str, Table]:
         )
     made = tables(measurements)
     made["kernels-all"].show()
+    if options.cases == ",".join(DEFAULT_CASES):
+        measured: dict[str, Measurement] = {}
+        for name, case in (METHOD_CASES | GATHERING_CASES).items():
+            settings = {"seconds": options.seconds, "eager": False}
+            (found,) = measure_case(known[case], inputs, isas[-1:], thread_counts[-1:], **settings)
+            measured[name] = found
+            console.print(f"  {name}: {found.share:.0%} of streaming", highlight=False)
+        made["methods"] = methods_table(measured, isas[-1], thread_counts[-1])
+        made["methods"].show()
+        measurements += measured.values()
     save("kernels", made, [asdict(m) for m in measurements], options.results)
     return made
 
