@@ -382,12 +382,12 @@ def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> T
     """Return the table of all methods' kernels."""
     first = next(iter(measured.values()))
     table = Table(
-        f"Kernels of the methods, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}, {isa}, "
-        f"{threads} threads",
+        f"Kernels of the methods, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}, "
+        f"{isa}, {threads} threads",
         ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming"],
         notes=[
-            "The kernel that writes the result, given thresholds, sums and ranks; below, those that "
-            "find these. Ranks are counted among the bytes (4 for each element of each model). "
+            "The kernel that writes the result, given thresholds, sums and ranks; below, those "
+            "that find these. Ranks are counted among the bytes (4 for each element of each model). "
             "Measured and checked as above."
         ],
     )
