@@ -387,8 +387,8 @@ def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> T
         ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming"],
         notes=[
             "The kernel that writes the result, given thresholds, sums and ranks; below, those "
-            "that find these. Ranks are counted among the bytes (4 for each element of each model). "
-            "Measured and checked as above."
+            "that find these. Ranks are counted among the bytes (4 for each element of each "
+            "model). Measured and checked as above."
         ],
     )
     for name, m in measured.items():
