@@ -79,7 +79,6 @@ GATHERING_CASES = {
 }
 MODELS = 4
 STRETCHES, STRETCH = 64, 4096
-COLUMNS = 4096  # of the rows that some methods rank or weigh
 # Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
 # the magnitude kernels count separately.
 _TILE = math.lcm(CHUNK, HOT_CHUNK)
@@ -109,7 +108,7 @@ def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     whole["models"] = (models * 2)[: len(arguments.get("models", ()))]
     if arguments.get("base", base) is None:
         whole["base"] = None
-    repeats = base.numel() // _SAMPLE
+    repeats = max(1, base.numel() // _SAMPLE)
     if arguments.get("ranks") is not None:  # [models, elements]
         whole["ranks"] = arguments["ranks"].repeat(1, repeats)
     if isinstance(arguments.get("weights"), torch.Tensor):  # [models, rows]
@@ -129,7 +128,8 @@ def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     if part.get("ranks") is not None:
         part["ranks"] = part["ranks"][:, start:stop]
     if isinstance(part.get("weights"), torch.Tensor):
-        part["weights"] = part["weights"][:, start // COLUMNS : stop // COLUMNS]
+        columns = part["columns"]
+        part["weights"] = part["weights"][:, start // columns : stop // columns]
     return part
 
 
@@ -155,13 +155,12 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
 
     expected = Expected([], {})
     if case.streams_out:
-        last = max(0, numel - STRETCH)
-        rows = {"columns", "ranks"} & arguments.keys()
-        step = COLUMNS if rows else 1
-        places = range(0, last + 1, step)
+        unit = arguments.get("columns", 1)  # whole rows
+        stretch = max(unit, STRETCH // unit * unit)
+        places = range(0, max(0, numel - stretch) + 1, unit)
         drawn = random.Random(seed).sample(places, min(STRETCHES - 2, len(places)))
         for start in sorted({0, places[-1], *drawn}):
-            stop = min(start + STRETCH, numel)
+            stop = min(start + stretch, numel)
             expected.stretches.append((start, reference(start, stop)["out"]))
     if case.streams_out and not arguments.get("want_signs"):
         expected.counters["stats"] = torch.zeros(3, dtype=torch.int64)

@@ -47,20 +47,15 @@ def reference(
     result: torch.dtype,
     misaligned: bool = False,
 ) -> tuple[Inputs, dict[str, torch.Tensor]]:
-    """Return inputs and what the reference makes of them; shared by the tests of all instruction
-    sets."""
+    """Return inputs and what the reference makes of them."""
     inputs = make_inputs(numel, count, dtypes, misaligned=misaligned)
     wide = torch.float64 in dtypes
     return inputs, _BY_NAME[name].run(inputs, result, "reference", wide)
 
 
-@pytest.mark.parametrize("identifier", NATIVE)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equal_to_reference(
-    case: Case, dtypes: str, identifier: str, use_backend: Callable[[str], str]
-) -> None:
-    backend = use_backend(identifier)
+def test_equal_to_reference(case: Case, dtypes: str, use_backend: Callable[[str], str]) -> None:
     wide = dtypes == "f64"
     for numel in SIZES if not case.slow else SLOW_SIZES:
         for count in COUNTS if not case.slow else COUNTS[::2]:
@@ -70,45 +65,42 @@ def test_equal_to_reference(
                 inputs, expected = reference(
                     case.name, numel, count, DTYPES[dtypes], result, numel % 2 == 1
                 )
-                got = case.run(inputs, result, backend, wide)
-                assert same(expected, got), (numel, count, result)
+                for identifier in NATIVE:
+                    got = case.run(inputs, result, use_backend(identifier), wide)
+                    assert same(expected, got), (identifier, numel, count, result)
 
 
-@pytest.mark.parametrize("identifier", NATIVE)
 @pytest.mark.parametrize("count", range(1, 18))
-def test_every_number_of_models(
-    count: int, identifier: str, use_backend: Callable[[str], str]
-) -> None:
+def test_every_number_of_models(count: int, use_backend: Callable[[str], str]) -> None:
     """The kernels are unrolled for up to 16 models and loop beyond."""
-    backend = use_backend(identifier)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for case in CASES:
             if case.slow and count not in (2, 4, 5, 16):
                 continue
             inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
-            assert same(expected, case.run(inputs, dtype, backend)), (case.name, dtype)
+            for identifier in NATIVE:
+                got = case.run(inputs, dtype, use_backend(identifier))
+                assert same(expected, got), (identifier, case.name, dtype)
 
 
-@pytest.mark.parametrize("identifier", NATIVE)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_large_outputs_and_threads(
-    threads: int, identifier: str, use_backend: Callable[[str], str]
-) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_large_outputs_and_threads(case: Case, use_backend: Callable[[str], str]) -> None:
     """Large outputs are stored past the caches; ranges of threads begin anywhere."""
-    backend = use_backend(identifier)
-    cpu.set_threads(threads)
+    numel = THREE_PARTS if case.slow else LARGE
+    misaligned = (
+        [False, True] if case.name in ("linear", "task_arithmetic", "ties_mean") else [False]
+    )
     try:
-        for misaligned in (False, True):
-            for case in CASES:
-                if case.slow and (misaligned or threads == 1):
-                    continue
-                if misaligned and case.name not in ("linear", "task_arithmetic", "ties_mean"):
-                    continue
-                numel = THREE_PARTS if case.slow else LARGE
-                inputs, expected = reference(
-                    case.name, numel, 3, (torch.bfloat16,), torch.bfloat16, misaligned
-                )
-                assert same(expected, case.run(inputs, torch.bfloat16, backend)), case.name
+        for shifted in misaligned:
+            inputs, expected = reference(
+                case.name, numel, 3, (torch.bfloat16,), torch.bfloat16, shifted
+            )
+            for threads in (1, 3):
+                for identifier in NATIVE:
+                    backend = use_backend(identifier)
+                    cpu.set_threads(threads)
+                    got = case.run(inputs, torch.bfloat16, backend)
+                    assert same(expected, got), (identifier, threads)
     finally:
         cpu.set_threads(None)
 
@@ -116,10 +108,8 @@ def test_large_outputs_and_threads(
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1e-45, -0.0, 0.0, 65504.0, 1.0]
 
 
-@pytest.mark.parametrize("identifier", NATIVE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_non_finite_values(case: Case, identifier: str, use_backend: Callable[[str], str]) -> None:
-    backend = use_backend(identifier)
+def test_non_finite_values(case: Case, use_backend: Callable[[str], str]) -> None:
     grid = torch.tensor(SPECIAL)
     base = grid.repeat_interleave(len(SPECIAL) ** 2)
     first = grid.repeat(len(SPECIAL)).repeat_interleave(len(SPECIAL))
@@ -127,16 +117,14 @@ def test_non_finite_values(case: Case, identifier: str, use_backend: Callable[[s
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         inputs = base.to(dtype), [first.to(dtype), second.to(dtype)]
         expected = case.run(inputs, dtype, "reference")
-        assert same(expected, case.run(inputs, dtype, backend)), dtype
+        for identifier in NATIVE:
+            got = case.run(inputs, dtype, use_backend(identifier))
+            assert same(expected, got), (identifier, dtype)
 
 
-@pytest.mark.parametrize("identifier", NATIVE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_few_non_finite_values(
-    case: Case, identifier: str, use_backend: Callable[[str], str]
-) -> None:
+def test_few_non_finite_values(case: Case, use_backend: Callable[[str], str]) -> None:
     """Among many finite ones: kernels that take a shorter way for those must notice."""
-    backend = use_backend(identifier)
     for dtype in (torch.float32, torch.bfloat16):
         base, models = make_inputs(9_001, 3, (dtype,), "few")
         for k, (index, value) in enumerate(
@@ -145,7 +133,9 @@ def test_few_non_finite_values(
             [base, *models][k % 4][index] = float(value)
         inputs = base, models
         expected = case.run(inputs, dtype, "reference")
-        assert same(expected, case.run(inputs, dtype, backend)), dtype
+        for identifier in NATIVE:
+            got = case.run(inputs, dtype, use_backend(identifier))
+            assert same(expected, got), (identifier, dtype)
 
 
 @pytest.mark.parametrize("identifier", NATIVE)
