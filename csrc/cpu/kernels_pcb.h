@@ -64,8 +64,8 @@ Status pcb(const PcbArgs* args) {
   if (args->numel == 0) return Status::kOk;
   const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr || args->variant < 0 ||
-      args->variant > 3 || args->num_reals !=
-          pcb_reals(static_cast<PcbVariant>(args->variant), args->num_models) ||
+      args->variant > 3 ||
+      args->num_reals != pcb_reals(static_cast<PcbVariant>(args->variant), args->num_models) ||
       (args->scores == nullptr) == (args->out.data == nullptr) ||
       (args->scores != nullptr && args->stride < padded)) {
     return Status::kBadArgument;

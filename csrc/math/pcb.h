@@ -67,7 +67,8 @@ PM_INLINE PcbCall pcb_call(PcbVariant variant, int count, const float* reals) {
 }
 
 static inline int64_t pcb_reals(PcbVariant variant, int64_t count) {
-  return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) + 1;
+  return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) +
+         1;
 }
 
 PM_INLINE int pcb_pair(int i, int j, int count) {

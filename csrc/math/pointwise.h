@@ -85,7 +85,8 @@ PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
   const int task = static_cast<int>(call.reals[2]);
   F sum{}, x{};
   for (int k = 0; k < call.num_models; ++k) {
-    const F own = load(k);  // chosen here: an index that is not known would cost a GPU its registers
+    const F own =
+        load(k);  // chosen here: an index that is not known would cost a GPU its registers
     sum = sum + (own - base);
     if (k == task) x = own;
   }
