@@ -38,8 +38,33 @@ def _ties_mean(arguments: dict[str, Any]) -> torch.Tensor:
     return (base + arguments["scale"] * merged).to(arguments["base"].dtype)
 
 
+def _pcb_paper(arguments: dict[str, Any]) -> torch.Tensor:
+    base = arguments["base"].float()
+    taus = torch.stack([model - base for model in arguments["models"]])
+    count, reals = len(taus), iter(arguments["reals"])
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    low, inverse, norm = ({pair: next(reals) for pair in pairs} for _ in range(3))
+    own, cuts, weights = ([next(reals) for _ in range(count)] for _ in range(3))
+    total, shares = torch.zeros_like(base), torch.zeros_like(base)
+    for i in range(count):
+        scaled = [
+            (taus[i] * taus[j] - low[min(i, j), max(i, j)]) * inverse[min(i, j), max(i, j)]
+            for j in range(count)
+        ]
+        inter = torch.zeros_like(base)
+        for j in range(count):
+            inter = inter + torch.exp(scaled[j]) * norm[min(i, j), max(i, j)]
+        score = torch.exp(count * scaled[i]) * own[i] * inter
+        share = torch.where(score >= cuts[i], score, 0.0)
+        total = total + weights[i] * taus[i] * share
+        shares = shares + share
+    merged = total / shares.clamp(min=1e-12)
+    return (base + next(reals) * merged).to(arguments["base"].dtype)
+
+
 EAGER: dict[str, Callable[[dict[str, Any]], torch.Tensor]] = {
     "linear": _linear,
     "task_arithmetic": _task_arithmetic,
     "ties_mean": _ties_mean,
+    "pcb_paper": _pcb_paper,
 }

@@ -2,17 +2,20 @@
 
     python -m benchmarks.gpu_check OUT_DIR
 
-It needs torch, triton, nvcc and a C++ compiler, and nothing of what merging files needs. After
-every step OUT_DIR/gpu.json holds all results so far; OUT_DIR/gpu.md is the table. `--dry-run` goes
-through the same steps on small sizes without a GPU: the CPU kernels, and Triton's interpreter.
+It needs torch, nvcc and a C++ compiler, Triton for Triton's rows, and what merging files needs
+(pydantic, pyyaml, rich, safetensors) for that step alone: it is left out where they are missing.
+After every step OUT_DIR/gpu.json holds all results so far; OUT_DIR/gpu.md is the table. `--dry-run`
+goes through the same steps on small sizes without a GPU: the CPU kernels, and Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
+import importlib.util
 import json
 import os
-import statistics
+import shutil
 import subprocess
 import sys
 import time
@@ -22,22 +25,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.eager import EAGER
+from benchmarks.gpu_rows import MAIN, REST, TARGETS, Bench
+
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = (2, 4, 8, 16)
 DTYPES = ("bf16", "f32")
-ROWS = (
-    "linear",
-    "task_arithmetic",
-    "ties_mean",
-    "ties_mergekit",
-    "ties_mean_signs",
-    "ties_signs",
-    "magnitude_histogram",
-    "magnitude_equal_counts",
-)
 OFFLINE = ("--no-deps", "--no-build-isolation", "--break-system-packages")
-ISSUED_BEFORE = 3  # calls before those that are timed
-STRETCHES, STRETCH = 24, 4096
 
 
 class Log:
@@ -90,17 +84,28 @@ class Log:
         if copy:
             lines += [f"Copy: {copy / 1e9:.0f} GB/s (read and written).", ""]
         lines += [
-            "| op | K | dtype | backend | ms | spread | GB/s | of copy |",
-            "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |",
+            "| op | K | dtype | backend | ms | spread | GB/s | of copy | aim |",
+            "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in self.found["rows"]:
             share = f"{row['bandwidth'] / copy:.0%}" if copy else ""
             lines.append(
                 f"| {row['op']} | {row['models']} | {row['dtype']} | {row['backend']} | "
                 f"{row['seconds'] * 1e3:.2f} | {row['spread']:.0%} | "
-                f"{row['bandwidth'] / 1e9:.0f} | {share} |"
+                f"{row['bandwidth'] / 1e9:.0f} | {share} | {aim(row['op'])} |"
             )
+        for name, merge in self.found.get("files", {}).items():
+            if isinstance(merge, dict):
+                lines += [
+                    "",
+                    f"Files, {name}: {merge['wall']:.2f} s, {merge['seconds']:.2f} inside",
+                ]
         return "\n".join(lines) + "\n"
+
+
+def aim(op: str) -> str:
+    """Return the share of a copy's bandwidth that is aimed at."""
+    return next((f"{share:.0%}" for start, share in TARGETS.items() if op.startswith(start)), "")
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
@@ -141,13 +146,19 @@ def build(log: Log, dry: bool) -> Any:
 
 def tests(log: Log, dry: bool) -> Any:
     """Run the tests of both GPU backends, on the device."""
-    files = ["tests/test_cuda.py", "tests/test_triton.py"]
-    required = "cuda,triton"
+    files = ["tests/test_cuda.py"]
+    if has("triton"):
+        files.append("tests/test_triton.py")
+    if has("pydantic"):
+        files.append("tests/test_cuda_merge.py")
+    required = "cuda,triton" if has("triton") else "cuda"
     if dry:
         files, required = ["tests/test_array.py"], "cpu"
-    quiet = ("-q", "-o", "filterwarnings=", "-p", "no:cacheprovider")
+    quiet = ["-q", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    if has("xdist") and not dry:
+        quiet += ["-n", "8"]
     command = [sys.executable, "-m", "pytest", *quiet, *files]
-    return run(command, min(240.0, log.left() - 60), PYMERGE_REQUIRE=required)
+    return run(command, min(180.0, log.left() - 60), PYMERGE_REQUIRE=required)
 
 
 def machine(log: Log, dry: bool) -> Any:
@@ -164,153 +175,93 @@ def machine(log: Log, dry: bool) -> Any:
     return found
 
 
-class Bench:
-    """Measures one op after the other, on `device`."""
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
-    def __init__(self, log: Log, dry: bool, nbytes: int) -> None:
-        import torch
 
-        import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
-        from tests.cases import CASES
+def merge_files(log: Log, dry: bool) -> Any:
+    """Merge files in memory by the command, on the device and on the processor; the same bytes."""
+    missing = [name for name in ("pydantic", "yaml", "rich", "safetensors") if not has(name)]
+    if missing:
+        return f"left out: {', '.join(missing)} not installed"
+    from benchmarks.checkpoints import LLAMA_057B, LLAMA_TINY, make_checkpoints, workspace
 
-        self.torch = torch
-        self.log = log
-        self.dry = dry
-        self.device = "cpu" if dry else "cuda"
-        self.nbytes = nbytes
-        self.cases = {case.name: case for case in CASES}
-        self.dtypes = {"bf16": torch.bfloat16, "f32": torch.float32}
-        self.base: Any = None
-        self.models: list[Any] = []
+    shape = LLAMA_TINY if dry else LLAMA_057B
+    need = 8 * 2 * shape.parameters
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > need:
+        os.environ.setdefault("PYMERGE_BENCH_DIR", str(memory))
+    found: dict[str, Any] = {"parameters": shape.parameters}
+    with workspace(need) as root:
+        paths = make_checkpoints(root / "in", shape, models=3)
+        found["place"] = str(root)
+        for method, more in (("linear", {}), ("ties", {"density": 0.2}), ("pcb", {})):
+            models = [
+                {"model": str(p), "parameters": {"weight": 0.5, **more}} for p in paths.models
+            ]
+            config: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+            if method != "linear":
+                config["base_model"] = str(paths.base)
+            file = root / f"{method}.yml"
+            file.write_text(json.dumps(config))  # which is YAML, too
+            for device in ("cpu", "reference" if dry else "cuda"):
+                if log.left() < 20:
+                    return found
+                how = ["--backend", device] if dry else ["--device", device]
+                out = root / device
+                merge = ["merge", str(file), str(out), "--quiet", *how]
+                began = time.monotonic()
+                run([sys.executable, "-m", "pymerge", *merge], min(120.0, log.left()))
+                wall = time.monotonic() - began
+                report = json.loads((out / "pymerge_report.json").read_text())
+                names = ("seconds", "peak_anonymous", "peak_device", "backends")
+                found[f"{method} {device}"] = {"wall": wall, **{n: report.get(n) for n in names}}
+            first, second = root / "cpu", root / ("reference" if dry else "cuda")
+            names = sorted(path.name for path in first.glob("*.safetensors"))
+            same, *other = filecmp.cmpfiles(first, second, names, shallow=False)
+            if sorted(same) != names or any(other):
+                raise AssertionError(f"{method}: files differ: {other}")
+            shutil.rmtree(first)
+            shutil.rmtree(second)
+            log.found["files"] = found
+    return found
 
-    def time(self, call: Callable[[], object], seconds: float = 0.4) -> tuple[float, float]:
-        """Return the median seconds of a call and the spread (quartiles) around it."""
-        torch = self.torch
-        for _ in range(1 if self.dry else ISSUED_BEFORE):
-            call()
-        times: list[float] = []
-        began = time.monotonic()
-        while len(times) < 5 or (time.monotonic() - began < seconds and len(times) < 50):
-            if self.dry:
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-                continue
-            first = torch.cuda.Event(enable_timing=True)
-            last = torch.cuda.Event(enable_timing=True)
-            first.record()
-            call()
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last) / 1e3)
-        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-        median = statistics.median(times)
-        return median, (high - low) / median
 
-    def copy(self) -> float:
-        """Return the bandwidth of a copy, bytes read and written a second."""
-        torch = self.torch
-        source = torch.ones(self.nbytes // 2, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        seconds, _ = self.time(lambda: target.copy_(source))
-        self.log.found["copy_bandwidth"] = 2 * source.nbytes / seconds
-        return self.log.found["copy_bandwidth"]
+def rows(log: Log, dry: bool, gigabytes: float) -> None:
+    """Measure the main rows on every backend, then the others on one size."""
+    bench = Bench(log, dry, 1 << 16 if dry else int(gigabytes * 1e9))
+    log.step("copy", bench.copy)
+    backends = ["cpu"] if dry else ["cuda"]
+    if has("triton"):
+        backends.append("triton")
 
-    def make(self, count: int, dtype: str) -> int:
-        """Make a base (deviation 0.02) and models (deltas of deviation 0.001) on the device."""
-        torch = self.torch
-        kind = self.dtypes[dtype]
-        numel = self.nbytes // ((count + 2) * kind.itemsize) // 1024 * 1024
-        generator = torch.Generator(self.device).manual_seed(count)
+    def measure(name: str, count: int, dtype: str, backend: str) -> None:
+        if log.left() > 5:
+            log.step(
+                f"{name} {count} {dtype} {backend}",
+                lambda: bench.row(name, dtype, backend),
+            )
 
-        def draw(scale: float) -> Any:
-            return torch.randn(numel, generator=generator, device=self.device) * scale
-
-        self.base, self.models = draw(0.02).to(kind), []
-        for _ in range(count):
-            self.models.append((self.base.float() + draw(1e-3)).to(kind))
-        return numel
-
-    def row(self, name: str, dtype: str, backend: str) -> None:
-        """Check and time one op on one backend."""
-        torch, base, models = self.torch, self.base, self.models
-        case = self.cases[name]
-        sample = slice(0, 1 << 16)
-        small = base[sample].cpu(), [model[sample].cpu() for model in models]
-        arguments = case.arguments(*small)
-        whole = {"base": base, "models": models, "model": models[0]}
-        given = {key: whole.get(key, value) for key, value in arguments.items()}
-        outputs = {
-            key: value.to(self.device)
-            for key, value in case.outputs(base, models, base.dtype).items()
-        }
-        op = getattr(torch.ops.pymerge, case.op)
-        op(**outputs, **given, backend=backend)
-        self.check(case, arguments, base, models, outputs)
-        seconds, spread = self.time(lambda: op(**outputs, **given, backend=backend))
-        read = [given[key] for key in ("base", "model") if key in given] + given.get("models", [])
-        nbytes = sum(tensor.nbytes for tensor in read)
-        nbytes += outputs["out"].nbytes if case.streams_out else 0
-        self.log.found["rows"].append(
-            {
-                "op": name,
-                "models": len(models),
-                "dtype": dtype,
-                "backend": backend,
-                "elements": base.numel(),
-                "seconds": seconds,
-                "spread": spread,
-                "bandwidth": nbytes / seconds,
-            }
-        )
-
-    def check(self, case: Any, arguments: Any, base: Any, models: Any, outputs: Any) -> None:
-        """Raise unless stretches of the output are the reference's, bit by bit."""
-        if not case.streams_out:
-            return
-        torch = self.torch
-        numel = base.numel()
-        starts = {0, max(0, numel - STRETCH)}
-        starts |= {numel * k // STRETCHES // 8 * 8 + k for k in range(1, STRETCHES)}
-        for start in sorted(starts):
-            part = slice(start, min(start + STRETCH, numel))
-            own = base[part].cpu(), [model[part].cpu() for model in models]
-            given = dict(arguments)
-            replaced = {"base": own[0], "models": own[1], "model": own[1][0]}
-            given = {key: replaced.get(key, value) for key, value in given.items()}
-            expected = case.outputs(*own, base.dtype)
-            getattr(torch.ops.pymerge, case.op)(**expected, **given, backend="reference")
-            if not torch.equal(outputs["out"][part].cpu(), expected["out"]):
-                raise AssertionError(f"{case.name}: wrong bits from element {start} on")
-
-    def eager(self, name: str, dtype: str, compiled: bool) -> None:
-        """Time plain torch, or torch.compile, on the same work."""
-        from benchmarks.eager import EAGER
-
-        base, models = self.base, self.models
-        if name not in EAGER:
-            return
-        case = self.cases[name]
-        sample = slice(0, 1 << 16)
-        arguments = case.arguments(base[sample].cpu(), [model[sample].cpu() for model in models])
-        whole = {"base": base, "models": models, "model": models[0]}
-        given = {key: whole.get(key, value) for key, value in arguments.items()}
-        function = self.torch.compile(EAGER[name]) if compiled else EAGER[name]
-        seconds, spread = self.time(lambda: function(given), seconds=0.2)
-        nbytes = sum(tensor.nbytes for tensor in [*models, *([base] if "base" in given else [])])
-        nbytes += base.nbytes
-        self.log.found["rows"].append(
-            {
-                "op": name,
-                "models": len(models),
-                "dtype": dtype,
-                "backend": "torch.compile" if compiled else "torch",
-                "elements": base.numel(),
-                "seconds": seconds,
-                "spread": spread,
-                "bandwidth": nbytes / seconds,
-            }
-        )
+    # What is wanted most comes first: our own kernels, then plain torch, then what else there is.
+    for backend in backends:
+        for dtype in DTYPES:
+            for count in (2,) if dry else COUNTS:
+                log.step(f"inputs {count} {dtype}", lambda c=count, d=dtype: bench.make(c, d))
+                for name in MAIN:
+                    measure(name, count, dtype, backend)
+                for compiled in (False, True):
+                    wanted = backend == backends[0] and count == 4 and log.left() > 60
+                    if dry and backend == backends[0]:
+                        wanted = not compiled
+                    for name in EAGER if wanted else ():
+                        log.step(
+                            f"{name} {count} {dtype} torch{'.compile' if compiled else ''}",
+                            lambda n=name, d=dtype, c=compiled: bench.eager(n, d, c),
+                        )
+        count = 3 if dry else 4
+        log.step(f"inputs {count} bf16", lambda c=count: bench.make(c, "bf16"))
+        for name in REST:
+            measure(name, count, "bf16", backend)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -330,29 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.step("machine", lambda: machine(log, dry))
     log.step("build", lambda: build(log, dry))
     log.step("tests", lambda: tests(log, dry))
-    nbytes = 1 << 18 if dry else int(options.gigabytes * 1e9)
-    bench = Bench(log, dry, nbytes)
-    log.step("copy", bench.copy)
-    backends = ("cpu", "triton") if dry else ("cuda", "triton")
-    counts = (2,) if dry else COUNTS
-    for dtype in DTYPES:
-        for count in counts:
-            if not log.step(f"inputs {count} {dtype}", lambda c=count, d=dtype: bench.make(c, d)):
-                continue
-            for name in ROWS:
-                for backend in backends:
-                    if log.left() < 5:
-                        continue
-                    log.step(
-                        f"{name} {count} {dtype} {backend}",
-                        lambda n=name, b=backend, d=dtype: bench.row(n, d, b),
-                    )
-                for compiled in (False, True):
-                    if log.left() > 60 and count == 4 and not (dry and compiled):
-                        log.step(
-                            f"{name} {count} {dtype} torch{'.compile' if compiled else ''}",
-                            lambda n=name, d=dtype, c=compiled: bench.eager(n, d, c),
-                        )
+    log.step("files", lambda: merge_files(log, dry))
+    log.step("rows", lambda: rows(log, dry, options.gigabytes))
     print(log.table())
     failed = [step for step in log.found["steps"] if step["failed"]]
     for step in failed:

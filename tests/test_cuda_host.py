@@ -294,3 +294,32 @@ def test_unfit_tensors_are_refused() -> None:
         cuda.weighted_sum(out, stats, None, [torch.zeros(8, device="meta")], [1.0], 1.0, 1.0, False)
     with pytest.raises(ValueError, match="refused its arguments: more models than a launch"):
         op(out, stats, [torch.zeros(8)] * 500, [1.0] * 500, 1.0, backend="cuda")
+    with pytest.raises(ValueError, match="contiguous tensors of 8 elements"):
+        torch.ops.pymerge.pointwise_(
+            out, stats, out, [torch.zeros(7)], "magmax", [1.0], backend="cuda"
+        )
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize(
+    ("name", "models"), [("linear", 200), ("dare_ties", 80), ("pcb_paper", 30), ("magmax", 200)]
+)
+def test_too_many_models_are_refused(name: str, models: int) -> None:
+    """All that a call needs must fit into a record."""
+    inputs = make_inputs(8, models, [torch.float32])
+    with pytest.raises(ValueError, match="refused its arguments: more models than a launch"):
+        run(BY_NAME[name], inputs, torch.float32)
+
+
+@pytest.mark.usefixtures("launches")
+def test_unfit_tables_are_refused() -> None:
+    base, models = make_inputs(2048, 2, [torch.float32])
+    ops = torch.ops.pymerge
+    with pytest.raises(ValueError, match=r"table of shape \(3, 2\), got \(3, 3\)"):
+        ops.chunk_sums_(
+            torch.zeros(3, 3, dtype=torch.float64), base, models, "gram", backend="cuda"
+        )
+    with pytest.raises(ValueError, match="2 rows of 2048 numbers"):
+        ops.row_ranks_(torch.zeros(2, 64, dtype=torch.int32), base, models, 64, backend="cuda")
+    with pytest.raises(ValueError, match="contiguous float64"):
+        ops.chunk_sums_(torch.zeros(3, 2), base, models, "gram", backend="cuda")

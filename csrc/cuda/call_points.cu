@@ -44,9 +44,9 @@ Status merge_sparse(const SparseArgs& args) {
     record.model(k).factor = args.factors[k];
     record.model(k).factor32 = static_cast<float>(args.factors[k]);
   }
-  return record.run_tiles(args.execution, sparse_kernel(kind_of(operands, args.compute),
-                                                        args.num_models, form_of(args),
-                                                        args.elect != 0));
+  return record.run_tiles(
+      args.execution, sparse_kernel(kind_of(operands, args.compute), args.num_models, form_of(args),
+                                    args.elect != 0));
 }
 
 }  // namespace
@@ -96,8 +96,7 @@ Status pcb(const PcbArgs* args) {
   record.head().stats = args->nonfinite;
   record.head().stride = args->stride;
   if (!merge) record.head().out = args->scores;
-  return record.run_tiles(args->execution,
-                          pcb_kernel_of(args->num_models, args->variant, merge));
+  return record.run_tiles(args->execution, pcb_kernel_of(args->num_models, args->variant, merge));
 }
 
 Status row_weighted_sum(const RowSumArgs* args) {

@@ -92,8 +92,8 @@ Status ties(const TiesArgs* args) {
   const bool wide = args->compute == Dtype::kF64;
   const TiesForm form = form_of(*args);
   Elementwise record(count);
-  const Operands operands = record.set_operands(
-      *args, args->compute, args->out.data != nullptr ? &args->out : nullptr);
+  const Operands operands =
+      record.set_operands(*args, args->compute, args->out.data != nullptr ? &args->out : nullptr);
   for (int k = 0; k < count; ++k) {
     int64_t threshold = args->thresholds[k];
     if (!wide && threshold > INT32_MAX) threshold = INT32_MAX;
@@ -172,8 +172,7 @@ Status magnitude_histogram(const HistogramArgs* args) {
     head.chunk = kHotChunk;
     head.base = args->base.data;
     head.base_dtype = static_cast<int32_t>(args->base.dtype);
-    const Status status =
-        run_magnitudes(args->execution, args->compute, operands, record, bins);
+    const Status status = run_magnitudes(args->execution, args->compute, operands, record, bins);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;

@@ -1,5 +1,5 @@
-// PCB-Merging (math/pcb.h): scores and the merge. Arithmetic is what takes the time, so neighbouring
-// threads take neighbouring elements, which is enough to load and store at full width.
+// PCB-Merging (math/pcb.h): scores and the merge. Arithmetic is what takes the time, so
+// neighbouring threads take neighbouring elements, which is enough to load and store at full width.
 #pragma once
 
 #include "cuda/elements.h"

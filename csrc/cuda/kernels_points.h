@@ -25,11 +25,12 @@ PM_DEVICE bool point_elements(const Head& head, int num_models, int begin) {
 #pragma unroll 1
   for (int i = begin + threadIdx.x; i < tile.count; i += kThreads) {
     const int64_t at = tile.begin + i;
-    const auto load = [&](int k) { return Elements<Io>::load(models[k].data, models[k].dtype, at); };
+    const auto load = [&](int k) {
+      return Elements<Io>::load(models[k].data, models[k].dtype, at);
+    };
     const F base = Elements<Io>::load(head.base, head.base_dtype, at);
-    const F x = Point::template get<K, F>(base, load, head, models,
-                                          numbers_after<F>(models, num_models), num_models, at,
-                                          finite);
+    const F x = Point::template get<K, F>(
+        base, load, head, models, numbers_after<F>(models, num_models), num_models, at, finite);
     Elements<Io>::store(head.out, head.out_dtype, at, x);
   }
   return finite;
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
 #pragma unroll
           for (int half = 0; half < Io::kPerWord; ++half) {
             const auto load = [&](int k) { return Io::get(word_of(raw[u][k + 1], word), half); };
-            x[half] = Point::template get<K, float>(
-                Io::get(word_of(raw[u][0], word), half), load, head, models, numbers, K,
-                here + word * Io::kPerWord + half, finite);
+            x[half] = Point::template get<K, float>(Io::get(word_of(raw[u][0], word), half), load,
+                                                    head, models, numbers, K,
+                                                    here + word * Io::kPerWord + half, finite);
           }
           set_word(result, word, Io::put(x));
         }

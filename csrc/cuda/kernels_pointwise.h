@@ -17,15 +17,18 @@ Kernel pick_pointwise(int num_models, Pointwise op) {
     case Pointwise::kRam:
       return PointInstances<Io, PointwisePoint<Pointwise::kRam>>::template pick<most>(num_models);
     case Pointwise::kMagmax:
-      return PointInstances<Io, PointwisePoint<Pointwise::kMagmax>>::template pick<most>(num_models);
+      return PointInstances<Io, PointwisePoint<Pointwise::kMagmax>>::template pick<most>(
+          num_models);
     case Pointwise::kConsensus:
-      return PointInstances<Io, PointwisePoint<Pointwise::kConsensus>>::template pick<most>(num_models);
+      return PointInstances<Io, PointwisePoint<Pointwise::kConsensus>>::template pick<most>(
+          num_models);
     case Pointwise::kTall:
       return PointInstances<Io, PointwisePoint<Pointwise::kTall>>::template pick<most>(num_models);
     case Pointwise::kEmr:
       return PointInstances<Io, PointwisePoint<Pointwise::kEmr>>::template pick<most>(num_models);
     case Pointwise::kVariance:
-      return PointInstances<Io, PointwisePoint<Pointwise::kVariance>>::template pick<most>(num_models);
+      return PointInstances<Io, PointwisePoint<Pointwise::kVariance>>::template pick<most>(
+          num_models);
     default:
       return PointInstances<Io, PointwisePoint<Pointwise::kSce>>::template pick<most>(num_models);
   }

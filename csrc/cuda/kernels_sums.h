@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads, 2) terms_kernel(const __grid_constan
 #pragma unroll
         for (int u = 0; u < kTermModels; ++u) {
           if (first + u >= terms) continue;
-          Terms::template add<F>(sums[u], inputs, shared, head, models[Terms::model(head, first + u)]);
+          Terms::template add<F>(sums[u], inputs, shared, head,
+                                 models[Terms::model(head, first + u)]);
         }
       }
       join_lanes<Terms>(sums, head, s, chunk == 0, [&](int u, int slot) {

@@ -28,9 +28,7 @@ struct Operands {
     places |= reinterpret_cast<uintptr_t>(data);
     uniform = uniform && other == dtype && places % dtype_bytes(dtype) == 0;
   }
-  int32_t flags() const {
-    return (places % 16 == 0 ? kAligned : 0) | (uniform ? kUniform : 0);
-  }
+  int32_t flags() const { return (places % 16 == 0 ? kAligned : 0) | (uniform ? kUniform : 0); }
 };
 
 // Which kernels take the operands of a call.
