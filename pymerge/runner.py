@@ -14,7 +14,7 @@ import numpy as np
 
 from pymerge._calls import Counters, call
 from pymerge.array import Array
-from pymerge.backends import BACKENDS, choose
+from pymerge.backends import BACKENDS, choose, takes_fewer_models
 
 __all__ = ["Runner", "fetched", "slots", "zeros"]
 
@@ -37,11 +37,13 @@ class Runner:
         self.on_host = device.partition(":")[0] == "cpu"
         self.gathering = False
         self._chosen: dict[str, str] = {}
+        self._refused: dict[str, list[str]] = {}
 
     def backend_for(self, op: str) -> str:
         """Return the name of the backend that runs an op."""
         if op not in self._chosen:
-            self._chosen[op] = choose(op, self.backend, self.device)
+            refused = self._refused.get(op, ())
+            self._chosen[op] = choose(op, self.backend, self.device, refused)
         return self._chosen[op]
 
     def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
@@ -49,7 +51,19 @@ class Runner:
         self.ran[op] = self.backend_for(op)
         if not self.on_host:  # samples are in host memory
             arguments = [self._here(argument) for argument in arguments]
-        call(op, *arguments, backend=self.ran[op], **keywords)
+        try:
+            call(op, *arguments, backend=self.ran[op], **keywords)
+        except ValueError as error:
+            self._take_another(op, error)
+            self.call(op, arguments, keywords)
+
+    def _take_another(self, op: str, error: ValueError) -> None:
+        """Choose another backend for an op that one refused, before it had done anything; or raise
+        the error."""
+        refused, name = self._refused.setdefault(op, []), self._chosen.pop(op)
+        if self.backend != "auto" or name in refused or not takes_fewer_models(error):
+            raise error
+        refused.append(name)
 
     def _here(self, argument: Any) -> Any:
         if isinstance(argument, Array):

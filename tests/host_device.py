@@ -8,7 +8,7 @@ A wait that is missing is found however fast or slow a real device is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +92,8 @@ class HostDevice:
     def missing(self) -> dict[str, str | None]:
         return {self.backend: None}
 
-    def backend_for(self, op: str, wanted: str) -> str | None:
-        return None if op in self.lacks else self.backend
+    def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
+        return None if op in self.lacks or self.backend in without else self.backend
 
     def free(self) -> int:
         return self.memory

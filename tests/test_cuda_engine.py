@@ -73,4 +73,28 @@ def test_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert report.backend == "cuda"
 
 
+@pytest.mark.usefixtures("launches")
+def test_more_models_than_a_launch_takes() -> None:
+    """Where no backend is named, another one takes them."""
+    tensors = [torch.full((20,), float(k)) for k in range(500)]
+    assert pymerge.linear(tensors).tolist() == [249.5] * 20
+    with pytest.raises(ValueError, match="more models than a launch"):
+        pymerge.linear(tensors, backend="cuda")
+
+
+@pytest.mark.usefixtures("launches", "no_waiting")
+def test_files_of_more_models_than_a_launch_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = models.llama(1, layers=1, hidden=8, mlp=8, vocabulary=16)
+    models.save_family(tmp_path, base, tuned)
+    config = models.config(tmp_path, "linear", 1)
+    config["models"] *= 500
+    pymerge.merge_checkpoints(config, tmp_path / "cpu", backend="cpu")
+    monkeypatch.setattr(checkpoints, "open_device", lambda name: HostDevice("cuda"))
+    report = pymerge.merge_checkpoints(config, tmp_path / "out", device="cuda")
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+    assert report.backends["weighted_sum_"].endswith(" on the host")
+
+
 no_waiting = models.no_waiting

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.array import Flat
@@ -17,7 +17,15 @@ from pymerge.errors import RequestError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "Backend", "choose", "describe", "has_kernel", "resolve"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "choose",
+    "describe",
+    "has_kernel",
+    "resolve",
+    "takes_fewer_models",
+]
 
 
 class Backend(Protocol):
@@ -161,21 +169,32 @@ def has_kernel(name: str, op: str) -> bool:
     return hasattr(BACKENDS[name], _FUNCTIONS.get(op, op.removesuffix("_")))
 
 
-def choose(op: str, name: str | None, device: torch.device | str = "cpu") -> str:
+def choose(
+    op: str,
+    name: str | None,
+    device: torch.device | str = "cpu",
+    without: Collection[str] = (),
+) -> str:
     """Return the name of the backend that runs an op: the one that was named, or, for None and
-    "auto", the fastest that can run on the device and has a kernel for it.
+    "auto", the fastest that can run on the device, has a kernel for it, and is not in `without`.
 
     Raises RequestError where a backend named explicitly cannot be used.
     """
     first = resolve(name, device).NAME
-    if name not in (None, "auto") or has_kernel(first, op):
+    if name not in (None, "auto"):
         return first
     kind = str(device).partition(":")[0]
-    for other in ("triton", "cpu"):
-        can_run = _DEVICES[other] == kind == _device(other) and BACKENDS[other].reason() is None
-        if can_run and has_kernel(other, op):
+    for other in (first, "triton", "cpu"):
+        if other in without or not has_kernel(other, op) or BACKENDS[other].reason() is not None:
+            continue
+        if other == first or _DEVICES[other] == kind == _device(other):
             return other
     return "reference"
+
+
+def takes_fewer_models(error: ValueError) -> bool:
+    """Tell whether a backend refused a call because a launch cannot take so many models."""
+    return "more models than a launch" in str(error)
 
 
 def resolve_for(

@@ -6,7 +6,7 @@ on the processor and checks that whatever touches the same memory is ordered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,10 +43,10 @@ class Device(Protocol):
         """Return the backends that compute here, and why one cannot."""
         ...
 
-    def backend_for(self, op: str, wanted: str) -> str | None:
+    def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
         """Return the backend that runs an op here, None where there is none.
 
-        wanted: a name of `BACKENDS`, or "auto".
+        wanted: a name of `BACKENDS`, or "auto". without: backends that have refused it.
         """
         ...
 
@@ -131,8 +131,8 @@ class Cuda:
     def missing(self) -> dict[str, str | None]:
         return {name: BACKENDS[name].reason() for name in ("cuda", "triton")}
 
-    def backend_for(self, op: str, wanted: str) -> str | None:
-        chosen = choose(op, wanted, self._device)
+    def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
+        chosen = choose(op, wanted, self._device, without)
         return None if chosen == "reference" and wanted == "auto" else chosen
 
     def free(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pymerge import _calls
 from pymerge.array import Array, as_array
-from pymerge.backends import BACKENDS, resolve
+from pymerge.backends import BACKENDS
 from pymerge.backends.sizes import HOT_CHUNK, SCORE_ALIGNMENT, SUM_CHUNK
 from pymerge.dtypes import torch_dtype
 from pymerge.engine.device import COMPUTE, IN, Device, OutOfDeviceMemory
@@ -52,9 +52,10 @@ class Stage(Runner):
 
     def backend_for(self, op: str) -> str:
         if op not in self._chosen:
-            here = self.memory.backend_for(op, self.backend)
+            here = self.memory.backend_for(op, self.backend, self._refused.get(op, ()))
             # What has no kernels on the device is computed where the files are.
-            self._chosen[op] = here or f"{resolve('auto').NAME} on the host"
+            cpu = "cpu" if BACKENDS["cpu"].reason() is None else "reference"
+            self._chosen[op] = here or f"{cpu} on the host"
         return self._chosen[op]
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -67,15 +68,21 @@ class Stage(Runner):
         """Run an op; tensors of the device may be written after this returns, arrays are now."""
         named = dict(_signature(op).bind(*arguments, **keywords).arguments)
         self.ran[op] = self.backend_for(op)
-        if " " in self.ran[op]:
-            self._on_host(op, named)
-            return
+        try:
+            (self._on_host if " " in self.ran[op] else self._on_device)(op, named)
+        except ValueError as error:
+            self._take_another(op, error)
+            self.call(op, arguments, keywords)
+
+    def _on_device(self, op: str, named: dict[str, Any]) -> None:
         after: list[Callable[[], None]] = []
         for name, value in named.items():
             if isinstance(value, np.ndarray):
                 named[name] = self.memory.put(value)
                 if _writes(op, name):
                     after.append(lambda to=value, found=named[name]: self._fetch(to, found))
+            elif name in ("ranks", "weights") and hasattr(value, "contiguous"):
+                named[name] = value.contiguous()  # a part of the rows of another piece
         if isinstance(out := named.get("out"), Array):
             named["out"] = self._empty_like(out)
             after.append(lambda: self._bring(out, named["out"]))
