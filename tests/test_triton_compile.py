@@ -27,6 +27,7 @@ from tests.triton_checks import BY_NAME
 
 pytestmark = needs_triton
 
+# Kernels that wait for memory, each in a mode or two.
 CASES = [
     "linear",
     "task_arithmetic",
@@ -34,7 +35,62 @@ CASES = [
     "ties_mergekit",
     "ties_signs",
     "magnitude_histogram",
+    "sparse_all",
+    "consensus",
+    "row_task_arithmetic",
 ]
+# Kernels that compute more than they wait, whose code grows with the pairs of models.
+PAIRWISE = ["pcb_paper", "pcb_vision_es", "sums_gram", "sums_sparse", "sums_pcb_exp"]
+# Every other mode of the kernels of one pass.
+MODES = [
+    "dare_linear",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs_rows",
+    "nearswap",
+    "ram",
+    "magmax",
+    "tall",
+    "emr_task",
+    "variance",
+    "sce",
+    "sce_everywhere",
+    "row_weighted_sum",
+    "pcb_root",
+    "pcb_vision",
+    "pcb_paper_scores",
+    "pcb_vision_es_scores",
+    "sums_sparse.ranked",
+    "sums_gram.rows",
+    "sums_dots",
+    "sums_statistics",
+    "sums_ram_counts",
+    "sums_emr",
+    "sums_sce",
+    "sums_pcb_extremes",
+]
+DIVIDES = {
+    "linear",
+    "ties_mean_signs",
+    "ties_mergekit",
+    "ties_peft_frequency",
+    "breadcrumbs_ties",
+    "breadcrumbs_rows",
+    "sparse_all",
+    "della",
+    "nearswap",
+    "ram",
+    "variance",
+    "sce",
+    "sce_everywhere",
+    "pcb_paper",
+    "pcb_root",
+    "pcb_vision",
+    "pcb_vision_es",
+    "pcb_vision_es_scores",
+    "sums_sce",
+}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -157,15 +213,22 @@ def check_arithmetic(code: str, case: str, dtype: str) -> None:
     for forbidden in ("fma.rn.f", "mad.f", ".ftz", "div.full", "div.approx", "rcp"):
         assert forbidden not in code, forbidden
     width = "f64" if dtype == "f64" else "f32"
-    divides = case in ("linear", "ties_mean_signs", "ties_mergekit", "ties_peft_frequency")
-    assert (f"div.rn.{width}" in code) == divides
-    writes = case != "ties_signs" and not case.startswith("magnitude")
-    assert ("cvt.rn.bf16" in code) == (writes and dtype == "bf16")
+    assert (f"div.rn.{width}" in code) == (case in DIVIDES)
+    assert ("cvt.rn.bf16" in code) == (BY_NAME[case].streams_out and dtype == "bf16")
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("case", PAIRWISE)
+def test_code_of_pairs(case: str, count: int, compiler: Callable[..., Any]) -> None:
+    built = compiler(case, count, "bf16", "sm_90")
+    assert built["spilled"] == 0
+    check_arithmetic(built["code"], case, "bf16")
 
 
 @pytest.mark.parametrize(
     ("case", "count", "dtype"),
     [
+        *((case, 4, "bf16") for case in MODES),
         ("ties_max", 4, "bf16"),
         ("ties_peft_frequency", 4, "bf16"),
         ("ties_mergekit", 16, "bf16"),
@@ -176,6 +239,16 @@ def check_arithmetic(code: str, case: str, dtype: str) -> None:
         ("magnitude_histogram", 17, "bf16"),
         ("task_arithmetic", 3, "f64"),
         ("magnitude_equal_counts", 1, "bf16"),
+        ("sparse_all", 16, "bf16"),
+        ("sparse_all", 17, "bf16"),
+        ("consensus", 17, "f32"),
+        ("row_task_arithmetic", 17, "bf16"),
+        ("sums_gram", 4, "f64"),
+        ("sums_gram", 9, "bf16"),
+        ("sums_pcb_exp", 9, "bf16"),
+        ("sums_sce", 9, "bf16"),
+        ("pcb_paper", 9, "bf16"),
+        ("pcb_vision_es", 9, "bf16"),
     ],
 )
 def test_other_code_for_hopper(
@@ -204,14 +277,25 @@ def test_any_length_compiles(compiler: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 def test_other_generations(target: str, compiler: Callable[..., Any]) -> None:
-    for case in ("task_arithmetic", "ties_mean_signs", "magnitude_histogram"):
+    for case in (
+        "task_arithmetic",
+        "ties_mean_signs",
+        "magnitude_histogram",
+        "sparse_all",
+        "pcb_paper",
+        "sums_gram",
+    ):
         built = compiler(case, 4, "bf16", target)
         assert built["spilled"] == 0
         check_arithmetic(built["code"], case, "bf16")
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, "bf16") for case in CASES), ("ties_mean_signs", "f32")]
+    ("case", "dtype"),
+    [
+        *((case, "bf16") for case in (*CASES, "pcb_paper", "sums_gram", "sums_statistics")),
+        ("ties_mean_signs", "f32"),
+    ],
 )
 def test_code_for_amd(case: str, dtype: str, compiler: Callable[..., Any], has_amd: bool) -> None:
     if not has_amd:
@@ -219,7 +303,7 @@ def test_code_for_amd(case: str, dtype: str, compiler: Callable[..., Any], has_a
     built = compiler(case, 4, dtype, "gfx942")
     assert built["bytes"] > 0
     assert re.search(r"\.vgpr_spill_count:\s*0\b", built["code"])
-    if case in ("task_arithmetic", "ties_signs"):  # a division is made of such operations
+    if case not in DIVIDES:  # a division is made of such operations
         assert not re.search(r"\bv_(pk_)?(fma|fmac|mad|mac)_f", built["code"])
     # Subnormals of both widths are kept, in and out.
     assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", built["code"])
