@@ -32,9 +32,9 @@ chunk_sums_: partials[row, c] = sums over chunk c (1024 elements, in a fixed ord
     with `columns`, over row c of a matrix. kind: gram, dots, statistics, sparse (L1 norms of task
     vectors and of what is kept), ram_counts, emr, sce, pcb_extremes, pcb_exp; what the rows are:
     SumsArgs in csrc/kernel_table.h. dots: <gradient, delta_k>, the gradient last among the models.
-pcb_scores_, pcb_merge_: scores[k, :numel] = PCB's score of each element (rows have room for a
-    multiple of 64); the merge. See csrc/math/pcb.h and PcbArgs in csrc/kernel_table.h; always in
-    float32.
+pcb_scores_, pcb_merge_: scores[k, :numel] = max(scale x, 0), x PCB's score of an element and scale
+    the last of the reals (rows have room for a multiple of 64); the merge. See csrc/math/pcb.h and
+    PcbArgs in csrc/kernel_table.h; always in float32.
 row_ranks_: ranks[k, i] = rank of |delta_k| within its row of `columns`, from 0, equal magnitudes by
     index (rows of `ranks` have room for a multiple of 64).
 row_weighted_sum_: out = sum_k weights[k, row] x_k, or base + sum_k weights[k, row] (x_k - base);

@@ -158,16 +158,27 @@ def _merge(
 
 
 @triton.jit
+def _scale(reals: tl.tensor, count: int, VARIANT: tl.constexpr):
+    if VARIANT == PAPER:
+        return tl.load(reals + 3 * (count * (count + 1) // 2) + 3 * count)
+    else:
+        return tl.load(reals + 7 * count)
+
+
+@triton.jit
+def _positive(score: tl.tensor, reals: tl.tensor, count: int, VARIANT: tl.constexpr):
+    """What is selected from: max(scale score, 0); NaN counts as 0."""
+    scaled = _scale(reals, count, VARIANT) * score
+    return tl.where(scaled > 0, scaled, 0.0)
+
+
+@triton.jit
 def _finish(
     origin: tl.tensor, total: tl.tensor, weight: tl.tensor, reals: tl.tensor, count: int,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     merged = divide(total, tl.where(weight < 1e-12, 1e-12, weight))
-    if VARIANT == PAPER:
-        scale = tl.load(reals + 3 * (count * (count + 1) // 2) + 3 * count)
-    else:
-        scale = tl.load(reals + 7 * count)
-    return origin + scale * merged
+    return origin + _scale(reals, count, VARIANT) * merged
 
 
 @triton.jit
@@ -187,7 +198,8 @@ def pcb_kernel(
     VARIANT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge, or where `out` is None fill scores[k, : numel], rows `stride` apart.
+    """Merge, or where `out` is None fill scores[k, : numel] with max(scale score, 0), rows `stride`
+    apart.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows, each loaded for every pair.
     integers: [0] the flag of `raise_flag`. numbers: see above.
@@ -212,7 +224,7 @@ def pcb_kernel(
         found = _scores(taus, numbers, MODELS, VARIANT)
         for k in tl.static_range(MODELS):
             if out is None:
-                store(row, lane, mask, found[k])
+                store(row, lane, mask, _positive(found[k], reals, MODELS, VARIANT))
                 row += stride
             else:
                 total, weight = _merge(taus[k], found[k], k, reals, MODELS, total, weight, VARIANT)
@@ -232,7 +244,7 @@ def pcb_kernel(
             )
             worst = tl.maximum(worst, magnitude_key(tau))
             if out is None:
-                store(row, lane, mask, score)
+                store(row, lane, mask, _positive(score, reals, count, VARIANT))
                 row += stride
             else:
                 total, weight = _merge(tau, score, k, reals, count, total, weight, VARIANT)

@@ -38,7 +38,7 @@ struct PcbKernel {
     }
     PM_UNROLL
     for (int k = 0; k < known.num_models; ++k) {
-      store_bits(scores + k * stride + at + i, (U)found[k]);
+      store_bits(scores + k * stride + at + i, (U)pcb_positive(known, found[k]));
     }
   }
 

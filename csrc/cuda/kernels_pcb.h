@@ -76,7 +76,10 @@ __global__ void __launch_bounds__(kThreads, pcb_blocks(K))
     } else {
       float* const out = static_cast<float*>(head.out) + at;
       PM_UNROLL
-      for (int k = 0; k < count; ++k) out[k * head.stride] = scores[k];
+      for (int k = 0; k < count; ++k) {
+        const float score = scores[k];
+        out[k * head.stride] = pcb_positive(call, score);
+      }
     }
   };
 #pragma unroll 1

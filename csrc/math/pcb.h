@@ -159,8 +159,8 @@ PM_INLINE void pcb_scores(const PcbCall& call, const Taus& tau, F* scores) {
   for (int i = 0; i < call.num_models; ++i) scores[i] = pcb_score(call, tau, total, i);
 }
 
-// The same for K models in an array. A pair's exp serves both of its models: their product is the
-// same in either order.
+// The same for K models in an array. A pair's exp or tanh serves both of its models: their product
+// is the same in either order.
 template <class F, int K>
 PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)[K]) {
   if constexpr (K <= 4) {
@@ -186,8 +186,34 @@ PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)
       }
       return;
     }
+    if (call.variant == PcbVariant::kVisionEs) {
+      const F many = splat<F>(static_cast<float>(K));
+      F terms[K * (K + 1) / 2], normal[K];
+      PM_UNROLL
+      for (int i = 0; i < K; ++i) normal[i] = pcb_normal(call, tau[i], i);
+      PM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        PM_UNROLL
+        for (int j = i; j < K; ++j) terms[pcb_pair(i, j, K)] = tanh32(normal[i] * normal[j]);
+      }
+      PM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        F inter{};
+        PM_UNROLL
+        for (int j = 0; j < K; ++j) inter = inter + terms[pcb_pair(i, j, K)];
+        scores[i] = exp32(many * (normal[i] * normal[i])) * inter;
+      }
+      return;
+    }
   }
   pcb_scores(call, tau, &scores[0]);
+}
+
+// What order statistics are taken of: NaN and what is not positive count as 0. scale: 1, or -1 for
+// the statistics of scores below 0.
+template <class F>
+PM_INLINE F pcb_positive(const PcbCall& call, F score) {
+  return Traits<F>::larger(splat<F>(call.scale) * score, F{});
 }
 
 template <class F, class Taus, class Scores>

@@ -153,11 +153,13 @@ def pcb_scores(
     variant: int,
     reals: Sequence[float],
 ) -> None:
-    """scores[k, : numel] = beta_k (paper) or b_k (the authors' codes)."""
+    """scores[k, : numel] = max(scale x, 0) of x = beta_k (paper) or b_k (the authors' codes)."""
     taus = _taus(base, models)
     stats[2] += int(not all(bool(torch.isfinite(tau).all()) for tau in taus))
-    for k, found in enumerate(_Call(variant, reals, len(models)).scores(taus)):
-        scores[k, : base.numel()] = found
+    call = _Call(variant, reals, len(models))
+    for k, found in enumerate(call.scores(taus)):
+        scaled = _f(call.scale, found) * found
+        scores[k, : base.numel()] = torch.where(scaled > 0, scaled, torch.zeros_like(scaled))
 
 
 def pcb_merge(

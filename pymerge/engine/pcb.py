@@ -197,14 +197,17 @@ class _Finder:
     def __init__(self, scope: _Scope, numbers: _Numbers) -> None:
         self.scope = scope
         self.reals = numbers.reals()
-        # Where scores are computed.
+        # Where scores are computed: the largest, and the least of what is not positive, negated.
         self._largest = scope.context.runner.zeros((scope.count,), "float32")
-        self._largest[:] = -math.inf
+        self._least = scope.context.runner.zeros((scope.count,), "float32")
+        self._least[:] = math.inf
 
     @property
     def largest(self) -> np.ndarray:
         """The largest score of each model."""
-        return fetched(self._largest)
+        largest, least = fetched(self._largest), fetched(self._least)
+        below = np.where(np.isfinite(least), -least, 0.0)
+        return np.where(largest > 0, largest, below)
 
     def select(self, targets: Sequence[TrimTarget], sign: float) -> list[float]:
         """Return an order statistic of max(sign * score, 0) for each model."""
@@ -224,18 +227,22 @@ class _Finder:
             base,
             models,
             self.scope.variant.code,
-            self.reals,
+            [*self.reals[:-1], sign],
             backend=self.scope.context.backend,
         )
         scores = room[:, : base.numel()]
-        if isinstance(scores, np.ndarray):
-            if sign > 0:
-                self._largest = np.maximum(self._largest, scores.max(axis=1, initial=-math.inf))
-            np.maximum(sign * scores, 0.0, out=scores)
-        elif scores.numel() > 0:
-            if sign > 0:
-                self._largest = self._largest.maximum(scores.amax(1))
-            scores.mul_(sign).clamp_(min=0.0)
+        if base.numel() == 0:
+            return
+        if sign > 0:
+            self._largest = _maximum(self._largest, scores)
+        else:
+            self._least = -_maximum(-self._least, -scores)
+
+
+def _maximum(so_far: Counters, scores: Counters) -> Counters:
+    if isinstance(scores, np.ndarray):
+        return np.maximum(so_far, scores.max(axis=1))
+    return so_far.maximum(scores.amax(1))
 
 
 class _Numbers:

@@ -12,7 +12,7 @@ from pymerge._calls import Counters, call
 from pymerge.array import Flat, as_flat
 from pymerge.backends.arguments import Kept
 from pymerge.engine.pointwise import merge_pointwise
-from pymerge.engine.scores import TILE, Scores, Tile, flat_index, tiles
+from pymerge.engine.scores import TILE, Scores, Tile, tiles
 from pymerge.engine.sums import add_up
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.ties import TrimTarget
@@ -97,7 +97,7 @@ def _selected(
     target = TrimTarget("rank", work.numel - count + 1, exact=True)
     (cut,) = Scores(parts, work.numel, 1, variance, context, work.wide).select([target])
     begin, stretches = 0, []
-    for end, key in flat_index(cut).thresholds(0, work.numel):
+    for end, key in cut.thresholds(0, work.numel):
         if end > begin:
             stretches.append((begin, end, key))
         begin = end

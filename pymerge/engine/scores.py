@@ -18,8 +18,9 @@ from pymerge.select import Cut, Part, order_statistics, sample_parts
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
-__all__ = ["TILE", "Scores", "Tile", "flat_index", "tiles"]
+__all__ = ["TILE", "Scores", "Tile", "tiles"]
 
+_CACHED = 1 << 18  # elements whose scores stay in the caches of a processor until they are counted
 TILE = 1 << 20  # elements scored at once; a multiple of the chunks of sums
 
 Parts = Callable[[], Iterable[Part]]
@@ -28,10 +29,10 @@ Tile = tuple[int, int, Flat, Sequence[Flat]]  # number of the part, start there,
 Score = Callable[[Tile, Counters], None]
 
 
-def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
+def tiles(parts: Iterable[Part], most: int = TILE) -> Iterator[Tile]:
     """Yield stretches of all parts, in order."""
     for number, base, models in parts:
-        for start, stop in slices(base.numel(), TILE):
+        for start, stop in slices(base.numel(), most):
             yield number, start, base[start:stop], [model[start:stop] for model in models]
 
 
@@ -61,16 +62,17 @@ class Scores:
         self._context = context
         self._rows = rows
         self._wide = wide
+        self._tile = min(_CACHED if context.runner.on_host else TILE, total)
         # Numbers stay where they are computed.
-        self._room = self._zeros_of(rows * padded(min(TILE, total)))
-        self._zeros = self._zeros_of(min(TILE, total))
+        self._room = self._zeros_of(rows * padded(self._tile))
+        self._zeros = self._zeros_of(self._tile)
 
     def _zeros_of(self, numel: int) -> Counters:
         return self._context.runner.zeros((numel,), "float64" if self._wide else "float32")
 
     def select(self, targets: Sequence[TrimTarget]) -> list[Cut]:
-        """Return the threshold of each row. Where exactly k are kept, positions count tiles: see
-        `flat_index`."""
+        """Return the threshold of each row. Where exactly k are kept, positions are those in the
+        only part."""
         context = self._context
         samples = []
         for base, models in sample_parts(
@@ -89,10 +91,13 @@ class Scores:
             backend=context.backend,
             samples=samples,
         )
-        return cuts
+        return [
+            cut if cut.part >= Cut.END else Cut(cut.key, 0, cut.part * self._tile + cut.index)
+            for cut in cuts
+        ]
 
     def _scored(self) -> Iterator[Part]:
-        for number, tile in enumerate(tiles(self._parts("thresholds"))):
+        for number, tile in enumerate(tiles(self._parts("thresholds"), self._tile)):
             numel = tile[2].numel()
             room = self._room
             if self._total <= len(room) // self._rows:  # so few may be held all at once
@@ -109,8 +114,3 @@ class Scores:
         room = memory[: self._rows * padded(numel)].reshape(self._rows, -1)
         self._score(tile, room)
         return [as_flat(row[:numel]) for row in room]
-
-
-def flat_index(cut: Cut) -> Cut:
-    """Return a cut whose position counts tiles of one tensor as one that counts its elements."""
-    return cut if cut.part >= Cut.END else Cut(cut.key, 0, cut.part * TILE + cut.index)

@@ -12,7 +12,7 @@ import numpy as np
 from pymerge._calls import Counters, call
 from pymerge.array import Flat, as_flat
 from pymerge.backends.arguments import Kept, SparseMerge, padded
-from pymerge.engine.scores import Scores, Tile, flat_index
+from pymerge.engine.scores import Scores, Tile
 from pymerge.engine.sums import sparse_norms
 from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.masks import keep_limit, seed_words
@@ -56,7 +56,7 @@ def run_dare(
             yield 0, base, models
 
         found = _trim_cuts([work], parts, context)
-        tables = [flat_index(cut).thresholds(0, work.numel) for cut in found]
+        tables = [cut.thresholds(0, work.numel) for cut in found]
     stretches = [(0, work.numel, kept)]
     if tables is not None:
         stretches = [
