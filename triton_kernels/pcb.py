@@ -14,11 +14,13 @@ from .functions import exp32, tanh32
 from .value import (
     absolute,
     divide,
+    flip,
     is_nonfinite,
     load,
     load_model,
     magnitude_key,
     raise_flag,
+    sign_bit,
     store,
 )
 
@@ -32,8 +34,9 @@ def scaled_product(a: tl.tensor, b: tl.tensor, least: tl.tensor, inverse: tl.ten
 
 
 @triton.jit
-def _sign(x: tl.tensor):
-    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+def _signed(x: tl.tensor, size: tl.tensor):
+    """sgn(x) size, with size >= 0: 0 where x is."""
+    return tl.where(x == 0, 0.0, flip(size, sign_bit(x)))
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _magnitude(tau: tl.tensor, k: int, reals: tl.tensor, count: int):
 def _normal(tau: tl.tensor, k: int, reals: tl.tensor, count: int):
     """sgn(tau_k) n_k"""
     n = _magnitude(tau, k, reals, count) - tl.load(reals + k)
-    return _sign(tau) * (n * tl.load(reals + 2 * count + k))
+    return _signed(tau, n * tl.load(reals + 2 * count + k))
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def _merge(
         share = tl.where(score < least, least, score)
         share = tl.where(share > most, most, share)
         share = tl.where(inverse == 0, 1.0, (share - least) * inverse)
-        value = _sign(tau) * _magnitude(tau, k, reals, count)
+        value = _signed(tau, _magnitude(tau, k, reals, count))
     return total + (own * value) * share, weight + share
 
 

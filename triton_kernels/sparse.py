@@ -29,24 +29,26 @@ RULE = tl.constexpr(5)
 
 
 @triton.jit
-def mask_hash(index: tl.tensor, first: tl.tensor, second: tl.tensor):
-    """The hash of flat indices; all are uint32."""
-    x = index ^ first
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = (x ^ (x >> 15)) + second
-    x = x ^ (x >> 16)
-    x = x * 0x846CA68B
-    x = x ^ (x >> 15)
-    x = x * 0x9E3779B1
+def mask_mix(x: tl.tensor):
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _mask_hash(mixed: tl.tensor, first: tl.tensor, second: tl.tensor):
+    """The hash of flat indices; all are uint32, and the first two are mixed: the models of an
+    element share the one, the elements of a model the other."""
+    x = (mixed ^ first) * 0x7FEB352D
+    x = (x ^ (x >> 15)) + second
+    x = mask_mix(x) * 0x846CA68B
+    x = x ^ (x >> 15)
+    return mask_mix(x * 0x9E3779B1)
 
 
 @triton.jit
 def load_rule(integers: tl.tensor, numbers: tl.tensor, k: int):
     """Load the rule of model k: lo, last, seed, limit, and the chance of rank 0 and its step."""
     at = integers + RULE * k
-    first, second = tl.load(at + 2).to(tl.uint32), tl.load(at + 3).to(tl.uint32)
+    first, second = mask_mix(tl.load(at + 2).to(tl.uint32)), tl.load(at + 3).to(tl.uint32)
     limit = tl.load(at + 4).to(tl.uint32)
     chance, step = tl.load(numbers + 2 * k), tl.load(numbers + 2 * k + 1)
     return tl.load(at), tl.load(at + 1), first, second, limit, chance, step
@@ -64,8 +66,8 @@ def load_rank(
 
 
 @triton.jit
-def keep(delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr):
-    """Return what a model keeps of its task vector; zeros elsewhere."""
+def keep(delta: tl.tensor, mixed: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr):
+    """Return what a model keeps of its task vector; zeros elsewhere. mixed: of flat indices."""
     if KEEP == "band" or KEEP == "both":
         key = magnitude_key(delta)
         within = (key >= rule[0].to(key.dtype)) & (key <= rule[1].to(key.dtype))
@@ -74,10 +76,10 @@ def keep(delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KE
         within = (rank >= rule[0].to(tl.int32)) & (rank <= rule[1].to(tl.int32))
         delta = tl.where(within, delta, 0.0)
     if KEEP == "drawn" or KEEP == "both":
-        delta = tl.where(mask_hash(index, rule[2], rule[3]) <= rule[4], delta, 0.0)
+        delta = tl.where(_mask_hash(mixed, rule[2], rule[3]) <= rule[4], delta, 0.0)
     elif KEEP == "chances" or KEEP == "shares":
         F: tl.constexpr = delta.dtype
-        drawn = (mask_hash(index, rule[2], rule[3]) >> 8).to(F) * 5.9604644775390625e-08  # 2^-24
+        drawn = (_mask_hash(mixed, rule[2], rule[3]) >> 8).to(F) * 5.9604644775390625e-08  # 2^-24
         chance = rule[5] + rank.to(F) * rule[6]
         kept = drawn < chance
         if KEEP == "shares":
@@ -88,11 +90,11 @@ def keep(delta: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple, KE
 
 @triton.jit
 def _value(
-    delta: tl.tensor, index: tl.tensor, rank: tl.tensor, k: int, count: int, integers: tl.tensor,
+    delta: tl.tensor, mixed: tl.tensor, rank: tl.tensor, k: int, count: int, integers: tl.tensor,
     numbers: tl.tensor, KEEP: tl.constexpr,
 ):  # fmt: skip
     """What one model adds, and its weight."""
-    kept = keep(delta, index, rank, load_rule(integers + 2, numbers + 2 + 2 * count, k), KEEP)
+    kept = keep(delta, mixed, rank, load_rule(integers + 2, numbers + 2 + 2 * count, k), KEEP)
     weight = tl.load(numbers + 3 + 2 * k)
     return weight * (tl.load(numbers + 2 + 2 * k) * kept), weight
 
@@ -140,7 +142,7 @@ def sparse_merge_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
-    index = (tl.load(integers + 1) + start).to(tl.uint32) + lane.to(tl.uint32)
+    mixed = mask_mix((tl.load(integers + 1) + start).to(tl.uint32) + lane.to(tl.uint32))
     origin = load(base + start, lane, mask, F)
     vote = tl.zeros([BLOCK], F)
     worst = magnitude_key(vote)
@@ -149,7 +151,7 @@ def sparse_merge_kernel(
         for k in tl.static_range(MODELS):
             delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
             rank = load_rank(ranks, stride, k, start, lane, mask)
-            value, weight = _value(delta, index, rank, k, MODELS, integers, numbers, KEEP)
+            value, weight = _value(delta, mixed, rank, k, MODELS, integers, numbers, KEEP)
             worst = tl.maximum(worst, magnitude_key(delta))
             vote = vote + value
             values = values + (value,)  # noqa: RUF005  Triton has no unpacking
@@ -157,7 +159,7 @@ def sparse_merge_kernel(
         for k in range(count):
             delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
             rank = load_rank(ranks, stride, k, start, lane, mask)
-            value, weight = _value(delta, index, rank, k, count, integers, numbers, KEEP)
+            value, weight = _value(delta, mixed, rank, k, count, integers, numbers, KEEP)
             worst = tl.maximum(worst, magnitude_key(delta))
             vote = vote + value
     raise_flag(stats + 2, integers, is_nonfinite(worst))
@@ -175,7 +177,7 @@ def sparse_merge_kernel(
             for k in range(count):
                 delta = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
                 rank = load_rank(ranks, stride, k, start, lane, mask)
-                value, weight = _value(delta, index, rank, k, count, integers, numbers, KEEP)
+                value, weight = _value(delta, mixed, rank, k, count, integers, numbers, KEEP)
                 merged, divisor = _agree(value, weight, sign, merged, divisor)
         if DIVIDE_WEIGHTS:
             merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))

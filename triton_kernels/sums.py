@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .functions import exp32
 from .pcb import scaled_product
-from .sparse import keep, load_rank, load_rule
+from .sparse import keep, load_rank, load_rule, mask_mix
 from .value import (
     INTERPRETED,
     ROW,
@@ -190,13 +190,13 @@ def _known(x: tl.tensor, mask: tl.tensor):
 
 @triton.jit
 def _own_terms(
-    x: tl.tensor, mask: tl.tensor, index: tl.tensor, rank: tl.tensor, rule: tl.tuple,
+    x: tl.tensor, mask: tl.tensor, mixed: tl.tensor, rank: tl.tensor, rule: tl.tuple,
     total: tl.tensor, found: tl.tensor, integers: tl.tensor, numbers: tl.tensor,
     KIND: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """What one model adds to its rows. total, found: of all models."""
     if KIND == "sparse":
-        kept = keep(x, index, rank, rule, KEEP)
+        kept = keep(x, mixed, rank, rule, KEEP)
         terms = (absolute(x).to(tl.float64), absolute(kept).to(tl.float64))
     elif KIND == "statistics":
         least, most = _extremes(x, mask & (x == x))
@@ -290,25 +290,25 @@ def _step(
                 xs, origin, models, start, lane, mask, numbers, count, MODELS,
                 ALIGNED, KIND, F,
             )  # fmt: skip
-        index = (lane + own + start).to(tl.uint32)
+        mixed = mask_mix((lane + own + start).to(tl.uint32))
         terms = ()
         if KIND == "emr":
             x = xs[0]
             for k in tl.static_range(1, COUNT):
                 x = tl.where(own == k, xs[k], x)
             terms = _own_terms(
-                x, mask, index, index, rules, total, found, integers, numbers, KIND,
+                x, mask, mixed, mixed, rules, total, found, integers, numbers, KIND,
                 KEEP,
             )  # fmt: skip
         else:
             for k in tl.static_range(COUNT):
                 rule = rules
-                rank = index
+                rank = mixed
                 if KIND == "sparse":
                     rule = rules[k]
                     rank = load_rank(ranks, stride, unit + k, start, lane, mask)
                 terms = terms + _own_terms(
-                    xs[k], mask, index, rank, rule, total, found, integers, numbers,
+                    xs[k], mask, mixed, rank, rule, total, found, integers, numbers,
                     KIND, KEEP,
                 )  # fmt: skip
     return terms
