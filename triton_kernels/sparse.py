@@ -37,11 +37,9 @@ def mask_mix(x: tl.tensor):
 def _mask_hash(mixed: tl.tensor, first: tl.tensor, second: tl.tensor):
     """The hash of flat indices; all are uint32, and the first two are mixed: the models of an
     element share the one, the elements of a model the other."""
-    x = (mixed ^ first) * 0x7FEB352D
-    x = (x ^ (x >> 15)) + second
-    x = mask_mix(x) * 0x846CA68B
-    x = x ^ (x >> 15)
-    return mask_mix(x * 0x9E3779B1)
+    x = (mixed ^ first) * 0x7FEB352D + second
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 15)) * 0x9E3779B1
 
 
 @triton.jit

@@ -175,29 +175,51 @@ struct RankedKernel {
   I worst;
   int64_t at;
 
-  template <bool kElect>
-  F point(const char* const* in, int64_t i) {
+  template <int K, bool kElect>
+  PM_INLINE F point(const RankedKernel& self, const SparseCall<F>& known, const char* const* in,
+                    int64_t i, I& seen) {
     const F base = (F)load_bits(in[0] + 4 * i);
-    const U mixed = mask_mix(F32::lanes<0>() + (start + static_cast<uint32_t>(at + i)));
-    return sparse_merge_values<0, kElect>(
-        base,
-        [&](int k) {
-          const I rank = (I)load_bits(args->ranks + k * args->rank_stride + at + i);
-          U hash{};
-          if (call.chance) {
-            hash = mask_hash_of(mixed ^ (U{} + call.seeds[2 * k]), U{} + call.seeds[2 * k + 1]);
-          }
-          const F x = (F)load_bits(in[k + 1] + 4 * i);
-          return ranked_value(base, x, rank, (I)(hash >> 8), call, k, worst);
-        },
-        call, values);
+    const int64_t here = self.at + i;
+    const U mixed = mask_mix(F32::lanes<0>() + (self.start + static_cast<uint32_t>(here)));
+    const auto value = [&](int k) __attribute__((always_inline)) {
+      const I rank = (I)load_bits(self.args->ranks + k * self.args->rank_stride + here);
+      U hash{};
+      if (known.chance) {
+        hash = mask_hash_of(mixed ^ (U{} + known.seeds[2 * k]), U{} + known.seeds[2 * k + 1]);
+      }
+      const F x = (F)load_bits(in[k + 1] + 4 * i);
+      return ranked_value(base, x, rank, (I)(hash >> 8), known, k, seen);
+    };
+    return sparse_merge_values<K, kElect>(base, value, known, self.values);
+  }
+
+  // K models, or 0: any number; what decides is known too.
+  template <int K, bool kElect, bool kChance, bool kPerElement>
+  void loop(const char* const* in, char* out, int64_t n) {
+    SparseCall<F> known = call;
+    if (K > 0) known.num_models = K;
+    known.chance = kChance;
+    known.per_element = kPerElement;
+    I seen = worst;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_bits(out + 4 * i, (U)point<K, kElect>(*this, known, in, i, seen));
+    }
+    worst = seen;
+  }
+
+  template <int K, bool kElect>
+  void with_rule(const char* const* in, char* out, int64_t n) {
+    if (!call.chance) return loop<K, kElect, false, false>(in, out, n);
+    if (!call.per_element) return loop<K, kElect, true, false>(in, out, n);
+    loop<K, kElect, true, true>(in, out, n);
   }
 
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      store_bits(out + 4 * i, (U)(args->elect != 0 ? point<true>(in, i) : point<false>(in, i)));
-    }
+    with_model_count<kUnrolledSparse>(call.num_models, [&](auto models) {
+      constexpr int K = decltype(models)::value;
+      args->elect != 0 ? with_rule<K, true>(in, out, n) : with_rule<K, false>(in, out, n);
+    });
   }
 };
 

@@ -16,9 +16,10 @@
 
 namespace pymerge {
 
-// A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed: two
-// rounds of multiply and xor-shift; the second word enters between them, so that models do not
-// share a shifted sequence. U is an unsigned vector or integer of 32 bits.
+// A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed: rounds
+// of xor-shift and multiply; the second word enters between them, so that models do not share a
+// shifted sequence. The upper bits are the random ones. U is an unsigned vector or integer of 32
+// bits.
 template <class U>
 PM_INLINE U mask_mix(U x) {
   return x ^ (x >> 16);
@@ -28,11 +29,9 @@ PM_INLINE U mask_mix(U x) {
 // the elements of a model the other.
 template <class U>
 PM_INLINE U mask_hash_of(U mixed, U second) {
-  U x = mixed * 0x7feb352du;
-  x = (x ^ (x >> 15)) + second;
-  x = mask_mix(x) * 0x846ca68bu;
-  x = x ^ (x >> 15);
-  return mask_mix(x * 0x9e3779b1u);
+  U x = mixed * 0x7feb352du + second;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return (x ^ (x >> 15)) * 0x9e3779b1u;
 }
 
 template <class U>
