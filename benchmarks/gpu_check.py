@@ -187,6 +187,7 @@ def merge_files(log: Log, dry: bool) -> Any:
     from benchmarks.checkpoints import LLAMA_057B, LLAMA_TINY, make_checkpoints, workspace
 
     shape = LLAMA_TINY if dry else LLAMA_057B
+    other = "thread" if dry else "cuda"  # what is compared with the processor
     need = 8 * 2 * shape.parameters
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > need:
@@ -204,10 +205,12 @@ def merge_files(log: Log, dry: bool) -> Any:
                 config["base_model"] = str(paths.base)
             file = root / f"{method}.yml"
             file.write_text(json.dumps(config))  # which is YAML, too
-            for device in ("cpu", "reference" if dry else "cuda"):
+            for device in ("cpu", other):
                 if log.left() < 20:
                     return found
-                how = ["--backend", device] if dry else ["--device", device]
+                how = ["--device", "cpu" if dry else device]
+                if device == "thread":
+                    how += ["--threads", "1"]
                 out = root / device
                 merge = ["merge", str(file), str(out), "--quiet", *how]
                 began = time.monotonic()
@@ -216,7 +219,7 @@ def merge_files(log: Log, dry: bool) -> Any:
                 report = json.loads((out / "pymerge_report.json").read_text())
                 names = ("seconds", "peak_anonymous", "peak_device", "backends")
                 found[f"{method} {device}"] = {"wall": wall, **{n: report.get(n) for n in names}}
-            first, second = root / "cpu", root / ("reference" if dry else "cuda")
+            first, second = root / "cpu", root / other
             names = sorted(path.name for path in first.glob("*.safetensors"))
             same, *other = filecmp.cmpfiles(first, second, names, shallow=False)
             if sorted(same) != names or any(other):

@@ -7,12 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import checkpoints, engine, kernels, peers, readme_table
+from benchmarks import checkpoints, engine, gpu_check, gpu_rows, kernels, peers, readme_table
 from benchmarks.checkpoints import CheckpointSet
 from benchmarks.measure import Timing, WrongResult, interleave, run_process
 from benchmarks.tables import Table, save
@@ -239,3 +240,49 @@ def test_documents_take_their_tables_from_the_newest_results(tmp_path: Path) -> 
     assert filled.startswith("before\n")
     assert missing == ["none"]
     assert readme_table.fill(filled, tables)[0] == filled
+
+
+def test_gpu_rows_are_of_every_op() -> None:
+    measured = [*gpu_rows.MAIN, *gpu_rows.REST]
+    assert len(set(measured)) == len(measured)
+    assert {NAMES[name].op for name in measured} == {case.op for case in CASES}
+
+
+def bench(tmp_path: Path) -> gpu_rows.Bench:
+    return gpu_rows.Bench(gpu_check.Log(tmp_path, 1.0, dry=True), True, 1 << 15)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "dare_ties", "della", "sums_gram.rows", "sums_dots", "pcb_root_scores", "row_ranks"],
+)
+def test_gpu_rows_are_checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is measured on what it computed; one wrong number and it is not."""
+    measure = bench(tmp_path)
+    measure.make(2, "bf16")
+    measure.row(name, "bf16", "cpu")
+    assert [row["op"] for row in measure.log.found["rows"]] == [name]
+
+    call = Case.call
+
+    def wrong(case: Case, outputs: dict[str, Any], *arguments: Any) -> None:
+        call(case, outputs, *arguments)
+        if "cpu" in arguments:
+            next(tensor for key, tensor in outputs.items() if key != "stats").view(-1)[-1] += 1
+
+    monkeypatch.setattr(Case, "call", wrong)
+    with pytest.raises(AssertionError, match=f"{name}: wrong"):
+        measure.row(name, "bf16", "cpu")
+    assert len(measure.log.found["rows"]) == 1
+
+
+def test_gpu_check_keeps_what_it_found(tmp_path: Path) -> None:
+    log = gpu_check.Log(tmp_path, 1.0, dry=True)
+    assert log.step("one", lambda: 3) == 3
+    assert log.step("two", lambda: 1 // 0) is None
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["failed"] for step in kept["steps"]] == [
+        None,
+        "ZeroDivisionError: integer division or modulo by zero",
+    ]
+    assert [gpu_check.aim(name) for name in ("linear", "pcb_root", "ram")] == ["90%", "60%", ""]
