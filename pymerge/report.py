@@ -151,6 +151,7 @@ class MergeReport:
         lines.append(
             f"  peak memory {format_size(self.peak_anonymous)} allocated, "
             f"{format_size(self.peak_resident)} with mapped files"
+            + (f", {format_size(self.peak_device)} of the GPU's" if self.peak_device else "")
         )
         return "\n".join(lines)
 

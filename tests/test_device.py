@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 import pymerge
 import pymerge.cli
 from pymerge import memory
+from pymerge.array import Array, Flat, as_array
 from pymerge.engine import checkpoints, staged
-from pymerge.engine.device import COMPUTE, IN, OUT
+from pymerge.engine.device import COMPUTE, IN, OUT, Cuda, Device, OutOfDeviceMemory
+from pymerge.engine.memory import MemorySource
+from pymerge.engine.stage import Stage
+from pymerge.engine.staged import StagedSource
 from pymerge.memory import DeviceSizes, device_sizes, plan_memory
 from pymerge.methods import METHODS
 from tests import models
@@ -43,7 +48,7 @@ def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
     """Return merge_checkpoints on a device, whose memory is cut as told."""
 
     def run(
-        config: Any, out: Path, device: HostDevice, sizes: DeviceSizes | None = None, **options: Any
+        config: Any, out: Path, device: Device, sizes: DeviceSizes | None = None, **options: Any
     ) -> pymerge.MergeReport:
         monkeypatch.setattr(checkpoints, "open_device", lambda name: device)
         if sizes is not None:
@@ -324,3 +329,95 @@ def test_requests_that_do_not_fit_together(tmp_path: Path) -> None:
         with pytest.raises(pymerge.RequestError) as caught:
             pymerge.merge_checkpoints(config, tmp_path / "out", **options)
         assert expected in str(caught.value)
+
+
+def test_room_is_given_back_when_nobody_has_the_tensors() -> None:
+    """The engine's variables hold what was merged until the next tensor was loaded."""
+    inputs = {name: torch.full((100,), float(k)) for k, name in enumerate("abcd")}
+
+    class Inputs(MemorySource):
+        def load(self, name: str) -> tuple[None, list[Flat]]:
+            return None, [as_array(inputs[name])]
+
+    sizes = replace(SMALL, resident_bytes=1024)  # for two of them
+    stage = Stage(HostDevice(), sizes)
+    source = StagedSource(Inputs(["models[0]"], None, [inputs], {}), stage, "abcd")
+
+    def load(name: str) -> bool:
+        _, (tensor,) = source.load(name)
+        return isinstance(tensor, torch.Tensor) and torch.equal(tensor, inputs[name])
+
+    assert [load("a"), load("b"), stage.room] == [True, True, 0]
+    assert not load("c")
+    source.forget("a")
+    assert [load("c"), load("d")] == [False, True]
+    assert isinstance(source.load("a")[1][0], Array)  # it will not be needed again
+    source.restart()
+    assert [load("a"), load("b")] == [False, True]
+
+
+class FakeStream:
+    """A stream of torch.cuda that does nothing later."""
+
+    def __init__(self, device: Any = None) -> None:
+        assert device is None or device.type == "cuda"
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert event.recorded is not None
+
+
+class FakeEvent:
+    def __init__(self, blocking: bool = False) -> None:
+        self.recorded: FakeStream | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        self.recorded = stream
+
+    def synchronize(self) -> None:
+        assert self.recorded is not None
+
+
+def test_torch_is_called_as_it_must_be(merge: Merge, tmp_path: Path, monkeypatch: Any) -> None:
+    """The class for real devices, over a torch.cuda that is made up."""
+    config = two(tmp_path)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    made_up = {
+        "Stream": FakeStream,
+        "Event": FakeEvent,
+        "current_stream": FakeStream,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "get_device_name": lambda index: "made up",
+        "mem_get_info": lambda device: (1 << 30, 1 << 31),
+        "max_memory_reserved": lambda device: 123,
+    }
+    for name, value in made_up.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    device = Cuda(0)
+    device._device = torch.device("cpu")
+    monkeypatch.setattr(device, "missing", lambda: {"cpu": None})
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    report = merge(config, tmp_path / "out", device, SMALL)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+    assert (report.device, report.peak_device) == ("cuda:0 (made up)", 123)
+    assert "123 B of the GPU's" in report.summary()
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError])
+def test_errors_of_a_device(error: type[Exception]) -> None:
+    device = object.__new__(Cuda)
+    device._torch, device.title = torch, "cuda:0 (X)"
+
+    def failing(raised: Exception) -> Any:
+        def fail() -> None:
+            raise raised
+
+        return device.launch(fail, [])
+
+    with pytest.raises(OutOfDeviceMemory, match=r"^Tried to allocate 2 GiB$"):
+        failing(error("Tried to allocate 2 GiB. GPU 0 has a total capacity of"))
+    with pytest.raises(pymerge.MergeError, match=r"^cuda:0 \(X\): CUDA error: unspecified launch"):
+        failing(RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(ValueError, match="refused"):
+        failing(ValueError("refused"))

@@ -129,7 +129,10 @@ class Cuda:
             yield
 
     def missing(self) -> dict[str, str | None]:
-        return {name: BACKENDS[name].reason() for name in ("cuda", "triton")}
+        found = {name: BACKENDS[name].reason() for name in ("cuda", "triton")}
+        if BACKENDS["triton"].device() != "cuda":
+            found["triton"] = "with TRITON_INTERPRET=1 its kernels run on the CPU"
+        return found
 
     def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
         chosen = choose(op, wanted, self._device, without)

@@ -93,8 +93,8 @@ class Stage(Runner):
             step()
 
     def keep(self, arrays: Sequence[Array]) -> list[torch.Tensor] | None:
-        """Return copies on the device, or None if there is no room; the caller gives the room
-        back."""
+        """Return copies on the device, or None if there is no room; whoever lets go of them adds
+        what they took to `room` again."""
         total = _room(arrays)
         if total > self.room:
             return None
@@ -107,16 +107,12 @@ class Stage(Runner):
         self.memory.wait(IN, self.memory.record(COMPUTE))
         return self._send(block, arrays)
 
-    def give_back(self, arrays: Sequence[torch.Tensor]) -> None:
-        """Count the room of tensors that `keep` returned, and that are used no more, as free."""
-        self.room += sum(_padded(tensor.nbytes) for tensor in arrays)
-
     # ------------------------------------------------------------------ tiles
 
     def _step(self, op: str, named: Mapping[str, Any], numel: int) -> int:
         """Return how many elements a tile has."""
-        hosted = [flat for flat in _flats(named) if isinstance(flat, Array)]
-        each = sum(flat.nbytes // max(flat.numel(), 1) for flat in hosted)
+        hosted = _hosted(named)
+        each = sum(flat.nbytes // max(flat.numel(), 1) for flat in hosted.values())
         if numel == 0 or each == 0:
             return max(numel, 1)
         # Whole chunks of what is counted by chunks, whole rows of what has rows.
@@ -141,12 +137,16 @@ class Stage(Runner):
                 width = _width(op, name, named)
                 if width is not None and value is not None:
                     tables.append(_Table(name, value, width, start, stop, _writes(op, name)))
-        hosted = [flat for flat in _flats(part) if isinstance(flat, Array)]
-        tile = self._upload(hosted) if hosted else None
-        moved = iter(tile.tensors if tile is not None else ())
-        for name in _FLATS:
-            if part.get(name) is not None:
-                part[name] = _each(lambda f: next(moved) if isinstance(f, Array) else f, part[name])
+        hosted = _hosted(part)
+        tile = self._upload(list(hosted.values())) if hosted else None
+        if tile is not None:
+            there = dict(zip(hosted, tile.tensors, strict=True))
+            for name in _FLATS:
+                if part.get(name) is not None:
+                    part[name] = _each(
+                        lambda flat: there[_key(flat)] if isinstance(flat, Array) else flat,
+                        part[name],
+                    )
 
         def compute() -> None:
             for table in tables:
@@ -324,6 +324,15 @@ def _flats(named: Mapping[str, Any]) -> Iterator[Any]:
         value = named.get(name)
         if value is not None:
             yield from value if isinstance(value, (list, tuple)) else [value]
+
+
+def _key(array: Array) -> tuple[int, str, int]:
+    return array.data_ptr(), array.code, array.numel()
+
+
+def _hosted(named: Mapping[str, Any]) -> dict[tuple[int, str, int], Array]:
+    """Return the arrays of a call; one that it has twice is there once."""
+    return {_key(flat): flat for flat in _flats(named) if isinstance(flat, Array)}
 
 
 def _tensors(named: Mapping[str, Any]) -> Iterator[torch.Tensor]:

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 __all__ = ["StagedSink", "StagedSource", "run_staged"]
 
 
+@dataclass
+class _Kept:
+    """The inputs of a tensor on the device, and the bytes that they take."""
+
+    base: torch.Tensor | None
+    models: list[torch.Tensor]
+    room: int
+
+
 class StagedSource:
     """A source whose tensors stay on the device while they are needed again, as far as there is
     room; the others remain in host memory, and come tile by tile when an op needs them."""
@@ -41,8 +50,11 @@ class StagedSource:
         self._source = source
         self._stage = stage
         self._again = frozenset(again)
-        self._kept: dict[str, tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._done: set[str] = set()
+        # What was merged is in a variable of the engine until the next tensor was loaded: bytes of
+        # what may still be, and of what is not.
+        self._leaving = self._left = 0
 
     @property
     def labels(self) -> Sequence[str]:
@@ -62,16 +74,19 @@ class StagedSource:
 
     def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         if name in self._kept:
-            base, models = self._kept[name]
-            return base, list(models)
+            kept = self._kept[name]
+            return kept.base, list(kept.models)
         base, models = self._source.load(name)
         if name not in self._again or name in self._done:
             return base, models
-        arrays = [flat for flat in (base, *models) if isinstance(flat, Array)]
-        kept = self._stage.keep(arrays)
-        if kept is None:
+        self._stage.room += self._left
+        self._left, self._leaving = self._leaving, 0
+        before = self._stage.room
+        tensors = self._stage.keep([f for f in (base, *models) if isinstance(f, Array)])
+        if tensors is None:
             return base, models
-        self._kept[name] = (None, kept) if base is None else (kept[0], kept[1:])
+        own = None if base is None else tensors.pop(0)
+        self._kept[name] = _Kept(own, tensors, before - self._stage.room)
         return self.load(name)
 
     def release(self, name: str) -> None:
@@ -80,8 +95,8 @@ class StagedSource:
     def forget(self, name: str) -> None:
         """A tensor was merged: it is not needed again, unless the sink restarts."""
         self._done.add(name)
-        base, models = self._kept.pop(name, (None, []))
-        self._stage.give_back(models if base is None else [base, *models])
+        if name in self._kept:
+            self._leaving += self._kept.pop(name).room
 
     def restart(self) -> None:
         self._done.clear()
