@@ -221,9 +221,9 @@ def merge_files(log: Log, dry: bool) -> Any:
                 found[f"{method} {device}"] = {"wall": wall, **{n: report.get(n) for n in names}}
             first, second = root / "cpu", root / other
             names = sorted(path.name for path in first.glob("*.safetensors"))
-            same, *other = filecmp.cmpfiles(first, second, names, shallow=False)
-            if sorted(same) != names or any(other):
-                raise AssertionError(f"{method}: files differ: {other}")
+            same, *apart = filecmp.cmpfiles(first, second, names, shallow=False)
+            if sorted(same) != names or any(apart):
+                raise AssertionError(f"{method}: files differ: {apart}")
             shutil.rmtree(first)
             shutil.rmtree(second)
             log.found["files"] = found
