@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import pymerge
 from pymerge.backends.reference_more import mask_hash as torch_hash
 from pymerge.engine.geometry import karcher_weights, multislerp_weights, slerp_weights
+from pymerge.engine.memory import MemorySink
 from pymerge.masks import keep_limit, mask_hash, seed_words, words_at
 from pymerge.methods import METHODS
 from tests import models
@@ -63,6 +64,51 @@ def test_files_and_tensors_give_the_same(name: str, tmp_path: Path) -> None:
         assert merged.keys() == expected.keys()
         for key, tensor in merged.items():
             assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sce", {"select_topk": 0.3, "mask": "weights"}),
+        ("sce", {"select_topk": 0.3, "mask": "everywhere"}),
+        ("dare_ties", {"density": 0.5, "rescale": "inv_keep", "trim": 0.2}),
+        (
+            "dare_ties",
+            {"density": 0.5, "rescale": "inv_keep", "trim": 0.2, "trim_scope": "global"},
+        ),
+        ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.1, "scope": "row"}),
+        ("della", {"density": 0.5, "epsilon": 0.1, "rescale": "l1"}),
+        ("della_linear", {"density": 0.5, "epsilon": 0.1, "rescale": "per_element"}),
+        ("model_stock", {"filter_wise": True}),
+        ("emr", {"task": 1}),
+        ("tall_masks", {"task": 2, "threshold": 0.3}),
+        ("ramplus_tl", {"epsilon": 1e-3, "r": 0.5, "alpha": 0.5}),
+        ("pcb", {"variant": "vision_es", "scope": "tensor"}),
+    ],
+    ids=str,
+)
+def test_ways_of_a_method_from_files(
+    method: str, parameters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files give what tensors give; pieces may end anywhere in a row."""
+    base, tuned = models.llama(3, torch.float32)
+    models.save_family(tmp_path, base, tuned, files=3)
+    expected = pymerge.merge(method, base, tuned, **parameters)
+    config = models.config(tmp_path, method, 3, **parameters)
+    report = pymerge.merge_checkpoints(config, tmp_path / "out", threads=2)
+    assert report.method == method
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    monkeypatch.setattr(MemorySink, "pieces", in_small_pieces)
+    pieced = pymerge.merge(method, base, tuned, **parameters)
+    for key, tensor in expected.items():
+        assert torch.equal(merged[key], tensor), key
+        assert torch.equal(pieced[key], tensor), key
+
+
+def in_small_pieces(self: MemorySink, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    flat = self.tensors[name].view(-1)
+    for start in range(0, flat.numel(), 1009):
+        yield start, flat[start : start + 1009]
 
 
 @pytest.mark.parametrize("name", NEW)

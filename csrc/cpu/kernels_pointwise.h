@@ -7,75 +7,37 @@
 namespace pymerge {
 namespace {
 
-struct NearswapPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return nearswap_point(base, load, call);
-  }
-};
-struct RamPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return ram_point(base, load, call);
-  }
-};
-struct MagmaxPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return magmax_point(base, load, call);
-  }
-};
-struct ConsensusPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return consensus_point(base, load, call);
-  }
-};
+#define PM_ALWAYS __attribute__((always_inline))
 
-struct TallPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return tall_point(base, load, call);
-  }
-};
-struct EmrPoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return emr_point(base, load, call);
-  }
-};
-struct VariancePoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return variance_point(base, load, call);
-  }
-};
-struct ScePoint {
-  template <class V, class Load>
-  PM_INLINE V get(V base, Load load, const PointwiseCall<V>& call) {
-    return sce_point(base, load, call);
-  }
-};
-
+// Calls function with what computes an element: a type for each op, so that a loop is compiled for
+// it alone.
 template <class Function>
 PM_INLINE void with_point(Pointwise op, Function&& function) {
   switch (op) {
     case Pointwise::kNearswap:
-      return function(NearswapPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return nearswap_point(base, load, call); });
     case Pointwise::kRam:
-      return function(RamPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return ram_point(base, load, call); });
     case Pointwise::kMagmax:
-      return function(MagmaxPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return magmax_point(base, load, call); });
     case Pointwise::kConsensus:
-      return function(ConsensusPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return consensus_point(base, load, call); });
     case Pointwise::kTall:
-      return function(TallPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return tall_point(base, load, call); });
     case Pointwise::kEmr:
-      return function(EmrPoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return emr_point(base, load, call); });
     case Pointwise::kVariance:
-      return function(VariancePoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return variance_point(base, load, call); });
     case Pointwise::kSce:
-      return function(ScePoint{});
+      return function([](auto base, auto load, const auto& call)
+                          PM_ALWAYS { return sce_point(base, load, call); });
   }
 }
 
@@ -85,8 +47,9 @@ struct PointwiseKernel {
   int num_models;
   I worst;  // the largest key of all inputs
 
-  template <class Io, class Point, int K, int Half>
-  PM_INLINE F point(const PointwiseCall<F>& call, const char* const* in, int64_t bytes, I& worst) {
+  template <class Io, int K, int Half, class Point>
+  PM_INLINE F point(Point compute, const PointwiseCall<F>& call, const char* const* in,
+                    int64_t bytes, I& worst) {
     const int count = K > 0 ? K : call.num_models;
     const F base = Io::template load<Half>(in[0] + bytes);
     const I key = magnitude_key(base);
@@ -102,11 +65,11 @@ struct PointwiseKernel {
     const auto load = [&](int k) {
       return K > 0 ? values[k] : Io::template load<Half>(in[k + 1] + bytes);
     };
-    return Point::get(base, load, call);
+    return compute(base, load, call);
   }
 
-  template <class Io, class Point, int K>
-  void loop(const char* const* streams, char* out, int64_t n, Store store) {
+  template <class Io, int K, class Point>
+  void loop(Point compute, const char* const* streams, char* out, int64_t n, Store store) {
     const PointwiseCall<F> call{reals, K > 0 ? K : num_models};
     I seen = worst;
     const char* in[K + 1];
@@ -115,8 +78,8 @@ struct PointwiseKernel {
     for (int64_t i = 0; i < n; i += kStep) {
       const int64_t bytes = i * Io::kBytes;
       prefetch_ahead<Io, K == 0 ? 0 : K + 1>(from, bytes);
-      const F a = point<Io, Point, K, 0>(call, from, bytes, seen);
-      const F b = point<Io, Point, K, 1>(call, from, bytes, seen);
+      const F a = point<Io, K, 0>(compute, call, from, bytes, seen);
+      const F b = point<Io, K, 1>(compute, call, from, bytes, seen);
       store_step<Io, false>(out, i, a, b, store);
     }
     worst = seen;
@@ -124,17 +87,16 @@ struct PointwiseKernel {
 
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store store) {
-    with_point(op, [&](auto which) {
-      using Point = decltype(which);
+    with_point(op, [&](auto compute) {
       switch (num_models) {
         case 2:
-          return loop<Io, Point, 2>(in, out, n, store);
+          return loop<Io, 2>(compute, in, out, n, store);
         case 3:
-          return loop<Io, Point, 3>(in, out, n, store);
+          return loop<Io, 3>(compute, in, out, n, store);
         case 4:
-          return loop<Io, Point, 4>(in, out, n, store);
+          return loop<Io, 4>(compute, in, out, n, store);
         default:
-          return loop<Io, Point, 0>(in, out, n, store);
+          return loop<Io, 0>(compute, in, out, n, store);
       }
     });
   }
@@ -149,8 +111,7 @@ struct Pointwise64 {
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store) {
     const PointwiseCall<D> call{reals, num_models};
-    with_point(op, [&](auto which) {
-      using Point = decltype(which);
+    with_point(op, [&](auto compute) {
       for (int64_t i = 0; i < n; i += kDLanes) {
         const auto load = [&](int k) { return (D)load_bits(in[k + 1] + 8 * i); };
         const D base = (D)load_bits(in[0] + 8 * i);
@@ -158,7 +119,7 @@ struct Pointwise64 {
           const L key = magnitude_key(load(k));
           worst = key > worst ? key : worst;
         }
-        store_bits(out + 8 * i, (U)Point::get(base, load, call));
+        store_bits(out + 8 * i, (U)compute(base, load, call));
       }
     });
   }

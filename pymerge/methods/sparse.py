@@ -82,7 +82,7 @@ def _dare(elect: bool) -> MethodSpec:
         source="Yu et al., Language Models are Super Mario (DARE), 2024",
         url="https://arxiv.org/abs/2311.03099",
         needs_base=True,
-        passes="1 (2 with rescale: l1)",
+        passes="1 (2 with rescale: l1 or trim)" if elect else "1 (2 with rescale: l1)",
         divides=None if elect else "normalize",
         parameters=(
             WEIGHT,

@@ -1,4 +1,4 @@
-"""Records of the methods that work on whole tensors with torch: ranks of rows, variances, SVDs."""
+"""Records of the methods that look at more than an element: ranks, variances, masks, matrices."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _della(elect: bool) -> MethodSpec:
         source="Deep et al., DELLA-Merging, 2024",
         url="https://arxiv.org/abs/2406.11617",
         needs_base=True,
+        passes="1 (2 with rescale: l1)",
         divides=None if elect else "normalize",
         check=_check_della,
         parameters=(
@@ -117,6 +118,7 @@ SCE = MethodSpec(
     source="Wan et al., FuseChat, 2024",
     url="https://arxiv.org/abs/2408.07990",
     needs_base=True,
+    passes="2 (the weights, then the merge; 4 with select_topk below 1)",
     parameters=(
         Parameter(
             "select_topk",
@@ -164,6 +166,7 @@ RAMPLUS_TL = MethodSpec(
     source="mergekit",
     url=_MERGEKIT,
     needs_base=True,
+    passes="2 (what each model changed, then the merge)",
     parameters=(
         Parameter("r", "float", 0.1, "Strength of the rescaling.", minimum=0.0),
         Parameter("alpha", "float", 0.2, "Most of the ratio that counts.", minimum=0.0),
@@ -183,6 +186,7 @@ EMR = MethodSpec(
     source="Huang et al., EMR-Merging, 2024",
     url="https://arxiv.org/abs/2405.17461",
     needs_base=True,
+    passes="1 (2 with a task, for its rescaler)",
     parameters=(
         Parameter(
             "task",

@@ -83,6 +83,8 @@ class PassCounter:
         first = self.selects(parameters, numel) + self._votes_first(parameters)
         if self.config.method.name == "pcb":
             return 4
+        if self.config.method.name == "sce":
+            return 4 if first else 2
         return 1 + first + self._adds_up(parameters)
 
     def _adds_up(self, parameters: TensorParameters) -> bool:
@@ -90,7 +92,9 @@ class PassCounter:
         method = self.config.method.name
         if method == "emr":
             return parameters["task"] is not None
-        streamed = method.startswith("dare")
+        if method == "ramplus_tl":
+            return True
+        streamed = method.startswith(("dare", "della"))
         return method in _GEOMETRY or (streamed and parameters["rescale"] == "l1")
 
     def selects(self, parameters: TensorParameters, numel: int) -> bool:
@@ -98,7 +102,13 @@ class PassCounter:
         method = self.config.method.name
         if method == "pcb":
             return True
+        if method == "sce":
+            return parameters["select_topk"] < 1.0
+        if method == "dare_ties":
+            return parameters["trim"] is not None
         if method in ("breadcrumbs", "breadcrumbs_ties"):
+            if parameters["scope"] == "row":
+                return False
             pairs = zip(parameters["density"], parameters["gamma"], strict=True)
             return any(band_counts(numel, *pair) != (0, 0) for pair in pairs)
         if method != "ties":
@@ -123,17 +133,26 @@ class PassCounter:
             selects: whether any tensor is trimmed.
         """
         steps: list[str] = []
-        if self.config.method.name == "pcb":
+        method = self.config.method.name
+        if method == "pcb":
             return "4: two for the statistics of task vectors, one for scores, then the merge"
+        if method == "sce":
+            selection = "two for the selection, " if selects else ""
+            return f"{4 if selects else 2}: {selection}one for the weights, then the merge"
         if selects:
-            ties = self.config.method.name == "ties"
-            scope = TiesRule.of(parameters, self.config.where).scope if ties else "tensor"
+            scope = "tensor"
+            if method == "ties":
+                scope = TiesRule.of(parameters, self.config.where).scope
+            elif method == "dare_ties":
+                scope = str(parameters["trim_scope"])
             over = "over the whole model" if scope == "global" else "in each tensor that is trimmed"
             steps.append(f"the thresholds of |delta| {over}")
         if self._votes_first(parameters):
             steps.append("the majority sign of each tensor")
         if self._adds_up(parameters):
-            steps.append("norms and dot products of each tensor")
+            counts = method == "ramplus_tl"
+            what = "counts of what changed in" if counts else "norms and dot products of"
+            steps.append(f"{what} each tensor")
         if not steps:
             return "1: read, merge and write in one go"
         return f"{len(steps) + 1}: {', '.join(steps)}, then the merge"
