@@ -206,9 +206,10 @@ struct PointwiseArgs {
 
 constexpr int kSumChunk = 1024;
 
-// PCB-Merging: max(scale score, 0) for every model, or the merge. reals, by csrc/math/pcb.h, K models, P pairs:
-// variant 0 (paper): min[P], inv[P], norm[P], norm[K], q[K], weights[K], scale; others: lo[K],
-// hi[K], inv[K], q[K], top[K], inverse of top - q [K], weights[K], scale. Always computes in fp32.
+// PCB-Merging: max(scale score, 0) for every model, or the merge. reals, by csrc/math/pcb.h, K
+// models, P pairs: variant 0 (paper): min[P], inv[P], norm[P], norm[K], q[K], weights[K], scale;
+// others: lo[K], hi[K], inv[K], q[K], top[K], inverse of top - q [K], weights[K], scale. Always
+// computes in fp32.
 struct PcbArgs {
   Execution execution;
   int32_t variant;

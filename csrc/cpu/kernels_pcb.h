@@ -28,7 +28,7 @@ struct PcbKernel {
       seen = key > seen ? key : seen;
     }
     if constexpr (K > 0) {
-      pcb_scores_of(known, tau, found);
+      pcb_scores_of<4>(known, tau, found);
     } else {
       pcb_scores(known, tau, found);
     }

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, pcb_blocks(K))
     if constexpr (K > 0) {
       float base, tau[K], scores[K];
       load_streams<K>(head, models, at, base, tau);
-      pcb_scores(call, tau, scores);
+      pcb_scores_of<kUnrolledPoints>(call, tau, scores);
       put(at, base, tau, scores);
     } else {
       const float base = load_any<float>(head.base, head.base_dtype, at);

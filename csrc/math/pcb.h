@@ -160,10 +160,10 @@ PM_INLINE void pcb_scores(const PcbCall& call, const Taus& tau, F* scores) {
 }
 
 // The same for K models in an array. A pair's exp or tanh serves both of its models: their product
-// is the same in either order.
-template <class F, int K>
+// is the same in either order. kMost: up to how many models there are registers for it.
+template <int kMost, class F, int K>
 PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)[K]) {
-  if constexpr (K <= 4) {
+  if constexpr (K <= kMost) {
     if (call.variant == PcbVariant::kPaper) {
       const F many = splat<F>(static_cast<float>(K));
       F terms[K * (K + 1) / 2], own[K];
