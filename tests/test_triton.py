@@ -150,6 +150,13 @@ def test_numbers_of_models_of_pairs(case: str, kernels: Callable[..., Any]) -> N
 
 
 @needs_triton
+@pytest.mark.parametrize("case", ["sums_gram.rows", "sums_statistics.rows", "row_task_arithmetic"])
+def test_many_rows(case: str, kernels: Callable[..., Any]) -> None:
+    """More rows than a program has, and where it loops over models."""
+    assert kernels(differing_shapes, case, "f32", [(60, 2), (60, 9), (340, 2)]) == []
+
+
+@needs_triton
 @pytest.mark.parametrize("case", BY_NAME)
 def test_non_finite_values(case: str, kernels: Callable[..., Any]) -> None:
     assert kernels(differing_specials, case) == []
@@ -180,6 +187,9 @@ def test_kernels_refuse_what_they_cannot_take(kernels: Callable[..., Any]) -> No
         "dtype torch.int32 is not supported",
         "counters must be contiguous torch.int64",
         "expected 1 counters, got 0",
+        "magmax: expected 1 numbers for 1 models, got 0",
+        "tall: expected a model from 0 to 0, got 1.0",
+        "partials of shape (4, 1), got (1, 1)",
     )
     for message, part in zip(said, expected, strict=True):
         assert part in message

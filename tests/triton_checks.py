@@ -163,6 +163,24 @@ def large_differences(device: str) -> list[str]:
         expected = BY_NAME[name].run((base, models), dtype, "reference")
         if not same(expected, run(BY_NAME[name], (base, models), dtype, device, False)):
             different.append(name)
+    for name in ("sparse_all", "pcb_paper_scores", "sums_gram"):
+        inputs = make_inputs(20_000, 2, [dtype])
+        expected = BY_NAME[name].run(inputs, dtype, "reference")
+        if not same(expected, run(BY_NAME[name], inputs, dtype, device, False)):
+            different.append(name)
+    # Rows that are longer than a block.
+    inputs = make_inputs(60_000, 2, [dtype])
+    weights = torch.arange(6, dtype=torch.float64).view(2, 3)
+    rows = []
+    for backend, place in (("reference", "cpu"), ("triton", device)):
+        out = torch.full((60_000,), 9.0, device=place)
+        stats = torch.zeros(3, dtype=torch.int64, device=place)
+        at = inputs[0].to(place), [model.to(place) for model in inputs[1]]
+        op = torch.ops.pymerge.row_weighted_sum_
+        op(out, stats, *at, weights.to(place), 20_000, backend=backend)
+        rows.append({"out": out.cpu(), "stats": stats.cpu()})
+    if not same(*rows):
+        different.append("rows")
     # Counts of chunks are set, not added to; counts of keys are added to.
     key = int(torch.tensor(0.0078125).view(torch.int32))
     told = []
@@ -207,6 +225,16 @@ def refusals(device: str) -> list[str]:
     ):
         with pytest.raises(ValueError, match="backend 'triton'") as caught:
             torch.ops.pymerge.weighted_sum_(out, counters, [model], [1.0], 1.0, backend="triton")
+        said.append(str(caught.value))
+    at = torch.zeros(8, device=device), [torch.zeros(8, device=device)]
+    partials = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    for op, arguments in (
+        ("pointwise_", (out, stats, *at, "magmax", [])),
+        ("pointwise_", (out, stats, *at, "tall", [1.0, 0.4, 1.0])),
+        ("chunk_sums_", (partials, *at, "statistics")),
+    ):
+        with pytest.raises(ValueError, match="backend 'triton'") as caught:
+            getattr(torch.ops.pymerge, op)(*arguments, backend="triton")
         said.append(str(caught.value))
     return said
 

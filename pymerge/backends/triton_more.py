@@ -112,8 +112,37 @@ def sparse_merge(
 
 _LONG = 1 << 14  # columns of a row that is longer than any block
 
-# Where among its numbers a method is told which model it is asked about.
-_ASKS = {"tall": 2, "emr": 0}
+# Numbers of a method beside those of each model, and whether there are those.
+_REALS = {
+    "nearswap": (2, False),
+    "ram": (1, True),
+    "magmax": (1, False),
+    "consensus": (2, True),
+    "tall": (3, False),
+    "emr": (2, False),
+    "variance": (0, False),
+    "sce": (2, True),
+}
+# Where among them a method is told which model it is asked about, and the least of those numbers.
+_ASKS = {"tall": (2, 0), "emr": (0, -1)}
+
+
+def _check_reals(what: str, reals: Sequence[float], wanted: int, count: int) -> None:
+    """Refuse numbers that a kernel would read past the end of."""
+    if len(reals) != wanted:
+        raise ValueError(
+            f"backend 'triton': {what}: expected {wanted} numbers for {count} models, got "
+            f"{len(reals)}"
+        )
+
+
+def _asked(what: str, number: float, least: int, count: int) -> int:
+    """Return the model that a call is asked about."""
+    if not least <= number < count:
+        raise ValueError(
+            f"backend 'triton': {what}: expected a model from {least} to {count - 1}, got {number}"
+        )
+    return int(number)
 
 
 def pointwise(
@@ -125,12 +154,17 @@ def pointwise(
     reals: Sequence[float],
     wide: bool,
 ) -> None:
-    numel = base.numel()
+    numel, count = base.numel(), len(models)
     check(numel, out, base, *models)
     check_counters(stats, torch.int64, least=3)
+    own, of_each = _REALS[op]
+    _check_reals(op, reals, own + (count if of_each else 0), count)
+    asked = 0
+    if op in _ASKS:
+        at, least = _ASKS[op]
+        asked = _asked(op, reals[at], least, count)
     if numel == 0:
         return
-    asked = int(reals[_ASKS[op]]) if op in _ASKS else 0
     method = "sce_everywhere" if op == "sce" and reals[0] != 0 else op
     run(
         "pointwise",
@@ -138,7 +172,7 @@ def pointwise(
         models,
         {"out": out, "stats": stats, "METHOD": method},
         [0, asked],
-        [float(len(models)), *reals],
+        [float(count), *reals],
         wide,
         scratch=("stats",),
     )
@@ -158,11 +192,7 @@ def _pcb(
     check_counters(stats, torch.int64, least=3)
     pairs = count * (count + 1) // 2
     wanted = 1 + (3 * pairs + 3 * count if variant == 0 else 7 * count)
-    if len(reals) != wanted:
-        raise ValueError(
-            f"backend 'triton': reals: expected {wanted} numbers for {count} models, got "
-            f"{len(reals)}"
-        )
+    _check_reals("pcb", reals, wanted, count)
     if numel == 0:
         return
     run(
@@ -234,7 +264,7 @@ def _tables_of(kind: str, count: int, reals: Sequence[float], kept: Kept, wide: 
     if kind == "sce":
         return [0, kept.lo[0]], [float(count)]
     if kind == "emr":
-        return [int(reals[0])], [0.0]
+        return [_asked(kind, reals[0], 0, count)], [0.0]
     if kind == "pcb_exp":
         return [0], [float(count), *reals]
     return [0], list(reals) or [0.0]
@@ -259,6 +289,8 @@ def chunk_sums(
         )
     check_counters(partials, torch.float64)
     stride = _check_ranks(kept.ranks, count, numel)
+    wanted = {"pcb_exp": count * (count + 1), "ram_counts": 1, "emr": 1}.get(kind, len(reals))
+    _check_reals(kind, reals, wanted, count)
     if numel == 0 or shape[0] == 0:
         return
     integers, numbers = _tables_of(kind, count, reals, kept, wide)
