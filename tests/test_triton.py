@@ -145,8 +145,8 @@ def test_more_numbers_of_models(case: str, kernels: Callable[..., Any]) -> None:
 @needs_triton
 @pytest.mark.parametrize("case", ["pcb_paper", "pcb_vision_es", "sums_gram", "sums_pcb_exp"])
 def test_numbers_of_models_of_pairs(case: str, kernels: Callable[..., Any]) -> None:
-    """Kernels of pairs are compiled for up to 8 models."""
-    assert kernels(differing_shapes, case, "bf16", [(20, count) for count in (3, 4, 5, 9)]) == []
+    """2, 4 and 8 are in the table above, and 9, where kernels of pairs begin to loop."""
+    assert kernels(differing_shapes, case, "bf16", [(20, 3), (20, 5)]) == []
 
 
 @needs_triton
