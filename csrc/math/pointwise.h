@@ -106,21 +106,17 @@ PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
 template <class F, class Load>
 PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
   const int task = static_cast<int>(call.reals[0]);
-  F sum{}, largest{}, own{};
+  F sum{}, highest{}, deepest{}, own{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     sum = sum + delta;
+    highest = delta > highest ? delta : highest;
+    deepest = delta < deepest ? delta : deepest;
     if (k == task) own = delta;
   }
   const auto positive = sum > F{};
-  PM_UNROLL
-  for (int k = 0; k < call.num_models; ++k) {
-    const F delta = load(k) - base;
-    const F aligned = positive ? delta : -delta;
-    largest = aligned > largest ? aligned : largest;
-  }
-  const F unified = positive ? largest : -largest;
+  const F unified = positive ? highest : deepest;
   if (task < 0) return base + unified;
   const F aligned = positive ? own : -own;
   return base + splat<F>(call.reals[1]) * (aligned > F{} ? unified : F{});
