@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,18 +104,14 @@ def build_for_host() -> Path:
     def make(folder: Path) -> None:
         sources = sorted([*CUDA.glob("*.cu"), SHIM / "shim.cpp"])
         objects = [folder / f"{source.stem}.o" for source in sources]
-        running = [
-            subprocess.Popen(
-                [command, *HOST_FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for source, target in zip(sources, objects, strict=True)
-        ]
-        for process in running:
-            said, _ = process.communicate()
-            assert process.returncode == 0, said
+
+        def compile_one(source: Path, target: Path) -> None:
+            call = [command, *HOST_FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)]
+            done = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            assert done.returncode == 0, done.stdout
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, sources, objects))
         link = [command, "-shared", "-o", str(folder / "host.so"), *map(str, objects)]
         subprocess.run(link, check=True)
 

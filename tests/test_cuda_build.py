@@ -188,6 +188,7 @@ def test_another_library_is_refused() -> None:
     native, error = cpu._load()
     if native is None:
         pytest.skip(f"the native library is not there: {error}")
+    assert native.__file__ is not None
     other = Path(native.__file__)
     with pytest.raises(RuntimeError, match="is not pymerge's CUDA library"):
         native.load_cuda(str(other))

@@ -302,7 +302,8 @@ def test_unfit_tensors_are_refused() -> None:
 
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize(
-    ("name", "models"), [("linear", 200), ("dare_ties", 80), ("pcb_paper", 30), ("magmax", 400)]
+    ("name", "models"),
+    [("linear", 200), ("dare_ties", 80), ("pcb_paper", 30), ("row_weighted_sum", 200)],
 )
 def test_too_many_models_are_refused(name: str, models: int) -> None:
     """All that a call needs must fit into a record."""

@@ -116,7 +116,7 @@ PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
     if (k == task) own = delta;
   }
   const auto positive = sum > F{};
-  const F unified = positive ? highest : deepest;
+  const F unified = positive ? highest : -(F{} - deepest);  // of 0 it is -0
   if (task < 0) return base + unified;
   const F aligned = positive ? own : -own;
   return base + splat<F>(call.reals[1]) * (aligned > F{} ? unified : F{});
