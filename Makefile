@@ -60,8 +60,8 @@ test: $(DONE)/extra-test
 	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 
 test-compile: $(DONE)/extra-test
-	$(PY) -m pytest -q -m compile tests/test_cuda_build.py tests/test_cuda_engine.py tests/test_cuda_host.py \
-	  tests/test_triton_compile.py $(ARGS)
+	$(PY) -m pytest -q -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
+	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py $(ARGS)
 
 test-peers: $(PEERS)/.done/pymerge
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)

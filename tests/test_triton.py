@@ -51,6 +51,7 @@ MISSING = next(
     ),
     None,
 )
+pytestmark = pytest.mark.compile
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING} is not installed")
 
 # Elements and models. The interpreter takes a millisecond for what hardware does in no time.
