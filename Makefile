@@ -40,7 +40,7 @@ help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
 	@echo "make demo-small      the same with an image classifier, in a few minutes"
 	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
-	@echo "make test-compile    compile the CUDA and Triton kernels and test them without a GPU"
+	@echo "make test-compile    what is for GPUs: compiled, and run on the processor"
 	@echo "make test-peers      compare with mergekit, in an environment that has it"
 	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
 	@echo "make lint            ruff, pyright and clang-format, changing nothing"
@@ -61,7 +61,8 @@ test: $(DONE)/extra-test
 
 test-compile: $(DONE)/extra-test
 	$(PY) -m pytest -q -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
-	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py $(ARGS)
+	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py \
+	  tests/test_device.py $(ARGS)
 
 test-peers: $(PEERS)/.done/pymerge
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)

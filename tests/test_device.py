@@ -42,6 +42,8 @@ ROOMY = replace(SMALL, resident_bytes=1 << 30)
 
 Merge = Callable[..., pymerge.MergeReport]
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture
 def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
