@@ -32,7 +32,7 @@ from tests.test_engine import METHODS as DIALECTS
 from tests.test_methods import number_of_models, parameters_of
 
 no_waiting = models.no_waiting
-pytestmark = pytest.mark.usefixtures("no_waiting")
+pytestmark = [pytest.mark.usefixtures("no_waiting"), pytest.mark.compile]
 
 # Those with kernels, so that they run on a device that runs the CPU's kernels.
 NATIVE = [name for name, spec in METHODS.items() if "cpu" in spec.backends]
@@ -41,8 +41,6 @@ SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
 ROOMY = replace(SMALL, resident_bytes=1 << 30)
 
 Merge = Callable[..., pymerge.MergeReport]
-
-pytestmark = pytest.mark.compile
 
 
 @pytest.fixture
