@@ -299,6 +299,11 @@ def dots(
     _require(len(gradients) == len(base), "gradients", f"{len(base)} tensors", f"{len(gradients)}")
     result = torch.zeros(len(models), len(base), dtype=torch.float64)
     for layer, (gradient, origin) in enumerate(zip(gradients, base, strict=True)):
+        name, shape = f"gradients[{layer}]", tuple(origin.shape)
+        floats = isinstance(gradient, Tensor) and gradient.dtype in _FLOATS
+        _require(floats, name, "a floating-point tensor", str(getattr(gradient, "dtype", None)))
+        own = tuple(gradient.shape)
+        _require(own == shape, name, f"shape {shape} like base[{layer}]", f"{own}")
         tensors = [*(model[layer] for model in models), gradient]
         sums = _sums("dots", origin, tensors, 0, backend)
         result[:, layer] = torch.tensor([math.fsum(row) for row in sums], dtype=torch.float64)
@@ -334,6 +339,7 @@ def statistics(
     _require(len(models) > 0, "models", "at least one tensor", "none")
     _check(models[0] if base is None else base, models)
     columns = models[0].shape[-1] if rows and models[0].dim() > 0 else 0
+    _require(not rows or columns > 0, "rows", "tensors whose last dimension is not empty", "none")
     table = _sums("statistics", base, models, columns, backend).reshape(len(models), 4, -1)
     if columns == 0:
         found = np.empty((len(models), 4))

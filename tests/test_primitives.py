@@ -124,6 +124,9 @@ def test_row_ranks_and_masks() -> None:
         (lambda b, m: primitives.disjoint_merge(b, m, merge="median"), "one of mean, sum, max"),
         (lambda b, m: primitives.weighted_sum([b], [[m[0]]], [[1.0, 2.0]]), "coefficients"),
         (lambda b, m: primitives.task_vector(b.int(), m[0]), "floating-point"),
+        (lambda b, m: primitives.dots([b[:2]], [b], [[m[0]]]), r"gradients\[0\]: expected shape"),
+        (lambda b, m: primitives.dots([b.int()], [b], [[m[0]]]), r"gradients\[0\]: .*floating"),
+        (lambda b, m: primitives.statistics([b[:, :0]], rows=True), "rows: expected"),
     ],
 )
 def test_bad_arguments(run: Callable[..., object], message: str) -> None:
