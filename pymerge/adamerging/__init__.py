@@ -1,0 +1,27 @@
+"""AdaMerging: coefficients learned without labels (Yang et al. 2024)."""
+
+from __future__ import annotations
+
+from pymerge.adamerging.fit import FitResult, fit
+from pymerge.adamerging.losses import entropy, entropy_of_each
+from pymerge.adamerging.module import PRESETS, AdaMerging, Coefficients, Preset
+from pymerge.adamerging.ops import merged_layer, merged_packed_layer
+from pymerge.adamerging.packed import Packed, pack_trimmed
+from pymerge.adamerging.statistics import TaskCorrelation, correlations
+
+__all__ = [
+    "PRESETS",
+    "AdaMerging",
+    "Coefficients",
+    "FitResult",
+    "Packed",
+    "Preset",
+    "TaskCorrelation",
+    "correlations",
+    "entropy",
+    "entropy_of_each",
+    "fit",
+    "merged_layer",
+    "merged_packed_layer",
+    "pack_trimmed",
+]

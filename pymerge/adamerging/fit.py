@@ -1,0 +1,388 @@
+"""Learns the coefficients of an `AdaMerging` without labels: entropy minimisation by Adam."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from pymerge.adamerging.losses import ENTROPIES, entropy, find_logits
+from pymerge.errors import MergeError, RequestError
+
+if TYPE_CHECKING:
+    from pymerge.adamerging.module import AdaMerging
+
+__all__ = ["FitResult", "Fitting", "batch_inputs", "fit"]
+
+Tensor = torch.Tensor
+Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]]
+
+_LABELS = ("labels", "label", "targets", "target")
+
+
+@dataclass
+class FitResult:
+    """What a run of `fit` did.
+
+    history: for each step, {"step", "entropy" (mean over tasks, nats), "tasks" (one a task),
+    "seconds"}. steps: how many were taken, those before a resumption included. stopped: "steps",
+    "patience" or "already done".
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    stopped: Literal["steps", "patience", "already done"] = "steps"
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Checked arguments of `fit`."""
+
+    steps: int
+    lr: float
+    batches: int
+    entropy: str
+    tokens: int | None
+    autocast: torch.dtype | None
+    seed: int
+    accumulate: str
+    patience: int | None
+    min_delta: float
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    progress: bool
+
+
+def batch_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Return (args, kwargs, mask) of a batch: what the model is called with, what is padding.
+
+    A tensor is the one argument; of a tuple or list, the first item is (the rest are labels); a
+    dictionary is keyword arguments without its labels, and its `attention_mask` tells padding.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if isinstance(batch, Mapping):
+        kwargs = {key: value for key, value in batch.items() if key not in _LABELS}
+        mask = kwargs.get("attention_mask")
+        return (), kwargs, mask if isinstance(mask, Tensor) else None
+    if isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch[0], Mapping):
+            return batch_inputs(batch[0])
+        return (batch[0],), {}, None
+    raise RequestError(
+        f"inputs: expected batches that are tensors, tuples or dictionaries, got "
+        f"{type(batch).__name__}; give inputs=, a function of a batch that returns (args, kwargs, "
+        "mask or None)"
+    )
+
+
+def fit(
+    ada: AdaMerging,
+    loaders: Sequence[Iterable[Any]],
+    steps: int | None = None,
+    *,
+    lr: float | None = None,
+    batches_per_task: int | None = None,
+    entropy: str | None = None,
+    inputs: Inputs = batch_inputs,
+    tokens: int | None = None,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+    accumulate: str = "coefficients",
+    patience: int | None = None,
+    min_delta: float = 1e-4,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 25,
+    resume: bool = True,
+    progress: bool = True,
+) -> FitResult:
+    """Learn the coefficients by minimising the entropy of predictions (Yang et al. 2024, eq. 4).
+
+    Each step merges once, runs `batches_per_task` batches of every task, adds up the gradients of
+    all, and takes one step of Adam (betas 0.9 and 0.999, no weight decay) on
+
+        sum_k sum_{batches of task k} mean_x H(softmax f_theta(x))
+
+    Args:
+        loaders: for each task, an iterable of batches, begun again when it ends. With heads, task k
+            takes head k; without, all take the model's own output.
+        steps, lr, batches_per_task, entropy: default those of the preset (official: 500, 1e-3, 2,
+            "exact"; fusion_bench: 1000, 1e-3, 1, "fusion_bench").
+        inputs: what to do with a batch; see `batch_inputs`.
+        tokens: of a language model, so many predictions a batch, drawn at random.
+        autocast: run the model in mixed precision, e.g. torch.bfloat16.
+        seed: of everything that is drawn here; data loaders have their own.
+        accumulate: what is added up over the tasks of a step: "coefficients" (each layer's gradient
+            is reduced to K numbers and freed at once: least memory), or "gradients" (of the merged
+            tensors, as large as one model; reduced once a step: fewer passes over the checkpoints).
+        patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
+            `min_delta` for so many steps.
+        checkpoint: file that coefficients and the state of Adam are kept in, every
+            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it.
+        progress: show a bar with the entropy of each task (on a terminal).
+
+    Raises:
+        RequestError: loaders that are empty or give NaN, outputs without classes, values out of
+            range.
+        MergeError: the run diverges; the coefficients are the last good ones, and saved.
+    """
+    how = _checked(
+        ada,
+        loaders,
+        steps,
+        lr=lr,
+        batches_per_task=batches_per_task,
+        entropy=entropy,
+        tokens=tokens,
+        autocast=autocast,
+        seed=seed,
+        accumulate=accumulate,
+        patience=patience,
+        min_delta=min_delta,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        progress=progress,
+    )
+    return _Run(ada, loaders, how, inputs).run()
+
+
+def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting:
+    preset = ada.preset
+    problems: list[str] = []
+    tasks = len(ada.names) if ada.heads is not None else None
+    if not isinstance(loaders, Sequence) or isinstance(loaders, str) or not loaders:
+        problems.append(f"loaders: expected a list, one loader a task; got {loaders!r:.60}")
+    elif tasks is not None and len(loaders) != tasks:
+        problems.append(f"loaders: expected {tasks}, one for each head; got {len(loaders)}")
+
+    def integer(name: str, value: Any, default: int, least: int) -> int:
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            problems.append(f"{name}: expected an integer >= {least}, got {value!r}")
+            return least
+        return value
+
+    rate = preset.lr if given["lr"] is None else given["lr"]
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+        problems.append(f"lr: expected a positive number, got {rate!r}")
+    kind = given["entropy"] or preset.entropy
+    if kind not in ENTROPIES:
+        problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
+    if given["accumulate"] not in ("coefficients", "gradients"):
+        problems.append(
+            f"accumulate: expected 'coefficients' or 'gradients', got {given['accumulate']!r}"
+        )
+    cast = given["autocast"]
+    if cast is not None and cast not in (torch.bfloat16, torch.float16):
+        problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {cast!r}")
+    path = None if given["checkpoint"] is None else Path(given["checkpoint"])
+    if path is not None and not path.parent.is_dir():
+        problems.append(f"checkpoint: the directory {path.parent} does not exist")
+    patience = given["patience"]
+    tokens = given["tokens"]
+    result = Fitting(
+        steps=integer("steps", steps, preset.steps, 0),
+        lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
+        batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
+        entropy=kind,
+        tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
+        autocast=cast,
+        seed=integer("seed", given["seed"], 0, 0),
+        accumulate=given["accumulate"],
+        patience=None if patience is None else integer("patience", patience, 1, 1),
+        min_delta=float(given["min_delta"]),
+        checkpoint=path,
+        checkpoint_every=integer("checkpoint_every", given["checkpoint_every"], 25, 1),
+        resume=bool(given["resume"]),
+        progress=bool(given["progress"]),
+    )
+    if problems:
+        raise RequestError(problems)
+    return result
+
+
+def endless(loader: Iterable[Any], label: str) -> Iterator[Any]:
+    """Give the batches of a loader, again and again."""
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise RequestError(
+                f"{label}: expected at least one batch, got none (an iterator that has ended cannot "
+                "begin again: give a list or a DataLoader)"
+            )
+
+
+class _Run:
+    def __init__(
+        self, ada: AdaMerging, loaders: Sequence[Iterable[Any]], how: Fitting, inputs: Inputs
+    ) -> None:
+        self.ada, self.how, self.inputs = ada, how, inputs
+        self.batches = [endless(one, f"loaders[{k}]") for k, one in enumerate(loaders)]
+        self.optimizer = torch.optim.Adam([ada.raw_coefficients], lr=how.lr)
+        self.result = FitResult()
+        self.good = ada.raw_coefficients.detach().clone()  # the last that gave finite entropies
+
+    def run(self) -> FitResult:
+        from pymerge.adamerging.checkpoint import load_state, save_state
+        from pymerge.adamerging.show import FitBar
+
+        how, result, begun = self.how, self.result, time.monotonic()
+        if how.checkpoint is not None and how.resume and how.checkpoint.exists():
+            result.history = load_state(how.checkpoint, self.ada, self.optimizer, how)
+            result.steps = len(result.history)
+            self.good = self.ada.raw_coefficients.detach().clone()
+            if result.steps >= how.steps:
+                result.stopped = "already done"
+                return result
+        with FitBar(how.steps, result.steps, self.ada.names, shown=how.progress) as bar:
+            while result.steps < how.steps:
+                started = time.monotonic()
+                losses = self._step(result.steps)
+                result.steps += 1
+                mean = sum(losses) / len(losses)
+                row = {"step": result.steps, "entropy": mean, "tasks": losses}
+                result.history.append(row | {"seconds": time.monotonic() - started})
+                bar.advance(losses)
+                if how.checkpoint is not None and result.steps % how.checkpoint_every == 0:
+                    save_state(how.checkpoint, self.ada, self.optimizer, how, result.history)
+                if self._impatient():
+                    result.stopped = "patience"
+                    break
+        if how.checkpoint is not None:
+            save_state(how.checkpoint, self.ada, self.optimizer, how, result.history)
+        result.seconds = time.monotonic() - begun
+        return result
+
+    def _step(self, step: int) -> list[float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        table = self.ada.raw_coefficients
+        generator = torch.Generator().manual_seed((self.how.seed * 1_000_003 + step) % 2**63)
+        losses = self._accumulate(step, generator)
+        gradient = table.grad
+        if gradient is None:  # no layer takes part in any output
+            raise RequestError(
+                "model: expected outputs that depend on the merged parameters; none of them got a "
+                "gradient"
+            )
+        if not bool(torch.isfinite(gradient).all()):
+            self._diverged(step, "a gradient is not finite")
+        self.good.copy_(table.detach())
+        self.optimizer.step()
+        if not bool(torch.isfinite(table).all()):
+            self._diverged(step, "a coefficient is not finite")
+        return losses
+
+    def _accumulate(self, step: int, generator: torch.Generator) -> list[float]:
+        """Add up the gradients of all tasks; return the mean entropy of each."""
+        ada = self.ada
+        merged = ada.merged_parameters()
+        leaves = merged
+        if self.how.accumulate == "gradients":
+            leaves = {name: t.detach().requires_grad_() for name, t in merged.items()}
+        losses: list[float] = []
+        count = len(self.batches)
+        for task in range(count):
+            total = 0.0
+            for number in range(self.how.batches):
+                loss = self._loss(leaves, task, step, generator)
+                total += float(loss.detach())
+                last = task == count - 1 and number == self.how.batches - 1
+                # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
+                loss.backward(retain_graph=leaves is merged and not last)
+            losses.append(total / self.how.batches)
+        if leaves is not merged:
+            taken = [(merged[n], leaf.grad) for n, leaf in leaves.items() if leaf.grad is not None]
+            if taken:
+                torch.autograd.backward([t for t, _ in taken], [g for _, g in taken])
+        return losses
+
+    def _loss(
+        self, merged: Mapping[str, Tensor], task: int, step: int, generator: torch.Generator
+    ) -> Tensor:
+        batch = _moved(next(self.batches[task]), self.ada.raw_coefficients.device)
+        args, kwargs, mask = self.inputs(batch)
+        with self._precision():
+            output = self.ada.run(merged, args, kwargs, task)
+        logits = find_logits(output, f"loaders[{task}]: logits")
+        fits = mask is not None and tuple(mask.shape) == tuple(logits.shape[:-1])
+        loss = entropy(
+            logits,
+            kind=self.how.entropy,
+            mask=mask if fits else None,
+            tokens=self.how.tokens,
+            generator=generator,
+        )
+        if not bool(torch.isfinite(loss.detach())):
+            for name, tensor in _tensors(batch):
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise RequestError(
+                        f"loaders[{task}]: expected finite numbers, got NaN or infinity in a "
+                        f"batch{name} (step {step + 1})"
+                    )
+            self._diverged(step, f"the entropy of task {task} is {float(loss.detach())}")
+        return loss
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.how.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.ada.raw_coefficients.device.type, self.how.autocast)
+
+    def _diverged(self, step: int, why: str) -> None:
+        with torch.no_grad():
+            self.ada.raw_coefficients.copy_(self.good)
+        saved = ""
+        if self.how.checkpoint is not None:
+            from pymerge.adamerging.checkpoint import save_state
+
+            path = self.how.checkpoint
+            path = path.with_name(f"{path.stem}.last-good{path.suffix}")
+            save_state(path, self.ada, None, self.how, self.result.history)
+            saved = f", and saved to {path}"
+        raise MergeError(
+            f"fit: diverged at step {step + 1}: {why}; the coefficients are the last good "
+            f"ones{saved}; a smaller lr (now {self.how.lr:g}) may help"
+        )
+
+    def _impatient(self) -> bool:
+        patience = self.how.patience
+        means = [row["entropy"] for row in self.result.history]
+        window = 20
+        if patience is None or len(means) < window + patience:
+            return False
+        smooth = [
+            sum(means[i : i + window]) / window for i in range(len(means) - window + 1)
+        ]
+        return min(smooth[-patience:]) > min(smooth[:-patience]) - self.how.min_delta
+
+
+def _tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(batch, Tensor):
+        yield "", batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from ((f"[{key!r}]{rest}", tensor) for rest, tensor in _tensors(value))
+    elif isinstance(batch, (tuple, list)):
+        for number, value in enumerate(batch):
+            yield from ((f"[{number}]{rest}", tensor) for rest, tensor in _tensors(value))
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_moved(value, device) for value in batch]
+    return batch

@@ -1,0 +1,438 @@
+"""`AdaMerging`: a merged model whose coefficients can be learned (Yang et al. 2024)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from pymerge.adamerging.layers import Granularity, group_layers, load_tensors, match_layers
+from pymerge.adamerging.ops import merged_layer, merged_packed_layer
+from pymerge.adamerging.packed import Packed, pack_trimmed
+from pymerge.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from pymerge.adamerging.fit import FitResult
+    from pymerge.adamerging.statistics import TaskCorrelation
+    from pymerge.report import MergeReport
+
+__all__ = ["PRESETS", "AdaMerging", "Coefficients", "Preset"]
+
+Tensor = torch.Tensor
+Model = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one implementation does.
+
+    clamp: the range that coefficients are cut to wherever they are used, or None. only_trainable:
+    merge parameters that require a gradient, else all. batches_per_task, steps, lr, entropy: of
+    `fit`.
+    """
+
+    clamp: tuple[float, float] | None
+    only_trainable: bool
+    batches_per_task: int
+    steps: int
+    lr: float
+    entropy: str
+
+
+PRESETS = {
+    # EnnengYang/AdaMerging, src/main_layer_wise_adamerging.py and its kin
+    "official": Preset((0.0, 1.0), False, 2, 500, 1e-3, "exact"),
+    # FusionBench 0.2.33, config/method/adamerging/clip.yaml
+    "fusion_bench": Preset(None, True, 1, 1000, 1e-3, "fusion_bench"),
+}
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A table of coefficients, as they are used (cut to the preset's range).
+
+    values: float32 [models, groups]. models: their names. groups: names of the groups of tensors
+    (with granularity "layer", of the tensors). layers: for each merged tensor, its group.
+    """
+
+    values: Tensor
+    models: tuple[str, ...]
+    groups: tuple[str, ...]
+    layers: Mapping[str, str]
+
+    def __str__(self) -> str:
+        from pymerge.adamerging.show import coefficients_text
+
+        return coefficients_text(self)
+
+    def of(self, layer: str) -> list[float]:
+        """Return the coefficients of a tensor, one a model."""
+        if layer not in self.layers:
+            raise RequestError(
+                f"layer: there is no merged tensor {layer!r}{nearest(layer, self.layers)}"
+            )
+        return self.values[:, self.groups.index(self.layers[layer])].tolist()
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Return plain numbers: {model: {group: coefficient}}."""
+        return {
+            model: dict(zip(self.groups, row, strict=True))
+            for model, row in zip(self.models, self.values.tolist(), strict=True)
+        }
+
+    def save_png(self, path: str | os.PathLike[str]) -> None:
+        """Draw a heat map, models by groups. Needs matplotlib (`pip install pymerge-kernels[plot]`)."""
+        from pymerge.adamerging.show import save_png
+
+        save_png(self, Path(path))
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the heat map as a table in one HTML file, which needs nothing else."""
+        from pymerge.adamerging.show import save_html
+
+        save_html(self, Path(path))
+
+
+class AdaMerging(nn.Module):
+    """A merged model with learnable coefficients, in place of the architecture that it wraps.
+
+        theta^l = theta_0^l + sum_k lambda_k^l tau_k^l,  tau_k = theta_k - theta_0
+
+    AdaMerging (Yang et al. 2024, eq. 3). Calling it merges and runs the merged model: each layer is
+    one pass over the checkpoints, and so is its gradient. Its only parameter is the table of
+    coefficients, `raw_coefficients` [models, groups]; no task vector is stored, and checkpoints in
+    bf16 stay in bf16.
+
+    >>> net = nn.Linear(2, 2)
+    >>> tuned = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    >>> ada = AdaMerging(net, net.state_dict(), [tuned], init=0.5)
+    >>> ada(torch.ones(3, 2)).shape
+    torch.Size([3, 2])
+    """
+
+    raw_coefficients: nn.Parameter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Model,
+        models: Sequence[Model],
+        granularity: Granularity = "layer",
+        trimmed: bool = False,
+        init: float | Sequence[float] | Tensor = 0.3,
+        preset: str = "official",
+        *,
+        heads: Sequence[Callable[..., Any]] | None = None,
+        clamp: tuple[float, float] | None | str = "preset",
+        density: float = 0.2,
+        names: Sequence[str] | None = None,
+        fixed: str = "equal",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wrap an architecture.
+
+        Args:
+            model: the architecture, any module, in the mode (train or eval) it shall run in. Its
+                own parameters are not used: it may be on the meta device.
+            base: theta_0: a state dict, a module, or the path of a checkpoint (which is mapped, not
+                read).
+            models: theta_1 .. theta_K, the same.
+            granularity: which tensors share coefficients: "layer" (each tensor has its own, as in
+                the authors' code), "module", "task" (all), or a list of regular expressions; see
+                `group_layers`.
+            trimmed: AdaMerging++: task vectors are first trimmed and their signs elected as TIES
+                does, and kept as bit masks and values.
+            init: lambda at the start: a number, one a model, or a table [models, groups].
+            preset: "official" (all parameters, coefficients cut to [0, 1] wherever they are used)
+                or "fusion_bench" (parameters that require a gradient, no cut); also what `fit`
+                does by default. See docs/adamerging.md.
+            heads: for each task, what makes logits of the model's output; they stay as they are
+                (parameters of modules are frozen).
+            clamp: (lowest, highest) coefficient, or None; default the preset's. Outside, the
+                gradient is 0, as that of `torch.clamp`; at the ends it is 1.
+            density: share of each task vector that `trimmed` keeps.
+            names: of the models, for tables; default those of their paths, or "model 0", ...
+            fixed: what is not merged (buffers; frozen parameters with preset "fusion_bench") must be
+                "equal" in all models, or is taken from the "base" whatever the others have.
+            dtype: of the merged tensors; default that of the architecture's.
+
+        Raises:
+            RequestError: models that do not fit the architecture, values out of range; lists every
+                problem.
+        """
+        super().__init__()
+        self._check_arguments(model, models, init, preset, heads, clamp, density, names, fixed)
+        self.preset = PRESETS[preset]
+        self.preset_name = preset
+        given = self.preset.clamp if isinstance(clamp, str) else clamp
+        self.clamp = None if given is None else (float(given[0]), float(given[1]))
+        self.trimmed, self.density = trimmed, density
+        own = load_tensors(base, "base")
+        others = [load_tensors(one, f"models[{k}]") for k, one in enumerate(models)]
+        layers = match_layers(
+            model, own, others, only_trainable=self.preset.only_trainable, fixed=fixed
+        )
+        self.layers, self.fixed = layers.merged, layers.fixed
+        self.grouping = group_layers(self.layers, granularity)
+        self.names = tuple(names) if names is not None else _names(models)
+        # Neither the architecture, the heads nor the checkpoints are parameters of this module.
+        parameters = dict(model.named_parameters())
+        kinds = {name: dtype or parameters[name].dtype for name in self.layers}
+        self._plain: dict[str, Any] = {
+            "architecture": model,
+            "heads": None if heads is None else list(heads),
+            "paths": (base, list(models)),
+            "base": {name: own[name].detach() for name in (*self.layers, *self.fixed)},
+            "models": [{name: one[name].detach() for name in self.layers} for one in others],
+            "packed": None,
+            "kinds": kinds,
+        }
+        for head in heads or ():
+            if isinstance(head, nn.Module):
+                head.requires_grad_(False)
+        if trimmed:
+            merged = {name: own[name] for name in self.layers}
+            self._plain["packed"] = pack_trimmed(merged, self._plain["models"], density=density)
+            self._plain["models"] = [{} for _ in models]
+        wide = any(tensor.dtype == torch.float64 for tensor in own.values())
+        self.raw_coefficients = nn.Parameter(
+            self._initial(init, torch.float64 if wide else torch.float32)
+        )
+        self.register_buffer(
+            "_index", torch.tensor(self.grouping.index, dtype=torch.int64), persistent=False
+        )
+
+    @staticmethod
+    def _check_arguments(
+        model: Any,
+        models: Any,
+        init: Any,
+        preset: str,
+        heads: Any,
+        clamp: Any,
+        density: float,
+        names: Any,
+        fixed: str,
+    ) -> None:
+        problems: list[str] = []
+        if not isinstance(model, nn.Module):
+            problems.append(f"model: expected a module, got {type(model).__name__}")
+        if not isinstance(models, Sequence) or isinstance(models, str) or not models:
+            problems.append(f"models: expected a list of at least one model, got {models!r:.60}")
+            raise RequestError(problems)
+        if preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            problems.append(
+                f"preset: expected one of {known}; got {preset!r}{nearest(str(preset), PRESETS)}"
+            )
+        if heads is not None and len(heads) != len(models):
+            problems.append(f"heads: expected {len(models)}, one a model; got {len(heads)}")
+        if clamp is not None and clamp != "preset":
+            good = not isinstance(clamp, str) and len(clamp) == 2 and clamp[0] < clamp[1]
+            if not good:
+                problems.append(f"clamp: expected (lowest, highest) or None, got {clamp!r}")
+        if not 0 <= density <= 1:
+            problems.append(f"density: expected a number in [0, 1], got {density!r}")
+        if names is not None and len(names) != len(models):
+            problems.append(f"names: expected {len(models)}, one a model; got {len(names)}")
+        if fixed not in ("equal", "base"):
+            problems.append(f"fixed: expected 'equal' or 'base', got {fixed!r}")
+        if problems:
+            raise RequestError(problems)
+
+    def _initial(self, init: Any, dtype: torch.dtype) -> Tensor:
+        shape = (len(self.names), len(self.grouping.names))
+        table = torch.as_tensor(init, dtype=dtype).detach().cpu()
+        if table.dim() == 1 and table.shape[0] == shape[0]:
+            table = table.unsqueeze(1)
+        if table.dim() not in (0, 2) or (table.dim() == 2 and table.shape[0] != shape[0]):
+            raise self._bad_init(shape, table)
+        if table.dim() == 2 and table.shape[1] not in (1, shape[1]):
+            raise self._bad_init(shape, table)
+        if not bool(torch.isfinite(table).all()):
+            raise RequestError("init: expected finite numbers")
+        return table.expand(shape).clone()
+
+    @staticmethod
+    def _bad_init(shape: tuple[int, int], table: Tensor) -> RequestError:
+        return RequestError(
+            f"init: expected a number, {shape[0]} numbers (one a model) or a table of shape "
+            f"{shape} (models, groups of tensors); got shape {tuple(table.shape)}"
+        )
+
+    @property
+    def architecture(self) -> nn.Module:
+        """The module that is wrapped."""
+        return self._plain["architecture"]
+
+    @property
+    def heads(self) -> list[Callable[..., Any]] | None:
+        return self._plain["heads"]
+
+    def used_coefficients(self) -> Tensor:
+        """Return lambda as it is used, [models, merged tensors], on the CPU, differentiable."""
+        table = self.raw_coefficients
+        if self.clamp is not None:
+            table = table.clamp(*self.clamp)
+        # Kernels take numbers: one transfer for all layers.
+        return table.cpu().index_select(1, self._buffers["_index"].cpu())
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """Return the merged tensors by name, differentiable in the coefficients."""
+        return dict(self._merged())
+
+    def _merged(self) -> Iterable[tuple[str, Tensor]]:
+        columns = self.used_coefficients().unbind(1)
+        packed, kinds = self._plain["packed"], self._plain["kinds"]
+        for name, column in zip(self.layers, columns, strict=True):
+            base = self._plain["base"][name]
+            if packed is not None:
+                own: list[Packed] = packed[name]
+                masks, values = [one.mask for one in own], [one.values for one in own]
+                yield name, merged_packed_layer(column, base, masks, values, dtype=kinds[name])
+            else:
+                own_models = [model[name] for model in self._plain["models"]]
+                yield name, merged_layer(column, base, own_models, dtype=kinds[name])
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """Return what is not merged: buffers and frozen parameters, the base's."""
+        return {name: self._plain["base"][name] for name in self.fixed}
+
+    def forward(self, *args: Any, task: int | None = None, **kwargs: Any) -> Any:
+        """Run the merged model.
+
+        Args:
+            args, kwargs: of the architecture.
+            task: whose head makes the logits; needed where there are heads.
+
+        Returns:
+            What the architecture returns, or what the task's head makes of it.
+        """
+        self._check_task(task)
+        return self.run(self.merged_parameters(), args, kwargs, task)
+
+    def run(
+        self, merged: Mapping[str, Tensor], args: Any, kwargs: Any, task: int | None = None
+    ) -> Any:
+        """Run the architecture with merged tensors that are there already, and a task's head."""
+        tensors = {**self.fixed_tensors(), **merged}
+        output = functional_call(self.architecture, tensors, args, kwargs)
+        heads = self._plain["heads"]
+        return output if heads is None else heads[task](output)
+
+    def _check_task(self, task: int | None) -> None:
+        heads = self._plain["heads"]
+        if heads is None:
+            return
+        if task is None or not 0 <= task < len(heads):
+            raise RequestError(f"task: expected 0 .. {len(heads) - 1}, one of the heads; got {task}")
+
+    def fit(self, loaders: Sequence[Iterable[Any]], steps: int | None = None, **how: Any) -> FitResult:
+        """Learn the coefficients by minimising the entropy of predictions; see `fit.fit`."""
+        from pymerge.adamerging.fit import fit
+
+        return fit(self, loaders, steps, **how)
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The coefficients as they are used: a table that can be printed, saved and drawn."""
+        table = self.raw_coefficients.detach().cpu()
+        if self.clamp is not None:
+            table = table.clamp(*self.clamp)
+        names = self.grouping.names
+        of = {
+            layer: names[at] for layer, at in zip(self.layers, self.grouping.index, strict=True)
+        }
+        return Coefficients(table.float(), self.names, names, of)
+
+    @torch.no_grad()
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """Return the merged model: what was merged, and the base's buffers and frozen parameters."""
+        merged = dict(self._merged())
+        known = {**self.fixed_tensors(), **merged}
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.architecture.state_dict(keep_vars=True).items():
+            if name in known:
+                state[name] = known[name].detach().clone() if name in self.fixed else known[name]
+            else:  # a second name of a tied parameter
+                twin = next(
+                    (n for n, p in self.architecture.named_parameters() if p is tensor), None
+                )
+                state[name] = known[twin] if twin in known else tensor.detach()
+        return state
+
+    def save_coefficients(self, path: str | os.PathLike[str]) -> None:
+        """Write the coefficients to a safetensors file, which `merge_method: adamerging` reads."""
+        from pymerge.adamerging.save import save_coefficients
+
+        save_coefficients(self, Path(path))
+
+    def save(self, out: str | os.PathLike[str], **how: Any) -> MergeReport | None:
+        """Write the merged model to a directory; see `save.save`."""
+        from pymerge.adamerging.save import save
+
+        return save(self, Path(out), how)
+
+    def correlations(self, loaders: Sequence[Iterable[Any]], **how: Any) -> list[TaskCorrelation]:
+        """Return how entropy and loss go together on labelled data; see `statistics.correlations`."""
+        from pymerge.adamerging.statistics import correlations
+
+        return correlations(self, loaders, **how)
+
+    def nbytes(self) -> int:
+        """Return the bytes of the checkpoints that are kept, mapped files included."""
+        total = sum(tensor.nbytes for tensor in self._plain["base"].values())
+        packed = self._plain["packed"]
+        if packed is not None:
+            return total + sum(one.nbytes for own in packed.values() for one in own)
+        return total + sum(t.nbytes for model in self._plain["models"] for t in model.values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaMerging:
+        """Move the checkpoints, the architecture and the heads along; their dtypes stay."""
+        super()._apply(fn, recurse)
+        device = self.raw_coefficients.device
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        plain = self._plain
+        plain["base"] = {name: moved(tensor) for name, tensor in plain["base"].items()}
+        plain["models"] = [{n: moved(t) for n, t in model.items()} for model in plain["models"]]
+        if plain["packed"] is not None:
+            plain["packed"] = {
+                name: [Packed(moved(one.mask), moved(one.values)) for one in own]
+                for name, own in plain["packed"].items()
+            }
+        if not any(p.is_meta for p in plain["architecture"].parameters()):
+            plain["architecture"].to(device)
+        for head in plain["heads"] or ():
+            if isinstance(head, nn.Module):
+                head.to(device)
+        return self
+
+    def train(self, mode: bool = True) -> AdaMerging:
+        """Set the mode of this module and of the architecture (dropout, batch statistics)."""
+        super().train(mode)
+        if hasattr(self, "_plain"):
+            self._plain["architecture"].train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        kind = "trimmed, " if self.trimmed else ""
+        return (
+            f"{len(self.names)} models, {len(self.layers)} tensors, "
+            f"{len(self.grouping.names)} groups, {kind}preset={self.preset_name!r}"
+        )
+
+
+def _names(models: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(
+        Path(model).name if isinstance(model, (str, os.PathLike)) else f"model {k}"
+        for k, model in enumerate(models)
+    )

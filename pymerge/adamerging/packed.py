@@ -1,0 +1,123 @@
+"""Trimmed task vectors for AdaMerging++, stored as bit masks and values.
+
+AdaMerging++ (Yang et al. 2024) replaces each task vector by what TIES keeps of it: trimmed over the
+whole model, and only where its sign is the elected one. A fifth of the elements is left, so K models
+are kept as one bit for each element and, where it is set, the model's own number in the
+checkpoint's dtype: about 0.5 bytes a parameter and model in bf16. The difference to the base is
+formed when it is used, which is exact where a stored difference would have to be rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pymerge._calls import call
+from pymerge.backends import resolve
+from pymerge.engine.ties import elected_by_zero
+from pymerge.methods.ties import SEMANTICS, trim_target
+from pymerge.primitives import trim
+from pymerge.select import Part, order_statistics
+
+__all__ = ["Packed", "pack_trimmed"]
+
+Tensor = torch.Tensor
+_TILE = 1 << 20  # elements worked on at a time; a multiple of 32
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One trimmed task vector of one tensor.
+
+    mask: int32 words [ceil(n / 32)]; bit i of word j is element 32 j + i. values: [kept], the
+    model's numbers in its own dtype.
+    """
+
+    mask: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes + self.values.nbytes
+
+
+def pack_trimmed(
+    base: Mapping[str, Tensor],
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    density: float = 0.2,
+) -> dict[str, list[Packed]]:
+    """Return what TIES keeps of each task vector, tensor by tensor: a `Packed` for each model.
+
+    Trim and election are those of the AdaMerging authors' `ties_merging_split`: one threshold for
+    each model over all tensors together (`semantics="adamerging"`, keeping everything that equals
+    it), the sign of the sum, and for sums of 0 the majority sign of all elements.
+
+    Args:
+        base, models: tensors by name, of equal names and shapes, on one device.
+        density: share of each task vector that the trim keeps, in [0, 1].
+    """
+    rule = SEMANTICS["adamerging"]
+    names = sorted(name for name in base if base[name].numel() > 0)  # the official flat order
+    wide = any(t[n].dtype == torch.float64 for t in (base, *models) for n in names)
+    total = sum(base[name].numel() for name in names)
+    device = next((base[name].device for name in names), torch.device("cpu"))
+    backend = resolve(None, device).NAME
+
+    def parts() -> Iterator[Part]:
+        for number, name in enumerate(names):
+            yield number, _flat(base[name]), [_flat(model[name]) for model in models]
+
+    targets = [trim_target(rule, density, total)] * len(models)
+    cuts, _ = order_statistics(parts, targets, total, wide=wide, backend=backend)
+    keys = [cut.key for cut in cuts]
+    stats = np.zeros(3, np.int64)
+    for _, own, others in parts():
+        how = {"weights": [], "weighting": "none", "elect": rule.elect}
+        call("ties_signs_", stats, own, list(others), keys, wide=wide, backend=backend, **how)
+    default = elected_by_zero(rule, int(stats[0]))
+    empty = {name: [_nothing(model[name]) for model in models] for name in set(base) - set(names)}
+    return empty | {
+        name: _pack(base[name], [model[name] for model in models], keys, default) for name in names
+    }
+
+
+def _pack(base: Tensor, models: Sequence[Tensor], keys: list[int], default: int) -> list[Packed]:
+    own, others = _flat(base), [_flat(model) for model in models]
+    masks: list[list[Tensor]] = [[] for _ in models]
+    values: list[list[Tensor]] = [[] for _ in models]
+    for start in range(0, own.numel(), _TILE):
+        tile = slice(start, start + _TILE)
+        trimmed = trim(own[tile], [model[tile] for model in others], keys)
+        vote = torch.zeros_like(trimmed[0])
+        for delta in trimmed:
+            vote += delta
+        positive = vote > 0 if default < 0 else vote >= 0
+        for k, delta in enumerate(trimmed):
+            kept = torch.where(positive, delta > 0, delta < 0)
+            masks[k].append(_words(kept))
+            values[k].append(others[k][tile][kept])
+    return [Packed(torch.cat(m), torch.cat(v)) for m, v in zip(masks, values, strict=True)]
+
+
+def _words(kept: Tensor) -> Tensor:
+    """Return 32 booleans in each int32, the first in the lowest bit."""
+    room = -(-kept.numel() // 32) * 32
+    bits = torch.zeros(room, dtype=torch.int64, device=kept.device)
+    bits[: kept.numel()] = kept
+    places = torch.arange(32, dtype=torch.int64, device=kept.device)
+    words = (bits.view(-1, 32) << places).sum(dim=1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _nothing(model: Tensor) -> Packed:
+    return Packed(
+        torch.zeros(0, dtype=torch.int32, device=model.device), model.detach().reshape(-1)[:0]
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1)
