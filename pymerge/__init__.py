@@ -16,6 +16,7 @@ from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestE
 from pymerge.methods import methods
 
 if TYPE_CHECKING:
+    from pymerge.adamerging.module import AdaMerging
     from pymerge.api import linear, merge, task_arithmetic, ties_merge
     from pymerge.engine.checkpoints import merge_checkpoints
     from pymerge.other_functions import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from pymerge.task_vector import TaskVector
 
 __all__ = [
+    "AdaMerging",
     "CheckpointError",
     "MergeError",
     "MergeReport",
@@ -89,6 +91,7 @@ __all__ = [
 
 # Where each lazily loaded name lives: `pymerge --help` and `pymerge methods` do not wait for torch.
 _LAZY = {
+    "AdaMerging": "pymerge.adamerging.module",
     "linear": "pymerge.api",
     "merge": "pymerge.api",
     "task_arithmetic": "pymerge.api",

@@ -232,7 +232,10 @@ def merge_by(
             t[name].dtype == torch.float64 for t in inputs.values()
         )
         shape = tuple(tensor.shape)
-        works.append(Work(name, tensor.numel(), floating and wide, not floating, resolved, shape))
+        own = resolved
+        if spec.for_tensor is not None and floating:
+            own = spec.for_tensor(resolved, name)
+        works.append(Work(name, tensor.numel(), floating and wide, not floating, own, shape))
         kind = dtype if dtype is not None and floating else tensor.dtype
         results[name] = torch.empty(tensor.shape, dtype=kind, device=tensor.device)
     device = next((t.device for t in leader.values()), torch.device("cpu"))

@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
-    commands = {"merge": _merge, "plan": _plan, "methods": _methods, "info": _info}
+    commands = {
+        "merge": _merge,
+        "plan": _plan,
+        "ada": _ada,
+        "methods": _methods,
+        "info": _info,
+    }
     try:
         commands[options.command](options)
         sys.stdout.flush()
@@ -98,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", metavar="CONFIG", help="a merge configuration (YAML)")
     _add_plan_options(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    ada = commands.add_parser(
+        "ada", help="learn merging coefficients without labels (AdaMerging), and merge with them"
+    )
+    ada.add_argument("config", metavar="CONFIG", help="models, entry point and options (YAML)")
+    ada.add_argument("out", metavar="OUT", help="directory of the merged model; OUT.ada gets the rest")
+    ada.add_argument("--memory", type=_size, default="2GiB", metavar="SIZE", help="of the merge")
+    ada.add_argument("--threads", type=_integer(1), metavar="N", help="of the merge")
+    ada.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
+    ada.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -209,6 +226,27 @@ def _merge(options: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, before)
     if not options.quiet:
         _print_warnings(report.warnings)
+        print(report.summary())
+
+
+def _ada(options: argparse.Namespace) -> None:
+    from pymerge.adamerging.command import run_ada
+
+    result, report = run_ada(
+        options.config,
+        options.out,
+        force=options.force,
+        quiet=options.quiet,
+        memory=options.memory,
+        threads=options.threads,
+        resume=not options.restart,
+    )
+    if not options.quiet:
+        _print_warnings(report.warnings)
+        if result.history:
+            first, last = result.history[0]["entropy"], result.history[-1]["entropy"]
+            print(f"{result.steps} steps: mean entropy {first:.4f} -> {last:.4f} nats")
+        print(f"coefficients: {options.out}.ada")
         print(report.summary())
 
 

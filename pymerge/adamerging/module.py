@@ -192,6 +192,7 @@ class AdaMerging(nn.Module):
             "models": [{name: one[name].detach() for name in self.layers} for one in others],
             "packed": None,
             "kinds": kinds,
+            "tensor_names": tuple(own),
         }
         for head in heads or ():
             if isinstance(head, nn.Module):
@@ -272,6 +273,16 @@ class AdaMerging(nn.Module):
         return self._plain["architecture"]
 
     @property
+    def inputs(self) -> tuple[Any, list[Any]]:
+        """The base and the models, as they were given."""
+        return self._plain["paths"]
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of all tensors of the base, merged or not."""
+        return self._plain["tensor_names"]
+
+    @property
     def heads(self) -> list[Callable[..., Any]] | None:
         return self._plain["heads"]
 
@@ -289,16 +300,31 @@ class AdaMerging(nn.Module):
 
     def _merged(self) -> Iterable[tuple[str, Tensor]]:
         columns = self.used_coefficients().unbind(1)
-        packed, kinds = self._plain["packed"], self._plain["kinds"]
         for name, column in zip(self.layers, columns, strict=True):
-            base = self._plain["base"][name]
-            if packed is not None:
-                own: list[Packed] = packed[name]
-                masks, values = [one.mask for one in own], [one.values for one in own]
-                yield name, merged_packed_layer(column, base, masks, values, dtype=kinds[name])
-            else:
-                own_models = [model[name] for model in self._plain["models"]]
-                yield name, merged_layer(column, base, own_models, dtype=kinds[name])
+            yield name, self._layer(name, column)
+
+    def _layer(self, name: str, column: Tensor) -> Tensor:
+        packed, dtype = self._plain["packed"], self._plain["kinds"][name]
+        base = self._plain["base"][name]
+        if packed is None:
+            models = [model[name] for model in self._plain["models"]]
+            return merged_layer(column, base, models, dtype=dtype)
+        own: list[Packed] = packed[name]
+        masks, values = [one.mask for one in own], [one.values for one in own]
+        return merged_packed_layer(column, base, masks, values, dtype=dtype)
+
+    def merged_tensor(self, name: str) -> Tensor:
+        """Return one merged tensor, differentiable in the coefficients."""
+        if name not in self.layers:
+            raise RequestError(
+                f"name: there is no merged tensor {name!r}{nearest(name, self.layers)}"
+            )
+        return self._layer(name, self.used_coefficients()[:, self.layers.index(name)])
+
+    def merged_kinds(self) -> Iterable[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return name, dtype and shape of each merged tensor."""
+        for name in self.layers:
+            yield name, self._plain["kinds"][name], tuple(self._plain["base"][name].shape)
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """Return what is not merged: buffers and frozen parameters, the base's."""

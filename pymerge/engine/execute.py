@@ -27,7 +27,7 @@ from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slice
 from pymerge.errors import NonFiniteError, RequestError
 from pymerge.runner import Runner, fetched
 
-__all__ = ["Context", "execute"]
+__all__ = ["Context", "execute", "run_task_arithmetic"]
 
 _CHECKED_AT_ONCE = 1 << 22
 _UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
@@ -125,7 +125,8 @@ def execute(
     context.stats = context.runner.zeros((3,), "int64")
     context.method = method
     statistics: dict[str, int] = {}
-    if method == "ties":
+    trims = any("semantics" in work.parameters for work in works)
+    if method == "ties" or (method == "adamerging" and trims):
         statistics = run_ties(works, source, sink, context)
     elif method == "pcb":
         run_pcb(works, source, sink, context)
@@ -197,7 +198,7 @@ def _run_linear(work: Work, source: Source, sink: Sink, context: Context) -> Non
         context.progress.advance(sum(model[start:stop].nbytes for model in models))
 
 
-def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Context) -> None:
     weights = work.parameters["weight"]
     divisor = _divisor(work, weights)
     base, models = source.load(work.name)
@@ -223,7 +224,8 @@ def _run_task_arithmetic(work: Work, source: Source, sink: Sink, context: Contex
 _POINTWISE = ("nearswap", "ram", "magmax", "consensus_ta", "tall_masks", "emr")
 _RUNNERS = {
     "linear": _run_linear,
-    "task_arithmetic": _run_task_arithmetic,
+    "task_arithmetic": run_task_arithmetic,
+    "adamerging": run_task_arithmetic,
     "dare_linear": run_dare,
     "dare_ties": run_dare,
     "breadcrumbs": run_breadcrumbs,

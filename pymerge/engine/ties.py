@@ -128,7 +128,7 @@ class _Merge:
 
 def run_ties(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
     """Run TIES over all works, trimming over the whole model or tensor by tensor."""
-    merged = [work for work in works if not work.copied]
+    merged = [work for work in works if not work.copied and not work.parameters.get("fixed")]
     rules = {work.name: TiesRule.of(work.parameters, "ties") for work in merged}
     if any(rule.scope == "global" for rule in rules.values()):
         return _run_global(works, merged, rules, source, sink, context)
@@ -186,7 +186,7 @@ def _run_global(
     sink: Sink,
     context: Context,
 ) -> dict[str, int]:
-    from pymerge.engine.execute import copy_equal, total_bytes
+    from pymerge.engine.execute import copy_equal, run_task_arithmetic, total_bytes
 
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
@@ -259,6 +259,8 @@ def _run_global(
             for work in works:
                 if work.copied:
                     copy_equal(work, source, sink, context)
+                elif work.name not in numbers:  # the base's, whatever the models have
+                    run_task_arithmetic(work, source, sink, context)
                 else:
                     own, number = rules[work.name], numbers[work.name]
                     merge.tensor(by_name[work.name], own, number, cuts, elected_by_zero(own, balance))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pymerge.errors import RequestError, nearest
+from pymerge.methods.adamerging import ADAMERGING
 from pymerge.methods.geometry import (
     KARCHER,
     MODEL_STOCK,
@@ -35,6 +36,7 @@ METHODS: dict[str, MethodSpec] = {
     for spec in (
         LINEAR,
         TASK_ARITHMETIC,
+        ADAMERGING,
         TIES,
         PCB,
         DARE_LINEAR,

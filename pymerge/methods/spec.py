@@ -138,6 +138,8 @@ class MethodSpec:
     # Says what of resolved parameters does not fit together.
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     backends: tuple[str, ...] = ("reference", "cpu", "cuda", "triton")
+    # Turns resolved parameters into those of one tensor, by its name.
+    for_tensor: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
 

@@ -52,9 +52,10 @@ class TiesRule:
     def of(cls, parameters: Mapping[str, Any], where: str) -> TiesRule:
         """Return the dialect that resolved parameters of `ties` describe."""
         overrides = ("scope", "merge", "exact_k", "elect", "normalize")
-        return ties_rule(
+        rule = ties_rule(
             parameters["semantics"], **{name: parameters[name] for name in overrides}, where=where
         )
+        return replace(rule, weighting=parameters.get("weighting", rule.weighting))
 
 
 _OFFICIAL = TiesRule("global", "official", False, "mass", "majority", "before", "mean", "count")

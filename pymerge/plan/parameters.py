@@ -32,6 +32,8 @@ def resolve_parameters(
             parameters = config.resolve(name)
             if config.method.name == "ties":
                 TiesRule.of(parameters, config.where)
+            if config.method.for_tensor is not None:
+                parameters = config.method.for_tensor(parameters, name)
         except RequestError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue
@@ -111,7 +113,7 @@ class PassCounter:
                 return False
             pairs = zip(parameters["density"], parameters["gamma"], strict=True)
             return any(band_counts(numel, *pair) != (0, 0) for pair in pairs)
-        if method != "ties":
+        if method != "ties" and "semantics" not in parameters:
             return False
         rule = TiesRule.of(parameters, self.config.where)
         total = self.numel if rule.scope == "global" else numel
@@ -141,7 +143,7 @@ class PassCounter:
             return f"{4 if selects else 2}: {selection}one for the weights, then the merge"
         if selects:
             scope = "tensor"
-            if method == "ties":
+            if method in ("ties", "adamerging"):
                 scope = TiesRule.of(parameters, self.config.where).scope
             elif method == "dare_ties":
                 scope = str(parameters["trim_scope"])

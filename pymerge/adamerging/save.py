@@ -1,0 +1,111 @@
+"""Writes a merged model, and the coefficients that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from pymerge.errors import RequestError
+from pymerge.methods.adamerging import FORMAT
+
+if TYPE_CHECKING:
+    from pymerge.adamerging.module import AdaMerging
+    from pymerge.report import MergeReport
+
+__all__ = ["save", "save_coefficients"]
+
+
+def save_coefficients(ada: AdaMerging, path: Path) -> None:
+    """Write the coefficients as they are used; the file is replaced as a whole."""
+    table = ada.raw_coefficients.detach().cpu()
+    if ada.clamp is not None:
+        table = table.clamp(*ada.clamp)
+    layers = dict(zip(ada.layers, ada.grouping.index, strict=True))
+    metadata = {
+        "format": FORMAT,
+        "models": json.dumps(list(ada.names)),
+        "groups": json.dumps(list(ada.grouping.names)),
+        "layers": json.dumps(layers),
+        "fixed": json.dumps([name for name in ada.tensor_names if name not in layers]),
+        "trimmed": json.dumps(ada.trimmed),
+        "density": json.dumps(ada.density),
+    }
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        save_file({"coefficients": table.contiguous()}, part, metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | None:
+    """Write the merged model to the directory `out`, which appears complete or not at all.
+
+    Where the base and all models are checkpoints, they are merged as `pymerge merge` merges files:
+    streamed, in bounded memory, with config and tokenizer files. The coefficients are written to
+    `coefficients` first, and the report holds the config with which `pymerge merge` repeats it.
+    Otherwise the merged tensors are written as `model.safetensors`, layer by layer.
+
+    Args:
+        how: `coefficients`, the file for them (default OUT.coefficients.safetensors), and keyword
+            arguments of `merge_checkpoints`, e.g. memory="1GiB", force=True; without checkpoints
+            only `force` and `shard_size`.
+
+    Raises:
+        RequestError, MergeError: as `merge_checkpoints`.
+    """
+    base, models = ada.inputs
+    if all(isinstance(one, (str, os.PathLike)) for one in (base, *models)):
+        from pymerge.engine.checkpoints import merge_checkpoints
+
+        rest = dict(how)
+        default = out.with_name(f"{out.name}.coefficients.safetensors")
+        coefficients = Path(rest.pop("coefficients", default))
+        save_coefficients(ada, coefficients)
+        config = {
+            "merge_method": "adamerging",
+            "base_model": os.fspath(base),
+            "models": [{"model": os.fspath(one)} for one in models],
+            "parameters": {"coefficients": os.fspath(coefficients)},
+        }
+        return merge_checkpoints(config, out, **rest)
+    unknown = sorted(set(how) - {"force", "shard_size"})
+    if unknown:
+        raise RequestError(
+            f"save: {unknown[0]}: has no effect unless base and models are all paths of checkpoints"
+        )
+    _save_tensors(ada, out, force=bool(how.get("force")), shard_size=how.get("shard_size", "5GB"))
+    return None
+
+
+@torch.no_grad()
+def _save_tensors(ada: AdaMerging, out: Path, *, force: bool, shard_size: int | str) -> None:
+    from pymerge.checkpoint import torch_dtype
+    from pymerge.dtypes import DTYPES
+    from pymerge.output import OutputDirectory, OutputTensor, ShardWriter, plan_layout
+    from pymerge.output.layout import INDEX_NAME
+    from pymerge.sizes import parse_size
+
+    codes = {torch_dtype(code): code for code in DTYPES}
+    fixed = ada.fixed_tensors()
+    kinds = {name: (dtype, shape) for name, dtype, shape in ada.merged_kinds()}
+    kinds |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in fixed.items()}
+    outputs = [OutputTensor(name, codes[kind], shape) for name, (kind, shape) in kinds.items()]
+    layout = plan_layout(outputs, parse_size(shard_size, "shard_size"))
+    with OutputDirectory(out, force=force, inputs=[]) as directory:
+        with ShardWriter(directory.path, layout) as writer:
+            for name in layout.order:
+                tensor = fixed[name] if name in fixed else ada.merged_tensor(name)
+                flat = tensor.detach().cpu().contiguous().view(-1)
+                for start, piece in writer.pieces(name):
+                    piece.tensor().copy_(flat[start : start + piece.numel()])
+            writer.finish()
+        if layout.index is not None:
+            (directory.path / INDEX_NAME).write_bytes(layout.index)
+        directory.commit()
