@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "ada", help="learn merging coefficients without labels (AdaMerging), and merge with them"
     )
     ada.add_argument("config", metavar="CONFIG", help="models, entry point and options (YAML)")
-    ada.add_argument("out", metavar="OUT", help="directory of the merged model; OUT.ada gets the rest")
+    ada.add_argument("out", metavar="OUT", help="directory to write; OUT.ada gets the rest")
     ada.add_argument("--memory", type=_size, default="2GiB", metavar="SIZE", help="of the merge")
     ada.add_argument("--threads", type=_integer(1), metavar="N", help="of the merge")
     ada.add_argument("--restart", action="store_true", help="do not go on from an earlier run")

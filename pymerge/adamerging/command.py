@@ -96,7 +96,9 @@ def _load(path: Path) -> tuple[_Config, LinedYaml]:
 
 
 def _problem(error: Any, document: LinedYaml) -> str:
-    path = tuple(part for part in error["loc"] if part not in ("str", "_Named", "list[str]"))
+    path: tuple[str | int, ...] = tuple(
+        part for part in error["loc"] if part not in ("str", "_Named", "list[str]")
+    )
     known = _Fit.model_fields if path[:1] == ("fit",) and len(path) > 1 else _Config.model_fields
     shown = ".".join(str(part) for part in path)
     where = f"{document.where(path)}: {shown}"
@@ -118,7 +120,9 @@ def _entry(name: str, arguments: Mapping[str, Any], where: str) -> AdaSetup:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        raise RequestError(f"{where}: entry: module {module!r} cannot be imported: {error}") from None
+        raise RequestError(
+            f"{where}: entry: module {module!r} cannot be imported: {error}"
+        ) from None
     call = getattr(found, function, None)
     if not callable(call):
         raise RequestError(

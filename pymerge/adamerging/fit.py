@@ -218,8 +218,8 @@ def endless(loader: Iterable[Any], label: str) -> Iterator[Any]:
             yield batch
         if empty:
             raise RequestError(
-                f"{label}: expected at least one batch, got none (an iterator that has ended cannot "
-                "begin again: give a list or a DataLoader)"
+                f"{label}: expected at least one batch, got none (an iterator that has ended "
+                "cannot begin again: give a list or a DataLoader)"
             )
 
 
@@ -360,9 +360,7 @@ class _Run:
         window = 20
         if patience is None or len(means) < window + patience:
             return False
-        smooth = [
-            sum(means[i : i + window]) / window for i in range(len(means) - window + 1)
-        ]
+        smooth = [sum(means[i : i + window]) / window for i in range(len(means) - window + 1)]
         return min(smooth[-patience:]) > min(smooth[:-patience]) - self.how.min_delta
 
 

@@ -161,9 +161,9 @@ def group_layers(layers: Sequence[str], granularity: Granularity) -> Grouping:
         layers: names of tensors.
         granularity: "layer" (each tensor has coefficients of its own, as in the authors' code),
             "module" (weight and bias of a module share them), "task" (all tensors do), or regular
-            expressions, of which the first that is found in a name counts: tensors in which it finds
-            the same text share coefficients, e.g. [r"layer\\.\\d+\\."]; those in which none is found
-            have their own.
+            expressions, of which the first that is found in a name counts: tensors in which it
+            finds the same text share coefficients, e.g. [r"layer\\.\\d+\\."]; those in which none
+            is found have their own.
     """
     if isinstance(granularity, str):
         keys = {
@@ -184,27 +184,27 @@ def group_layers(layers: Sequence[str], granularity: Granularity) -> Grouping:
 
 
 def _by_expressions(layers: Sequence[str], expressions: list[str]) -> list[str]:
-    compiled = []
-    for number, expression in enumerate(expressions):
-        try:
-            compiled.append(re.compile(expression))
-        except (re.error, TypeError) as error:
-            raise RequestError(
-                f"granularity[{number}]: expected a regular expression, got {expression!r}: {error}"
-            ) from None
+    compiled = [_compiled(expression, number) for number, expression in enumerate(expressions)]
     named = []
     for name in layers:
         found = next((m for e in compiled if (m := e.search(name))), None)
         named.append(name if found is None else f"{found.group(0)}")
-    unused = [
-        e.pattern for e in compiled if not any(e.search(name) is not None for name in layers)
-    ]
+    unused = [e.pattern for e in compiled if not any(e.search(name) is not None for name in layers)]
     if unused:
         raise RequestError(
             f"granularity: expected expressions that are found in a tensor's name; "
             f"{unused[0]!r} is found in none (such as {layers[0]!r})"
         )
     return named
+
+
+def _compiled(expression: str, number: int) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise RequestError(
+            f"granularity[{number}]: expected a regular expression, got {expression!r}: {error}"
+        ) from None
 
 
 def _few(names: Sequence[str]) -> str:

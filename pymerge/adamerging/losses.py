@@ -1,6 +1,6 @@
 """Entropy of predictions: what AdaMerging minimises in place of a loss that needs labels.
 
-    H(x) = - sum_c p_c(x) log p_c(x),  p = softmax(f(x))          Yang et al. 2024, eq. 4
+H(x) = - sum_c p_c(x) log p_c(x),  p = softmax(f(x))          Yang et al. 2024, eq. 4
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["ENTROPIES", "entropy", "entropy_of_each", "find_logits"]
 
 Tensor = torch.Tensor
 
-# "exact": by log_softmax, as the authors' code. "fusion_bench": -sum p log(p + 1e-8), FusionBench's.
+# "exact": by log_softmax, as the authors' code. "fusion_bench": -sum p log(p + 1e-8), as there.
 ENTROPIES = ("exact", "fusion_bench")
 
 
 def find_logits(output: Any, where: str = "logits") -> Tensor:
-    """Return the logits of what a model returned: a tensor, `.logits`, ["logits"] or the first item.
+    """Return the logits of an output: a tensor, its `.logits`, its "logits", or its first item.
 
     Raises:
         RequestError: there is no floating-point tensor of shape [..., classes], classes >= 2.

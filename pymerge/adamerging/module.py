@@ -87,7 +87,7 @@ class Coefficients:
         }
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw a heat map, models by groups. Needs matplotlib (`pip install pymerge-kernels[plot]`)."""
+        """Draw a heat map, models by groups, with matplotlib (`pymerge-kernels[plot]`)."""
         from pymerge.adamerging.show import save_png
 
         save_png(self, Path(path))
@@ -117,6 +117,7 @@ class AdaMerging(nn.Module):
     """
 
     raw_coefficients: nn.Parameter
+    _index: Tensor
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class AdaMerging(nn.Module):
         preset: str = "official",
         *,
         heads: Sequence[Callable[..., Any]] | None = None,
-        clamp: tuple[float, float] | None | str = "preset",
+        clamp: tuple[float, float] | str | None = "preset",
         density: float = 0.2,
         names: Sequence[str] | None = None,
         fixed: str = "equal",
@@ -158,8 +159,8 @@ class AdaMerging(nn.Module):
                 gradient is 0, as that of `torch.clamp`; at the ends it is 1.
             density: share of each task vector that `trimmed` keeps.
             names: of the models, for tables; default those of their paths, or "model 0", ...
-            fixed: what is not merged (buffers; frozen parameters with preset "fusion_bench") must be
-                "equal" in all models, or is taken from the "base" whatever the others have.
+            fixed: what is not merged (buffers; frozen parameters with preset "fusion_bench") must
+                be "equal" in all models, or is taken from the "base" whatever the others have.
             dtype: of the merged tensors; default that of the architecture's.
 
         Raises:
@@ -292,7 +293,7 @@ class AdaMerging(nn.Module):
         if self.clamp is not None:
             table = table.clamp(*self.clamp)
         # Kernels take numbers: one transfer for all layers.
-        return table.cpu().index_select(1, self._buffers["_index"].cpu())
+        return table.cpu().index_select(1, self._index.cpu())
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """Return the merged tensors by name, differentiable in the coefficients."""
@@ -357,9 +358,13 @@ class AdaMerging(nn.Module):
         if heads is None:
             return
         if task is None or not 0 <= task < len(heads):
-            raise RequestError(f"task: expected 0 .. {len(heads) - 1}, one of the heads; got {task}")
+            raise RequestError(
+                f"task: expected 0 .. {len(heads) - 1}, one of the heads; got {task}"
+            )
 
-    def fit(self, loaders: Sequence[Iterable[Any]], steps: int | None = None, **how: Any) -> FitResult:
+    def fit(
+        self, loaders: Sequence[Iterable[Any]], steps: int | None = None, **how: Any
+    ) -> FitResult:
         """Learn the coefficients by minimising the entropy of predictions; see `fit.fit`."""
         from pymerge.adamerging.fit import fit
 
@@ -372,14 +377,12 @@ class AdaMerging(nn.Module):
         if self.clamp is not None:
             table = table.clamp(*self.clamp)
         names = self.grouping.names
-        of = {
-            layer: names[at] for layer, at in zip(self.layers, self.grouping.index, strict=True)
-        }
+        of = {layer: names[at] for layer, at in zip(self.layers, self.grouping.index, strict=True)}
         return Coefficients(table.float(), self.names, names, of)
 
     @torch.no_grad()
     def merged_state_dict(self) -> dict[str, Tensor]:
-        """Return the merged model: what was merged, and the base's buffers and frozen parameters."""
+        """Return the merged model, with the base's buffers and frozen parameters."""
         merged = dict(self._merged())
         known = {**self.fixed_tensors(), **merged}
         state: dict[str, Tensor] = {}
@@ -406,7 +409,7 @@ class AdaMerging(nn.Module):
         return save(self, Path(out), how)
 
     def correlations(self, loaders: Sequence[Iterable[Any]], **how: Any) -> list[TaskCorrelation]:
-        """Return how entropy and loss go together on labelled data; see `statistics.correlations`."""
+        """Return how entropy and loss go together; see `statistics.correlations`."""
         from pymerge.adamerging.statistics import correlations
 
         return correlations(self, loaders, **how)

@@ -1,9 +1,9 @@
 """A merged layer as a differentiable function of its coefficients.
 
 `merged_layer` computes `theta_0 + sum_k lambda_k (theta_k - theta_0)` in one pass over the
-checkpoints (Yang et al. 2024, AdaMerging, eq. 3); its gradient is `d lambda_k = <g, tau_k>`, one pass
-too. Task vectors are formed in registers: nothing is kept but references to the checkpoints. Trimmed
-task vectors (AdaMerging++) come as bit masks and values, see `pymerge.adamerging.packed`.
+checkpoints (Yang et al. 2024, AdaMerging, eq. 3); its gradient is `d lambda_k = <g, tau_k>`, one
+pass too. Task vectors are formed in registers: nothing is kept but references to the checkpoints.
+Trimmed task vectors (AdaMerging++) come as bit masks and values, see `pymerge.adamerging.packed`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from pymerge import _ops as _ops  # declares the in-place ops that these run on
 from pymerge.backends import resolve
 from pymerge.backends.arguments import sums_shape
-from pymerge.backends.sizes import SUM_CHUNK
 
 __all__ = ["merged_layer", "merged_packed_layer"]
 
@@ -57,7 +56,9 @@ def _counters(count: tuple[int, ...], dtype: torch.dtype, like: Tensor, backend:
     return torch.zeros(count, dtype=dtype, device=device)
 
 
-def _forward(coefficients: Tensor, base: Tensor, models: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _forward(
+    coefficients: Tensor, base: Tensor, models: list[Tensor], dtype: torch.dtype
+) -> Tensor:
     backend = resolve(None, base.device).NAME
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     if base.numel() > 0:

@@ -1,8 +1,8 @@
 """Trimmed task vectors for AdaMerging++, stored as bit masks and values.
 
-AdaMerging++ (Yang et al. 2024) replaces each task vector by what TIES keeps of it: trimmed over the
-whole model, and only where its sign is the elected one. A fifth of the elements is left, so K models
-are kept as one bit for each element and, where it is set, the model's own number in the
+AdaMerging++ (Yang et al. 2024) replaces each task vector by what TIES keeps of it: trimmed over
+the whole model, and only where its sign is the elected one. A fifth of the elements is left, so K
+models are kept as one bit for each element and, where it is set, the model's own number in the
 checkpoint's dtype: about 0.5 bytes a parameter and model in bf16. The difference to the base is
 formed when it is used, which is exact where a stored difference would have to be rounded.
 """
@@ -17,7 +17,7 @@ import torch
 
 from pymerge._calls import call
 from pymerge.backends import resolve
-from pymerge.engine.ties import elected_by_zero
+from pymerge.engine.ties import zero_elects
 from pymerge.methods.ties import SEMANTICS, trim_target
 from pymerge.primitives import trim
 from pymerge.select import Part, order_statistics
@@ -78,7 +78,7 @@ def pack_trimmed(
     for _, own, others in parts():
         how = {"weights": [], "weighting": "none", "elect": rule.elect}
         call("ties_signs_", stats, own, list(others), keys, wide=wide, backend=backend, **how)
-    default = elected_by_zero(rule, int(stats[0]))
+    default = zero_elects(rule, int(stats[0]))
     empty = {name: [_nothing(model[name]) for model in models] for name in set(base) - set(names)}
     return empty | {
         name: _pack(base[name], [model[name] for model in models], keys, default) for name in names

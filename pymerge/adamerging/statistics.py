@@ -112,8 +112,8 @@ def correlations(
         loss = torch.cat(losses)
         constant = bool((own == own[0]).all() or (loss == loss[0]).all())
         pair = own.double().numpy(), loss.double().numpy()
-        spearman = float("nan") if constant else float(stats.spearmanr(*pair).statistic)
-        pearson = float("nan") if constant else float(stats.pearsonr(*pair).statistic)
+        spearman = float("nan") if constant else float(stats.spearmanr(*pair)[0])
+        pearson = float("nan") if constant else float(stats.pearsonr(*pair)[0])
         name = named[task] if task < len(named) else f"task {task}"
         found.append(TaskCorrelation(name, spearman, pearson, right / len(own), own, loss))
     return found

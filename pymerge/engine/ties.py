@@ -19,7 +19,7 @@ from pymerge.select import Cut, Part, Workspace, order_statistics, sample_parts
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
-__all__ = ["elected_by_zero", "run_ties"]
+__all__ = ["run_ties", "zero_elects"]
 
 _PLAIN = 6.0  # standard errors from 0 at which a sampled balance of signs is taken for plain
 
@@ -38,7 +38,7 @@ def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
     return {"weights": weights, "weighting": weighting, "merge": merge, "elect": rule.elect}
 
 
-def elected_by_zero(rule: TiesRule, balance: int) -> int:
+def zero_elects(rule: TiesRule, balance: int) -> int:
     """Return what a zero vote elects, given the sum of all elected signs of the scope."""
     if rule.zero == "positive":
         return 1
@@ -169,10 +169,10 @@ def _run_tensors(
             workspace=workspace,
         )
         passes = max(passes, counted)
-        zero_sign = elected_by_zero(rule, 0)
+        zero_sign = zero_elects(rule, 0)
         if _needs_balance(rule):
             signs = merge.signs(work, rule, 0, cuts)
-            zero_sign = elected_by_zero(rule, int(signs[0]))
+            zero_sign = zero_elects(rule, int(signs[0]))
         merge.tensor(work, rule, 0, cuts, zero_sign)
         source.release(work.name)
     return {"selection_passes": passes}
@@ -263,12 +263,12 @@ def _run_global(
                     run_task_arithmetic(work, source, sink, context)
                 else:
                     own, number = rules[work.name], numbers[work.name]
-                    merge.tensor(by_name[work.name], own, number, cuts, elected_by_zero(own, balance))
+                    merge.tensor(by_name[work.name], own, number, cuts, zero_elects(own, balance))
                 source.release(work.name)
         context.settle()
         counted = fetched(context.stats)
         guess, balance, undecided = balance, int(counted[0]), int(counted[1])
-        right = all(elected_by_zero(own, guess) == elected_by_zero(own, balance) for own in rules.values())
+        right = all(zero_elects(own, guess) == zero_elects(own, balance) for own in rules.values())
         # Where nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
         matters = undecided > 0 or any(own.merge == "max" for own in rules.values())
         if right or not matters:

@@ -1,4 +1,4 @@
-"""AdaMerging with coefficients that were learned before: its record, and the file that holds them."""
+"""AdaMerging with coefficients that were learned before: its record, and their file."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ ADAMERGING = MethodSpec(
     title="AdaMerging (learned coefficients)",
     summary="Adds task vectors with a coefficient for each model and tensor, read from a file.",
     formula=(
-        "theta^l = theta_0^l + sum_k w_k lambda_k^l tau_k^l, tau_k = theta_k - theta_0, or what TIES "
-        "keeps of it (++)"
+        "theta^l = theta_0^l + sum_k w_k lambda_k^l tau_k^l, tau_k = theta_k - theta_0, or what "
+        "TIES keeps of it (++)"
     ),
     source="Yang et al., AdaMerging, 2024",
     url="https://arxiv.org/abs/2310.02575",
@@ -126,9 +126,7 @@ ADAMERGING = MethodSpec(
             "File of coefficients, from AdaMerging.save_coefficients or `pymerge ada`.",
             per_tensor=False,
         ),
-        Parameter(
-            "weight", "float", 1.0, "Multiplies the coefficients of model k.", scope="model"
-        ),
+        Parameter("weight", "float", 1.0, "Multiplies the coefficients of model k.", scope="model"),
         NAN,
     ),
     for_tensor=_for_tensor,

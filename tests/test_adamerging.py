@@ -1,0 +1,378 @@
+"""AdaMerging: gradients, the wrapped model, presets, errors."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import pymerge
+from pymerge import AdaMerging, RequestError
+from pymerge.adamerging import merged_layer, merged_packed_layer, pack_trimmed
+from pymerge.adamerging.ops import unpack
+from tests.oracles import official_delta
+
+State = dict[str, torch.Tensor]
+
+
+class Net(nn.Module):
+    """Two layers, a buffer, and a parameter under two names."""
+
+    def __init__(self, width: int = 8, classes: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 16)
+        self.second = nn.Linear(16, classes)
+        self.tied = nn.Linear(width, 16, bias=False)
+        self.tied.weight = self.first.weight
+        self.register_buffer("shift", torch.full((16,), 0.25))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x) + self.tied(x) + self.shift)
+        return self.second(hidden)
+
+
+def make(count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Net, State, list[State]]:
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    models = []
+    for _ in range(count):
+        model = {name: t + 0.1 * torch.randn_like(t) for name, t in base.items()}
+        model |= {"tied.weight": model["first.weight"], "shift": base["shift"]}
+        models.append(model)
+    return net, base, models
+
+
+def layer(
+    count: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(1)
+    base = torch.randn(7, 5, dtype=dtype)
+    return base, [base + torch.randn(7, 5, dtype=dtype) for _ in range(count)]
+
+
+# ------------------------------------------------------------------ gradients of a layer
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0, -0.7, 2.5])
+def test_gradient_of_a_layer(at: float) -> None:
+    base, models = layer()
+    lam = torch.full((3,), at, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c: merged_layer(c, base, models), (lam,))
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0, -0.7])
+def test_gradient_of_a_trimmed_layer(at: float) -> None:
+    base, models = layer()
+    packed = pack_trimmed({"w": base}, [{"w": m} for m in models], density=0.4)["w"]
+    masks, values = [one.mask for one in packed], [one.values for one in packed]
+    lam = torch.full((3,), at, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c: merged_packed_layer(c, base, masks, values), (lam,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (5, 1031), (0, 3)])
+def test_layer_and_gradient_are_the_definition(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    base = torch.randn(shape).to(dtype)
+    models = [(base.float() + 0.1 * torch.randn(shape)).to(dtype) for _ in range(4)]
+    lam = torch.tensor([0.3, 0.0, 1.0, -0.5], requires_grad=True)
+    merged = merged_layer(lam, base, models, dtype=torch.float32)
+    expected = base.float()
+    total = torch.zeros(shape)
+    for weight, model in zip(lam.tolist(), models, strict=True):
+        total = total + weight * (model.float() - base.float())
+    assert torch.equal(merged, expected + total)
+    gradient = torch.randn(shape)
+    merged.backward(gradient)
+    dots = [(gradient.double() * (m.double() - base.double())).sum() for m in models]
+    assert lam.grad is not None
+    torch.testing.assert_close(lam.grad.double(), torch.stack(dots), rtol=1e-6, atol=1e-6)
+
+
+def test_second_derivative_is_refused() -> None:
+    base, models = layer()
+    lam = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    loss = merged_layer(lam, base, models).square().sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, lam, create_graph=True)
+
+
+def test_nothing_is_copied_for_the_backward_pass() -> None:
+    base, models = layer()
+    lam = torch.full((3,), 0.3, requires_grad=True, dtype=torch.float64)
+    merged = merged_layer(lam, base, models)
+    assert merged.grad_fn is not None
+    saved = merged.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (base, *models)]
+
+
+def test_gradient_of_each_layer_is_freed_as_it_goes() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def seen(gradient: torch.Tensor) -> None:
+        nonlocal most
+        alive.append(weakref.ref(gradient))
+        most = max(most, sum(one() is not None for one in alive))
+
+    merged = ada.merged_parameters()
+    for tensor in merged.values():
+        tensor.register_hook(seen)
+    ada.run(merged, (torch.randn(4, 8),), {}).sum().backward()
+    assert len(alive) == 4
+    # A layer's weight and bias may live at once, but not the gradients of the whole model.
+    assert most <= 3
+
+
+# ------------------------------------------------------------------ trimmed task vectors
+
+
+def test_packed_is_what_ties_keeps() -> None:
+    torch.manual_seed(3)
+    base = {"a": torch.randn(33, 7), "b": torch.randn(5), "c": torch.randn(0, 2)}
+    models = [{n: t + torch.randn_like(t) for n, t in base.items()} for _ in range(3)]
+    packed = pack_trimmed(base, models, density=0.2)
+    flat = torch.cat([base[n].flatten() for n in sorted(base)])
+    deltas = torch.stack([torch.cat([m[n].flatten() for n in sorted(base)]) - flat for m in models])
+    own = [
+        torch.cat(
+            [
+                unpack(p.mask, p.values, base[n]).flatten()
+                for n, p in ((n, packed[n][k]) for n in sorted(base))
+            ]
+        )
+        for k in range(3)
+    ]
+    # Their sum is TIES with "sum", and each holds nothing but its own task vector.
+    merged = official_delta(deltas, 0.2, "sum")
+    torch.testing.assert_close(torch.stack(own).sum(0), merged, rtol=0, atol=1e-6)
+    for delta, kept in zip(deltas, own, strict=True):
+        assert torch.equal(kept[kept != 0], delta[kept != 0])
+
+
+def test_packed_keeps_the_dtype_of_the_checkpoint() -> None:
+    torch.manual_seed(3)
+    base = {"a": torch.randn(1000).bfloat16()}
+    models = [{"a": (base["a"] + 0.05 * torch.randn(1000)).bfloat16()}]
+    (packed,) = pack_trimmed(base, models, density=0.2)["a"]
+    assert packed.values.dtype == torch.bfloat16
+    assert packed.nbytes < 0.7 * models[0]["a"].nbytes
+
+
+def test_plus_plus_starts_as_ties_with_sum() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, trimmed=True, init=1.0)
+    names = list(ada.layers)
+    expected = pymerge.ties_merge(
+        {n: base[n] for n in names},
+        [{n: m[n] for n in names} for m in models],
+        semantics="adamerging",
+    )
+    state = ada.merged_state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in names)
+
+
+# ------------------------------------------------------------------ the module
+
+
+def test_its_only_parameter_is_the_table() -> None:
+    net, base, models = make()
+    heads = [nn.Linear(5, 3) for _ in models]
+    ada = AdaMerging(net, base, models, heads=heads)
+    assert [name for name, _ in ada.named_parameters()] == ["raw_coefficients"]
+    assert ada.raw_coefficients.shape == (3, 4)
+    assert not any(p.requires_grad for head in heads for p in head.parameters())
+
+
+def test_calling_it_runs_the_merged_model() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, init=0.4)
+    x = torch.randn(6, 8)
+    names = list(ada.layers)
+    expected = pymerge.task_arithmetic(
+        {n: base[n] for n in names}, [{n: m[n] for n in names} for m in models], weights=0.4
+    )
+    assert torch.equal(ada(x), functional_call(net, expected, (x,)))
+    state = ada.merged_state_dict()
+    assert set(state) == set(net.state_dict())
+    assert torch.equal(state["tied.weight"], state["first.weight"])
+    net.load_state_dict(state)
+    assert torch.equal(net(x), ada(x))
+
+
+def test_heads_by_task() -> None:
+    net, base, models = make()
+    heads = [nn.Linear(5, 3 + k) for k in range(3)]
+    ada = AdaMerging(net, base, models, heads=heads)
+    x = torch.randn(2, 8)
+    assert [ada(x, task=k).shape[-1] for k in range(3)] == [3, 4, 5]
+    for task in (None, 3, -1):
+        with pytest.raises(RequestError, match=r"task: expected 0 \.\. 2"):
+            ada(x, task=task)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_gradient_is_that_of_the_official_construction(trimmed: bool) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, trimmed=trimmed)
+    x = torch.randn(6, 8)
+    ada(x).square().sum().backward()
+    lam = torch.full((3, 4), 0.3, requires_grad=True)
+    if trimmed:
+        packed = pack_trimmed({n: base[n] for n in ada.layers}, models)
+        vectors = {n: [unpack(p.mask, p.values, base[n]) for p in own] for n, own in packed.items()}
+    else:
+        vectors = {n: [m[n] - base[n] for m in models] for n in ada.layers}
+    merged = {
+        n: sum((lam[k, i] * v for k, v in enumerate(vectors[n])), base[n])
+        for i, n in enumerate(ada.layers)
+    }
+    functional_call(net, merged, (x,)).square().sum().backward()
+    torch.testing.assert_close(ada.raw_coefficients.grad, lam.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_clamp_has_the_gradient_of_torch() -> None:
+    net, base, models = make(5)
+    start = [-0.1, 0.0, 0.5, 1.0, 1.1]
+    x = torch.randn(6, 8)
+    free = AdaMerging(net, base, models, "task", init=[0.0, 0.0, 0.5, 1.0, 1.0], clamp=None)
+    cut = AdaMerging(net, base, models, "task", init=start)
+    assert torch.equal(cut(x), free(x))
+    cut(x).sum().backward()
+    free(x).sum().backward()
+    got, full = cut.raw_coefficients.grad, free.raw_coefficients.grad
+    assert got is not None
+    assert full is not None
+    inside = torch.tensor([[0.0], [1.0], [1.0], [1.0], [0.0]])
+    torch.testing.assert_close(got, full * inside)
+    assert cut.coefficients.values.flatten().tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "groups"),
+    [
+        ("task", ["all"]),
+        ("module", ["first", "second"]),
+        ("layer", ["first.weight", "first.bias", "second.weight", "second.bias"]),
+        ([r"^(first|second)\.w"], ["first.w", "first.bias", "second.w", "second.bias"]),
+    ],
+)
+def test_granularity(granularity: Any, groups: list[str]) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, granularity)
+    assert list(ada.grouping.names) == groups
+    ada(torch.randn(2, 8)).sum().backward()
+    assert ada.raw_coefficients.grad is not None
+    assert ada.raw_coefficients.grad.shape == (3, len(groups))
+
+
+def test_works_in_functional_call_autocast_and_gradient_checkpointing() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    x = torch.randn(6, 8)
+    plain = torch.autograd.grad(ada(x).sum(), ada.raw_coefficients)[0]
+    table = torch.full((3, 4), 0.3, requires_grad=True)
+    output = functional_call(ada, {"raw_coefficients": table}, (x,))
+    assert torch.equal(torch.autograd.grad(output.sum(), table)[0], plain)
+    kept = checkpoint(ada, x, use_reentrant=False)
+    assert isinstance(kept, torch.Tensor)
+    assert torch.equal(torch.autograd.grad(kept.sum(), ada.raw_coefficients)[0], plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ada(x)
+    assert low.dtype == torch.bfloat16
+    rounded = torch.autograd.grad(low.float().sum(), ada.raw_coefficients)[0]
+    torch.testing.assert_close(rounded, plain, rtol=0.1, atol=0.1)
+
+
+# torch's own tracer makes an instance of the function, which torch warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_compiles_without_a_graph_break(trimmed: bool) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, trimmed=trimmed)
+    x = torch.randn(6, 8)
+    compiled = torch.compile(lambda value: ada(value), backend="aot_eager", fullgraph=True)
+    output = compiled(x)
+    torch.testing.assert_close(output, ada(x))
+    got = torch.autograd.grad(output.sum(), ada.raw_coefficients)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(ada(x).sum(), ada.raw_coefficients)[0])
+
+
+def test_architecture_may_be_on_the_meta_device() -> None:
+    net, base, models = make()
+    with torch.device("meta"):
+        empty = Net()
+    x = torch.randn(2, 8)
+    assert torch.equal(AdaMerging(empty, base, models)(x), AdaMerging(net, base, models)(x))
+
+
+def test_bf16_checkpoints_stay_in_bf16(tmp_path: Path) -> None:
+    net, base, models = make()
+    small = [{n: t.bfloat16() for n, t in one.items()} for one in (base, *models)]
+    ada = AdaMerging(net, small[0], small[1:])
+    assert ada.nbytes() == sum(4 * t.nbytes for n, t in small[0].items() if n in ada.layers) + 32
+    assert ada(torch.randn(2, 8)).dtype == torch.float32
+
+
+def test_frozen_parameters_and_buffers() -> None:
+    net, base, models = make()
+    net.second.requires_grad_(False)
+    with pytest.raises(RequestError, match=r"models\[0\]\['second.weight'\]: a frozen parameter"):
+        AdaMerging(net, base, models, preset="fusion_bench")
+    ada = AdaMerging(net, base, models, preset="fusion_bench", fixed="base")
+    assert list(ada.layers) == ["first.weight", "first.bias"]
+    assert torch.equal(ada.merged_state_dict()["second.weight"], base["second.weight"])
+    assert len(AdaMerging(net, base, models).layers) == 4  # official: all parameters
+    other = [dict(model) for model in models]
+    other[1]["shift"] = base["shift"] + 1
+    with pytest.raises(RequestError, match=r"models\[1\]\['shift'\]: a buffer is not merged"):
+        AdaMerging(net, base, other)
+
+
+def test_models_that_do_not_fit_are_all_named() -> None:
+    net, base, models = make()
+    bad = [dict(model) for model in models]
+    del bad[0]["first.bias"]
+    bad[1]["second.weight"] = torch.zeros(5, 15)
+    bad[2]["second.bias"] = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(RequestError) as caught:
+        AdaMerging(net, base, bad)
+    text = str(caught.value)
+    assert "models[0]: does not fit the architecture: lacks 'first.bias'" in text
+    assert "models[1]['second.weight']: expected shape (5, 16)" in text
+    assert "models[2]['second.bias']: expected a floating-point tensor, got torch.int64" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "oficial"}, "preset: expected one of official, fusion_bench.*official"),
+        ({"granularity": "layers"}, "granularity: expected 'layer'"),
+        ({"granularity": ["("]}, r"granularity\[0\]: expected a regular expression"),
+        ({"granularity": ["nowhere"]}, "granularity: .*'nowhere' is found in none"),
+        ({"init": [0.1, 0.2]}, r"init: expected a number, 3 numbers"),
+        ({"init": torch.zeros(3, 3)}, r"init: .*table of shape \(3, 4\).*got shape \(3, 3\)"),
+        ({"init": float("nan")}, "init: expected finite numbers"),
+        ({"heads": [nn.Linear(5, 2)]}, "heads: expected 3, one a model; got 1"),
+        ({"clamp": (1.0, 0.0)}, r"clamp: expected \(lowest, highest\)"),
+        ({"density": 1.5}, r"density: expected a number in \[0, 1\]"),
+        ({"names": ["a"]}, "names: expected 3"),
+        ({"fixed": "no"}, "fixed: expected 'equal' or 'base'"),
+        ({"models": []}, "models: expected a list of at least one model"),
+        ({"model": "net"}, "model: expected a module, got str"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    net, base, models = make()
+    arguments = {"model": net, "base": base, "models": models} | change
+    with pytest.raises(RequestError, match=message):
+        AdaMerging(**arguments)

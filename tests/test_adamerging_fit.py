@@ -1,0 +1,470 @@
+"""AdaMerging: learning the coefficients, what is saved, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import nn
+
+import pymerge
+from pymerge import AdaMerging, MergeError, RequestError
+from pymerge.adamerging import entropy, entropy_of_each
+from pymerge.cli import main
+from tests.test_adamerging import Net, State, make
+
+
+def loaders(count: int = 3, batches: int = 4) -> list[list[torch.Tensor]]:
+    torch.manual_seed(7)
+    return [[torch.randn(6, 8) + k for _ in range(batches)] for k in range(count)]
+
+
+def fitted(**how: Any) -> tuple[AdaMerging, Any]:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    result = ada.fit(loaders(), progress=False, **how)
+    return ada, result
+
+
+# ------------------------------------------------------------------ entropy
+
+
+def test_entropy_is_the_definition() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(5, 7, dtype=torch.float64)
+    p = torch.softmax(logits, -1)
+    torch.testing.assert_close(entropy_of_each(logits), -(p * p.log()).sum(-1))
+    expected = -(p * (p + 1e-8).log()).sum(-1)
+    torch.testing.assert_close(entropy_of_each(logits, "fusion_bench"), expected)
+    assert float(entropy(torch.zeros(3, 10))) == pytest.approx(math.log(10))
+
+
+def test_entropy_is_stable() -> None:
+    none = float("-inf")
+    logits = torch.tensor([[1e4, -1e4, none], [0.0, 0.0, none]], requires_grad=True)
+    each = entropy_of_each(logits)
+    assert each.tolist() == [0.0, pytest.approx(math.log(2))]
+    each.sum().backward()
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_entropy_of_tokens_leaves_padding_out() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 9)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    each = entropy_of_each(logits)
+    assert float(entropy(logits, mask=mask)) == pytest.approx(float(each[mask != 0].mean()))
+    drawn = [
+        float(entropy(logits, mask=mask, tokens=2, generator=torch.Generator().manual_seed(s)))
+        for s in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(RequestError, match="mask: expected at least one prediction"):
+        entropy(logits, mask=torch.zeros(2, 4))
+    with pytest.raises(RequestError, match=r"mask: expected shape \(2, 4\)"):
+        entropy(logits, mask=torch.ones(2, 3))
+
+
+# ------------------------------------------------------------------ fit
+
+
+def test_entropy_sinks_and_a_run_repeats() -> None:
+    ada, result = fitted(steps=40, lr=5e-3)
+    assert result.steps == 40
+    assert result.stopped == "steps"
+    assert result.history[-1]["entropy"] < result.history[0]["entropy"]
+    assert len(result.history[0]["tasks"]) == 3
+    again, _ = fitted(steps=40, lr=5e-3)
+    assert torch.equal(ada.raw_coefficients, again.raw_coefficients)
+
+
+def test_a_step_is_that_of_the_official_code() -> None:
+    """Two batches a task, losses added up, one step of Adam, coefficients cut to [0, 1]."""
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    data = loaders()
+    ada.fit(data, steps=3, progress=False)
+    table = nn.Parameter(torch.full((3, 4), 0.3))
+    optimizer = torch.optim.Adam([table], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    position = [0, 0, 0]
+    for _ in range(3):
+        used = table.clamp(0, 1)
+        merged = {
+            name: sum(
+                (used[k, i] * (m[name] - base[name]) for k, m in enumerate(models)), base[name]
+            )
+            for i, name in enumerate(ada.layers)
+        }
+        total = torch.zeros(())
+        for k, own in enumerate(data):
+            for _ in range(2):
+                x = own[position[k] % len(own)]
+                position[k] += 1
+                logits = torch.func.functional_call(net, merged, (x,))
+                total = total - (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean(0)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    # Adam's first steps are of the size lr whatever the gradient: signs must agree, and do.
+    torch.testing.assert_close(ada.raw_coefficients, table, rtol=0, atol=2e-5)
+
+
+def test_both_ways_of_accumulation_agree() -> None:
+    one, _ = fitted(steps=15, accumulate="coefficients")
+    other, _ = fitted(steps=15, accumulate="gradients")
+    torch.testing.assert_close(one.raw_coefficients, other.raw_coefficients, rtol=0, atol=1e-4)
+
+
+def test_merges_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    merges = 0
+    original = ada.merged_parameters
+
+    def counted() -> State:
+        nonlocal merges
+        merges += 1
+        return original()
+
+    monkeypatch.setattr(ada, "merged_parameters", counted)
+    ada.fit(loaders(), steps=4, progress=False)
+    assert merges == 4
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    whole, _ = fitted(steps=12)
+    _, first = fitted(steps=6, checkpoint=state)
+    assert first.steps == 6
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    # The loaders are given as they stand after six steps of two batches: at their beginning.
+    result = ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
+    assert result.steps == 12
+    assert len(result.history) == 12
+    torch.testing.assert_close(ada.raw_coefficients, whole.raw_coefficients, rtol=0, atol=1e-7)
+    done = ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
+    assert done.stopped == "already done"
+    with pytest.raises(RequestError, match=r"checkpoint: .*was made with lr 0.001, now it is 0.01"):
+        ada.fit(loaders(), steps=12, lr=0.01, checkpoint=state, progress=False)
+    save_file({"x": torch.zeros(1)}, state)
+    with pytest.raises(RequestError, match="expected the state of a fit, got another file"):
+        ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
+
+
+def test_it_stops_when_nothing_changes() -> None:
+    _, result = fitted(steps=200, patience=5, min_delta=10.0)
+    assert result.stopped == "patience"
+    assert result.steps < 40
+
+
+def test_mixed_precision() -> None:
+    ada, result = fitted(steps=10, autocast=torch.bfloat16)
+    assert math.isfinite(result.history[-1]["entropy"])
+    assert ada.raw_coefficients.dtype == torch.float32
+
+
+def test_language_model_with_padding() -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.out = nn.Linear(8, 11)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return {"logits": self.out(self.embed(input_ids) * attention_mask.unsqueeze(-1))}
+
+    torch.manual_seed(0)
+    net = Language()
+    base = {n: t.clone() for n, t in net.state_dict().items()}
+    models = [{n: t + 0.3 * torch.randn_like(t) for n, t in base.items()} for _ in range(2)]
+    ids = torch.randint(0, 11, (3, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    ada = AdaMerging(net, base, models)
+    with torch.no_grad():
+        logits = ada(input_ids=ids, attention_mask=mask)["logits"]
+        expected = float(entropy_of_each(logits)[mask != 0].mean())
+    result = ada.fit([[batch], [batch]], steps=8, lr=1e-2, progress=False)
+    assert result.history[0]["tasks"][0] == pytest.approx(expected, rel=1e-5)
+    assert result.history[-1]["entropy"] < result.history[0]["entropy"]
+    assert ada.fit([[batch], [batch]], steps=2, tokens=4, progress=False).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"steps": -1}, "steps: expected an integer >= 0"),
+        ({"lr": 0.0}, "lr: expected a positive number"),
+        ({"batches_per_task": 0}, "batches_per_task: expected an integer >= 1"),
+        ({"entropy": "shannon"}, "entropy: expected one of exact, fusion_bench"),
+        ({"accumulate": "sum"}, "accumulate: expected 'coefficients' or 'gradients'"),
+        ({"autocast": torch.int8}, "autocast: expected torch.bfloat16"),
+        ({"tokens": 0}, "tokens: expected an integer >= 1"),
+        ({"checkpoint": "/nowhere/at/all"}, "checkpoint: the directory /nowhere/at does not exist"),
+        ({"patience": 0}, "patience: expected an integer >= 1"),
+    ],
+)
+def test_bad_arguments(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        fitted(**({"steps": 1} | how))
+
+
+def test_bad_loaders() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    with pytest.raises(RequestError, match=r"loaders\[1\]: expected at least one batch, got none"):
+        ada.fit([[torch.randn(2, 8)], []], steps=1, progress=False)
+    bad = torch.randn(2, 8)
+    bad[1, 3] = float("nan")
+    with pytest.raises(RequestError, match=r"loaders\[0\]: expected finite numbers, got NaN"):
+        ada.fit([[bad]], steps=1, progress=False)
+    with pytest.raises(RequestError, match="inputs: expected batches that are tensors"):
+        ada.fit([["text"]], steps=1, progress=False)
+    with pytest.raises(RequestError, match="loaders: expected a list"):
+        ada.fit([], steps=1, progress=False)
+    headed = AdaMerging(net, base, models, heads=[nn.Identity()] * 3)
+    with pytest.raises(RequestError, match="loaders: expected 3, one for each head; got 1"):
+        headed.fit([[torch.randn(2, 8)]], steps=1, progress=False)
+
+
+def test_outputs_without_classes() -> None:
+    net, base, models = make()
+    one = AdaMerging(net, base, models, heads=[nn.Linear(5, 1)] * 3)
+    x = [[torch.randn(2, 8)]] * 3
+    with pytest.raises(RequestError, match=r"loaders\[0\]: logits: .*at least 2 classes"):
+        one.fit(x, steps=1, progress=False)
+    nothing = AdaMerging(
+        net, base, models, heads=[lambda y: torch.ones(2, 4, requires_grad=True)] * 3
+    )
+    with pytest.raises(RequestError, match="model: expected outputs that depend on the merged"):
+        nothing.fit(x, steps=1, progress=False)
+
+
+def test_a_diverging_run_keeps_the_last_good_coefficients(tmp_path: Path) -> None:
+    net, base, models = make()
+    state = tmp_path / "state.safetensors"
+    calls = 0
+
+    def head(output: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return output * (float("inf") if calls > 3 * 6 else 1.0)
+
+    ada = AdaMerging(net, base, models, heads=[head] * 3)
+    with pytest.raises(
+        MergeError, match="fit: diverged at step 4: the entropy of task 0"
+    ) as caught:
+        ada.fit(loaders(), steps=200, checkpoint=state, progress=False)
+    whole, _ = fitted(steps=2)  # the step before the one that went wrong gave finite entropies
+    assert torch.equal(ada.raw_coefficients, whole.raw_coefficients)
+    kept = load_file(tmp_path / "state.last-good.safetensors")["coefficients"]
+    assert torch.equal(kept, ada.raw_coefficients.detach())
+    assert str(tmp_path) in str(caught.value)
+
+
+# ------------------------------------------------------------------ statistics and pictures
+
+
+def test_correlations_are_those_of_scipy() -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, names=["a", "b", "c"])
+    torch.manual_seed(0)
+    data = [[(x, torch.randint(0, 5, (6,))) for x in own] for own in loaders()]
+    found = ada.correlations(data)
+    assert [one.task for one in found] == ["a", "b", "c"]
+    assert found[0].examples == 24
+    with torch.no_grad():
+        logits = torch.cat([ada(x) for x, _ in data[1]])
+        wanted = torch.cat([y for _, y in data[1]])
+    each = entropy_of_each(logits)
+    loss = nn.functional.cross_entropy(logits, wanted, reduction="none")
+    assert found[1].spearman == pytest.approx(stats.spearmanr(each, loss)[0], abs=1e-6)
+    assert found[1].pearson == pytest.approx(stats.pearsonr(each, loss)[0], abs=1e-6)
+    assert found[1].accuracy == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
+    with pytest.raises(RequestError, match="expected at least two examples, got 0"):
+        ada.correlations([[]])
+    with pytest.raises(RequestError, match="labels: expected batches"):
+        ada.correlations([[torch.randn(2, 8)]])
+
+
+def test_table_and_heat_maps(tmp_path: Path) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, names=["<a>", "b", "c"], init=[0.1, 0.2, 0.3])
+    table = ada.coefficients
+    assert table.of("second.bias") == pytest.approx([0.1, 0.2, 0.3])
+    assert table.to_dict()["b"]["first.weight"] == pytest.approx(0.2)
+    assert "first.weight" in str(table)
+    assert "0.3000" in str(table)
+    table.save_png(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    table.save_html(tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    assert "&lt;a&gt;" in page
+    assert "0.3000" in page
+    assert "<script" not in page
+    with pytest.raises(RequestError, match=r"layer: there is no merged tensor 'second.bia'"):
+        table.of("second.bia")
+
+
+# ------------------------------------------------------------------ saving
+
+
+def checkpoints(folder: Path) -> tuple[Net, str, list[str]]:
+    net, base, models = make(dtype=torch.float32)
+    paths = []
+    for name, state in [("base", base), *((f"m{k}", m) for k, m in enumerate(models))]:
+        (folder / name).mkdir()
+        kept = {n: t.bfloat16().contiguous() for n, t in state.items() if n != "tied.weight"}
+        save_file(kept, folder / name / "model.safetensors")
+        paths.append(str(folder / name))
+    return net, paths[0], paths[1:]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_saving_checkpoints_streams_the_same_bytes(tmp_path: Path, trimmed: bool) -> None:
+    net, base, models = checkpoints(tmp_path)
+    ada = AdaMerging(net, base, models, trimmed=trimmed, dtype=torch.bfloat16, fixed="base")
+    with torch.no_grad():
+        ada.raw_coefficients.uniform_(-0.2, 1.3, generator=torch.Generator().manual_seed(0))
+    report = ada.save(tmp_path / "out")
+    assert report is not None
+    assert report.method == "adamerging"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    state = ada.merged_state_dict()
+    assert set(written) == set(state) - {"tied.weight"}
+    for name, tensor in written.items():
+        assert torch.equal(tensor, state[name]), name
+    # The coefficients alone repeat the merge.
+    config = {
+        "merge_method": "adamerging",
+        "base_model": base,
+        "models": [{"model": path} for path in models],
+        "parameters": {"coefficients": str(tmp_path / "out.coefficients.safetensors")},
+    }
+    pymerge.merge_checkpoints(config, tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_saving_tensors(tmp_path: Path) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    assert ada.save(tmp_path / "out") is None
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    state = ada.merged_state_dict()
+    assert set(written) == set(state) - {"tied.weight"}
+    assert all(torch.equal(written[name], state[name]) for name in written)
+    with pytest.raises(RequestError, match="out"):
+        ada.save(tmp_path / "out")
+    with pytest.raises(RequestError, match="save: memory: has no effect"):
+        ada.save(tmp_path / "other", memory="1GiB")
+
+
+def test_coefficients_of_something_else(tmp_path: Path) -> None:
+    net, base, models = checkpoints(tmp_path)
+    ada = AdaMerging(net, base, models, fixed="base")
+    path = tmp_path / "lam.safetensors"
+    ada.save_coefficients(path)
+    config: dict[str, Any] = {
+        "merge_method": "adamerging",
+        "base_model": base,
+        "models": [{"model": models[0]}],
+        "parameters": {"coefficients": str(path)},
+    }
+    with pytest.raises(RequestError, match=r"has those of 3 models .*but 1 are given"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    config["parameters"]["coefficients"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(RequestError, match=r"none.safetensors: cannot be read"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    config["parameters"]["coefficients"] = str(Path(base) / "model.safetensors")
+    with pytest.raises(RequestError, match=r"expected a file of AdaMerging.save_coefficients"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    state = dict(zip("ab", ({"w": torch.ones(2)}, {"w": torch.ones(2)}), strict=True))
+    with pytest.raises(RequestError, match="has none for tensor 'w'"):
+        pymerge.merge("adamerging", state["a"], [state["b"]] * 3, coefficients=str(path))
+
+
+# ------------------------------------------------------------------ the command
+
+_ENTRY = """
+import torch
+from tests.test_adamerging import Net
+def setup(width):
+    torch.manual_seed(5)
+    y = torch.randint(0, 5, (6,))
+    x = [[(torch.randn(6, width) + k, y) for _ in range(3)] for k in range(3)]
+    return {"model": Net(width), "loaders": x, "labelled": x}
+"""
+
+
+def ada_config(folder: Path, **more: Any) -> Path:
+    _, base, models = checkpoints(folder)
+    config = {
+        "base_model": base,
+        "models": [models[0], {"model": models[1], "name": "second"}, models[2]],
+        "entry": "ada_entry:setup",
+        "arguments": {"width": 8},
+        "fixed": "base",
+        "fit": {"steps": 5, "lr": 0.01},
+    } | more
+    path = folder / "ada.yml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, out = ada_config(tmp_path), tmp_path / "out"
+    assert main(["ada", str(config), str(out)]) == 0
+    assert "5 steps: mean entropy" in capsys.readouterr().out
+    side = tmp_path / "out.ada"
+    assert len(json.loads((side / "history.json").read_text())) == 5
+    assert list(json.loads((side / "coefficients.json").read_text())) == ["m0", "second", "m2"]
+    assert len(json.loads((side / "correlations.json").read_text())) == 3
+    assert {"coefficients.html", "coefficients.png", "state.safetensors"} <= {
+        p.name for p in side.iterdir()
+    }
+    assert "first.weight" in load_file(out / "model.safetensors")
+    assert main(["ada", str(config), str(out), "--quiet"]) == 2  # OUT is there
+    assert main(["ada", str(config), str(out), "--quiet", "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"entry": "nothing"}, "entry: expected package.module:function"),
+        ({"entry": "no_such_module_at_all:f"}, "module 'no_such_module_at_all' cannot be imported"),
+        ({"entry": "ada_entry:setpu"}, "has no function 'setpu'"),
+        ({"entry": "builtins:dict"}, "must return a dictionary with model and loaders"),
+        ({"steps": 3}, "steps: unknown key"),
+        ({"fit": {"step": 3}}, "fit.step: unknown key.*steps"),
+        ({"fit": {"autocast": "int8"}}, "fit.autocast: expected one of bfloat16"),
+        ({"models": []}, "models: "),
+        ({"base_model": 3}, "base_model: "),
+    ],
+)
+def test_command_with_a_bad_config(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["ada", str(ada_config(tmp_path, **more)), str(tmp_path / "out")]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
