@@ -17,6 +17,9 @@ from pymerge.checkpoint import dtype_code
 
 State = dict[str, torch.Tensor]
 
+# Methods that need files beside the models; they have tests of their own.
+NEED_FILES = {"adamerging"}
+
 INDEX = "model.safetensors.index.json"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

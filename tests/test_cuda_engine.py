@@ -18,7 +18,11 @@ from tests.host_device import HostDevice
 from tests.test_cuda_host import launches, library, pytestmark  # noqa: F401
 from tests.test_methods import number_of_models, parameters_of
 
-HERE = [name for name, spec in METHODS.items() if "cuda" in spec.backends]
+HERE = [
+    name
+    for name, spec in METHODS.items()
+    if "cuda" in spec.backends and name not in models.NEED_FILES
+]
 SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=1 << 20)
 
 

@@ -19,7 +19,11 @@ from tests.test_methods import number_of_models, parameters_of
 # PYMERGE_REQUIRE=cuda makes a missing backend an error (tests/conftest.py).
 pytestmark = pytest.mark.skipif(cuda.reason() is not None, reason=f"cuda: {cuda.reason()}")
 
-HERE = [name for name, spec in METHODS.items() if "cuda" in spec.backends]
+HERE = [
+    name
+    for name, spec in METHODS.items()
+    if "cuda" in spec.backends and name not in models.NEED_FILES
+]
 
 
 def run(config: Path, out: Path, *options: str) -> dict[str, Any]:

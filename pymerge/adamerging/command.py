@@ -103,7 +103,7 @@ def _problem(error: Any, document: LinedYaml) -> str:
     shown = ".".join(str(part) for part in path)
     where = f"{document.where(path)}: {shown}"
     if error["type"] == "extra_forbidden":
-        hint = nearest(str(path[-1]), known)
+        hint = nearest(shown.rpartition(".")[2], known)
         return f"{where}: unknown key{hint} (known: {', '.join(known)})"
     if error["type"] == "missing":
         return f"{document.name}: {shown}: is missing"

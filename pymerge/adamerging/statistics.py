@@ -41,6 +41,11 @@ class TaskCorrelation:
         return len(self.entropies)
 
 
+def _first(result: Any) -> float:
+    """Return the correlation of a result of scipy, which comes with a p-value."""
+    return float(result[0])
+
+
 def _labels(batch: Any) -> Tensor:
     if isinstance(batch, dict):
         for name in ("labels", "label", "targets", "target"):
@@ -112,8 +117,8 @@ def correlations(
         loss = torch.cat(losses)
         constant = bool((own == own[0]).all() or (loss == loss[0]).all())
         pair = own.double().numpy(), loss.double().numpy()
-        spearman = float("nan") if constant else float(stats.spearmanr(*pair)[0])
-        pearson = float("nan") if constant else float(stats.pearsonr(*pair)[0])
+        spearman = float("nan") if constant else _first(stats.spearmanr(*pair))
+        pearson = float("nan") if constant else _first(stats.pearsonr(*pair))
         name = named[task] if task < len(named) else f"task {task}"
         found.append(TaskCorrelation(name, spearman, pearson, right / len(own), own, loss))
     return found
