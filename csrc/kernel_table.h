@@ -13,7 +13,7 @@
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 4;
+constexpr uint32_t kAbiVersion = 6;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -273,6 +273,26 @@ struct SumsArgs {
   const double* reals;  // of kPcbExp: floats
 };
 
+// Trimmed task vectors as bit masks and values: bit i of masks[k][j] says whether model k keeps
+// element 32 j + i; models[k] are what it keeps, offsets[k][c] of them before chunk c of kSumChunk
+// elements (num_chunks + 1 offsets). t_k = models[k] - base there, 0 elsewhere.
+// out = base + sum_k weights[k] t_k, or partials[k][c] = sum gradient t_k as kDots of SumsArgs.
+struct PackedArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  const uint32_t* const* masks;
+  const int64_t* const* offsets;
+  Operand gradient;    // of the dot products
+  MutableOperand out;  // data == null: dot products
+  const double* weights;
+  int64_t num_chunks;
+  double* partials;  // null: the sum
+};
+
 // ranks[k][i] = rank of |models[k] - base| among the elements of its row of `columns`, from 0; of
 // equal magnitudes, that of the lower index is the smaller. Less than 2^31 columns.
 struct RanksArgs {
@@ -325,6 +345,7 @@ struct KernelTable {
   Status (*pointwise)(const PointwiseArgs*) = nullptr;
   Status (*chunk_sums)(const SumsArgs*) = nullptr;
   Status (*pcb)(const PcbArgs*) = nullptr;
+  Status (*packed)(const PackedArgs*) = nullptr;  // null on CUDA
   Status (*row_ranks)(const RanksArgs*) = nullptr;
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
 };

@@ -71,9 +71,8 @@ def test_gradient_of_a_layer(at: float) -> None:
 def test_gradient_of_a_trimmed_layer(at: float) -> None:
     base, models = layer()
     packed = pack_trimmed({"w": base}, [{"w": m} for m in models], density=0.4)["w"]
-    masks, values = [one.mask for one in packed], [one.values for one in packed]
     lam = torch.full((3,), at, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda c: merged_packed_layer(c, base, masks, values), (lam,))
+    assert torch.autograd.gradcheck(lambda c: merged_packed_layer(c, base, packed), (lam,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -157,6 +156,30 @@ def test_packed_is_what_ties_keeps() -> None:
     torch.testing.assert_close(torch.stack(own).sum(0), merged, rtol=0, atol=1e-6)
     for delta, kept in zip(deltas, own, strict=True):
         assert torch.equal(kept[kept != 0], delta[kept != 0])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (1024,), (1025,), (33, 67), (3, 40000)])
+def test_packed_gives_the_bits_of_dense_task_vectors(
+    kind: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(5)
+    base = torch.randn(shape).to(kind)
+    models = [(base.double() + 0.2 * torch.randn(shape).double()).to(kind) for _ in range(3)]
+    packed = pack_trimmed({"w": base}, [{"w": model} for model in models])["w"]
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    dense = [unpack(one.mask, one.values, base) for one in packed]
+    assert all(one.offsets[-1] == one.values.numel() for one in packed)
+    lam = torch.tensor([0.3, 1.0, -0.7], dtype=wide, requires_grad=True)
+    merged = merged_packed_layer(lam, base, packed)
+    total = torch.zeros(shape, dtype=wide)
+    for weight, delta in zip(lam.tolist(), dense, strict=True):
+        total = total + torch.tensor(weight, dtype=wide) * delta
+    assert torch.equal(merged, (base.to(wide) + total).to(kind))
+    gradient = torch.randn(shape).to(kind)
+    merged.backward(gradient)
+    dots = torch.stack([(gradient.double() * delta.double()).sum() for delta in dense])
+    torch.testing.assert_close(lam.grad, dots.to(wide), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_keeps_the_dtype_of_the_checkpoint() -> None:

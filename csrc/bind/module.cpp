@@ -397,6 +397,36 @@ void pcb(const py::tuple& common, Address out, uintptr_t stats, uintptr_t scores
   call(&KernelTable::pcb, args, "pcb", all.device);
 }
 
+// With partials their dot products with the gradient, else their weighted sum.
+void packed(Address base, const std::vector<Address>& values, const std::vector<uintptr_t>& masks,
+            const std::vector<uintptr_t>& offsets, int64_t numel, int32_t compute, Address out,
+            const std::vector<double>& weights, Address gradient, uintptr_t partials,
+            int64_t num_chunks) {
+  const std::vector<Operand> kept = operands(values);
+  require_size("masks", masks.size(), kept.size());
+  require_size("offsets", offsets.size(), kept.size());
+  if (partials == 0) require_size("weights", weights.size(), kept.size());
+  std::vector<const uint32_t*> words;
+  std::vector<const int64_t*> starts;
+  for (uintptr_t mask : masks) words.push_back(pointer<uint32_t>(mask));
+  for (uintptr_t offset : offsets) starts.push_back(pointer<int64_t>(offset));
+  PackedArgs args{};
+  args.execution = execution(0, -1, 0);
+  args.compute = static_cast<Dtype>(compute);
+  args.num_models = static_cast<int32_t>(kept.size());
+  args.numel = numel;
+  args.base = operand(base);
+  args.models = kept.data();
+  args.masks = words.data();
+  args.offsets = starts.data();
+  args.gradient = operand(gradient);
+  args.out = output(out);
+  args.weights = weights.data();
+  args.num_chunks = num_chunks;
+  args.partials = pointer<double>(partials);
+  call(&KernelTable::packed, args, "packed", -1);
+}
+
 void row_ranks(const py::tuple& common, uintptr_t ranks, int64_t stride, int64_t columns) {
   const Common all(common);
   RanksArgs args{};
@@ -465,6 +495,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pointwise", &pointwise);
   m.def("chunk_sums", &chunk_sums);
   m.def("pcb", &pcb);
+  m.def("packed", &packed);
   m.def("row_ranks", &row_ranks);
   m.def("row_weighted_sum", &row_weighted_sum);
 }

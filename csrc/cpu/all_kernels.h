@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels_magnitude.h"
+#include "cpu/kernels_packed.h"
 #include "cpu/kernels_pcb.h"
 #include "cpu/kernels_pointwise.h"
 #include "cpu/kernels_rows.h"
@@ -22,6 +23,7 @@ void fill_table(KernelTable& table) {
   table.pointwise = pointwise;
   table.chunk_sums = chunk_sums;
   table.pcb = pcb;
+  table.packed = packed;
   table.row_ranks = row_ranks;
   table.row_weighted_sum = row_weighted_sum;
 }

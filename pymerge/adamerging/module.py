@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from pymerge.adamerging.layers import Granularity, group_layers, load_tensors, match_layers
 from pymerge.adamerging.ops import merged_layer, merged_packed_layer
-from pymerge.adamerging.packed import Packed, pack_trimmed
+from pymerge.adamerging.packed import pack_trimmed
 from pymerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -310,9 +310,7 @@ class AdaMerging(nn.Module):
         if packed is None:
             models = [model[name] for model in self._plain["models"]]
             return merged_layer(column, base, models, dtype=dtype)
-        own: list[Packed] = packed[name]
-        masks, values = [one.mask for one in own], [one.values for one in own]
-        return merged_packed_layer(column, base, masks, values, dtype=dtype)
+        return merged_packed_layer(column, base, packed[name], dtype=dtype)
 
     def merged_tensor(self, name: str) -> Tensor:
         """Return one merged tensor, differentiable in the coefficients."""
@@ -435,8 +433,7 @@ class AdaMerging(nn.Module):
         plain["models"] = [{n: moved(t) for n, t in model.items()} for model in plain["models"]]
         if plain["packed"] is not None:
             plain["packed"] = {
-                name: [Packed(moved(one.mask), moved(one.values)) for one in own]
-                for name, own in plain["packed"].items()
+                name: [one.to(device) for one in own] for name, own in plain["packed"].items()
             }
         if not any(p.is_meta for p in plain["architecture"].parameters()):
             plain["architecture"].to(device)

@@ -9,13 +9,18 @@ Trimmed task vectors (AdaMerging++) come as bit masks and values, see `pymerge.a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pymerge import _ops as _ops  # declares the in-place ops that these run on
 from pymerge.backends import resolve
 from pymerge.backends.arguments import sums_shape
+from pymerge.backends.cpu_packed import packed_dots, packed_sum
+from pymerge.backends.sizes import SUM_CHUNK
+
+if TYPE_CHECKING:
+    from pymerge.adamerging.packed import Packed
 
 __all__ = ["merged_layer", "merged_packed_layer"]
 
@@ -33,12 +38,12 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "merged_packed_layer(Tensor coefficients, Tensor base, Tensor[] masks, Tensor[] values, "
-    "ScalarType dtype) -> Tensor",
+    "Tensor[] offsets, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "merged_packed_layer_dots(Tensor gradient, Tensor base, Tensor[] masks, Tensor[] values) "
-    "-> Tensor",
+    "merged_packed_layer_dots(Tensor gradient, Tensor base, Tensor[] masks, Tensor[] values, "
+    "Tensor[] offsets) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -111,20 +116,39 @@ def _forward_packed(
     base: Tensor,
     masks: list[Tensor],
     values: list[Tensor],
+    offsets: list[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    wide = torch.float64 if _wide(coefficients, base, *values) else torch.float32
-    total = torch.zeros(base.shape, dtype=wide, device=base.device)
-    for weight, mask, own in zip(coefficients.tolist(), masks, values, strict=True):
+    wide = _wide(coefficients, base, *values)
+    weights = coefficients.detach().tolist()
+    if resolve(None, base.device).NAME == "cpu":
+        out = torch.empty(base.shape, dtype=dtype, device=base.device)
+        if base.numel() > 0:
+            packed_sum(out.view(-1), _flat(base), masks, values, offsets, weights, wide)
+        return out
+    kind = torch.float64 if wide else torch.float32
+    total = torch.zeros(base.shape, dtype=kind, device=base.device)
+    for weight, mask, own in zip(weights, masks, values, strict=True):
         # One product and one sum an element, in the order of the models, as the kernels do it.
-        total = total + unpack(mask, own, base).to(wide) * torch.tensor(weight, dtype=wide)
-    return (base.detach().to(wide) + total).to(dtype)
+        total = total + unpack(mask, own, base).to(kind) * torch.tensor(weight, dtype=kind)
+    return (base.detach().to(kind) + total).to(dtype)
 
 
 def _dots_packed(
-    gradient: Tensor, base: Tensor, masks: list[Tensor], values: list[Tensor]
+    gradient: Tensor,
+    base: Tensor,
+    masks: list[Tensor],
+    values: list[Tensor],
+    offsets: list[Tensor],
 ) -> Tensor:
     result = torch.zeros(len(masks), dtype=torch.float64)
+    if base.numel() == 0:
+        return result
+    if resolve(None, base.device).NAME == "cpu":
+        partials = torch.zeros(len(masks), -(-base.numel() // SUM_CHUNK), dtype=torch.float64)
+        wide = _wide(gradient, base, *values)
+        packed_dots(partials, _flat(gradient), _flat(base), masks, values, offsets, wide)
+        return partials.sum(dim=1)
     for k, (mask, own) in enumerate(zip(masks, values, strict=True)):
         delta = unpack(mask, own, base).double()
         result[k] = torch.dot(delta.reshape(-1), gradient.detach().double().reshape(-1)).cpu()
@@ -185,21 +209,21 @@ class _MergedPackedLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(base, *packed)
         ctx.like = (coefficients.dtype, coefficients.device)
-        half = len(packed) // 2
-        masks, values = list(packed[:half]), list(packed[half:])
-        return torch.ops.pymerge.merged_packed_layer(coefficients, base, masks, values, dtype)
+        return torch.ops.pymerge.merged_packed_layer(coefficients, base, *_parts(packed), dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         _refuse_second(gradient)
         base, *packed = ctx.saved_tensors
-        half = len(packed) // 2
-        dots = torch.ops.pymerge.merged_packed_layer_dots(
-            gradient, base, packed[:half], packed[half:]
-        )
+        dots = torch.ops.pymerge.merged_packed_layer_dots(gradient, base, *_parts(packed))
         kind, device = ctx.like
         return (dots.to(device=device, dtype=kind), None, None, *[None] * len(packed))
+
+
+def _parts(packed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return masks, values and offsets of all models, which come model by model."""
+    return list(packed[0::3]), list(packed[1::3]), list(packed[2::3])
 
 
 def merged_layer(
@@ -236,16 +260,16 @@ def merged_layer(
 def merged_packed_layer(
     coefficients: Tensor,
     base: Tensor,
-    masks: Sequence[Tensor],
-    values: Sequence[Tensor],
+    packed: Sequence[Packed],
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the same of trimmed task vectors that are stored as bit masks and values.
 
     Args:
-        masks, values: of each model; see `pymerge.adamerging.packed.Packed`.
+        packed: of each model; see `pymerge.adamerging.packed`.
     """
-    result = _MergedPackedLayer.apply(coefficients, dtype or base.dtype, base, *masks, *values)
+    tensors = [tensor for own in packed for tensor in own.tensors]
+    result = _MergedPackedLayer.apply(coefficients, dtype or base.dtype, base, *tensors)
     assert isinstance(result, Tensor)
     return result

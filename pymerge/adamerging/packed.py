@@ -17,6 +17,7 @@ import torch
 
 from pymerge._calls import call
 from pymerge.backends import resolve
+from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.engine.ties import zero_elects
 from pymerge.methods.ties import SEMANTICS, trim_target
 from pymerge.primitives import trim
@@ -33,15 +34,40 @@ class Packed:
     """One trimmed task vector of one tensor.
 
     mask: int32 words [ceil(n / 32)]; bit i of word j is element 32 j + i. values: [kept], the
-    model's numbers in its own dtype.
+    model's numbers in its own dtype. offsets: int64 [ceil(n / 1024) + 1], how many are kept before
+    each chunk of 1024 elements.
     """
 
     mask: Tensor
     values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, values: Tensor, numel: int) -> Packed:
+        """Make one of a mask and the values that it keeps of `numel` elements."""
+        chunks = -(-numel // SUM_CHUNK)
+        bits = torch.zeros(chunks * (SUM_CHUNK // 32), dtype=torch.int32, device=mask.device)
+        bits[: mask.numel()] = mask
+        # How many bits are set in each word, by adding up ever wider fields.
+        bits = bits.long() & 0xFFFFFFFF
+        for width, field in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F)):
+            bits = (bits & field) + ((bits >> width) & field)
+        counts = ((bits * 0x01010101) >> 24) & 0xFF
+        offsets = torch.zeros(chunks + 1, dtype=torch.int64, device=mask.device)
+        offsets[1:] = counts.view(chunks, SUM_CHUNK // 32).sum(dim=1).cumsum(0)
+        return cls(mask, values, offsets)
+
+    def to(self, device: torch.device) -> Packed:
+        """Return the same on a device."""
+        return Packed(self.mask.to(device), self.values.to(device), self.offsets.to(device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mask, self.values, self.offsets
 
     @property
     def nbytes(self) -> int:
-        return self.mask.nbytes + self.values.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def pack_trimmed(
@@ -100,7 +126,10 @@ def _pack(base: Tensor, models: Sequence[Tensor], keys: list[int], default: int)
             kept = torch.where(positive, delta > 0, delta < 0)
             masks[k].append(_words(kept))
             values[k].append(others[k][tile][kept])
-    return [Packed(torch.cat(m), torch.cat(v)) for m, v in zip(masks, values, strict=True)]
+    return [
+        Packed.of(torch.cat(m), torch.cat(v), own.numel())
+        for m, v in zip(masks, values, strict=True)
+    ]
 
 
 def _words(kept: Tensor) -> Tensor:
@@ -114,9 +143,8 @@ def _words(kept: Tensor) -> Tensor:
 
 
 def _nothing(model: Tensor) -> Packed:
-    return Packed(
-        torch.zeros(0, dtype=torch.int32, device=model.device), model.detach().reshape(-1)[:0]
-    )
+    mask = torch.zeros(0, dtype=torch.int32, device=model.device)
+    return Packed.of(mask, model.detach().reshape(-1)[:0], 0)
 
 
 def _flat(tensor: Tensor) -> Tensor:
