@@ -15,6 +15,8 @@ import numpy as np
 from pymerge._calls import Counters, call
 from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import BACKENDS
+from pymerge.engine.data_driven import METHODS as DATA_METHODS
+from pymerge.engine.data_driven import run_data_driven
 from pymerge.engine.geometry import run_geometry
 from pymerge.engine.pcb import run_pcb
 from pymerge.engine.pointwise import emr_rescaler, run_pointwise
@@ -129,6 +131,8 @@ def execute(
         statistics = run_ties(works, source, sink, context)
     elif method == "pcb":
         run_pcb(works, source, sink, context)
+    elif method in DATA_METHODS:
+        run_data_driven(works, source, sink, context)
     elif method in WHOLE_METHODS:
         run_whole(works, source, sink, context)
     else:
