@@ -31,7 +31,7 @@ def fisher(
             continue
         information = torch.stack([fisher[name].double() for fisher in fishers])
         norms = []
-        for k, each in enumerate(fishers):
+        for each in fishers:
             of = [each[name]] if normalize == "tensor" else [each[n] for n in names]
             norm = torch.cat([part.double().flatten() for part in of]).norm()
             norms.append(norm + (floor if rule == "add" else 0.0))
@@ -42,9 +42,7 @@ def fisher(
         elif rule == "max":
             information = torch.maximum(information, torch.tensor(floor, dtype=torch.float64))
         else:
-            information[0] = torch.maximum(
-                information[0], torch.tensor(floor, dtype=torch.float64)
-            )
+            information[0] = torch.maximum(information[0], torch.tensor(floor, dtype=torch.float64))
         counted = own * information
         merged[name] = (counted * values).sum(0) / counted.sum(0)
     return merged

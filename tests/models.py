@@ -213,5 +213,5 @@ def elementwise(
 
 def load_one(directory: Path) -> State:
     """Return the tensors of the model in a directory that has other safetensors files too."""
-    weights = [path for path in directory.glob("model*.safetensors")]
-    return {name: tensor for path in sorted(weights) for name, tensor in load_file(path).items()}
+    weights = sorted(directory.glob("model*.safetensors"))
+    return {name: tensor for path in weights for name, tensor in load_file(path).items()}

@@ -250,7 +250,7 @@ def test_what_no_fisher_information_can_be_collected_from(
     given = {"loader": loader()} | options
     with pytest.raises(pymerge.RequestError, match=message):
         pymerge.collect_fisher(seeded(Net), **given)
-    with pytest.raises(pymerge.RequestError, match="expected a torch.nn.Module"):
+    with pytest.raises(pymerge.RequestError, match=r"expected a torch\.nn\.Module"):
         pymerge.collect_fisher("model", loader())  # type: ignore[arg-type]
     with pytest.raises(pymerge.RequestError, match="requires gradients"):
         pymerge.collect_fisher(seeded(Net).requires_grad_(False), loader())
@@ -265,10 +265,13 @@ def test_gram_is_the_mean_of_what_layers_see() -> None:
     x = examples()[0].double()
     twin = copy.deepcopy(model).double().eval()
     inner = torch.tanh(twin.norm(twin.first(x - twin.mean))) * 2
-    close(found, {
-        "first.weight": (x - twin.mean).T @ (x - twin.mean) / 11,
-        "last.weight": (inner.T @ inner / 11).detach(),
-    })
+    close(
+        found,
+        {
+            "first.weight": (x - twin.mean).T @ (x - twin.mean) / 11,
+            "last.weight": (inner.T @ inner / 11).detach(),
+        },
+    )
     assert torch.equal(found["last.weight"], found["last.weight"].T)
     assert (found.record.kind, found.record.examples, found.record.tokens) == ("gram", 11, 11)
     whole = pymerge.collect_gram(model, loader(11), accumulate=torch.float32)
@@ -376,7 +379,11 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
         "whole": (metadata, {"w": torch.ones(2, dtype=torch.int64)}, "dtype torch.int64"),
         "damaged": (metadata | {"pymerge_statistics": "{"}, {"w": torch.ones(2)}, "damaged"),
         "later": (
-            {"pymerge_statistics": metadata["pymerge_statistics"].replace('"version": 1', '"version": 9')},
+            {
+                "pymerge_statistics": metadata["pymerge_statistics"].replace(
+                    '"version": 1', '"version": 9'
+                )
+            },
             {"w": torch.ones(2)},
             "format 9",
         ),
@@ -399,7 +406,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
         pymerge.load_statistics(saved, kind="gram")
     with pytest.raises(pymerge.RequestError, match="expected ModelStatistics"):
         pymerge.save_statistics(tmp_path, {"w": torch.ones(2)})  # type: ignore[arg-type]
-    with pytest.raises(pymerge.RequestError, match="ending in .safetensors"):
+    with pytest.raises(pymerge.RequestError, match=r"ending in \.safetensors"):
         pymerge.save_statistics(tmp_path / "x.bin", good)
     with pytest.raises(pymerge.MergeError, match="cannot be written"):
         pymerge.save_statistics(tmp_path / "no" / "x.safetensors", good)

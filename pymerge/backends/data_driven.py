@@ -33,7 +33,7 @@ def fisher(
     floor: float,
     floor_rule: str,
 ) -> Tensor:
-    """Fisher merging (Matena and Raffel 2022, eq. 3): sum c F theta / sum c F, per element.
+    """Fisher merging (Matena and Raffel 2022): sum c F theta / sum c F, per element.
 
     Where all c F are 0, the mean of the models by their weights.
 
@@ -43,14 +43,14 @@ def fisher(
     above = torch.zeros_like(models[0], dtype=torch.float64)
     below = torch.zeros_like(above)
     for k, (model, own) in enumerate(zip(models, fishers, strict=True)):
-        information = own.double()
+        information = own.to(torch.float64, copy=True)
         if floor_rule == "add":
-            information = information + floor
+            information += floor
         elif floor_rule == "max" or k == 0:
-            information = information.clamp(min=floor)
-        information = information * coefficients[k]
-        above += information * model.double()
+            information.clamp_(min=floor)
+        information *= coefficients[k]
         below += information
+        above += information.mul_(model)  # float32 times float64 is float64
     empty = below == 0
     if bool(empty.any()):
         return torch.where(empty, _mean(models, weights), above / below)
@@ -67,7 +67,7 @@ def gradient_matching(
     base_weight: float,
     delta: float,
 ) -> Tensor:
-    """Uncertainty-based gradient matching (Daheim et al. 2024, eq. 12), as in the authors' code.
+    """Uncertainty-based gradient matching (Daheim et al. 2024), as in the authors' code.
 
     Where the preconditioner is 1 / 0, the base and `scale` times the mean task vector by weight.
     """
@@ -118,7 +118,9 @@ def regmean(
     off_diagonal: float,
     ridge: float,
 ) -> Iterator[tuple[int, Tensor]]:
-    """RegMean (Jin et al. 2023, eq. 2): (sum w G)^-1 sum w G W, by Cholesky in float64.
+    """RegMean (Jin et al. 2023): (sum w G)^-1 sum w G W, by Cholesky in float64.
+
+    Computed as W_0 + (sum w G)^-1 sum w G (W_k - W_0): a product less, and equal models stay equal.
 
     Args:
         models: each gives outputs [start, stop) of its weight as [in, stop - start].
@@ -144,12 +146,13 @@ def regmean(
         if factor is None:  # no model was ever active: nothing to prefer
             yield start, _mean(parts, weights)
             continue
-        right = torch.zeros_like(parts[0])
-        for matrix, part in zip(matrices, parts, strict=True):
+        origin, right = parts[0], torch.zeros_like(parts[0])
+        for matrix, part in zip(matrices[1:], parts[1:], strict=True):
+            delta = part - origin
             for first in range(0, inputs, SOLVED_AT_ONCE):
                 last = min(first + SOLVED_AT_ONCE, inputs)
-                right[first:last] += matrix.rows(first, last) @ part
-        yield start, torch.cholesky_solve(right, factor)
+                right[first:last] += matrix.rows(first, last) @ delta
+        yield start, origin + torch.cholesky_solve(right, factor)
 
 
 def _factor(matrices: Sequence[_Matrix], inputs: int) -> Tensor:

@@ -80,8 +80,8 @@ class StatisticsRecord:
         """
         if METADATA_KEY not in metadata:
             raise RequestError(
-                f"{where}: is no file of statistics: its metadata has no {METADATA_KEY!r}; expected "
-                "one that pymerge.save_statistics wrote"
+                f"{where}: is no file of statistics: its metadata has no {METADATA_KEY!r}; "
+                "expected one that pymerge.save_statistics wrote"
             )
         try:
             values = json.loads(metadata[METADATA_KEY])
@@ -135,7 +135,6 @@ def shape_problem(
     inputs = wanted[0 if name in record.transposed else 1]
     if tuple(shape) != (inputs, inputs):
         return (
-            f"has shape {tuple(shape)}, expected {(inputs, inputs)} for the weight "
-            f"{tuple(wanted)}"
+            f"has shape {tuple(shape)}, expected {(inputs, inputs)} for the weight {tuple(wanted)}"
         )
     return None

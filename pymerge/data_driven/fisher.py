@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ def collect_fisher(
     batch, expected:  sum over batches of (d sum_x sum_y sqrt(p) log p)^2, / examples    MergeLM
     batch, sampled:   mean over batches of (d mean_x log p(y|x))^2; or true   gradient matching
 
-    The first is Matena and Raffel 2022, eq. 5, and their code. The second line squares sums, so that
+    The first is Matena and Raffel 2022, and their code. The second line squares sums, so that
     examples and labels mix: it is not an estimate of the first, and depends on the batches
     (MergeLM, FusionBench). The last is what the authors of gradient matching (Daheim et al. 2024)
     call squared gradients.
@@ -131,9 +131,7 @@ def collect_fisher(
     tensors = {name: (total / count).float().cpu() for name, total in sums.items()}
     aliases = {alias: name for alias, name in shared_names(model).items() if name in tensors}
     what = f"{estimator}, {labels} labels"
-    return ModelStatistics(
-        tensors, make_record("fisher", what, model, examples, aliases=aliases)
-    )
+    return ModelStatistics(tensors, make_record("fisher", what, model, examples, aliases=aliases))
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
@@ -261,9 +259,9 @@ class _How:
         for start in range(0, size, chunk):
             part = tuple(leaf[start : start + chunk] for leaf in leaves)
             if drawn is None:
-                each = vmap(lambda *own: squares(own, None))(*part)
+                each = vmap(lambda *own: squares(cast(Any, own), None))(*part)
             else:
-                each = vmap(lambda label, *own: squares(own, label))(
+                each = vmap(lambda label, *own: squares(cast(Any, own), label))(
                     drawn[start : start + chunk], *part
                 )
             for name, found in each.items():
@@ -272,7 +270,9 @@ class _How:
         return {name.removeprefix("model."): found for name, found in total.items()}
 
     def _one_by_one(self, batch: Any, drawn: Tensor | None, size: int, where: str) -> Gradients:
-        total = {name: torch.zeros_like(p, dtype=_wider(p.dtype)) for name, p in self.chosen.items()}
+        total = {
+            name: torch.zeros_like(p, dtype=_wider(p.dtype)) for name, p in self.chosen.items()
+        }
         wanted = list(self.chosen.values())
         for index in range(size):
             logits = self._logits(take(batch, index, index + 1), where)

@@ -30,7 +30,7 @@ def fisher_merge(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """Average models, each parameter by its Fisher information (Matena and Raffel 2022, eq. 3).
+    """Average models, each parameter by its Fisher information (Matena and Raffel 2022).
 
     sum_k c_k F_k theta_k / sum_k c_k F_k,  c_k = weight_k / |F_k|
 
@@ -49,8 +49,8 @@ def fisher_merge(
             each tensor ("tensor"), or not ("none", False).
         nan, backend, dtype: as in `merge`.
 
-    An element of which all c_k F_k are 0 (with floor 0, or beyond the first model) takes the mean of
-    the models by `weights`; a model whose Fisher information is 0 everywhere is not divided.
+    An element of which all c_k F_k are 0 (with floor 0) takes the mean of the models by `weights`.
+    A model whose Fisher information is 0 everywhere is not divided by its norm.
 
     Raises:
         RequestError: as in `merge`, and statistics that do not fit the models, are not finite or
@@ -94,7 +94,7 @@ def regmean_merge(
 ) -> T:
     """Merge linear layers so that they act on each model's inputs as that model does.
 
-    W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k,  G_k = X_k^T X_k    (Jin et al. 2023, eq. 2)
+    W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k,  G_k = X_k^T X_k    (Jin et al. 2023)
 
     W is [in, out], the transpose of `nn.Linear.weight`. It minimises sum_k w_k |X_k W - X_k W_k|^2,
     X_k^T X_k being a mean over rows. Parameters without a Gram matrix (biases, embeddings, norms)
@@ -153,7 +153,7 @@ def gradient_matching(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """Add task vectors, preconditioned by squared gradients (Daheim et al. 2024, eq. 12).
+    """Add task vectors, preconditioned by squared gradients (Daheim et al. 2024).
 
     theta_0 + s sum_k (a_k H_k + s_0 H_0 + d) (theta_k - theta_0) / (sum_k s a_k H_k + s_0 H_0 + d)
 

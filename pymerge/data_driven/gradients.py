@@ -163,9 +163,7 @@ def _gradients(loss: Tensor, wanted: list[Tensor], create_graph: bool = False) -
     return [torch.zeros_like(tensor) if g is None else g for tensor, g in pairs]
 
 
-def _average(
-    tasks: Sequence[_Task], state: State, moving: State
-) -> tuple[float, list[Tensor]]:
+def _average(tasks: Sequence[_Task], state: State, moving: State) -> tuple[float, list[Tensor]]:
     losses, total = [], [torch.zeros_like(tensor) for tensor in moving.values()]
     for task in tasks:  # one after the other: one graph at a time
         loss = task.loss({**state, **moving})
@@ -175,9 +173,7 @@ def _average(
     return math.fsum(losses) / len(tasks), [own / len(tasks) for own in total]
 
 
-def _matching(
-    tasks: Sequence[_Task], state: State, moving: State
-) -> tuple[float, list[Tensor]]:
+def _matching(tasks: Sequence[_Task], state: State, moving: State) -> tuple[float, list[Tensor]]:
     value, total = 0.0, [torch.zeros_like(tensor) for tensor in moving.values()]
     for task in tasks:
         own = {name: task.own[name].detach().clone().requires_grad_() for name in moving}
@@ -249,7 +245,7 @@ def _checked(
     if not isinstance(loaders, Sequence) or len(loaders) != count:
         got = len(loaders) if isinstance(loaders, Sequence) else type(loaders).__name__
         problems.append(f"{_WHERE}: loaders: expected {count}, one for each model; got {got}")
-    own = [losses] * count if callable(losses) else list(losses)
+    own: list[Any] = [losses] * count if callable(losses) else list(losses)
     if len(own) != count or not all(callable(loss) for loss in own):
         problems.append(
             f"{_WHERE}: losses: expected a function, or {count} of them, one for each model"

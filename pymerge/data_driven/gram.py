@@ -204,7 +204,8 @@ class GramCollector:
             model,
             examples,
             max(self.sums[name].rows for name in found),
-            frozenset(n for n, modules in self.layers.items() if is_conv1d(modules[0])) & set(found),
+            frozenset(n for n, modules in self.layers.items() if is_conv1d(modules[0]))
+            & set(found),
             aliases,
         )
         return ModelStatistics(found, record)

@@ -125,16 +125,16 @@ class _Statistics:
         return found
 
 
-def _uncovered(
-    model: Tensors, files: Sequence[_Statistics], base: _Statistics | None
-) -> list[str]:
+def _uncovered(model: Tensors, files: Sequence[_Statistics], base: _Statistics | None) -> list[str]:
     """All models must have the statistics of a tensor, or none."""
     problems = []
     for name in model:
         having = [file for file in files if file.get(name) is not None]
         if not having:
             continue
-        lacking = [file for file in (*files, *([] if base is None else [base])) if not _has(file, name)]
+        lacking = [
+            file for file in (*files, *([] if base is None else [base])) if not _has(file, name)
+        ]
         for file in lacking:
             problems.append(f"{file.label}: lacks {name!r}, which {having[0].label} has")
         sides = {file.record.name_of(name, file.record.transposed) is None for file in having}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,12 +164,14 @@ class _Run:
                 raise RequestError(f"{_WHERE}: layers: {inside[0]!r} is a part of {one!r}")
         calls: dict[str, int] = {}
         most: dict[str, int] = {}
-        handles = [
-            modules[name].register_forward_pre_hook(
-                lambda module, _, name=name: calls.update({name: calls.get(name, 0) + 1})
-            )
-            for name in chosen
-        ]
+
+        def counter(name: str) -> Callable[..., None]:
+            def count(*_: Any) -> None:
+                calls[name] = calls.get(name, 0) + 1
+
+            return count
+
+        handles = [modules[name].register_forward_pre_hook(counter(name)) for name in chosen]
         seen: list[str] = []
         try:
             for k, loader in enumerate(self.loaders):
@@ -219,10 +221,8 @@ class _Run:
             stream = batches(self.loaders[task], self.samples, device_of(self.model), where)
             for number, batch, size in stream:
                 collector.begin(batch, size, self.mask(batch), number)
-                try:
+                with suppress(_Enough):
                     functional_call(call, given, (batch,))
-                except _Enough:
-                    pass
         return collector.statistics(self.model, 0) if collector.sums else {}
 
     @contextmanager

@@ -35,7 +35,7 @@ class ModelStatistics(Mapping[str, torch.Tensor]):
 
     @property
     def kind(self) -> str:
-        """"fisher" or "gram"."""
+        """ "fisher" or "gram"."""
         return self.record.kind
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -123,9 +123,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: ModelStatistics) -
     return target
 
 
-def load_statistics(
-    path: str | os.PathLike[str], *, kind: str | None = None
-) -> ModelStatistics:
+def load_statistics(path: str | os.PathLike[str], *, kind: str | None = None) -> ModelStatistics:
     """Read what `save_statistics` wrote, and check it.
 
     Args:

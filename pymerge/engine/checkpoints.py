@@ -313,7 +313,7 @@ def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) 
 
     source = CheckpointSource(plan.base, plan.models, plan.statistics)
     writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
-    runner = Runner(place.backend)
+    runner = Runner(place.ops or place.backend)
     try:
         if place.device is None:
             run(runner, source, writer)

@@ -22,7 +22,7 @@ __all__ = ["METHODS", "run_data_driven"]
 
 METHODS = ("fisher", "gradient_matching", "regmean")
 
-_AT_ONCE = 1 << 18  # elements: the temporaries of a tile stay in the cache
+_AT_ONCE = 1 << 16  # elements: the temporaries of a tile stay in the cache
 _SUMMED_AT_ONCE = 1 << 20
 _ASYMMETRY = 1e-4  # of the largest diagonal element; sums in float32 are off by less
 
@@ -105,13 +105,16 @@ def _norms(works: Sequence[Work], source: Source, context: Context) -> dict[str,
     found = {}
     squares: dict[str, list[float]] = {}
     if kind != "none":
-        context.progress.phase("norms", sum(source.nbytes(work.name) for work in computed))
-        for work in computed:
-            statistics = source.statistics(work.name)
-            flats = [flat for flat in statistics.models if flat is not None]
+        known = {
+            work.name: [flat for flat in source.statistics(work.name).models if flat is not None]
+            for work in computed
+        }
+        total = sum(flat.nbytes for flats in known.values() for flat in flats)
+        context.progress.phase("norms", total)
+        for name, flats in known.items():
             if flats:
-                squares[work.name] = [_square(flat, context) for flat in flats]
-            context.progress.advance(source.nbytes(work.name))
+                squares[name] = [_square(flat, context) for flat in flats]
+                context.progress.advance(sum(flat.nbytes for flat in flats))
     whole = [math.sqrt(math.fsum(column)) for column in zip(*squares.values(), strict=True)]
     for work in computed:
         count = len(work.parameters["weight"])
@@ -156,7 +159,7 @@ def _run_pointwise(
                 for k, flat in enumerate(_labelled(statistics))
             ]
             inputs = parts if own is None else [own, *parts]
-            finite = all(bool(part.isfinite().all()) for part in inputs)
+            finite = all(_is_finite(part) for part in inputs)
             context.check_finite(int(not finite), source, work.name, a, b)
             extra = [None if part is None else part.to(parts[0].device) for part in extra]
             result = rule(own, parts, extra)
@@ -202,9 +205,9 @@ def _checked(
     part: torch.Tensor, start: int, which: int, work: Work, statistics: TensorStatistics
 ) -> torch.Tensor:
     """Return squared gradients; they are finite and not negative, or they are none."""
-    bad = ~((part >= 0) & part.isfinite())
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
+    least, most = _range(part)
+    if not (least >= 0 and math.isfinite(most)):  # NaN is neither
+        index = int((~((part >= 0) & part.isfinite())).nonzero()[0])
         raise RequestError(
             f"{statistics.labels[which]}: {work.name!r} holds {float(part[index])} at flat index "
             f"{start + index}; Fisher information is finite and not negative"
@@ -266,9 +269,14 @@ def _run_regmean(
     context.progress.advance(source.nbytes(work.name))
 
 
-def _is_finite(matrix: torch.Tensor) -> bool:
-    flat = matrix.view(-1)
-    return all(bool(flat[a:b].isfinite().all()) for a, b in slices(flat.numel(), _SUMMED_AT_ONCE))
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(math.isfinite(value) for value in _range(tensor))
+
+
+def _range(tensor: torch.Tensor) -> tuple[float, float]:
+    """Return the least and the largest element; NaN if one is."""
+    least, most = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+    return float(least), float(most)
 
 
 def _gram(flat: Flat, inputs: int, label: str, work: Work) -> torch.Tensor:

@@ -218,7 +218,9 @@ def matrix_bytes(config: MergeConfig, inputs: Inputs, found: StatisticsInputs) -
     for name, info in inputs.reference.tensors.items():
         gram = found.models[0].info(name)
         if gram is not None and len(info.shape) == 2 and len(gram.shape) == 2:
-            most = max(most, regmean_bytes(gram.shape[0], prod(info.shape) // max(1, gram.shape[0])))
+            most = max(
+                most, regmean_bytes(gram.shape[0], prod(info.shape) // max(1, gram.shape[0]))
+            )
     return most
 
 
