@@ -60,6 +60,7 @@ class MemoryPlan:
     sample_elements: most elements sampled to guess where a threshold lies, one model at a time.
     buffer_bytes: of each of CHUNKS + PIECES page-locked buffers; 0 where the CPU computes.
     matrix_bytes: for the largest linear system (RegMean); 0 where none is solved.
+    solvers: threads that solve one, each with right sides of its own in matrix_bytes.
     total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
         page cache: the kernel takes that back when it needs it.
     """
@@ -71,6 +72,7 @@ class MemoryPlan:
     total: int
     buffer_bytes: int = 0
     matrix_bytes: int = 0
+    solvers: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def plan_memory(
     selects: bool,
     staged: bool = False,
     matrices: int = 0,
+    solvers: int = 0,
 ) -> MemoryPlan:
     """Fit a merge into a limit.
 
@@ -135,6 +138,7 @@ def plan_memory(
         selects: whether order statistics of |delta| are needed (a trim).
         staged: whether a GPU computes.
         matrices: bytes of matrices that must be held as a whole; they cannot be made smaller.
+        solvers: what they are for; only passed on.
 
     Raises:
         RequestError: not even the smallest sizes fit; names the smallest limit that works.
@@ -153,7 +157,9 @@ def plan_memory(
         }
         total = fixed + sum(parts.values())
         if total <= limit:
-            return MemoryPlan(slots, slot_bytes, bins, samples, total, buffer_bytes, matrices)
+            return MemoryPlan(
+                slots, slot_bytes, bins, samples, total, buffer_bytes, matrices, solvers
+            )
         smaller = {
             "histogram": bins > MIN_BINS,
             "samples": samples > MIN_SAMPLES,

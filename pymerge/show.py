@@ -60,7 +60,8 @@ def plan_text(plan: MergePlan) -> str:
     if memory.buffer_bytes:
         parts += f", {CHUNKS + PIECES} x {format_size(memory.buffer_bytes)} on the way"
     if memory.matrix_bytes:
-        parts += f", {format_size(memory.matrix_bytes)} for the largest linear system"
+        threads = f" on {memory.solvers} threads" if memory.solvers > 1 else ""
+        parts += f", {format_size(memory.matrix_bytes)} for the largest linear system{threads}"
     lines.append(f"memory    {format_size(memory.total)} ({parts}), {plan.threads} threads")
     if plan.device != "cpu":
         lines.append(f"device    {plan.device}: {_device(plan)}")

@@ -60,6 +60,13 @@ def test_regmean_of_many_outputs_and_what_has_no_gram() -> None:
     expected = data_oracles.regmean(tuned, grams, [1.0, 3.0], 1.0)
     torch.testing.assert_close(merged["w"].double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(merged["b"], (biases[0] + 3 * biases[1]) / 4)
+    before = torch.get_num_threads()
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        again = pymerge.regmean_merge(states, [{"w": g} for g in grams], weights=[1, 3])
+        assert torch.equal(again["w"], merged["w"])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
 
 
 def test_regmean_of_conv1d_is_that_of_its_transpose() -> None:

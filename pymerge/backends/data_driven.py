@@ -6,14 +6,14 @@ float32 would vanish.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pymerge.backends.sizes import SOLVED_AT_ONCE
 
-__all__ = ["Singular", "fisher", "gradient_matching", "regmean"]
+__all__ = ["RegMean", "Singular", "fisher", "gradient_matching"]
 
 Tensor = torch.Tensor
 
@@ -110,49 +110,58 @@ class _Matrix:
         return part.mul_(self.weight)
 
 
-def regmean(
-    models: Sequence[Callable[[int, int], Tensor]],
-    grams: Sequence[Tensor],
-    outputs: int,
-    weights: Sequence[float],
-    off_diagonal: float,
-    ridge: float,
-) -> Iterator[tuple[int, Tensor]]:
+class RegMean:
     """RegMean (Jin et al. 2023): (sum w G)^-1 sum w G W, by Cholesky in float64.
 
     Computed as W_0 + (sum w G)^-1 sum w G (W_k - W_0): a product less, and equal models stay equal.
-
-    Args:
-        models: each gives outputs [start, stop) of its weight as [in, stop - start].
-        grams: [in, in] of each model.
-
-    Yields: (first output, [in, outputs of the block]) in float64. Blocks are of a fixed size: the
-    bits of a product may depend on it.
-
-    Raises: Singular.
     """
-    inputs = grams[0].shape[0]
-    traces = [float(gram.diagonal().double().sum()) for gram in grams]
-    share = sum(w * trace for w, trace in zip(weights, traces, strict=True)) / float(sum(weights))
-    lift = ridge * share / max(1, inputs)
-    matrices = [
-        _Matrix(gram, weight, off_diagonal, lift)
-        for gram, weight in zip(grams, weights, strict=True)
-    ]
-    factor = _factor(matrices, inputs) if share != 0.0 else None
-    for start in range(0, outputs, SOLVED_AT_ONCE):
-        stop = min(start + SOLVED_AT_ONCE, outputs)
-        parts = [model(start, stop).double() for model in models]
-        if factor is None:  # no model was ever active: nothing to prefer
-            yield start, _mean(parts, weights)
-            continue
-        origin, right = parts[0], torch.zeros_like(parts[0])
-        for matrix, part in zip(matrices[1:], parts[1:], strict=True):
-            delta = part - origin
-            for first in range(0, inputs, SOLVED_AT_ONCE):
-                last = min(first + SOLVED_AT_ONCE, inputs)
+
+    def __init__(
+        self,
+        grams: Sequence[Tensor],
+        weights: Sequence[float],
+        off_diagonal: float,
+        ridge: float,
+    ) -> None:
+        """
+        Args:
+            grams: [in, in] of each model.
+
+        Raises: Singular.
+        """
+        self._inputs = inputs = grams[0].shape[0]
+        self._weights = weights
+        traces = [float(gram.diagonal().double().sum()) for gram in grams]
+        share = sum(w * trace for w, trace in zip(weights, traces, strict=True)) / sum(weights)
+        lift = ridge * share / max(1, inputs)
+        self._matrices = [
+            _Matrix(gram, weight, off_diagonal, lift)
+            for gram, weight in zip(grams, weights, strict=True)
+        ]
+        # Where no model was ever active there is nothing to prefer: the mean.
+        self._factor = _factor(self._matrices, inputs) if share != 0.0 else None
+
+    def solve(self, models: Sequence[Tensor]) -> Tensor:
+        """Return some outputs of the merged layer.
+
+        Args:
+            models: of each model the same outputs, [in, outputs]. Their number is a part of the
+                result's bits: products of other sizes may be summed in another order.
+
+        Returns: [in, outputs] in float64.
+        """
+        if self._factor is None:
+            return _mean(models, self._weights)
+        origin = models[0].double()
+        right = torch.zeros_like(origin)
+        for matrix, model in zip(self._matrices[1:], models[1:], strict=True):
+            delta = model.double() - origin
+            for first in range(0, self._inputs, SOLVED_AT_ONCE):
+                last = min(first + SOLVED_AT_ONCE, self._inputs)
                 right[first:last] += matrix.rows(first, last) @ delta
-        yield start, origin + torch.cholesky_solve(right, factor)
+        # cholesky_solve would copy the factor.
+        half = torch.linalg.solve_triangular(self._factor, right, upper=False)
+        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).add_(origin)
 
 
 def _factor(matrices: Sequence[_Matrix], inputs: int) -> Tensor:

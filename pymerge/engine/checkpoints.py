@@ -307,6 +307,7 @@ def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) 
             sample=plan.memory.sample_elements or 1,
             nan=nan,
             seed=plan.seed,
+            solvers=plan.memory.solvers,
             progress=recorder,
         )
         execute(plan.config.method.name, works, source, sink, context)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pymerge._calls import call
 from pymerge.array import Flat, as_tensor
+from pymerge.backends.sizes import SOLVED_AT_ONCE
 from pymerge.engine.sums import add_up
 from pymerge.engine.work import Sink, Source, TensorStatistics, Work, slices
 from pymerge.errors import RequestError
@@ -36,7 +38,7 @@ def run_data_driven(works: Sequence[Work], source: Source, sink: Sink, context: 
     torch.set_num_threads(1)
     try:
         norms = _norms(works, source, context) if context.method == "fisher" else {}
-        _run_works(works, norms, source, sink, context)
+        _run_works(works, norms, source, sink, context, context.solvers or threads)
     finally:
         torch.set_num_threads(threads)
 
@@ -47,6 +49,7 @@ def _run_works(
     source: Source,
     sink: Sink,
     context: Context,
+    solvers: int,
 ) -> None:
     from pymerge.engine.execute import copy_equal, total_bytes
 
@@ -61,7 +64,7 @@ def _run_works(
         if all(flat is None for flat in statistics.models):
             _run_mean(work, source, sink, context)
         elif context.method == "regmean":
-            _run_regmean(work, statistics, source, sink, context)
+            _run_regmean(work, statistics, source, sink, context, solvers)
         else:
             _run_pointwise(work, statistics, norms.get(work.name, []), source, sink, context)
         source.release(work.name)
@@ -219,11 +222,16 @@ def _checked(
 
 
 def _run_regmean(
-    work: Work, statistics: TensorStatistics, source: Source, sink: Sink, context: Context
+    work: Work,
+    statistics: TensorStatistics,
+    source: Source,
+    sink: Sink,
+    context: Context,
+    solvers: int,
 ) -> None:
     import torch
 
-    from pymerge.backends.data_driven import Singular, regmean
+    from pymerge.backends.data_driven import RegMean, Singular
 
     _, flats = source.load(work.name)
     rows, columns = work.shape
@@ -247,21 +255,27 @@ def _run_regmean(
     across = [model if statistics.transposed else model.T for model in models]  # [in, out]
     target = result if statistics.transposed else result.T
     try:
-        for start, block in regmean(
-            [lambda a, b, model=model: model[:, a:b] for model in across],
+        system = RegMean(
             grams,
-            outputs,
             [float(weight) for weight in work.parameters["weight"]],
             off_diagonal_of(work.parameters),
             float(work.parameters["ridge"]),
-        ):
-            target[:, start : start + block.shape[1]] = block
+        )
     except Singular as error:
         raise RequestError(
             f"regmean: {source.describe(work.name)}: the sum of the Gram matrices is singular: "
             f"{error}; set ridge above 0 (such as 1e-6), off_diagonal below 1, or collect from "
             "more examples"
         ) from None
+
+    def solve(part: tuple[int, int]) -> None:
+        a, b = part
+        target[:, a:b] = system.solve([model[:, a:b] for model in across])
+
+    # Each part on one thread, whichever it is.
+    with ThreadPoolExecutor(solvers, thread_name_prefix="pymerge-solve") as pool:
+        for _ in pool.map(solve, slices(outputs, SOLVED_AT_ONCE)):
+            pass
     flat = result.view(-1)
     for start, out in sink.pieces(work.name):
         piece = as_tensor(out)

@@ -39,6 +39,7 @@ _UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
 class Context:
     """How to run: backend, memory for selection, NaN, seed, method, whom to tell.
 
+    solvers: linear systems that may be solved at once; 0 for as many as torch has threads.
     gathers: results may be computed later than the next piece is asked for.
     stats: what merging ops count and report; on a device they are looked at from time to time.
     """
@@ -49,6 +50,7 @@ class Context:
     nan: str = "error"
     seed: int = 0
     method: str = ""
+    solvers: int = 0
     gathers: bool = False
     rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)

@@ -18,7 +18,12 @@ from pymerge.plan.parameters import (
     unused_filters,
 )
 from pymerge.plan.records import MergePlan, PlannedTensor
-from pymerge.plan.statistics import StatisticsInputs, matrix_bytes, open_statistics
+from pymerge.plan.statistics import (
+    StatisticsInputs,
+    largest_system,
+    matrix_bytes,
+    open_statistics,
+)
 
 __all__ = ["make_plan"]
 
@@ -60,8 +65,8 @@ def make_plan(
         computed = [tensor for tensor in planned if tensor.compute is not None]
         selects = any(counter.selects(tensor.parameters, tensor.numel) for tensor in computed)
         staged = device != "cpu"
-        matrices = matrix_bytes(config, inputs, statistics)
-        fitted = _fit_memory(config, memory, threads, selects, staged, matrices, problems)
+        system = largest_system(config, inputs, statistics)
+        fitted = _fit_memory(config, memory, threads, selects, staged, system, problems)
         if problems or fitted is None:
             raise RequestError(problems)
         layout = plan_layout(
@@ -173,22 +178,31 @@ def _fit_memory(
     threads: int,
     selects: bool,
     staged: bool,
-    matrices: int,
+    system: tuple[int, int] | None,
     problems: list[str],
 ) -> MemoryPlan | None:
-    count = len(config.models)
-    try:
-        return plan_memory(
-            memory,
-            models=count,
-            threads=threads,
-            selects=selects,
-            staged=staged,
-            matrices=matrices,
-        )
-    except RequestError as error:
-        problems += error.problems
-        return None
+    found: list[str] = []
+
+    def fitted(solvers: int) -> MemoryPlan | None:
+        try:
+            return plan_memory(
+                memory,
+                models=len(config.models),
+                threads=threads,
+                selects=selects,
+                staged=staged,
+                matrices=0 if system is None else matrix_bytes(*system, solvers),
+                solvers=solvers,
+            )
+        except RequestError as error:
+            found[:] = error.problems
+            return None
+
+    # As many threads solve the largest system at once as there is memory for.
+    attempts = (fitted(count) for count in ([0] if system is None else range(threads, 0, -1)))
+    plan = next((plan for plan in attempts if plan is not None), None)
+    problems += [] if plan is not None else found
+    return plan
 
 
 def _bytes_to_read(

@@ -139,6 +139,7 @@ class MergePlan:
                 "sample_elements": self.memory.sample_elements,
                 "buffer_bytes": self.memory.buffer_bytes,
                 "matrix_bytes": self.memory.matrix_bytes,
+                "solvers": self.memory.solvers,
             },
             "device": self.device,
             "device_memory": self.device_memory,

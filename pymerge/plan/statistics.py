@@ -16,6 +16,7 @@ from pymerge.plan.inputs import FLOATS, Inputs, check_exists, header, listed
 __all__ = [
     "StatisticsFile",
     "StatisticsInputs",
+    "largest_system",
     "matrix_bytes",
     "open_statistics",
     "statistics_paths",
@@ -210,23 +211,23 @@ def _check_coverage(found: StatisticsInputs, reference: Checkpoint) -> None:
         )
 
 
-def matrix_bytes(config: MergeConfig, inputs: Inputs, found: StatisticsInputs) -> int:
-    """Return the bytes of the matrices that RegMean holds at once, for the largest of them."""
+def largest_system(
+    config: MergeConfig, inputs: Inputs, found: StatisticsInputs
+) -> tuple[int, int] | None:
+    """Return the (inputs, outputs) of the weight whose linear system is the largest, or None."""
     if config.method.statistics != "gram" or inputs.reference is None or not found.models:
-        return 0
-    most = 0
+        return None
+    systems: list[tuple[int, int]] = []
     for name, info in inputs.reference.tensors.items():
         gram = found.models[0].info(name)
-        if gram is not None and len(info.shape) == 2 and len(gram.shape) == 2:
-            most = max(
-                most, regmean_bytes(gram.shape[0], prod(info.shape) // max(1, gram.shape[0]))
-            )
-    return most
+        if gram is not None and len(info.shape) == 2 and len(gram.shape) == 2 and gram.shape[0]:
+            systems.append((gram.shape[0], prod(info.shape) // gram.shape[0]))
+    return max(systems, key=lambda shape: matrix_bytes(shape[0], shape[1], 1), default=None)
 
 
-def regmean_bytes(inputs: int, outputs: int) -> int:
-    """Return the bytes for one matrix: see `pymerge.backends.data_driven.regmean`."""
+def matrix_bytes(inputs: int, outputs: int, solvers: int) -> int:
+    """Return the bytes that a linear system takes: see `pymerge.backends.data_driven.RegMean`."""
     square, block = inputs * inputs, inputs * min(outputs, SOLVED_AT_ONCE)
-    # The sum of Gram matrices, its factor and the copies that LAPACK takes; blocks of the right
-    # side; the result.
-    return 8 * (4 * square + 6 * block) + 8 * inputs * outputs
+    # The sum of Gram matrices, its factor and the copy that LAPACK takes of it; right sides of each
+    # thread with rows of a Gram matrix; the result.
+    return 8 * (3 * square + 7 * solvers * block + inputs * outputs)
