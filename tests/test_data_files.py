@@ -19,6 +19,7 @@ from pymerge.cli import main
 from pymerge.config import load_config
 from pymerge.data_driven.statistics import ModelStatistics
 from pymerge.engine.memory import MemorySink
+from pymerge.memory import PeakMemory
 from pymerge.plan import make_plan
 from tests import models
 
@@ -242,3 +243,43 @@ def test_warnings_about_tensors_of_which_nothing_is_known(tmp_path: Path) -> Non
         pymerge.save_statistics(tmp_path / name, ModelStatistics(less, record))
     with make_plan(load_config(config)) as plan:
         assert any("9 tensors are averaged" in warning for warning in plan.warnings)
+
+
+def test_statistics_beside_a_model_are_not_its_weights(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2, 2)}
+    statistics = pymerge.collect_fisher(torch.nn.Linear(2, 2, bias=False), [torch.ones(1, 2)])
+    for name in ("named", "pickled", "none"):
+        (tmp_path / name).mkdir()
+        pymerge.save_statistics(tmp_path / name, statistics)
+    save_file(state, tmp_path / "named" / "mine.safetensors")
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    entries = [
+        {"model": str(tmp_path / name), "parameters": {"statistics": str(tmp_path / name)}}
+        for name in ("named", "pickled", "none")
+    ]
+    config: dict[str, Any] = {"merge_method": "fisher", "models": entries[:2]}
+    pymerge.merge_checkpoints(config, tmp_path / "out")
+    models.assert_same(models.load(tmp_path / "out"), state)
+    config["models"] = entries
+    with pytest.raises(pymerge.RequestError, match="holds no weights"):
+        pymerge.merge_checkpoints(config, tmp_path / "two")
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    """Pieces of an element-by-element merge: less than any of the four inputs takes, in doubles."""
+    numel = 1 << 23
+    record = StatisticsRecord("fisher", model_tensors=("w",))
+    entries = []
+    for k in range(2):
+        model, statistics = tmp_path / f"m{k}.safetensors", tmp_path / f"f{k}.safetensors"
+        save_file({"w": torch.full((numel,), float(k))}, model)
+        pymerge.save_statistics(statistics, ModelStatistics({"w": torch.ones(numel)}, record))
+        entries.append({"model": str(model), "parameters": {"statistics": str(statistics)}})
+    config = {"merge_method": "fisher", "models": entries}
+    pymerge.merge_checkpoints(config, tmp_path / "first", memory="270MiB")  # what torch loads
+    with PeakMemory() as before:
+        pass
+    report = pymerge.merge_checkpoints(config, tmp_path / "out", memory="270MiB")
+    assert report.peak_anonymous - before.anonymous < numel * 4
+    merged = models.load(tmp_path / "out")["w"]
+    assert torch.equal(merged, torch.full((numel,), 0.5))
