@@ -38,7 +38,9 @@ def run_data_driven(works: Sequence[Work], source: Source, sink: Sink, context: 
     torch.set_num_threads(1)
     try:
         norms = _norms(works, source, context) if context.method == "fisher" else {}
-        _run_works(works, norms, source, sink, context, context.solvers or threads)
+        # Tiles and blocks are computed each on one thread, whichever it is.
+        with ThreadPoolExecutor(context.solvers or threads, "pymerge-compute") as pool:
+            _run_works(works, norms, source, sink, context, pool)
     finally:
         torch.set_num_threads(threads)
 
@@ -49,7 +51,7 @@ def _run_works(
     source: Source,
     sink: Sink,
     context: Context,
-    solvers: int,
+    pool: ThreadPoolExecutor,
 ) -> None:
     from pymerge.engine.execute import copy_equal, total_bytes
 
@@ -64,9 +66,10 @@ def _run_works(
         if all(flat is None for flat in statistics.models):
             _run_mean(work, source, sink, context)
         elif context.method == "regmean":
-            _run_regmean(work, statistics, source, sink, context, solvers)
+            _run_regmean(work, statistics, source, sink, context, pool)
         else:
-            _run_pointwise(work, statistics, norms.get(work.name, []), source, sink, context)
+            own = norms.get(work.name, [])
+            _run_pointwise(work, statistics, own, source, sink, context, pool)
         source.release(work.name)
 
 
@@ -148,29 +151,40 @@ def _run_pointwise(
     source: Source,
     sink: Sink,
     context: Context,
+    pool: ThreadPoolExecutor,
 ) -> None:
     base, models = source.load(work.name)
+    inputs, collected = _inputs(base, models), _labelled(statistics)
     rule = _fisher(work, norms) if context.method == "fisher" else _matching(work)
+
+    def compute(a: int, b: int, out: torch.Tensor) -> bool:
+        """Compute elements [a, b), and tell whether the models are finite there."""
+        parts = [as_tensor(model[a:b]) for model in models]
+        own = None if base is None else as_tensor(base[a:b])
+        extra = [
+            None
+            if flat is None
+            else _checked(as_tensor(flat[a:b]), a, k, work, statistics).to(parts[0].device)
+            for k, flat in enumerate(collected)
+        ]
+        result = rule(own, parts, extra)
+        out.copy_(result if work.wide else result.float())
+        return all(_is_finite(part) for part in ([own] if own is not None else []) + parts)
+
     for start, out in sink.pieces(work.name):
         piece = as_tensor(out)
-        for begin, end in slices(piece.numel(), _AT_ONCE):
-            a, b = start + begin, start + end
-            parts = [as_tensor(model[a:b]) for model in models]
-            own = None if base is None else as_tensor(base[a:b])
-            extra = [
-                None if flat is None else _checked(as_tensor(flat[a:b]), a, k, work, statistics)
-                for k, flat in enumerate(_labelled(statistics))
-            ]
-            inputs = parts if own is None else [own, *parts]
-            finite = all(_is_finite(part) for part in inputs)
-            context.check_finite(int(not finite), source, work.name, a, b)
-            extra = [None if part is None else part.to(parts[0].device) for part in extra]
-            result = rule(own, parts, extra)
-            piece[begin:end].copy_(result if work.wide else result.float())
-        nbytes = sum(flat[start : start + out.numel()].nbytes for flat in _inputs(base, models))
-        read = [flat for flat in _labelled(statistics) if flat is not None]
-        nbytes += sum(flat[start : start + out.numel()].nbytes for flat in read)
-        context.progress.advance(nbytes)
+        tiles = list(slices(piece.numel(), _AT_ONCE))
+        found = pool.map(
+            lambda tile, start=start, piece=piece: compute(
+                start + tile[0], start + tile[1], piece[tile[0] : tile[1]]
+            ),
+            tiles,
+        )
+        for (begin, end), finite in zip(tiles, found, strict=True):
+            context.check_finite(int(not finite), source, work.name, start + begin, start + end)
+        stop = start + piece.numel()
+        read = [*inputs, *(flat for flat in collected if flat is not None)]
+        context.progress.advance(sum(flat[start:stop].nbytes for flat in read))
 
 
 def _labelled(statistics: TensorStatistics) -> list[Flat | None]:
@@ -227,7 +241,7 @@ def _run_regmean(
     source: Source,
     sink: Sink,
     context: Context,
-    solvers: int,
+    pool: ThreadPoolExecutor,
 ) -> None:
     import torch
 
@@ -272,10 +286,8 @@ def _run_regmean(
         a, b = part
         target[:, a:b] = system.solve([model[:, a:b] for model in across])
 
-    # Each part on one thread, whichever it is.
-    with ThreadPoolExecutor(solvers, thread_name_prefix="pymerge-solve") as pool:
-        for _ in pool.map(solve, slices(outputs, SOLVED_AT_ONCE)):
-            pass
+    for _ in pool.map(solve, slices(outputs, SOLVED_AT_ONCE)):
+        pass
     flat = result.view(-1)
     for start, out in sink.pieces(work.name):
         piece = as_tensor(out)

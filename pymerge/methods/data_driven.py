@@ -148,6 +148,7 @@ REGMEAN = MethodSpec(
     source="Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2023",
     url="https://arxiv.org/abs/2212.09849",
     needs_base=False,
+    passes="1 (two over the statistics)",
     backends=_ON_TORCH,
     statistics="gram",
     check=_check_weights,
