@@ -312,7 +312,8 @@ def test_padding_conv1d_and_modules_called_twice() -> None:
         first = model.twice(two)[:, 0]
         kept = mask.bool()
         both = torch.cat([one[kept], two[kept]])
-    assert sorted(found) == ["inner.weight", "pool.weight", "twice.weight"]
+    assert sorted(found) == ["idle.weight", "inner.weight", "pool.weight", "twice.weight"]
+    assert torch.equal(found["idle.weight"], torch.zeros(3, 3))
     torch.testing.assert_close(found["inner.weight"], rows[kept].T @ rows[kept] / 7)
     torch.testing.assert_close(found["twice.weight"], both.T @ both / 14)
     torch.testing.assert_close(found["pool.weight"], first.T @ first / 3)  # no padding here

@@ -100,7 +100,10 @@ def test_ridge_and_what_is_singular() -> None:
     expected = data_oracles.regmean(tuned, ridged, [1.0, 1.0], 1.0)
     merged = pymerge.regmean_merge(tuned, grams, ridge=0.3)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
-    # No example anywhere: the average.
+    # No example of one model: the other's. No example anywhere: the average.
+    assert torch.equal(pymerge.regmean_merge(tuned, [grams[0], torch.zeros(6, 6)]), tuned[0])
+    other = pymerge.regmean_merge(tuned, [torch.zeros(6, 6), grams[1]])
+    torch.testing.assert_close(other, tuned[1])
     nothing = pymerge.regmean_merge(tuned, [torch.zeros(6, 6)] * 2, weights=[1, 3])
     torch.testing.assert_close(nothing, (tuned[0] + 3 * tuned[1]) / 4)
 
@@ -219,3 +222,30 @@ def test_what_regmean_plus_plus_refuses(change: dict[str, Any], message: str) ->
     given = {"models": mlps, "loaders": data} | change
     with pytest.raises(pymerge.RequestError, match=message):
         pymerge.regmean_plus_plus(given.pop("models"), given.pop("loaders"), **given)
+
+
+class Experts(nn.Module):
+    """Two experts, of which the data choose one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts[int(x.sum() > 0)](x))
+
+
+def test_an_expert_that_one_task_never_chooses_is_the_other_tasks() -> None:
+    torch.manual_seed(6)
+    twins = [Experts() for _ in range(2)]
+    data = [[-torch.rand(20, 4)], [torch.rand(20, 4)]]
+    states = [twin.state_dict() for twin in twins]
+    grams = [pymerge.collect_gram(m, d) for m, d in zip(twins, data, strict=True)]
+    for merged in (
+        pymerge.regmean_merge(states, grams, off_diagonal=0.95),
+        pymerge.regmean_plus_plus(twins, data),
+    ):
+        for k in range(2):
+            name = f"experts.{k}.weight"
+            torch.testing.assert_close(merged[name], states[k][name])

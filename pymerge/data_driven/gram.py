@@ -42,9 +42,9 @@ def collect_gram(
 
     A row is one vector that a layer sees: an example, or a token of it. Layers are `nn.Linear` and
     transformers' Conv1D, whose weight is [in, out]. A layer that is called several times, or whose
-    weight several layers share, gets the rows of all calls. A weight that an embedding shares gets
-    no matrix (it is averaged in a merge, as in the authors' code), nor does a layer that no example
-    reaches.
+    weight several layers share, gets the rows of all calls; one that no example reaches, such as an
+    expert that is never chosen, has none, and its matrix is 0: in a merge it says nothing. A weight
+    that an embedding shares gets no matrix (it is averaged in a merge, as in the authors' code).
 
     Args:
         model, loader, samples: as in `collect_fisher`; labels are not needed.
@@ -77,7 +77,10 @@ def collect_gram(
             collector.begin(batch, size, (mask or attention_mask)(batch), number)
             (forward or default_forward)(model, batch)
             examples += size
-    return collector.statistics(model, examples)
+    found = collector.statistics(model, examples)
+    if not found.record.tokens:
+        raise RequestError(f"{_WHERE}: no example reached any linear layer")
+    return found
 
 
 def attention_mask(batch: Any) -> Tensor | None:
@@ -184,26 +187,30 @@ class GramCollector:
         own.rows += len(rows)
 
     def grams(self) -> dict[str, Tensor]:
-        """Return the means over rows, of layers that saw any; float32, symmetric."""
+        """Return the means over rows, 0 of layers that saw none; float32, symmetric."""
         found = {}
-        for name, own in self.sums.items():
-            if own.rows:
+        for name, modules in self.layers.items():
+            own = self.sums.get(name)
+            if own is not None and own.rows:
                 mean = own.total / own.rows
                 found[name] = ((mean + mean.T) / 2).float().cpu()
+                continue
+            weight = modules[0].weight
+            assert isinstance(weight, Tensor)
+            size = weight.shape[0 if is_conv1d(modules[0]) else 1]
+            found[name] = torch.zeros(size, size)
         return found
 
     def statistics(self, model: nn.Module, examples: int) -> ModelStatistics:
         """Return what was collected."""
         found = self.grams()
-        if not found:
-            raise RequestError(f"{self.where}: no example reached any linear layer")
         aliases = {alias: name for alias, name in shared_names(model).items() if name in found}
         record = make_record(
             "gram",
             f"mean of x x^T over rows, summed in {str(self.accumulate).removeprefix('torch.')}",
             model,
             examples,
-            max(self.sums[name].rows for name in found),
+            max((own.rows for own in self.sums.values()), default=0),
             frozenset(n for n, modules in self.layers.items() if is_conv1d(modules[0]))
             & set(found),
             aliases,

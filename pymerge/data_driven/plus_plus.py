@@ -25,6 +25,7 @@ from pymerge.data_driven.batches import (
 )
 from pymerge.data_driven.functions import regmean_merge
 from pymerge.data_driven.gram import GramCollector, attention_mask, linear_layers
+from pymerge.data_driven.statistics import ModelStatistics
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["regmean_plus_plus"]
@@ -95,8 +96,8 @@ def regmean_plus_plus(
             own = _names_of(merged, layer, run.linear)
             parts = [{name: state[name] for name in own} for state in states]
             grams = [run.grams(k, layer, part) for k, part in enumerate(parts)]
-            if not any(grams):
-                continue  # no linear layer in it has a matrix: it is averaged
+            if not any(len(gram) for gram in grams):
+                continue  # it has no linear layer but those of embeddings: it is averaged
             found = regmean_merge(
                 parts, grams, weights=weights, off_diagonal=off_diagonal, ridge=ridge
             )
@@ -203,7 +204,7 @@ class _Run:
         rest = [one for one in linear if not any(_holds(block, one) for block in blocks)]
         return [*blocks, *rest]
 
-    def grams(self, task: int, layer: str, own: State) -> Mapping[str, Tensor]:
+    def grams(self, task: int, layer: str, own: State) -> ModelStatistics:
         """Return the Gram matrices of a layer with a task's weights, on that task's data."""
         module = dict(self.model.named_modules())[layer]
         mine = {id(inner) for inner in module.modules()}
@@ -223,7 +224,7 @@ class _Run:
                 collector.begin(batch, size, self.mask(batch), number)
                 with suppress(_Enough):
                     functional_call(call, given, (batch,))
-        return collector.statistics(self.model, 0) if collector.sums else {}
+        return collector.statistics(self.model, 0)
 
     @contextmanager
     def _until(self, module: nn.Module, once: bool) -> Iterator[None]:
