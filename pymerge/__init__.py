@@ -18,6 +18,16 @@ from pymerge.methods import methods
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
     from pymerge.api import linear, merge, task_arithmetic, ties_merge
+    from pymerge.data_driven.fisher import collect_fisher
+    from pymerge.data_driven.functions import fisher_merge, gradient_matching, regmean_merge
+    from pymerge.data_driven.gradients import gradient_merge
+    from pymerge.data_driven.gram import collect_gram
+    from pymerge.data_driven.plus_plus import regmean_plus_plus
+    from pymerge.data_driven.statistics import (
+        ModelStatistics,
+        load_statistics,
+        save_statistics,
+    )
     from pymerge.engine.checkpoints import merge_checkpoints
     from pymerge.other_functions import (
         arcee_fusion,
@@ -54,6 +64,7 @@ __all__ = [
     "CheckpointError",
     "MergeError",
     "MergeReport",
+    "ModelStatistics",
     "NonFiniteError",
     "RequestError",
     "TaskVector",
@@ -61,14 +72,20 @@ __all__ = [
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "collect_fisher",
+    "collect_gram",
     "consensus_ta",
     "dare_linear",
     "dare_ties",
     "della",
     "della_linear",
     "emr",
+    "fisher_merge",
+    "gradient_matching",
+    "gradient_merge",
     "karcher",
     "linear",
+    "load_statistics",
     "magmax",
     "merge",
     "merge_checkpoints",
@@ -81,6 +98,9 @@ __all__ = [
     "pcb_merge",
     "ram",
     "ramplus_tl",
+    "regmean_merge",
+    "regmean_plus_plus",
+    "save_statistics",
     "sce",
     "slerp",
     "tall_masks",
@@ -122,6 +142,16 @@ _LAZY = {
     "slerp": "pymerge.other_functions",
     "tall_masks": "pymerge.other_functions",
     "tsv_m": "pymerge.other_functions",
+    "ModelStatistics": "pymerge.data_driven.statistics",
+    "collect_fisher": "pymerge.data_driven.fisher",
+    "collect_gram": "pymerge.data_driven.gram",
+    "fisher_merge": "pymerge.data_driven.functions",
+    "gradient_matching": "pymerge.data_driven.functions",
+    "gradient_merge": "pymerge.data_driven.gradients",
+    "load_statistics": "pymerge.data_driven.statistics",
+    "regmean_merge": "pymerge.data_driven.functions",
+    "regmean_plus_plus": "pymerge.data_driven.plus_plus",
+    "save_statistics": "pymerge.data_driven.statistics",
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from pymerge import _ops as _ops  # declares torch.ops.pymerge
 from pymerge.backends import resolve_for
+from pymerge.data_driven.inputs import match_statistics
 from pymerge.engine.execute import Context, execute
 from pymerge.engine.memory import MemorySink, MemorySource
 from pymerge.engine.work import Work
@@ -34,6 +35,8 @@ def merge(
     weights: float | Sequence[float] | None = None,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
+    statistics: Sequence[Any] | None = None,
+    base_statistics: Any = None,
     **parameters: Any,
 ) -> T:
     """Merge models by a method's name.
@@ -46,6 +49,8 @@ def merge(
         weights: one for each model, or one for all; default 1.
         backend: "reference", "cpu", "cuda", "triton", or None for the fastest that can run.
         dtype: of the result; default the dtypes of `base` (`linear`: of `models[0]`).
+        statistics, base_statistics: what was collected of each model, and of the base, for the
+            methods that need it: see `fisher_merge`, `regmean_merge`, `gradient_matching`.
         parameters: the method's own, e.g. `density`, `scale`; those of scope "model" may be one
             number or one for each model.
 
@@ -64,7 +69,10 @@ def merge(
     tensor([2., 2., 2., 2.])
     """
     spec = get(method, "merge: method")
-    return merge_by(spec, "merge", base, models, weights, backend, dtype, parameters)
+    collected = (statistics, base_statistics)
+    return merge_by(
+        spec, "merge", base, models, weights, backend, dtype, parameters, collected=collected
+    )
 
 
 def linear(
@@ -203,7 +211,15 @@ def merge_by(
     backend: str | None,
     dtype: torch.dtype | None,
     parameters: Mapping[str, Any],
+    *,
+    collected: tuple[Any, Any] = (None, None),
+    names: tuple[str, str] = ("statistics", "base_statistics"),
 ) -> Any:
+    """
+    Args:
+        collected: the statistics of the models and of the base.
+        names: what the caller calls them.
+    """
     models = _check_models(spec, where, base, models)
     first = models[0] if base is None else base
     inputs = {} if base is None else {"base": named_tensors(base, f"{where}: base", first)}
@@ -212,6 +228,7 @@ def merge_by(
         for k, model in enumerate(models)
     }
     _check_tensors(where, inputs, first)
+    statistics = match_statistics(spec, where, inputs, first, collected, names)
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(
             f"{where}: dtype: expected float32, float16, bfloat16 or float64; got {dtype}"
@@ -247,6 +264,7 @@ def merge_by(
         inputs["base"] if has_base else None,
         [tensors for label, tensors in inputs.items() if label != "base"],
         {name: _shown(name, first) for name in leader},
+        statistics,
     )
     bins = most_bins(len(inputs))
     context = Context(backend=runner, bins=bins, nan=resolved["nan"], gathers=True)
@@ -264,7 +282,8 @@ def resolve_parameters(
 
     Raises RequestError listing everything that is wrong.
     """
-    known = {parameter.name: parameter for parameter in spec.parameters}
+    # Files are a config's; functions take what is in them.
+    known = {p.name: p for p in spec.parameters if p.kind != "path"}
     spelled = ["weights" if name == "weight" else name for name in known]
     problems = [
         f"{where}: unknown parameter {name!r} of method {spec.name}{nearest(name, spelled)} "

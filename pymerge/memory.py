@@ -59,6 +59,8 @@ class MemoryPlan:
         rows of 8-byte sums per model. 0 where nothing is selected.
     sample_elements: most elements sampled to guess where a threshold lies, one model at a time.
     buffer_bytes: of each of CHUNKS + PIECES page-locked buffers; 0 where the CPU computes.
+    matrix_bytes: for the largest linear system (RegMean); 0 where none is solved.
+    solvers: threads that solve one, each with right sides of its own in matrix_bytes.
     total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
         page cache: the kernel takes that back when it needs it.
     """
@@ -69,6 +71,8 @@ class MemoryPlan:
     sample_elements: int
     total: int
     buffer_bytes: int = 0
+    matrix_bytes: int = 0
+    solvers: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,14 @@ def device_sizes(budget: int, buffer_bytes: int = MAX_BUFFER_BYTES) -> DeviceSiz
 
 
 def plan_memory(
-    limit: int, *, models: int, threads: int, selects: bool, staged: bool = False
+    limit: int,
+    *,
+    models: int,
+    threads: int,
+    selects: bool,
+    staged: bool = False,
+    matrices: int = 0,
+    solvers: int = 0,
 ) -> MemoryPlan:
     """Fit a merge into a limit.
 
@@ -126,6 +137,8 @@ def plan_memory(
         threads: number of compute threads.
         selects: whether order statistics of |delta| are needed (a trim).
         staged: whether a GPU computes.
+        matrices: bytes of matrices that must be held as a whole; they cannot be made smaller.
+        solvers: what they are for; only passed on.
 
     Raises:
         RequestError: not even the smallest sizes fit; names the smallest limit that works.
@@ -134,7 +147,7 @@ def plan_memory(
     samples = MAX_SAMPLES if selects else 0
     slots, slot_bytes = MAX_SLOTS, MAX_SLOT_BYTES
     buffer_bytes = MAX_BUFFER_BYTES if staged else 0
-    fixed = FIXED_BYTES + (CUDA_FIXED_BYTES if staged else 0)
+    fixed = FIXED_BYTES + (CUDA_FIXED_BYTES if staged else 0) + matrices
     while True:
         parts = {
             "histogram": models * bins * (4 * threads + 16),
@@ -144,7 +157,9 @@ def plan_memory(
         }
         total = fixed + sum(parts.values())
         if total <= limit:
-            return MemoryPlan(slots, slot_bytes, bins, samples, total, buffer_bytes)
+            return MemoryPlan(
+                slots, slot_bytes, bins, samples, total, buffer_bytes, matrices, solvers
+            )
         smaller = {
             "histogram": bins > MIN_BINS,
             "samples": samples > MIN_SAMPLES,

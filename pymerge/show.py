@@ -40,7 +40,7 @@ def plan_text(plan: MergePlan) -> str:
     lines += [
         f"settings  {parameter.yaml_names[0]}: {_setting(config, parameter.name)}"
         for parameter in config.method.parameters
-        if not (parameter.no_effect or parameter.only is not None)
+        if not (parameter.no_effect or parameter.only is not None or parameter.kind == "path")
         and config.value(parameter.name) is not None
     ]
     dtypes = _counts(tensor.dtype for tensor in plan.tensors.values())
@@ -59,6 +59,9 @@ def plan_text(plan: MergePlan) -> str:
         parts += f", {memory.histogram_bins} bins and {memory.sample_elements} samples to select"
     if memory.buffer_bytes:
         parts += f", {CHUNKS + PIECES} x {format_size(memory.buffer_bytes)} on the way"
+    if memory.matrix_bytes:
+        threads = f" on {memory.solvers} threads" if memory.solvers > 1 else ""
+        parts += f", {format_size(memory.matrix_bytes)} for the largest linear system{threads}"
     lines.append(f"memory    {format_size(memory.total)} ({parts}), {plan.threads} threads")
     if plan.device != "cpu":
         lines.append(f"device    {plan.device}: {_device(plan)}")

@@ -212,3 +212,9 @@ def elementwise(
         else tensor
         for name, tensor in base.items()
     }
+
+
+def load_one(directory: Path) -> State:
+    """Return the tensors of the model in a directory that has other safetensors files too."""
+    weights = sorted(directory.glob("model*.safetensors"))
+    return {name: tensor for path in weights for name, tensor in load_file(path).items()}

@@ -28,6 +28,7 @@ from pymerge.memory import DeviceSizes, device_sizes, plan_memory
 from pymerge.methods import METHODS
 from tests import models
 from tests.host_device import HostDevice, Race
+from tests.test_data_files import write
 from tests.test_engine import METHODS as DIALECTS
 from tests.test_methods import number_of_models, parameters_of
 
@@ -421,3 +422,16 @@ def test_errors_of_a_device(error: type[Exception]) -> None:
         failing(RuntimeError("CUDA error: unspecified launch failure"))
     with pytest.raises(ValueError, match="refused"):
         failing(ValueError("refused"))
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.statistics])
+def test_statistics_are_read_from_the_host(name: str, merge: Merge, tmp_path: Path) -> None:
+    """No kernels there: the CPU computes, with a warning, or torch where it is asked for."""
+    config = write(tmp_path, name)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    report = merge(config, tmp_path / "out", HostDevice(), SMALL)
+    assert report.device == "cpu"
+    assert any("no backend has kernels" in warning for warning in report.warnings)
+    merge(config, tmp_path / "asked", HostDevice(), SMALL, backend="reference")
+    for out in ("out", "asked"):
+        assert models.weight_bytes(tmp_path / out) == models.weight_bytes(tmp_path / "cpu")

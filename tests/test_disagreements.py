@@ -261,3 +261,84 @@ def test_weights_that_sum_to_zero() -> None:
         pymerge.linear(models, weights=[1.0, -1.0])
     plain = pymerge.task_arithmetic(T([0.0]), models, weights=[1.0, -1.0])
     assert plain.tolist() == [-1.0]
+
+
+def test_fisher_information_per_label_or_with_cross_terms() -> None:
+    """One example, two labels, d log p(y) = -1, 1 at p = 1/2. Squares summed: 1/2 + 1/2. MergeLM
+    squares the sum of sqrt(p) log p, in which the two cancel."""
+    model = torch.nn.Linear(1, 2)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    loader = [T([[2.0]])]
+    exact = pymerge.collect_fisher(model, loader)
+    batch = pymerge.collect_fisher(model, loader, estimator="batch")
+    assert exact["bias"].tolist() == [0.25, 0.25]  # sum_y p (y - p)^2 = 2 * 1/2 * 1/4
+    assert exact["weight"].tolist() == [[1.0], [1.0]]
+    assert float(batch["bias"].abs().max()) == 0.0
+    # Two equal examples: the mean stays; the square of a sum of two, halved, doubles.
+    torch.nn.init.constant_(model.bias[:1].detach(), 1.0)
+    twice = [T([[2.0], [2.0]])]
+    torch.testing.assert_close(
+        pymerge.collect_fisher(model, twice)["bias"], pymerge.collect_fisher(model, loader)["bias"]
+    )
+    torch.testing.assert_close(
+        pymerge.collect_fisher(model, twice, estimator="batch")["bias"],
+        2 * pymerge.collect_fisher(model, loader, estimator="batch")["bias"],
+    )
+
+
+def test_the_floor_of_fisher_information() -> None:
+    """Of the first model alone (official), added to all (MergeLM), or under all (mats)."""
+    models, known = [T([0.0, 0.0]), T([1.0, 1.0])], [T([0.0, 0.0]), T([0.0, 2e-6])]
+    how = {"normalize": False, "floor": 1e-6}
+    official = pymerge.fisher_merge(models, known, **how)
+    mergelm = pymerge.fisher_merge(models, known, semantics="mergelm", **how)
+    mats = pymerge.fisher_merge(models, known, semantics="mats", **how)
+    torch.testing.assert_close(official, T([0.0, 2 / 3]))  # 0 / (1 + 0), 2 / (1 + 2)
+    torch.testing.assert_close(mergelm, T([0.5, 3 / 4]))  # 1 / (1 + 1), 3 / (1 + 3)
+    torch.testing.assert_close(mats, T([0.5, 2 / 3]))  # 1 / (1 + 1), 2 / (1 + 2)
+
+
+def test_off_diagonal_elements_of_gram_matrices() -> None:
+    """The authors' code leaves them by default, as MergeLM does; FusionBench takes 0.95."""
+    models = [torch.eye(2), T([[0.0, 1.0], [1.0, 0.0]])]
+    grams = [T([[2.0, 1.0], [1.0, 2.0]]), T([[3.0, -1.0], [-1.0, 1.0]])]
+    for semantics, factor in (("official", 1.0), ("mergelm", 1.0), ("fusionbench", 0.95)):
+        scaled = [torch.where(torch.eye(2) > 0, gram, factor * gram) for gram in grams]
+        total = sum(g @ w.T for g, w in zip(scaled, models, strict=True))
+        expected = torch.linalg.solve(sum(scaled), total).T
+        merged = pymerge.regmean_merge(models, grams, semantics=semantics)
+        torch.testing.assert_close(merged, expected)
+
+
+def test_where_the_scale_of_gradient_matching_stands() -> None:
+    """A weight a_k stands above and below; the authors' s only below, and before the sum."""
+    base, model, hessian = torch.zeros(1), torch.ones(1), torch.ones(1)
+    how = {"base_fisher": torch.ones(1), "scale": 0.5}
+    code = pymerge.gradient_matching(base, [model], [hessian], **how)
+    torch.testing.assert_close(code, T([0.5 * (1 + 1) / (0.5 + 1)]))
+    both = pymerge.gradient_matching(
+        base, [model], [hessian], base_fisher=torch.ones(1), weights=0.5
+    )
+    torch.testing.assert_close(both, T([(0.5 + 1) / (0.5 + 1)]))
+
+
+def test_gradient_based_merging_as_its_code_or_as_its_formula() -> None:
+    """The code steps down the mean of the tasks' gradients; the formula matches gradients to those
+    at each task's own model."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    states = [{"weight": T([[weight]])} for weight in (1.0, 3.0)]
+    data = [[T([[1.0]])]] * 2
+
+    def loss(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net(x).square().sum()  # the gradient at w is 2 w
+
+    def step(objective: str) -> float:
+        merged = pymerge.gradient_merge(
+            model, states, data, loss, objective=objective, steps=1, lr=0.01
+        )
+        return float(merged["weight"])
+
+    assert math.isclose(step("average"), 1 - 0.01 * 2, rel_tol=1e-6)
+    # d/dw [(2w - 2)^2 + (2w - 6)^2] at 1: 2 * 2 * (0 - 4)
+    assert math.isclose(step("matching"), 1 + 0.01 * 16, rel_tol=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from pymerge.checkpoint.header import read_start
 from pymerge.checkpoint.problems import Problems
+from pymerge.checkpoint.statistics import KINDS, filename_of
 from pymerge.checkpoint.strict_json import is_text, parse_json
 from pymerge.errors import nearest
 
@@ -15,6 +16,8 @@ __all__ = ["Weights", "find_weights", "read_json_file"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _LEFTOVERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state")
+# What save_statistics writes beside a model.
+_STATISTICS = frozenset(filename_of(kind) for kind in KINDS)
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".ggml": "GGML",
@@ -130,6 +133,7 @@ def _in_directory(path: Path, problems: Problems, warnings: list[str]) -> Weight
             if name.endswith(suffixes)
             and not name.startswith(_LEFTOVERS)
             and not name.startswith("adapter_model.")
+            and name not in _STATISTICS
         ]
         if default in weights:
             weights = [default]

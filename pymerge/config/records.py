@@ -67,8 +67,8 @@ class MergeConfig:
         """
         resolved: TensorParameters = {}
         for parameter in self.method.parameters:
-            if parameter.no_effect or parameter.only is not None:
-                continue
+            if parameter.no_effect or parameter.only is not None or parameter.kind == "path":
+                continue  # without effect, or no parameter of a tensor
             shared = self.value(parameter.name, tensor)
             if parameter.scope == "method":
                 resolved[parameter.name] = self._required(parameter, shared, tensor, self.where)

@@ -21,12 +21,13 @@ from pymerge.engine.execute import Context, execute
 from pymerge.engine.place import Place, choose_place
 from pymerge.engine.progress import Recorder
 from pymerge.engine.staged import run_staged
-from pymerge.engine.work import Sink, Source, Work
+from pymerge.engine.work import Sink, Source, TensorStatistics, Work
 from pymerge.errors import MergeError, RequestError
 from pymerge.memory import PeakMemory, available_memory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.output.layout import INDEX_NAME
 from pymerge.plan import MergePlan, make_plan
+from pymerge.plan.statistics import StatisticsFile, StatisticsInputs, statistics_paths
 from pymerge.report import (
     REPORT_NAME,
     InputFile,
@@ -47,9 +48,15 @@ class CheckpointSource:
     """Inputs that are checkpoints: views of memory-mapped files, read ahead in the announced
     order."""
 
-    def __init__(self, base: Checkpoint | None, models: Sequence[Checkpoint]) -> None:
+    def __init__(
+        self,
+        base: Checkpoint | None,
+        models: Sequence[Checkpoint],
+        statistics: StatisticsInputs | None = None,
+    ) -> None:
         self._base = base
         self._models = models
+        self._statistics = statistics or StatisticsInputs()
         self._all = [*([] if base is None else [base]), *models]
         self.labels = [checkpoint.label for checkpoint in self._all]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pymerge-read-ahead")
@@ -62,9 +69,19 @@ class CheckpointSource:
         return f"tensor {name!r}"
 
     def nbytes(self, name: str) -> int:
-        return sum(
+        models = sum(
             (checkpoint.tensors.get(name) or checkpoint.tensors[checkpoint.tied[name]]).nbytes
             for checkpoint in self._all
+        )
+        return models + self._statistics.nbytes(name)
+
+    def statistics(self, name: str) -> TensorStatistics:
+        files = self._statistics
+        return TensorStatistics(
+            [_array_of(file, name) for file in files.models],
+            None if files.base is None else _array_of(files.base, name),
+            any(file.record.name_of(name, file.record.transposed) for file in files.models),
+            [file.checkpoint.label for file in files.all],
         )
 
     def announce(self, names: Sequence[str]) -> None:
@@ -94,6 +111,14 @@ class CheckpointSource:
     def _will_need(self, name: str) -> None:
         for checkpoint in self._all:
             checkpoint.will_need(name)
+        for file, own in self._files_of(name):
+            file.checkpoint.will_need(own)
+
+    def _files_of(self, name: str) -> Iterator[tuple[StatisticsFile, str]]:
+        for file in self._statistics.all:
+            own = file.name_of(name)
+            if own is not None:
+                yield file, own
 
     def release(self, name: str) -> None:
         self._ahead = max(0, self._ahead - self.nbytes(name))
@@ -102,9 +127,16 @@ class CheckpointSource:
     def _release(self, name: str) -> None:
         for checkpoint in self._all:
             checkpoint.release(name)
+        for file, own in self._files_of(name):
+            file.checkpoint.release(own)
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _array_of(file: StatisticsFile, name: str) -> Flat | None:
+    own = file.name_of(name)
+    return None if own is None else file.checkpoint.array(own)
 
 
 def merge_checkpoints(
@@ -184,6 +216,7 @@ def merge_checkpoints(
             problems += error.problems
         inputs = [settings.base_model] if settings.base_model is not None else []
         inputs += [entry.path for entry in settings.models]
+        inputs += statistics_paths(settings)
         directory = OutputDirectory(Path(out), force=force, inputs=[Path(path) for path in inputs])
         problems += directory.check()
         if problems or plan is None:
@@ -274,13 +307,14 @@ def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) 
             sample=plan.memory.sample_elements or 1,
             nan=nan,
             seed=plan.seed,
+            solvers=plan.memory.solvers,
             progress=recorder,
         )
         execute(plan.config.method.name, works, source, sink, context)
 
-    source = CheckpointSource(plan.base, plan.models)
+    source = CheckpointSource(plan.base, plan.models, plan.statistics)
     writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
-    runner = Runner(place.backend)
+    runner = Runner(place.ops or place.backend)
     try:
         if place.device is None:
             run(runner, source, writer)

@@ -15,6 +15,8 @@ import numpy as np
 from pymerge._calls import Counters, call
 from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import BACKENDS
+from pymerge.engine.data_driven import METHODS as DATA_METHODS
+from pymerge.engine.data_driven import run_data_driven
 from pymerge.engine.geometry import run_geometry
 from pymerge.engine.pcb import run_pcb
 from pymerge.engine.pointwise import emr_rescaler, run_pointwise
@@ -37,6 +39,7 @@ _UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
 class Context:
     """How to run: backend, memory for selection, NaN, seed, method, whom to tell.
 
+    solvers: linear systems that may be solved at once; 0 for as many as torch has threads.
     gathers: results may be computed later than the next piece is asked for.
     stats: what merging ops count and report; on a device they are looked at from time to time.
     """
@@ -47,6 +50,7 @@ class Context:
     nan: str = "error"
     seed: int = 0
     method: str = ""
+    solvers: int = 0
     gathers: bool = False
     rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)
@@ -130,6 +134,8 @@ def execute(
         statistics = run_ties(works, source, sink, context)
     elif method == "pcb":
         run_pcb(works, source, sink, context)
+    elif method in DATA_METHODS:
+        run_data_driven(works, source, sink, context)
     elif method in WHOLE_METHODS:
         run_whole(works, source, sink, context)
     else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from pymerge.array import Flat
+from pymerge.engine.work import TensorStatistics
 
 __all__ = ["MemorySink", "MemorySource"]
 
@@ -20,8 +21,14 @@ class MemorySource:
         base: Mapping[str, torch.Tensor] | None,
         models: Sequence[Mapping[str, torch.Tensor]],
         shown: Mapping[str, str],
+        statistics: Callable[[str], TensorStatistics] | None = None,
     ) -> None:
+        """
+        Args:
+            statistics: gives what was collected of a tensor, for methods that need it.
+        """
         self.labels = labels
+        self._statistics = statistics
         self._base = base
         self._models = models
         self._shown = shown
@@ -36,6 +43,10 @@ class MemorySource:
     def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         base = None if self._base is None else _flat(self._base[name])
         return base, [_flat(model[name]) for model in self._models]
+
+    def statistics(self, name: str) -> TensorStatistics:
+        assert self._statistics is not None
+        return self._statistics(name)
 
     def announce(self, names: Sequence[str]) -> None:
         pass

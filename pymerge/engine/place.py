@@ -24,12 +24,14 @@ class Place:
     device: the GPU, or None for the CPU.
     why: the reason for both, in words.
     warnings: what the user may not have expected of it.
+    ops: what runs the ops that a method without kernels of its own takes, if not `backend`.
     """
 
     backend: str
     device: Device | None
     why: str
     warnings: tuple[str, ...] = ()
+    ops: str | None = None
 
 
 def _wants_gpu(device: str, backend: str | None) -> bool:
@@ -101,7 +103,7 @@ def choose_place(
         )
         place = _on_cpu(method, None, without)
         warning = f"{method.name} is computed on the CPU: {without}"
-        return Place(place.backend, None, place.why, (warning, *place.warnings))
+        return Place(place.backend, None, place.why, (warning, *place.warnings), place.ops)
     left = "".join(f"; {name}: {reason}" for name, reason in missing.items() if reason)
     return Place("auto", gpu, f"the device was asked for; the fastest there for each op{left}")
 
@@ -111,5 +113,6 @@ def _on_cpu(method: MethodSpec, backend: str | None, why: str | None) -> Place:
     if chosen == "reference" and backend in (None, "auto"):
         lacks = BACKENDS["cpu"].reason() or f"{method.name} has no native kernels yet"
         warning = f"computed with the slow reference backend: {lacks}"
-        return Place(chosen, None, why or lacks, (warning,))
+        ops = "auto" if BACKENDS["cpu"].reason() is None else None
+        return Place(chosen, None, why or lacks, (warning,), ops)
     return Place(chosen, None, why or "the fastest on the CPU, where files are merged by default")

@@ -15,7 +15,7 @@ from pymerge.backends.sizes import HOT_CHUNK
 from pymerge.dtypes import DTYPES, torch_dtype
 from pymerge.engine.device import COMPUTE, OUT, Device, OutOfDeviceMemory
 from pymerge.engine.stage import Stage
-from pymerge.engine.work import Sink, Source, slices
+from pymerge.engine.work import Sink, Source, TensorStatistics, slices
 from pymerge.errors import MergeError
 from pymerge.memory import PIECES, device_sizes
 from pymerge.runner import Runner
@@ -65,6 +65,9 @@ class StagedSource:
 
     def nbytes(self, name: str) -> int:
         return self._source.nbytes(name)
+
+    def statistics(self, name: str) -> TensorStatistics:
+        return self._source.statistics(name)
 
     def announce(self, names: Sequence[str]) -> None:
         self._source.announce([name for name in names if name not in self._kept])

@@ -13,6 +13,7 @@ __all__ = [
     "Progress",
     "Sink",
     "Source",
+    "TensorStatistics",
     "Work",
     "no_progress",
     "row_length",
@@ -41,6 +42,21 @@ def row_length(work: Work) -> int:
     return work.shape[-1] if len(work.shape) > 1 else work.numel
 
 
+@dataclass(frozen=True)
+class TensorStatistics:
+    """What was collected from data of one tensor.
+
+    models: of each model, in their order; all None where there are none of this tensor. base: of
+    the base, or None. transposed: the weight is [in, out]. labels: what messages call them, that of
+    the base first where it has any.
+    """
+
+    models: Sequence[Flat | None]
+    base: Flat | None
+    transposed: bool
+    labels: Sequence[str]
+
+
 class Source(Protocol):
     """Gives the inputs of a tensor: 1-D, contiguous, in their own dtypes, not to be written to."""
 
@@ -59,6 +75,10 @@ class Source(Protocol):
 
     def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
         """Return (base or None, models)."""
+        ...
+
+    def statistics(self, name: str) -> TensorStatistics:
+        """Return what was collected of a tensor, for methods that need it."""
         ...
 
     def announce(self, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pymerge.errors import RequestError, nearest
 from pymerge.methods.adamerging import ADAMERGING
+from pymerge.methods.data_driven import FISHER, GRADIENT_MATCHING, REGMEAN
 from pymerge.methods.geometry import (
     KARCHER,
     MODEL_STOCK,
@@ -60,6 +61,9 @@ METHODS: dict[str, MethodSpec] = {
         TALL_MASKS,
         EMR,
         TSV_M,
+        FISHER,
+        REGMEAN,
+        GRADIENT_MATCHING,
         PASSTHROUGH,
     )
 }

@@ -29,11 +29,12 @@ class Parameter:
     `names` are the spellings that a YAML config may use; the first is the one that documents show.
     `no_effect` marks a parameter that other tools have and that is accepted, with a warning, for
     compatibility only. `only` is the one value that is taken so far of a parameter that other tools
-    have.
+    have. A parameter of kind "path" names a file of statistics in a config; functions take the
+    statistics themselves.
     """
 
     name: str
-    kind: Literal["float", "int", "bool", "str"]
+    kind: Literal["float", "int", "bool", "str", "path"]
     default: Any
     doc: str
     scope: Literal["model", "method"] = "method"
@@ -64,6 +65,7 @@ class Parameter:
             "int": "an integer",
             "bool": "true or false",
             "str": "a string",
+            "path": "the path of a file that save_statistics wrote",
         }
         text = words[self.kind]
         if self.minimum is not None and self.maximum is not None:
@@ -83,6 +85,10 @@ class Parameter:
         bad = RequestError(f"{where}: expected {self.expected}, got {value!r}")
         if self.kind == "bool":
             if not isinstance(value, bool) or (self.only is not None and value != self.only):
+                raise bad
+            return value
+        if self.kind == "path":
+            if not isinstance(value, str) or not value.strip() or "\0" in value:
                 raise bad
             return value
         if self.kind == "str":
@@ -140,6 +146,8 @@ class MethodSpec:
     backends: tuple[str, ...] = ("reference", "cpu", "cuda", "triton")
     # Turns resolved parameters into those of one tensor, by its name.
     for_tensor: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    # What is collected from data beside the models: "fisher" (diagonals) or "gram".
+    statistics: Literal["fisher", "gram"] | None = None
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
 

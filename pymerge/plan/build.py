@@ -11,8 +11,19 @@ from pymerge.errors import RequestError
 from pymerge.memory import MemoryPlan, default_threads, plan_memory
 from pymerge.output import OutputTensor, plan_layout
 from pymerge.plan.inputs import FLOATS, Inputs, header, open_inputs
-from pymerge.plan.parameters import PassCounter, resolve_parameters, unused_filters
+from pymerge.plan.parameters import (
+    PassCounter,
+    passes_over_statistics,
+    resolve_parameters,
+    unused_filters,
+)
 from pymerge.plan.records import MergePlan, PlannedTensor
+from pymerge.plan.statistics import (
+    StatisticsInputs,
+    largest_system,
+    matrix_bytes,
+    open_statistics,
+)
 
 __all__ = ["make_plan"]
 
@@ -45,14 +56,17 @@ def make_plan(
     problems = _check_numbers(memory, shard_size, threads, seed)
     threads = threads or default_threads()
     inputs = open_inputs(config)
+    statistics = StatisticsInputs()
     try:
-        problems += inputs.problems
+        statistics = open_statistics(config, inputs)
+        problems += inputs.problems + statistics.problems
         counter = _count_passes(config, inputs)
         planned = _plan_tensors(config, inputs, counter, problems)
         computed = [tensor for tensor in planned if tensor.compute is not None]
         selects = any(counter.selects(tensor.parameters, tensor.numel) for tensor in computed)
         staged = device != "cpu"
-        fitted = _fit_memory(config, memory, threads, selects, staged, problems)
+        system = largest_system(config, inputs, statistics)
+        fitted = _fit_memory(config, memory, threads, selects, staged, system, problems)
         if problems or fitted is None:
             raise RequestError(problems)
         layout = plan_layout(
@@ -70,7 +84,7 @@ def make_plan(
             layout=layout,
             passes=max(tensor.passes for tensor in planned),
             passes_text=counter.text(computed[0].parameters if computed else {}, selects),
-            bytes_to_read=_bytes_to_read(inputs, planned),
+            bytes_to_read=_bytes_to_read(config, inputs, statistics, planned),
             bytes_to_write=sum(shard.nbytes for shard in layout.shards),
             memory=fitted,
             threads=threads,
@@ -80,11 +94,14 @@ def make_plan(
             warnings=[
                 *config.warnings,
                 *inputs.warnings,
+                *statistics.warnings,
                 *unused_filters(config, list(tensors)),
             ],
+            statistics=statistics,
         )
     except BaseException:
         inputs.close()
+        statistics.close()
         raise
 
 
@@ -161,17 +178,45 @@ def _fit_memory(
     threads: int,
     selects: bool,
     staged: bool,
+    system: tuple[int, int] | None,
     problems: list[str],
 ) -> MemoryPlan | None:
-    count = len(config.models)
-    try:
-        return plan_memory(memory, models=count, threads=threads, selects=selects, staged=staged)
-    except RequestError as error:
-        problems += error.problems
-        return None
+    found: list[str] = []
+
+    def fitted(solvers: int) -> MemoryPlan | None:
+        try:
+            return plan_memory(
+                memory,
+                models=len(config.models),
+                threads=threads,
+                selects=selects,
+                staged=staged,
+                matrices=0 if system is None else matrix_bytes(*system, solvers),
+                solvers=solvers,
+            )
+        except RequestError as error:
+            found[:] = error.problems
+            return None
+
+    # As many threads solve the largest system at once as there is memory for.
+    attempts = (fitted(count) for count in ([0] if system is None else range(threads, 0, -1)))
+    plan = next((plan for plan in attempts if plan is not None), None)
+    problems += [] if plan is not None else found
+    return plan
 
 
-def _bytes_to_read(inputs: Inputs, planned: list[PlannedTensor]) -> int:
-    return sum(
+def _bytes_to_read(
+    config: MergeConfig,
+    inputs: Inputs,
+    statistics: StatisticsInputs,
+    planned: list[PlannedTensor],
+) -> int:
+    models = sum(
         info.nbytes * tensor.passes for tensor in planned for info in _headers(inputs, tensor.name)
     )
+    extra = sum(
+        statistics.nbytes(tensor.name) * passes_over_statistics(config, tensor.parameters)
+        for tensor in planned
+        if tensor.compute is not None
+    )
+    return models + extra

@@ -11,7 +11,7 @@ from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.config import MergeConfig
 from pymerge.errors import RequestError, nearest
 
-__all__ = ["COPIED", "FLOATS", "Inputs", "header", "open_inputs"]
+__all__ = ["COPIED", "FLOATS", "Inputs", "check_exists", "header", "listed", "open_inputs"]
 
 # Floats from narrow to wide; a merge of two is at least as wide as both.
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -63,7 +63,7 @@ def open_inputs(config: MergeConfig) -> Inputs:
         inputs.close()
         raise
     if config.base_model is not None and not config.method.with_base(True):
-        _check_exists(config.base_model, config.base_where, inputs.problems, config)
+        check_exists(config.base_model, config.base_where, inputs.problems, config)
 
     if config.method.with_base(config.base_model is not None):
         inputs.reference = inputs.base
@@ -93,7 +93,7 @@ def _like_base(config: MergeConfig, models: list[Checkpoint]) -> Checkpoint:
 def _open(
     path: str, name: str, where: str, inputs: Inputs, config: MergeConfig
 ) -> Checkpoint | None:
-    if not _check_exists(path, where, inputs.problems, config):
+    if not check_exists(path, where, inputs.problems, config):
         return None
     try:
         return open_checkpoint(path, f"{name} ({path})")
@@ -104,7 +104,7 @@ def _open(
     return None
 
 
-def _check_exists(path: str, where: str, problems: list[str], config: MergeConfig) -> bool:
+def check_exists(path: str, where: str, problems: list[str], config: MergeConfig) -> bool:
     if os.path.exists(path):
         return True
     problem = f"{where}: no such file or directory: {path}"
@@ -129,7 +129,7 @@ def _compare(reference: Checkpoint, model: Checkpoint, inputs: Inputs) -> None:
         extra = [name for name in model.tensors if name not in reference.tensors]
         hint = nearest(missing[0], extra) if len(missing) == 1 else ""
         inputs.problems.append(
-            f"{model.label}: lacks {_tensors(missing)} of {like}: {_listed(missing)}{hint}"
+            f"{model.label}: lacks {_tensors(missing)} of {like}: {listed(missing)}{hint}"
         )
     _check_extra(reference, model, inputs)
     _check_shapes(reference, model, inputs.problems)
@@ -153,7 +153,7 @@ def _check_extra(reference: Checkpoint, model: Checkpoint, inputs: Inputs) -> No
             inputs.problems.append(_shape_problem(model, info, target.shape, reference))
     if extra:
         inputs.problems.append(
-            f"{model.label}: has {_tensors(extra)} that {_short(reference)} lacks: {_listed(extra)}"
+            f"{model.label}: has {_tensors(extra)} that {_short(reference)} lacks: {listed(extra)}"
         )
 
 
@@ -212,7 +212,7 @@ def _check_dtypes(reference: Checkpoint, checkpoint: Checkpoint, problems: list[
     for dtype, names in refused.items():
         problems.append(
             f"{checkpoint.label}: {_tensors(names)} of dtype {dtype}, which cannot be merged "
-            f"(expected {', '.join(FLOATS)}, integers or BOOL): {_listed(names)}"
+            f"(expected {', '.join(FLOATS)}, integers or BOOL): {listed(names)}"
         )
 
 
@@ -224,6 +224,6 @@ def _tensors(names: list[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     text = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     return f"{text} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else text

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from pymerge.config import MergeConfig, TensorParameters
 from pymerge.errors import RequestError
+from pymerge.methods.data_driven import fisher_rule
 from pymerge.methods.sparse import band_counts
 from pymerge.methods.ties import TiesRule, trim_target
 
-__all__ = ["PassCounter", "resolve_parameters", "unused_filters"]
+__all__ = ["PassCounter", "passes_over_statistics", "resolve_parameters", "unused_filters"]
 
 _GEOMETRY = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 
@@ -64,6 +65,15 @@ def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
         if clause.filter is not None and not any(clause.matches(name) for name in names):
             warnings.append(f"{clause.where}: the filter '{clause.filter}' matches no tensor")
     return warnings
+
+
+def passes_over_statistics(config: MergeConfig, parameters: TensorParameters) -> int:
+    """Return how often the statistics of a tensor are read."""
+    if config.method.name == "regmean":
+        return 2
+    if config.method.name != "fisher":
+        return 1
+    return 1 if fisher_rule(parameters).normalize == "none" else 2
 
 
 class PassCounter:
@@ -136,6 +146,11 @@ class PassCounter:
         """
         steps: list[str] = []
         method = self.config.method.name
+        if self.config.method.statistics is not None and parameters:
+            if passes_over_statistics(self.config, parameters) == 1:
+                return "1: read, merge and write in one go"
+            what = "sums of Gram matrices" if method == "regmean" else "norms"
+            return f"1, and one over the statistics before it: their {what}"
         if method == "pcb":
             return "4: two for the statistics of task vectors, one for scores, then the merge"
         if method == "sce":

@@ -13,6 +13,7 @@ from pymerge.checkpoint import Checkpoint
 from pymerge.config import MergeConfig, TensorParameters
 from pymerge.memory import MemoryPlan
 from pymerge.output import Layout
+from pymerge.plan.statistics import StatisticsInputs
 
 __all__ = ["MergePlan", "PlannedTensor"]
 
@@ -63,11 +64,13 @@ class MergePlan:
     device: str = "cpu"
     device_memory: int | None = None
     warnings: list[str] = field(default_factory=list)
+    statistics: StatisticsInputs = field(default_factory=StatisticsInputs)
 
     @property
     def inputs(self) -> list[Checkpoint]:
-        """The base, where there is one, and the models."""
-        return [*([] if self.base is None else [self.base]), *self.models]
+        """The base, where there is one, the models, and the statistics of any of them."""
+        models = [*([] if self.base is None else [self.base]), *self.models]
+        return [*models, *(file.checkpoint for file in self.statistics.all)]
 
     @property
     def parameters_count(self) -> int:
@@ -135,6 +138,8 @@ class MergePlan:
                 "histogram_bins": self.memory.histogram_bins,
                 "sample_elements": self.memory.sample_elements,
                 "buffer_bytes": self.memory.buffer_bytes,
+                "matrix_bytes": self.memory.matrix_bytes,
+                "solvers": self.memory.solvers,
             },
             "device": self.device,
             "device_memory": self.device_memory,

@@ -1,0 +1,140 @@
+"""What a file of statistics says of itself, in the metadata of its safetensors header.
+
+No torch here: a plan reads headers only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pymerge.errors import RequestError
+
+__all__ = ["KINDS", "METADATA_KEY", "StatisticsRecord", "filename_of", "shape_problem"]
+
+KINDS = ("fisher", "gram")
+METADATA_KEY = "pymerge_statistics"
+_VERSION = 1
+
+
+def filename_of(kind: str) -> str:
+    """Return the name of a file of statistics beside a model: `fisher.safetensors`."""
+    return f"{kind}.safetensors"
+
+
+@dataclass(frozen=True)
+class StatisticsRecord:
+    """Where statistics come from.
+
+    Attributes:
+        kind: "fisher" (a diagonal for each parameter, of its shape) or "gram" (X^T X of the inputs
+            of a linear layer, [in, in], by the name of its weight).
+        estimator: how they were estimated, e.g. "exact, expected labels".
+        examples: how many.
+        tokens: rows of X; 0 for Fisher information.
+        transposed: weights of shape [in, out] (transformers' Conv1D), not [out, in].
+        aliases: {other name of a shared parameter: the name that the tensor has}.
+        model_tensors: names of all tensors of the model.
+        made_by: the version of pymerge.
+    """
+
+    kind: str
+    estimator: str = ""
+    examples: int = 0
+    tokens: int = 0
+    transposed: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    model_tensors: tuple[str, ...] = ()
+    made_by: str = ""
+
+    def name_of(self, tensor: str, names: Iterable[str] | Mapping[str, Any]) -> str | None:
+        """Return the name under which the statistics of a model's tensor are kept, or None."""
+        if tensor in names:
+            return tensor
+        other = self.aliases.get(tensor)
+        return other if other is not None and other in names else None
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return it as metadata of a safetensors file."""
+        values = {
+            "version": _VERSION,
+            "kind": self.kind,
+            "estimator": self.estimator,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "transposed": sorted(self.transposed),
+            "aliases": dict(self.aliases),
+            "model_tensors": list(self.model_tensors),
+            "made_by": self.made_by,
+        }
+        return {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> StatisticsRecord:
+        """Read the metadata of a file.
+
+        Raises:
+            RequestError: the file was not written by `save_statistics`, or by a later version.
+        """
+        if METADATA_KEY not in metadata:
+            raise RequestError(
+                f"{where}: is no file of statistics: its metadata has no {METADATA_KEY!r}; "
+                "expected one that pymerge.save_statistics wrote"
+            )
+        try:
+            values = json.loads(metadata[METADATA_KEY])
+            if not isinstance(values, dict):
+                raise TypeError("not an object")
+            version = values["version"]
+            if not isinstance(version, int) or version > _VERSION:
+                raise RequestError(
+                    f"{where}: statistics of format {version!r}; this pymerge reads up to "
+                    f"{_VERSION}"
+                )
+            record = cls(
+                kind=str(values["kind"]),
+                estimator=str(values["estimator"]),
+                examples=int(values["examples"]),
+                tokens=int(values["tokens"]),
+                transposed=frozenset(_texts(values["transposed"])),
+                aliases={str(key): str(name) for key, name in dict(values["aliases"]).items()},
+                model_tensors=tuple(_texts(values["model_tensors"])),
+                made_by=str(values["made_by"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(
+                f"{where}: its metadata {METADATA_KEY!r} is damaged: {error!r}"
+            ) from None
+        if record.kind not in KINDS:
+            raise RequestError(
+                f"{where}: statistics of kind {record.kind!r}; expected one of {', '.join(KINDS)}"
+            )
+        return record
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("expected a list of strings")
+    return values
+
+
+def shape_problem(
+    record: StatisticsRecord, name: str, shape: Sequence[int], wanted: Sequence[int]
+) -> str | None:
+    """Say what is wrong with the shape of statistics of a tensor of the shape `wanted`."""
+    if record.kind == "fisher":
+        if tuple(shape) != tuple(wanted):
+            return f"has shape {tuple(shape)}, expected {tuple(wanted)} like the tensor"
+        return None
+    if len(wanted) != 2:
+        return f"is a Gram matrix, but the tensor has shape {tuple(wanted)}, which is no matrix"
+    inputs = wanted[0 if name in record.transposed else 1]
+    if tuple(shape) != (inputs, inputs):
+        return (
+            f"has shape {tuple(shape)}, expected {(inputs, inputs)} for the weight {tuple(wanted)}"
+        )
+    return None

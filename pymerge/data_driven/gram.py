@@ -1,0 +1,218 @@
+"""Gram matrices of the inputs of linear layers: what RegMean weighs by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge.data_driven.batches import (
+    Forward,
+    batches,
+    check_count,
+    check_module,
+    default_forward,
+    device_of,
+    evaluating,
+    shared_names,
+)
+from pymerge.data_driven.statistics import ModelStatistics, make_record
+from pymerge.errors import RequestError
+
+__all__ = ["GramCollector", "collect_gram", "is_conv1d", "linear_layers"]
+
+Tensor = torch.Tensor
+_WHERE = "collect_gram"
+
+
+def collect_gram(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    samples: int = 256,
+    forward: Forward | None = None,
+    mask: Callable[[Any], Tensor | None] | None = None,
+    accumulate: torch.dtype = torch.float64,
+) -> ModelStatistics:
+    """Collect X^T X / rows of the inputs X of every linear layer (Jin et al. 2023).
+
+    A row is one vector that a layer sees: an example, or a token of it. Layers are `nn.Linear` and
+    transformers' Conv1D, whose weight is [in, out]. A layer that is called several times, or whose
+    weight several layers share, gets the rows of all calls; one that no example reaches, such as an
+    expert that is never chosen, has none, and its matrix is 0: in a merge it says nothing. A weight
+    that an embedding shares gets no matrix (it is averaged in a merge, as in the authors' code).
+
+    Args:
+        model, loader, samples: as in `collect_fisher`; labels are not needed.
+        forward: `forward(model, batch)` runs the model; by default as in `collect_fisher`.
+        mask: `mask(batch)` gives a mask [examples, positions] of what is no padding; by default
+            batch["attention_mask"] where it is of that shape. Rows of padding do not count (they
+            do in the authors' code); they do where an input has another shape. `mask=lambda _:
+            None` counts all.
+        accumulate: dtype of the sums over batches, float64 or float32.
+
+    Returns: symmetric float32 matrices [in, in] by the name of the weight, on the CPU.
+
+    Raises:
+        RequestError: no examples, no linear layers, NaN or infinity in an input.
+
+    >>> collect_gram(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 0.0], [1.0, 2.0]])])["weight"]
+    tensor([[1., 1.],
+            [1., 2.]])
+    """
+    check_module(model, f"{_WHERE}: model")
+    check_count(samples, "samples", _WHERE)
+    if accumulate not in (torch.float64, torch.float32):
+        raise RequestError(
+            f"{_WHERE}: accumulate: expected torch.float64 or torch.float32, got {accumulate}"
+        )
+    collector = GramCollector(model, linear_layers(model, _WHERE), accumulate, _WHERE)
+    examples = 0
+    with evaluating(model), torch.no_grad(), collector.hooked():
+        for number, batch, size in batches(loader, samples, device_of(model), _WHERE):
+            collector.begin(batch, size, (mask or attention_mask)(batch), number)
+            (forward or default_forward)(model, batch)
+            examples += size
+    found = collector.statistics(model, examples)
+    if not found.record.tokens:
+        raise RequestError(f"{_WHERE}: no example reached any linear layer")
+    return found
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """Return batch["attention_mask"] where it is [examples, positions]."""
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return found if isinstance(found, Tensor) and found.dim() == 2 else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' Conv1D: a linear layer with a weight [in, out]."""
+    kind = type(module)
+    return any(
+        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
+        for base in kind.__mro__
+    )
+
+
+def linear_layers(model: nn.Module, where: str) -> dict[str, list[nn.Module]]:
+    """Return the linear layers by the name of their weight, without those of embeddings."""
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        if id(weight) in names and id(weight) not in embedded:
+            found.setdefault(names[id(weight)], []).append(module)
+    if not found:
+        raise RequestError(f"{where}: model: has no linear layers (nn.Linear, Conv1D)")
+    return found
+
+
+@dataclass
+class _Sum:
+    total: Tensor  # [in, in]
+    rows: int = 0
+
+
+@dataclass
+class GramCollector:
+    """Adds up X^T X of layers while a model runs.
+
+    layers: by the name of their weight.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, list[nn.Module]]
+    accumulate: torch.dtype
+    where: str
+    sums: dict[str, _Sum] = field(default_factory=dict)
+    _mask: Tensor | None = None
+    _number: int = 0
+
+    def begin(self, batch: Any, size: int, mask: Tensor | None, number: int) -> None:
+        """Tell that the model is about to run on a batch."""
+        if mask is not None and (mask.dim() != 2 or len(mask) != size):
+            raise RequestError(
+                f"{self.where}: batch {number}: mask: expected shape ({size}, positions), got "
+                f"{tuple(mask.shape)}"
+            )
+        self._mask = None if mask is None else mask.bool()
+        self._number = number
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the layers."""
+        handles = []
+        try:
+            for name, modules in self.layers.items():
+                for module in modules:
+                    hook = self._hook(name)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._add(name, inputs[0] if inputs else next(iter(named.values())))
+
+        return watch
+
+    def _add(self, name: str, given: Tensor) -> None:
+        given = given.detach()
+        rows = given.reshape(-1, given.shape[-1])
+        mask = self._mask
+        if mask is not None and given.dim() == 3 and given.shape[:2] == mask.shape:
+            rows = rows[mask.to(rows.device).reshape(-1)]
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        if name not in self.sums:
+            size = rows.shape[1]
+            empty = torch.zeros(size, size, dtype=self.accumulate, device=rows.device)
+            self.sums[name] = _Sum(empty)
+        own = self.sums[name]
+        product = wide.T @ wide
+        if not bool(product.isfinite().all()):
+            raise RequestError(
+                f"{self.where}: batch {self._number}: the inputs of the layer of {name!r} hold NaN "
+                "or infinity"
+            )
+        own.total += product
+        own.rows += len(rows)
+
+    def grams(self) -> dict[str, Tensor]:
+        """Return the means over rows, 0 of layers that saw none; float32, symmetric."""
+        found = {}
+        for name, modules in self.layers.items():
+            own = self.sums.get(name)
+            if own is not None and own.rows:
+                mean = own.total / own.rows
+                found[name] = ((mean + mean.T) / 2).float().cpu()
+                continue
+            weight = modules[0].weight
+            assert isinstance(weight, Tensor)
+            size = weight.shape[0 if is_conv1d(modules[0]) else 1]
+            found[name] = torch.zeros(size, size)
+        return found
+
+    def statistics(self, model: nn.Module, examples: int) -> ModelStatistics:
+        """Return what was collected."""
+        found = self.grams()
+        aliases = {alias: name for alias, name in shared_names(model).items() if name in found}
+        record = make_record(
+            "gram",
+            f"mean of x x^T over rows, summed in {str(self.accumulate).removeprefix('torch.')}",
+            model,
+            examples,
+            max((own.rows for own in self.sums.values()), default=0),
+            frozenset(n for n, modules in self.layers.items() if is_conv1d(modules[0]))
+            & set(found),
+            aliases,
+        )
+        return ModelStatistics(found, record)
