@@ -41,7 +41,16 @@ def draw(shape: tuple[int, ...] = (40, 30), count: int = 3, seed: int = 0) -> li
 # doctests
 
 
-@pytest.mark.parametrize("module", ["api", "task_vector", "methods", "engine.checkpoints"])
+DATA_DRIVEN = ("fisher", "functions", "gradients", "gram", "plus_plus", "statistics")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("api", "task_vector", "methods", "engine.checkpoints"),
+        *(f"data_driven.{name}" for name in DATA_DRIVEN),
+    ],
+)
 def test_examples_of_the_documentation(module: str) -> None:
     loaded = importlib.import_module(f"pymerge.{module}")
     tests = doctest.DocTestFinder(exclude_empty=True).find(
@@ -52,7 +61,8 @@ def test_examples_of_the_documentation(module: str) -> None:
         runner.run(test)
     result = runner.summarize()
     assert result.failed == 0
-    assert result.attempted >= {"api": 7, "task_vector": 5, "methods": 1}.get(module, 0)
+    least = {"api": 7, "task_vector": 5, "engine.checkpoints": 0}
+    assert result.attempted >= least.get(module, 1)
 
 
 # structures

@@ -283,3 +283,17 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     assert report.peak_anonymous - before.anonymous < numel * 4
     merged = models.load(tmp_path / "out")["w"]
     assert torch.equal(merged, torch.full((numel,), 0.5))
+
+
+def test_out_does_not_replace_what_holds_statistics(tmp_path: Path) -> None:
+    config = write(tmp_path, "fisher")
+    place = tmp_path / "statistics"
+    place.mkdir()
+    for k, name in enumerate(("m0", "m1")):
+        path = pymerge.save_statistics(
+            place / f"{name}.safetensors", pymerge.load_statistics(tmp_path / name)
+        )
+        config["models"][k]["parameters"]["statistics"] = str(path)
+    with pytest.raises(pymerge.RequestError, match="statistics"):
+        pymerge.merge_checkpoints(config, place, force=True)
+    assert len(list(place.iterdir())) == 2

@@ -77,7 +77,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: ModelStatistics) -
         RequestError: `path` or `statistics` is something else.
         MergeError: the file cannot be written.
 
-    >>> import torch, tempfile
+    >>> import pymerge, tempfile, torch
     >>> model = torch.nn.Linear(3, 2)
     >>> gram = pymerge.collect_gram(model, [torch.ones(4, 3)])
     >>> save_statistics(tempfile.mkdtemp(), gram).name
