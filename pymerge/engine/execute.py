@@ -129,7 +129,7 @@ def execute(
     context.stats = context.runner.zeros((3,), "int64")
     context.method = method
     statistics: dict[str, int] = {}
-    trims = any("semantics" in work.parameters for work in works)
+    trims = any("weighting" in work.parameters for work in works)
     if method == "ties" or (method == "adamerging" and trims):
         statistics = run_ties(works, source, sink, context)
     elif method == "pcb":

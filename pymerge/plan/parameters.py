@@ -123,7 +123,7 @@ class PassCounter:
                 return False
             pairs = zip(parameters["density"], parameters["gamma"], strict=True)
             return any(band_counts(numel, *pair) != (0, 0) for pair in pairs)
-        if method != "ties" and "semantics" not in parameters:
+        if method != "ties" and "weighting" not in parameters:
             return False
         rule = TiesRule.of(parameters, self.config.where)
         total = self.numel if rule.scope == "global" else numel
