@@ -1,6 +1,7 @@
 // Every kernel of one instruction set, and its table.
 #pragma once
 
+#include "cpu/kernels_divergence.h"
 #include "cpu/kernels_magnitude.h"
 #include "cpu/kernels_pcb.h"
 #include "cpu/kernels_pointwise.h"
@@ -24,6 +25,8 @@ void fill_table(KernelTable& table) {
   table.pcb = pcb;
   table.row_ranks = row_ranks;
   table.row_weighted_sum = row_weighted_sum;
+  table.divergence_sums = divergence_sums;
+  table.row_importance = row_importance;
 }
 
 }  // namespace
