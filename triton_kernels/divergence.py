@@ -244,5 +244,5 @@ def row_importance_kernel(
     if MERGE:
         result = tl.where(result >= tl.load(numbers), origin + delta, origin)
     worst = tl.maximum(magnitude_key(origin), magnitude_key(x))
-    raise_flag(stats, integers, is_nonfinite(worst))
+    raise_flag(stats + 2, integers, is_nonfinite(worst))
     store(out + start, lane, mask, result)

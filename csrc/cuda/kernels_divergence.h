@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/kernels_sums.h"
+#include "cuda/reduce.h"
 #include "math/divergence.h"
 
 namespace pymerge {
