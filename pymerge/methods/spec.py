@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pymerge.errors import RequestError, nearest
@@ -138,6 +138,8 @@ class MethodSpec:
     # Says what of resolved parameters does not fit together.
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     backends: tuple[str, ...] = ("reference", "cpu", "cuda", "triton")
+    # The semantics that only the reference computes, whatever backends the others have.
+    torch_only: str | None = None
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,6 +149,13 @@ class MethodSpec:
             return None
         weights = [float(weight) for weight in parameters["weight"]]
         return weights if abs(sum(weights)) < 1e-8 else None
+
+    def in_dialect(self, semantics: str | None) -> MethodSpec:
+        """Return the record for messages and backends of one dialect."""
+        if semantics is None or semantics != self.torch_only:
+            return self
+        name = f"{self.name} with semantics {semantics!r}"
+        return replace(self, name=name, backends=("reference",))
 
     def with_base(self, given: bool) -> bool:
         """Return whether the base takes part, if one is given or not."""
