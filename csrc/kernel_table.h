@@ -301,15 +301,17 @@ struct RowSumArgs {
   int64_t* nonfinite;
 };
 
-enum class Divergence : int32_t { kMaxima = 0, kExp = 1, kDivergence = 2 };
+enum class Divergence : int32_t { kMaxima = 0, kExp = 1, kDivergence = 2, kAll = 3 };
 constexpr int kDivergenceRows = 5;
 
 // What a row of a model (models[0]; num_models is 1) and of the base have to do with each other, in
 // doubles: csrc/math/divergence.h. Chunks, rows and the order of sums are those of SumsArgs. With c
 // the number of a chunk or row: kMaxima: table[0][c] = largest model, table[1][c] = largest base;
 // kExp: table[2][c] = sum exp(model - table[0][c]), table[3][c] = the same of the base;
-// kDivergence: table[4][c] = KL(softmax(model) || softmax(base)), from the rows before it. So the
-// chunks of one row take what the row has from their columns.
+// kDivergence: table[4][c] = KL(softmax(model) || softmax(base)), from the rows before it; kAll:
+// one after the other. So of a row that is taken by chunks, table[0 .. 3] are what the whole row
+// has. kAll is several launches on CUDA, each of which needs the one before: not between begin and
+// end.
 struct DivergenceArgs {
   Execution execution;
   Dtype compute;

@@ -41,7 +41,8 @@ row_weighted_sum_: out = sum_k weights[k, row] x_k, or base + sum_k weights[k, r
     stats[0] += 1 if a result is not finite.
 divergence_sums_: table[5, c] of chunks or rows, as chunk_sums_ counts them: "maxima" of model and
     base, "exp" sums of exp(x - maximum), "divergence" KL(softmax(model) || softmax(base)) with 1e-8
-    added to each probability, in doubles. Each kind reads what those before it wrote.
+    added to each probability, in doubles. Each kind reads what those before it wrote; "all" is the
+    three.
 row_importance_: out = |model - base| D_row, rounded once; with a threshold the base, plus the delta
     where that is at least the threshold. stats[2] += 1 if an input is not finite.
 """

@@ -378,7 +378,7 @@ def _table(kind: str, rows: bool) -> Callable[..., dict[str, torch.Tensor]]:
         table = torch.full((DIVERGENCE_ROWS, count), 7.0, dtype=torch.float64)
         wide = torch.float64 in [base.dtype, *(model.dtype for model in models)]
         for before in DIVERGENCE:
-            if before == kind:
+            if kind in (before, "all"):
                 break
             op = torch.ops.pymerge.divergence_sums_
             op(table, base, models[0], before, columns, wide=wide, backend="auto")
@@ -530,6 +530,8 @@ CASES = [
     _divergence_case("exp", rows=True),
     _divergence_case("divergence"),
     _divergence_case("divergence", rows=True),
+    _divergence_case("all"),
+    _divergence_case("all", rows=True),
     Case("row_importance", "row_importance_", _importance(None), _out, slow=True),
     Case("arcee_fusion", "row_importance_", _importance(8e-6), _out, slow=True),
     *(

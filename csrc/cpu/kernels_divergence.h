@@ -45,32 +45,73 @@ PM_INLINE double sum_terms(int n, Term&& term) {
   return total;
 }
 
-// A chunk of both inputs in doubles, and what conversions need.
+// Elements of an operand as doubles, by way of V, which is the type that deltas are computed in.
 template <class V>
-struct RowRoom {
-  double* x;
-  double* y;
+struct Doubles {
   V* widened;
   char* raw;
   char* scratch;
 
+  // n elements, and zeros up to a whole step of all lanes.
+  void load(const Operand& operand, int64_t at, int n, double* to) const {
+    constexpr int kWhole = 32;  // a multiple of kStep and of kRowLanes
+    const char* from = static_cast<const char*>(operand.data) + at * dtype_bytes(operand.dtype);
+    const int whole = n / kDLanes * kDLanes;
+    int done = 0;
+    if (sizeof(V) == 4 && operand.dtype == Dtype::kBF16) {
+      for (; done < whole; done += kDLanes) {
+        uint16_t halves __attribute__((vector_size(2 * kDLanes)));
+        std::memcpy(&halves, from + 2 * done, sizeof(halves));
+        using Words = uint32_t __attribute__((vector_size(4 * kDLanes)));
+        using Floats = float __attribute__((vector_size(4 * kDLanes)));
+        const Floats floats = (Floats)(__builtin_convertvector(halves, Words) << 16);
+        store_bits(to + done, (U) __builtin_convertvector(floats, D));
+      }
+    } else if (sizeof(V) == 4 && operand.dtype == Dtype::kF32) {
+      for (; done < whole; done += kDLanes) {
+        float floats __attribute__((vector_size(4 * kDLanes)));
+        std::memcpy(&floats, from + 4 * done, sizeof(floats));
+        store_bits(to + done, (U) __builtin_convertvector(floats, D));
+      }
+    }
+    const int padded = (n + kWhole - 1) / kWhole * kWhole;
+    if (done == padded) return;
+    const int rest = (n - done + kWhole - 1) / kWhole * kWhole;
+    widen_part(operand, at + done, n - done, rest, widened, raw, scratch);
+    for (int i = done; i < padded; ++i) to[i] = i - done < rest ? widened[i - done] : V(0);
+  }
+};
+
+constexpr int kRowRoom = 1 << 14;  // elements of which both inputs are held, and their exp
+
+// What a thread has room for: whole rows that fit, or chunks of one that does not.
+template <class V>
+struct RowRoom {
+  double* x;
+  double* y;
+  double* x_exp;
+  double* y_exp;
+  Doubles<V> doubles;
+
   bool take() {
-    constexpr int64_t kBytes = kSumChunk * 8;
-    char* memory = static_cast<char*>(thread_workspace(5 * kBytes));
+    constexpr int64_t kBytes = (kRowRoom + kRowLanes) * 8, kChunkBytes = kSumChunk * 8;
+    char* memory = static_cast<char*>(thread_workspace(4 * kBytes + 3 * kChunkBytes));
     if (memory == nullptr) return false;
     x = reinterpret_cast<double*>(memory);
-    y = x + kSumChunk;
-    widened = reinterpret_cast<V*>(memory + 2 * kBytes);
-    raw = memory + 3 * kBytes;
-    scratch = memory + 4 * kBytes;
+    y = reinterpret_cast<double*>(memory + kBytes);
+    x_exp = reinterpret_cast<double*>(memory + 2 * kBytes);
+    y_exp = reinterpret_cast<double*>(memory + 3 * kBytes);
+    memory += 4 * kBytes;
+    doubles = {reinterpret_cast<V*>(memory), memory + kChunkBytes, memory + 2 * kChunkBytes};
     return true;
   }
-  // n elements, and zeros up to a whole step of all lanes.
-  void load(const Operand& operand, int64_t at, int n, double* to) {
-    constexpr int kWhole = 32;  // a multiple of kStep and of kRowLanes
-    const int padded = (n + kWhole - 1) / kWhole * kWhole;
-    widen_part(operand, at, n, padded, widened, raw, scratch);
-    for (int i = 0; i < padded; ++i) to[i] = widened[i];
+  // n <= kRowRoom elements of both.
+  void load(const DivergenceArgs& args, int64_t at, int64_t n) {
+    for (int64_t done = 0; done < n; done += kSumChunk) {
+      const int part = static_cast<int>(n - done < kSumChunk ? n - done : kSumChunk);
+      doubles.load(args.models[0], at + done, part, x + done);
+      doubles.load(args.base, at + done, part, y + done);
+    }
   }
 };
 
@@ -92,16 +133,98 @@ inline double largest_of(const double* values, int n) {
   return found + 0.0;  // no -0, which has no order
 }
 
-inline double exp_sum_of(const double* values, int n, double most) {
-  const D largest = D{} + most;
-  return sum_terms(n, [&](int i) { return exp64<D>((D)load_bits(values + i) - largest); });
+// Calls function(offset, n) with each chunk of n elements.
+template <class Function>
+PM_INLINE void each_chunk(int64_t length, Function&& function) {
+  for (int64_t at = 0; at < length; at += kSumChunk) {
+    function(at, static_cast<int>(length - at < kSumChunk ? length - at : kSumChunk));
+  }
 }
 
-inline double divergence_of(const double* x, const double* y, int n, const DivergenceRow<D>& row) {
-  return sum_terms(n, [&](int i) {
-    return divergence_point<D>((D)load_bits(x + i), (D)load_bits(y + i), row,
-                               [](L mask) { return any_lane(mask); });
+struct Columns {
+  double* rows[kDivergenceRows];
+
+  Columns(const DivergenceArgs& args, int64_t c) {
+    for (int r = 0; r < kDivergenceRows; ++r) rows[r] = args.table + r * args.num_chunks + c;
+  }
+  double& operator[](int r) { return *rows[r]; }
+  DivergenceRow<D> row() const {
+    return divergence_row<D>(D{} + *rows[0], D{} + *rows[1], D{} + *rows[2], D{} + *rows[3]);
+  }
+};
+
+// One kind of a row that does not fit: loaded chunk by chunk.
+template <class V>
+void step_of_long_row(const DivergenceArgs& args, Divergence kind, RowRoom<V>& room, int64_t begin,
+                      int64_t length, Columns columns) {
+  const D x_max = D{} + columns[0], y_max = D{} + columns[1];
+  DivergenceRow<D> row{};
+  if (kind == Divergence::kDivergence) row = columns.row();
+  double own = 0, other = 0;
+  each_chunk(length, [&](int64_t at, int n) {
+    room.load(args, begin + at, n);
+    const double *x = room.x, *y = room.y;
+    if (kind == Divergence::kMaxima) {
+      const double largest = largest_of(x, n), largest_base = largest_of(y, n);
+      own = at == 0 || largest > own ? largest : own;
+      other = at == 0 || largest_base > other ? largest_base : other;
+    } else if (kind == Divergence::kExp) {
+      own = own + sum_terms(n, [&](int i) { return exp64<D>((D)load_bits(x + i) - x_max); });
+      other = other + sum_terms(n, [&](int i) { return exp64<D>((D)load_bits(y + i) - y_max); });
+    } else {
+      own = own + sum_terms(n, [&](int i) {
+              return divergence_point<D>((D)load_bits(x + i), (D)load_bits(y + i), row,
+                                         [](L mask) { return any_lane(mask); });
+            });
+    }
   });
+  const int to = 2 * static_cast<int>(kind);
+  columns[to] = own;
+  if (kind != Divergence::kDivergence) columns[to + 1] = other;
+}
+
+// The same of a row that is held: its exp are computed once.
+template <class V>
+void steps_of_row(Divergence kind, const RowRoom<V>& room, int64_t offset, int64_t length,
+                  Columns columns) {
+  const bool all = kind == Divergence::kAll;
+  const double *x = room.x + offset, *y = room.y + offset;
+  double *x_exp = room.x_exp + offset, *y_exp = room.y_exp + offset;
+  if (all || kind == Divergence::kMaxima) {
+    columns[0] = largest_of(x, static_cast<int>(length));
+    columns[1] = largest_of(y, static_cast<int>(length));
+  }
+  if (kind == Divergence::kMaxima) return;
+  const D x_max = D{} + columns[0], y_max = D{} + columns[1];
+  const auto exps = [&](const double* values, D most, double* to) {
+    double total = 0;
+    each_chunk(length, [&](int64_t at, int n) {
+      total = total + sum_terms(n, [&](int i) {
+                const D value = exp64<D>((D)load_bits(values + at + i) - most);
+                store_bits(to + at + i, (U)value);
+                return value;
+              });
+    });
+    return total;
+  };
+  const double x_sum = exps(x, x_max, x_exp), y_sum = exps(y, y_max, y_exp);
+  if (all || kind == Divergence::kExp) {
+    columns[2] = x_sum;
+    columns[3] = y_sum;
+  }
+  if (kind == Divergence::kExp) return;
+  const DivergenceRow<D> row = columns.row();
+  double total = 0;
+  each_chunk(length, [&](int64_t at, int n) {
+    total = total + sum_terms(n, [&](int i) {
+              const int64_t j = at + i;
+              return divergence_term<D>((D)load_bits(x + j) - (D)load_bits(y + j),
+                                        (D)load_bits(x_exp + j),
+                                        [&] { return (D)load_bits(y_exp + j); }, row,
+                                        [](L mask) { return any_lane(mask); });
+            });
+  });
+  columns[4] = total;
 }
 
 template <class V>
@@ -109,35 +232,28 @@ bool divergences_of(const DivergenceArgs& args, int64_t first, int64_t last) {
   RowRoom<V> room;
   if (!room.take()) return false;
   const int64_t length = args.columns > 0 ? args.columns : kSumChunk;
-  for (int64_t c = first; c < last; ++c) {
-    double* rows[kDivergenceRows];
-    for (int r = 0; r < kDivergenceRows; ++r) rows[r] = args.table + r * args.num_chunks + c;
-    const double x_max = *rows[0], y_max = *rows[1];
-    DivergenceRow<D> row{};
-    if (args.kind == Divergence::kDivergence) {
-      row = divergence_row<D>(D{} + x_max, D{} + y_max, D{} + *rows[2], D{} + *rows[3]);
-    }
-    const int64_t begin = c * length;
-    const int64_t end = begin + length < args.numel ? begin + length : args.numel;
-    double own = 0, other = 0;
-    for (int64_t at = begin; at < end; at += kSumChunk) {
-      const int n = static_cast<int>(end - at < kSumChunk ? end - at : kSumChunk);
-      room.load(args.models[0], at, n, room.x);
-      room.load(args.base, at, n, room.y);
-      if (args.kind == Divergence::kMaxima) {
-        const double x = largest_of(room.x, n), y = largest_of(room.y, n);
-        own = at == begin || x > own ? x : own;
-        other = at == begin || y > other ? y : other;
-      } else if (args.kind == Divergence::kExp) {
-        own = own + exp_sum_of(room.x, n, x_max);
-        other = other + exp_sum_of(room.y, n, y_max);
-      } else {
-        own = own + divergence_of(room.x, room.y, n, row);
+  if (length > kRowRoom) {
+    for (int64_t c = first; c < last; ++c) {
+      for (int step = 0; step < 3; ++step) {
+        const Divergence kind = static_cast<Divergence>(step);
+        if (args.kind != kind && args.kind != Divergence::kAll) continue;
+        step_of_long_row(args, kind, room, c * length, length, Columns(args, c));
       }
     }
-    const int to = 2 * static_cast<int>(args.kind);
-    *rows[to] = own;
-    if (args.kind != Divergence::kDivergence) *rows[to + 1] = other;
+    return true;
+  }
+  // Several rows at a time where they are short.
+  const int64_t together = length < kSumChunk ? kSumChunk / length : 1;
+  for (int64_t c = first; c < last; c += together) {
+    const int64_t stop = c + together < last ? c + together : last;
+    const int64_t begin = c * length;
+    const int64_t end = stop * length < args.numel ? stop * length : args.numel;
+    room.load(args, begin, end - begin);
+    for (int64_t row = c; row < stop; ++row) {
+      const int64_t at = row * length - begin;
+      const int64_t own = end - begin - at < length ? end - begin - at : length;
+      steps_of_row(args.kind, room, at, own, Columns(args, row));
+    }
   }
   return true;
 }
@@ -156,7 +272,7 @@ Status divergence_sums(const DivergenceArgs* args) {
       args->num_chunks != (args->numel + length - 1) / length ||
       (args->columns > 0 && args->numel % args->columns != 0) || args->base.data == nullptr ||
       (args->numel > 0 && args->table == nullptr) || args->kind < Divergence::kMaxima ||
-      args->kind > Divergence::kDivergence) {
+      args->kind > Divergence::kAll) {
     return Status::kBadArgument;
   }
   DivergenceContext context{args, 0};

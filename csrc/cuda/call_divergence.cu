@@ -17,9 +17,7 @@ Status divergence_sums(const DivergenceArgs* args) {
   const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
   if (args->columns > 0 && args->numel % args->columns != 0) return refuse("columns");
   if (args->num_chunks != (args->numel + length - 1) / length) return refuse("num_chunks");
-  if (args->kind < Divergence::kMaxima || args->kind > Divergence::kDivergence) {
-    return refuse("kind");
-  }
+  if (args->kind < Divergence::kMaxima || args->kind > Divergence::kAll) return refuse("kind");
   if (args->numel == 0) return Status::kOk;  // nothing has no address
   if (args->base.data == nullptr || args->table == nullptr) return refuse("null argument");
   Record<RowsHead, Model> record(1);
@@ -27,9 +25,15 @@ Status divergence_sums(const DivergenceArgs* args) {
   record.head().out = args->table;
   record.head().stride = args->num_chunks;
   record.head().columns = args->columns;
-  const Kernel kernel = divergence_kernel_of(kind_of(operands, args->compute), args->kind);
-  return record.run_blocks(args->execution, kernel,
-                           (args->num_chunks + kStretchesOfBlock - 1) / kStretchesOfBlock);
+  for (int step = 0; step < 3; ++step) {
+    const auto kind = static_cast<Divergence>(step);
+    if (args->kind != kind && args->kind != Divergence::kAll) continue;
+    const Kernel kernel = divergence_kernel_of(kind_of(operands, args->compute), kind);
+    const Status status = record.run_blocks(
+        args->execution, kernel, (args->num_chunks + kStretchesOfBlock - 1) / kStretchesOfBlock);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
 }
 
 Status row_importance(const ImportanceArgs* args) {

@@ -126,11 +126,13 @@ PM_INLINE DivergenceRow<F> divergence_row(F x_max, F y_max, F x_sum, F y_sum) {
   return {x_max, y_max, one / x_sum, one / y_sum, (x_max - y_max) + log64<F>(x_sum / y_sum)};
 }
 
-// P log(P / Q) - P + Q of an element. any: whether any lane of a comparison is true.
-template <class F, class Any>
-PM_INLINE F divergence_point(F x, F y, const DivergenceRow<F>& row, Any any) {
-  const F t = row.shift - (x - y);
-  const F p = exp64<F>(x - row.x_max) * row.x_scale;
+// P log(P / Q) - P + Q of an element, given its difference x - y, p = exp(x - x_max), and what
+// gives exp(y - y_max) where it is needed. any: whether any lane of a comparison is true.
+template <class F, class OfBase, class Any>
+PM_INLINE F divergence_term(F difference, F x_exp, OfBase y_exp, const DivergenceRow<F>& row,
+                            Any any) {
+  const F t = row.shift - difference;
+  const F p = x_exp * row.x_scale;
   const F own = p + splat<F>(kFloor);
   const F change = p * expm1_small(t);
   const F s = change / ((own + own) + change);
@@ -139,13 +141,20 @@ PM_INLINE F divergence_point(F x, F y, const DivergenceRow<F>& row, Any any) {
   // NaN counts as far.
   const auto is_near = (t <= splat<F>(kNearLog)) & (t >= splat<F>(-kNearLog));
   if (!any(is_near == 0)) return near;
-  const F q = exp64<F>(y - row.y_max) * row.y_scale;
+  const F q = y_exp() * row.y_scale;
   const F u = q - p;
   const F w = u / own;
   const Split<F> parts = split<F>((q + splat<F>(kFloor)) / own);
   const F f = parts.k == 0 ? w : parts.m - splat<F>(1.0);
   const F far = own * (((w - f) - small_integer<F>(parts.k) * splat<F>(kLn2)) + log_excess(f));
   return is_near ? near : far;
+}
+
+// The same of the elements of both rows.
+template <class F, class Any>
+PM_INLINE F divergence_point(F x, F y, const DivergenceRow<F>& row, Any any) {
+  return divergence_term<F>(
+      x - y, exp64<F>(x - row.x_max), [&] { return exp64<F>(y - row.y_max); }, row, any);
 }
 
 }  // namespace pymerge

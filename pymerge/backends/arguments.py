@@ -11,6 +11,7 @@ from pymerge.backends.sizes import SCORE_ALIGNMENT, SUM_CHUNK
 __all__ = [
     "DIVERGENCE",
     "DIVERGENCE_ROWS",
+    "DIVERGENCE_STEPS",
     "POINTWISE",
     "SUMS",
     "Kept",
@@ -46,7 +47,8 @@ SUMS = {
 }
 # The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many. Codes
 # are the order.
-DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1)}
+DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
+DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # what "all" is made of
 DIVERGENCE_ROWS = 5
 
 

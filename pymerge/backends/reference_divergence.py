@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from pymerge.backends.arguments import DIVERGENCE
+from pymerge.backends.arguments import DIVERGENCE_STEPS
 from pymerge.backends.reference_more import scalar, widened
 from pymerge.backends.reference_sums import added, chunks_of, extremes
 
@@ -88,8 +88,11 @@ def divergence_sums(
 ) -> None:
     """Row by row, or chunk by chunk: maxima, sums of exp(x - maximum), then the divergence
     KL(softmax(model) || softmax(base)) with 1e-8 added to each probability."""
-    first, count = DIVERGENCE[kind]
     if base.numel() == 0:
+        return
+    if kind == "all":
+        for step in DIVERGENCE_STEPS:
+            divergence_sums(table, base, model, step, columns, wide)
         return
     x, y = (widened(tensor, wide).to(torch.float64) for tensor in (model, base))
     if kind == "maxima":
@@ -109,7 +112,7 @@ def divergence_sums(
     f = m - 1.0
     shift = (x_max - y_max) + (k.to(torch.float64) * _LN2 + (f - _excess(f)))
     term = _term(x_exp * (1.0 / x_sum), y_exp * (1.0 / y_sum), shift - (rows[0] - rows[1]))
-    table[first : first + count] = added(torch.where(there, term, zero))
+    table[4] = added(torch.where(there, term, zero))
 
 
 def row_importance(

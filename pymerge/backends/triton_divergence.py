@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pymerge.backends.arguments import check_divergences, divergence_columns
+from pymerge.backends.arguments import DIVERGENCE_STEPS, check_divergences, divergence_columns
 from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.backends.triton_common import check, check_counters, run
 
@@ -27,15 +27,16 @@ def divergence_sums(
     check_counters(table, torch.float64)
     if numel == 0:
         return
-    arguments = {
-        "table": table,
-        "lines": lines,
-        "length": columns or SUM_CHUNK,
-        "KIND": kind,
-        "LONG": columns > SUM_CHUNK,
-    }
-    span = lines * SUM_CHUNK
-    run("divergence_sums", base, [model], arguments, [0], [0.0], wide, span=span)
+    for step in DIVERGENCE_STEPS if kind == "all" else (kind,):
+        arguments = {
+            "table": table,
+            "lines": lines,
+            "length": columns or SUM_CHUNK,
+            "KIND": step,
+            "LONG": columns > SUM_CHUNK,
+        }
+        span = lines * SUM_CHUNK
+        run("divergence_sums", base, [model], arguments, [0], [0.0], wide, span=span)
 
 
 def row_importance(

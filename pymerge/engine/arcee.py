@@ -13,7 +13,7 @@ import numpy as np
 
 from pymerge._calls import Counters, call
 from pymerge.array import Flat, as_flat
-from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS
+from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS, DIVERGENCE_STEPS
 from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.engine.geometry import whole_rows
 from pymerge.engine.scores import TILE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["run_arcee"]
 
 _CACHED = 1 << 18  # elements that stay in the caches of a processor from one op to the next
-_KEPT = 1 << 18  # rows whose divergences are held; of more, which are short, those of a tile
+_KEPT = 1 << 20  # rows whose divergences are held; of more, which are short, those of a tile
 _QUANTILES = (0.5, 0.25, 0.75)
 _SPREAD = 1.5  # interquartile ranges from the median to the threshold
 
@@ -134,8 +134,7 @@ class _Fusion:
         for begin in range(first, last, step):
             end = min(begin + step, last)
             table = self._context.runner.zeros((DIVERGENCE_ROWS, end - begin), "float64")
-            for kind in DIVERGENCE:
-                self._sums(table, begin * columns, end * columns, kind, columns)
+            self._sums(table, begin * columns, end * columns, "all", columns)
             found.append(table[DIVERGENCE_ROWS - 1])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -146,7 +145,8 @@ class _Fusion:
     def _of_long_row(self, row: int) -> float:
         """Return the divergence of a row, chunk by chunk: the same bits as of a row at once."""
         given: list[float] = []
-        for kind, (first, count) in DIVERGENCE.items():
+        for kind in DIVERGENCE_STEPS:
+            first, count = DIVERGENCE[kind]
             totals: list[float] = []
             for start, stop in slices(self._columns, TILE):
                 chunks = -(-(stop - start) // SUM_CHUNK)
