@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,9 +186,7 @@ def test_edges(identifier: str, use_backend: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("identifier", BACKEND_IDS)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_what_is_not_finite(
-    identifier: str, value: str, use_backend: Callable[[str], str]
-) -> None:
+def test_what_is_not_finite(identifier: str, value: str, use_backend: Callable[[str], str]) -> None:
     """An error, or kept from spreading: it decides nothing outside of its row."""
     backend = use_backend(identifier)
     base, model = pair(8, 50, change=1e-2)
@@ -195,9 +194,7 @@ def test_what_is_not_finite(
     with pytest.raises(pymerge.NonFiniteError, match=r"arcee_fusion: models\[0\]"):
         pymerge.arcee_fusion(base, model, semantics="exact", backend=backend)
     kept = pymerge.arcee_fusion(base, model, semantics="exact", nan="keep", backend=backend)
-    expected = pymerge.arcee_fusion(
-        base, model, semantics="exact", nan="keep", backend="reference"
-    )
+    expected = pymerge.arcee_fusion(base, model, semantics="exact", nan="keep", backend="reference")
     assert torch.equal(kept.nan_to_num(), expected.nan_to_num())
     others = [row for row in range(8) if row != 2]
     assert kept[others].isfinite().all()
@@ -220,7 +217,7 @@ def test_tiles_do_not_matter(
     """Rows longer than a tile, and more rows than there is room for."""
     backend = use_backend(identifier)
     base, model = pair(*shape)
-    how = {"semantics": "exact", "backend": backend}
+    how: dict[str, Any] = {"semantics": "exact", "backend": backend}
     expected = pymerge.arcee_fusion(base, model, **how)
     monkeypatch.setattr(arcee, "_CACHED", 1 << 11)
     monkeypatch.setattr(arcee, "TILE", 1 << 12)

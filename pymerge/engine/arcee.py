@@ -108,10 +108,10 @@ class _Fusion:
             samples=[],
             **self._how,
         )
-        bits, float_ = (np.int64, np.float64) if self._dtype == "float64" else (np.int32, np.float32)
-        median, low, high = np.array([cut.key for cut in cuts], bits).view(float_)
+        keys = np.array([cut.key for cut in cuts], self._dtype.replace("float", "int"))
+        median, low, high = keys.view(self._dtype)
         with np.errstate(invalid="ignore", over="ignore"):
-            return float(median + float_(_SPREAD) * (high - low))
+            return float(median + median.dtype.type(_SPREAD) * (high - low))
 
     def _scored(self) -> Iterator[Part]:
         runner = self._context.runner
