@@ -227,6 +227,60 @@ void steps_of_row(Divergence kind, const RowRoom<V>& room, int64_t offset, int64
   columns[4] = total;
 }
 
+// The same of up to kDLanes rows of up to kRowLanes elements, a row in each lane of vectors. The
+// sum of such a row is that of its elements in their order.
+template <class V>
+void steps_of_short_rows(const DivergenceArgs& args, const RowRoom<V>& room, int64_t offset,
+                         int length, int64_t first, int count) {
+  const bool all = args.kind == Divergence::kAll;
+  const auto across = [&](const double* from, int64_t stride) {
+    double lanes[kDLanes];
+    for (int r = 0; r < kDLanes; ++r) lanes[r] = from[(r < count ? r : 0) * stride];
+    return (D)load_bits(lanes);
+  };
+  const auto column = [&](int r) { return args.table + r * args.num_chunks + first; };
+  const auto put = [&](int row, D values) {
+    for (int r = 0; r < count; ++r) column(row)[r] = values[r];
+  };
+  D x[kRowLanes], y[kRowLanes], x_exp[kRowLanes], y_exp[kRowLanes];
+  for (int i = 0; i < length; ++i) {
+    x[i] = across(room.x + offset + i, length);
+    y[i] = across(room.y + offset + i, length);
+  }
+  if (all || args.kind == Divergence::kMaxima) {
+    D x_most = D{} - __builtin_inf(), y_most = x_most;
+    for (int i = 0; i < length; ++i) {
+      x_most = x[i] > x_most ? x[i] : x_most;
+      y_most = y[i] > y_most ? y[i] : y_most;
+    }
+    put(0, x_most + 0.0);
+    put(1, y_most + 0.0);
+  }
+  if (args.kind == Divergence::kMaxima) return;
+  const D x_max = across(column(0), 1), y_max = across(column(1), 1);
+  D x_sum{}, y_sum{};
+  for (int i = 0; i < length; ++i) {
+    x_exp[i] = exp64<D>(x[i] - x_max);
+    y_exp[i] = exp64<D>(y[i] - y_max);
+    x_sum = x_sum + x_exp[i];
+    y_sum = y_sum + y_exp[i];
+  }
+  if (all || args.kind == Divergence::kExp) {
+    put(2, x_sum);
+    put(3, y_sum);
+  }
+  if (args.kind == Divergence::kExp) return;
+  const DivergenceRow<D> row =
+      divergence_row<D>(x_max, y_max, across(column(2), 1), across(column(3), 1));
+  D total{};
+  for (int i = 0; i < length; ++i) {
+    total = total + divergence_term<D>(
+                        x[i] - y[i], x_exp[i], [&] { return y_exp[i]; }, row,
+                        [](L mask) { return any_lane(mask); });
+  }
+  put(4, total);
+}
+
 template <class V>
 bool divergences_of(const DivergenceArgs& args, int64_t first, int64_t last) {
   RowRoom<V> room;
@@ -249,7 +303,11 @@ bool divergences_of(const DivergenceArgs& args, int64_t first, int64_t last) {
     const int64_t begin = c * length;
     const int64_t end = stop * length < args.numel ? stop * length : args.numel;
     room.load(args, begin, end - begin);
-    for (int64_t row = c; row < stop; ++row) {
+    for (int64_t row = c; row < stop && length <= kRowLanes; row += kDLanes) {
+      const int many = static_cast<int>(stop - row < kDLanes ? stop - row : kDLanes);
+      steps_of_short_rows(args, room, (row - c) * length, static_cast<int>(length), row, many);
+    }
+    for (int64_t row = c; row < stop && length > kRowLanes; ++row) {
       const int64_t at = row * length - begin;
       const int64_t own = end - begin - at < length ? end - begin - at : length;
       steps_of_row(args.kind, room, at, own, Columns(args, row));
