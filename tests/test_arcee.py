@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import pymerge
+from pymerge.config import load_config
 from pymerge.engine import arcee
 from pymerge.engine.memory import MemorySink
+from pymerge.plan import make_plan
 from tests import models
 from tests.conftest import BACKEND_IDS, NATIVE
 from tests.test_methods import in_small_pieces
@@ -92,7 +94,7 @@ def test_divergences_are_accurate(
     if change > 1e-6:  # as models have it
         base, model = base.float(), model.float()
     (found,) = divergences(base, model, use_backend(identifier)).tolist()
-    assert found == pytest.approx(exact_divergence(model, base), rel=2e-14)
+    assert found == pytest.approx(exact_divergence(model, base), rel=1e-14)
 
 
 def test_divergences_of_wide_rows() -> None:
@@ -250,6 +252,17 @@ def test_dialect_on_torch_has_no_kernels() -> None:
         pymerge.arcee_fusion(base, model, backend="cpu")
     with pytest.raises(pymerge.RequestError, match="expected one of 'mergekit', 'exact'"):
         pymerge.arcee_fusion(base, model, semantics="precise")
+
+
+@pytest.mark.parametrize(("semantics", "passes"), [("mergekit", 1), ("exact", 4)])
+def test_plan(semantics: str, passes: int, tmp_path: Path) -> None:
+    base, tuned = models.llama(1)
+    models.save_family(tmp_path, base, tuned)
+    config = models.config(tmp_path, "arcee_fusion", 1, semantics=semantics)
+    with make_plan(load_config(config)) as plan:
+        assert plan.passes == passes
+        assert (plan.memory.histogram_bins > 0) == (passes > 1)
+        assert "divergence" in plan.passes_text or passes == 1
 
 
 @pytest.mark.parametrize("semantics", ["mergekit", "exact"])

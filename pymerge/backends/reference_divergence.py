@@ -100,7 +100,8 @@ def divergence_sums(
         table[1] = extremes(y, "max", columns)
         return
     rows = [chunks_of(row, columns) for row in (x, y)]
-    x_max, y_max, x_sum, y_sum = (row.view(-1, 1, 1) for row in table[:4])
+    # A table may be in the processor's memory, wherever the tensors are.
+    x_max, y_max, x_sum, y_sum = (row.view(-1, 1, 1) for row in table[:4].to(x.device))
     there = chunks_of(torch.ones_like(x), columns) != 0
     x_exp, y_exp = _exp(rows[0] - x_max), _exp(rows[1] - y_max)
     zero = torch.zeros_like(x_exp)
@@ -130,7 +131,7 @@ def row_importance(
     stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, model)))
     origin = widened(base, wide)
     delta = widened(model, wide) - origin
-    weights = divergences.to(torch.float64).repeat_interleave(columns)
+    weights = divergences.to(delta.device).repeat_interleave(columns)
     result = (delta.abs().to(torch.float64) * weights).to(delta.dtype)
     if threshold is not None:
         kept = result >= scalar(threshold, delta)

@@ -114,6 +114,7 @@ class _Fusion:
             return float(median + median.dtype.type(_SPREAD) * (high - low))
 
     def _scored(self) -> Iterator[Part]:
+        # What is so short that a selection holds all of it is one tile: the room is used again.
         runner = self._context.runner
         room = runner.zeros((self._tile,), self._dtype)
         zeros = runner.zeros((self._tile,), self._dtype)
