@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels_divergence.h"
+#include "cpu/kernels_importance.h"
 #include "cpu/kernels_magnitude.h"
 #include "cpu/kernels_pcb.h"
 #include "cpu/kernels_pointwise.h"
