@@ -67,6 +67,9 @@ REST = (
     "row_weighted_sum",
     "row_task_arithmetic",
     "row_ranks",
+    "divergence_all.rows",
+    "row_importance",
+    "arcee_fusion",
 )
 # The share of the bandwidth of a copy that is aimed at, by the beginning of a name.
 TARGETS = {"linear": 0.9, "task_arithmetic": 0.9, "ties": 0.85, "pcb": 0.6}
@@ -184,6 +187,9 @@ class Bench:
             rows = base.numel() // COLUMNS
             table = torch.arange(len(models) * rows, dtype=torch.float64, device=self.device)
             given["weights"] = (table.view(len(models), rows) % 7 + 1) / 8
+        if "divergences" in given:
+            rows = torch.arange(base.numel() // COLUMNS, dtype=torch.float64, device=self.device)
+            given["divergences"] = 1e-3 + 1e-4 * (rows % 5)
         return given
 
     def outputs(self, case: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +203,8 @@ class Bench:
             models = len(given["models"])
             shape = sums_shape(given["kind"], models, numel, given.get("columns", 0))
             made["partials"] = torch.zeros(shape, dtype=torch.float64)
+        if "table" in made:
+            made["table"] = torch.zeros(len(made["table"]), numel // COLUMNS, dtype=torch.float64)
         if "hot_chunks" in made:
             made["hot_chunks"] = torch.zeros(count, -(-numel // 65536), dtype=torch.int32)
         elif "counts" in made:
@@ -251,17 +259,21 @@ class Bench:
         for start in sorted(starts):
             part = slice(start, start + STRETCH)
             own = self.part(given, part)
-            expected = case.outputs(self.base[part].cpu(), own["models"], self.base.dtype)
+            models = own["models"] if "models" in own else [own["model"]]
+            expected = case.outputs(self.base[part].cpu(), models, self.base.dtype)
             if "partials" in expected:
                 shape = STRETCH // (given.get("columns") or 1024)
                 rows = outputs["partials"].shape[0]
                 expected["partials"] = self.torch.zeros(rows, shape, dtype=self.torch.float64)
+            if "table" in expected:
+                shape = len(expected["table"]), STRETCH // COLUMNS
+                expected["table"] = self.torch.zeros(shape, dtype=self.torch.float64)
             case.call(expected, own, "reference")
             for name, wanted in expected.items():
                 if name == "stats":
                     continue
                 columns = slice(start // 1024, (start + STRETCH) // 1024)
-                got = outputs[name][..., columns if name == "partials" else part].cpu()
+                got = outputs[name][..., columns if name in ("partials", "table") else part].cpu()
                 if not self.torch.equal(got, wanted[..., : got.shape[-1]]):
                     raise AssertionError(f"{case.name}: wrong {name} from element {start} on")
 
@@ -278,6 +290,9 @@ class Bench:
         if "columns" in own and isinstance(own.get("weights"), self.torch.Tensor):
             rows = slice(part.start // COLUMNS, part.stop // COLUMNS)
             own["weights"] = own["weights"][:, rows].cpu()
+        if "divergences" in own:
+            rows = slice(part.start // COLUMNS, part.stop // COLUMNS)
+            own["divergences"] = own["divergences"][rows].cpu()
         if "start" in own:
             own["start"] += part.start
         return own

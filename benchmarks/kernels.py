@@ -113,6 +113,8 @@ def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         whole["ranks"] = arguments["ranks"].repeat(1, repeats)
     if isinstance(arguments.get("weights"), torch.Tensor):  # [models, rows]
         whole["weights"] = arguments["weights"].repeat(1, repeats)
+    if "divergences" in arguments:  # [rows]
+        whole["divergences"] = arguments["divergences"].repeat(repeats)
     return {name: whole.get(name, value) for name, value in arguments.items()}
 
 
@@ -130,6 +132,9 @@ def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     if isinstance(part.get("weights"), torch.Tensor):
         columns = part["columns"]
         part["weights"] = part["weights"][:, start // columns : stop // columns]
+    if "divergences" in part:
+        columns = part["columns"]
+        part["divergences"] = part["divergences"][start // columns : stop // columns]
     return part
 
 
@@ -168,7 +173,7 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
     tiles = [reference(start, min(start + _TILE, numel)) for start in range(0, numel, _TILE)]
     for name in tiles[0].keys() - {"out"}:
         values = [tile[name] for tile in tiles]
-        per_chunk = name in ("hot_chunks", "partials", "scores", "ranks")
+        per_chunk = name in ("hot_chunks", "partials", "table", "scores", "ranks")
         per_chunk = per_chunk or (name == "counts" and values[0].dim() == 1)
         if per_chunk:
             expected.counters[name] = torch.cat(values, dim=-1)
@@ -256,7 +261,7 @@ def measure_case(
 
     def kernel() -> None:
         cpu.use_isa(isa)
-        for name in outputs.keys() - {"out"}:
+        for name in outputs.keys() - {"out", "table"}:  # a table is read, too
             outputs[name].zero_()
         op(**outputs, **arguments, backend="cpu")
 

@@ -321,6 +321,49 @@ struct RowSumArgs {
   int64_t* nonfinite;
 };
 
+enum class Divergence : int32_t { kMaxima = 0, kExp = 1, kDivergence = 2, kAll = 3 };
+constexpr int kDivergenceRows = 5;
+
+// What a row of a model (models[0]; num_models is 1) and of the base have to do with each other, in
+// doubles: csrc/math/divergence.h. Chunks, rows and the order of sums are those of SumsArgs. With c
+// the number of a chunk or row: kMaxima: table[0][c] = largest model, table[1][c] = largest base;
+// kExp: table[2][c] = sum exp(model - table[0][c]), table[3][c] = the same of the base;
+// kDivergence: table[4][c] = KL(softmax(model) || softmax(base)), from the rows before it; kAll:
+// one after the other. So of a row that is taken by chunks, table[0 .. 3] are what the whole row
+// has. kAll is several launches on CUDA, each of which needs the one before: not between begin and
+// end.
+struct DivergenceArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  Divergence kind;
+  int32_t reserved;
+  int64_t columns;     // 0: chunks; else numel is a multiple of it
+  int64_t num_chunks;  // or rows
+  double* table;       // [kDivergenceRows][num_chunks]; on CUDA in device memory
+};
+
+// importance = |models[0] - base| * divergences[row], rounded once; out = it, or with `merge` the
+// base, plus the delta where the importance is at least the threshold.
+struct ImportanceArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;  // 1
+  int64_t numel;       // a multiple of columns
+  int64_t columns;
+  Operand base;
+  const Operand* models;
+  MutableOperand out;
+  const double* divergences;  // [rows]; on CUDA in device memory
+  double threshold;
+  int32_t merge;
+  int32_t reserved;
+  int64_t* nonfinite;  // of the inputs
+};
+
 struct KernelTable {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -348,6 +391,8 @@ struct KernelTable {
   Status (*packed)(const PackedArgs*) = nullptr;  // null on CUDA
   Status (*row_ranks)(const RanksArgs*) = nullptr;
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
+  Status (*divergence_sums)(const DivergenceArgs*) = nullptr;
+  Status (*row_importance)(const ImportanceArgs*) = nullptr;
 };
 
 }  // namespace pymerge

@@ -364,3 +364,32 @@ def row_weighted_sum_(
     backend: str = "auto",
 ) -> None:
     _backend(backend, out).row_weighted_sum(out, stats, base, models, weights, columns, wide)
+
+
+def divergence_sums_(
+    table: Counters,
+    base: Flat,
+    model: Flat,
+    kind: str,
+    columns: int = 0,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, base).divergence_sums(table, base, model, kind, columns, wide)
+
+
+def row_importance_(
+    out: Flat,
+    stats: Counters,
+    base: Flat,
+    model: Flat,
+    divergences: Counters,
+    columns: int,
+    threshold: float | None = None,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = _backend(backend, out)
+    chosen.row_importance(out, stats, base, model, divergences, columns, threshold, wide)

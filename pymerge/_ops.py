@@ -39,6 +39,12 @@ row_ranks_: ranks[k, i] = rank of |delta_k| within its row of `columns`, from 0,
     index (rows of `ranks` have room for a multiple of 64).
 row_weighted_sum_: out = sum_k weights[k, row] x_k, or base + sum_k weights[k, row] (x_k - base);
     stats[0] += 1 if a result is not finite.
+divergence_sums_: table[5, c] of chunks or rows, as chunk_sums_ counts them: "maxima" of model and
+    base, "exp" sums of exp(x - maximum), "divergence" KL(softmax(model) || softmax(base)) with 1e-8
+    added to each probability, in doubles. Each kind reads what those before it wrote; "all" is the
+    three.
+row_importance_: out = |model - base| D_row, rounded once; with a threshold the base, plus the delta
+    where that is at least the threshold. stats[2] += 1 if an input is not finite.
 """
 
 from __future__ import annotations
@@ -111,6 +117,14 @@ _SCHEMAS = {
     "row_weighted_sum_": (
         "(Tensor(a!) out, Tensor(b!) stats, Tensor? base, Tensor[] models, Tensor weights, "
         "int columns, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "divergence_sums_": (
+        "(Tensor(a!) table, Tensor base, Tensor model, str kind, int columns=0, *, "
+        "bool wide=False, str backend='auto') -> ()"
+    ),
+    "row_importance_": (
+        "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor model, Tensor divergences, "
+        "int columns, float? threshold=None, *, bool wide=False, str backend='auto') -> ()"
     ),
 }
 

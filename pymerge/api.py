@@ -257,7 +257,8 @@ def merge_by(
         results[name] = torch.empty(tensor.shape, dtype=kind, device=tensor.device)
     device = next((t.device for t in leader.values()), torch.device("cpu"))
     # A backend named explicitly must have what the method needs; else each op's fastest runs.
-    chosen = resolve_for(spec.name, spec.backends, backend, device).NAME
+    dialect = spec.in_dialect(resolved.get("semantics"))
+    chosen = resolve_for(dialect.name, dialect.backends, backend, device).NAME
     runner = Runner("auto" if backend in (None, "auto") else chosen, str(device))
     source = MemorySource(
         [f"{where}: {label}" for label in inputs],

@@ -263,7 +263,7 @@ def _plan(options: argparse.Namespace) -> None:
         shard_size=options.shard_size,
         threads=options.threads,
         seed=options.seed,
-        device=planned_device(config.method, options.device, options.backend),
+        device=planned_device(config.dialect, options.device, options.backend),
         device_memory=options.device_memory,
     ) as plan:
         if options.json:

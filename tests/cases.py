@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pymerge.backends.arguments import sums_shape
+from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
+from pymerge.backends.sizes import SUM_CHUNK
 
 Inputs = tuple[torch.Tensor, list[torch.Tensor]]  # base, models
 
@@ -366,6 +367,52 @@ def _row_sum(with_base: bool) -> Callable[..., dict[str, Any]]:
     return arguments
 
 
+def _table(kind: str, rows: bool) -> Callable[..., dict[str, torch.Tensor]]:
+    """A table of divergences, in which the kinds before this one have been."""
+
+    def outputs(
+        base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        columns = _columns(base.numel()) if rows else 0
+        count = -(-base.numel() // (columns or SUM_CHUNK))
+        table = torch.full((DIVERGENCE_ROWS, count), 7.0, dtype=torch.float64)
+        wide = torch.float64 in [base.dtype, *(model.dtype for model in models)]
+        for before in DIVERGENCE:
+            if kind in (before, "all"):
+                break
+            op = torch.ops.pymerge.divergence_sums_
+            op(table, base, models[0], before, columns, wide=wide, backend="auto")
+        return {"table": table}
+
+    return outputs
+
+
+def _divergence_case(kind: str, rows: bool = False) -> Case:
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        columns = _columns(base.numel()) if rows else 0
+        return {"base": base, "model": models[0], "kind": kind, "columns": columns}
+
+    name = f"divergence_{kind}{'.rows' if rows else ''}"
+    outputs = _table(kind, rows)
+    return Case(name, "divergence_sums_", arguments, outputs, streams_out=False, slow=True)
+
+
+def _importance(threshold: float | None) -> Callable[..., dict[str, Any]]:
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        columns = _columns(base.numel())
+        rows = torch.arange(base.numel() // columns, dtype=torch.float64)
+        divergences = 1e-3 + 1e-4 * (rows % 5)
+        return {
+            "base": base,
+            "model": models[0],
+            "divergences": divergences,
+            "columns": columns,
+            "threshold": threshold,
+        }
+
+    return arguments
+
+
 def _pcb_reals(variant: int, models: int) -> list[float]:
     """Return statistics of about the right size."""
     pairs = models * (models + 1) // 2
@@ -477,6 +524,16 @@ CASES = [
     Case("row_ranks", "row_ranks_", _row_ranks, _rank_room, streams_out=False, slow=True),
     Case("row_weighted_sum", "row_weighted_sum_", _row_sum(False), _out, slow=True),
     Case("row_task_arithmetic", "row_weighted_sum_", _row_sum(True), _out, slow=True),
+    _divergence_case("maxima"),
+    _divergence_case("maxima", rows=True),
+    _divergence_case("exp"),
+    _divergence_case("exp", rows=True),
+    _divergence_case("divergence"),
+    _divergence_case("divergence", rows=True),
+    _divergence_case("all"),
+    _divergence_case("all", rows=True),
+    Case("row_importance", "row_importance_", _importance(None), _out, slow=True),
+    Case("arcee_fusion", "row_importance_", _importance(8e-6), _out, slow=True),
     *(
         Case(f"pcb_{name}", "pcb_merge_", _pcb(variant), _out, slow=True)
         for variant, name in enumerate(("paper", "root", "vision", "vision_es"))

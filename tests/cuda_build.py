@@ -25,6 +25,7 @@ PTX = (
     "chunk_exp",
     "chunk_pairs",
     "chunk_sums",
+    "divergence",
     "magnitudes",
     "pcb_codes",
     "pcb_paper",

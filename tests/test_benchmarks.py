@@ -254,7 +254,17 @@ def bench(tmp_path: Path) -> gpu_rows.Bench:
 
 @pytest.mark.parametrize(
     "name",
-    ["linear", "dare_ties", "della", "sums_gram.rows", "sums_dots", "pcb_root_scores", "row_ranks"],
+    [
+        "linear",
+        "dare_ties",
+        "della",
+        "sums_gram.rows",
+        "sums_dots",
+        "pcb_root_scores",
+        "row_ranks",
+        "divergence_all.rows",
+        "arcee_fusion",
+    ],
 )
 def test_gpu_rows_are_checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is measured on what it computed; one wrong number and it is not."""

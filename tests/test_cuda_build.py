@@ -118,6 +118,8 @@ def of_points(reports: dict[str, Report]) -> dict[tuple[int, str], Report]:
         ("any_ties_kernel", 2, 80),
         ("any_weighted_sum_kernel", 2, 80),
         ("row_sum_kernel", 5, 80),
+        ("divergence_kernel", 5 * 3, 80),
+        ("importance_kernel", 5 * 2, 80),
         ("terms_kernel", 5 * 7, 80),
         ("pcb_kernel", 4 * 2 * (POINTS + 1), 80),
         # A sum for each pair of models: they take the registers that they take.

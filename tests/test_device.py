@@ -19,7 +19,7 @@ import pymerge
 import pymerge.cli
 from pymerge import memory
 from pymerge.array import Array, Flat, as_array
-from pymerge.engine import checkpoints, staged
+from pymerge.engine import arcee, checkpoints, staged
 from pymerge.engine.device import COMPUTE, IN, OUT, Cuda, Device, OutOfDeviceMemory
 from pymerge.engine.memory import MemorySource
 from pymerge.engine.stage import Stage
@@ -95,6 +95,39 @@ def test_dialects_of_ties(name: str, sizes: DeviceSizes, merge: Merge, tmp_path:
     pymerge.merge_checkpoints(config, tmp_path / "cpu")
     merge(config, tmp_path / "out", HostDevice(), sizes)
     assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+def test_rows_of_any_length(
+    sizes: DeviceSizes, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arcee Fusion: rows longer than a tile, and more rows than there is room for."""
+    generator = torch.Generator().manual_seed(0)
+    # Each of more than a selection holds at once.
+    shapes = {"long": (3, 30_000), "row": (70_000,), "short": (30_001, 3), "none": (0, 4)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tuned = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in base.items()
+    }
+    models.save_family(tmp_path, base, [tuned])
+    config = models.config(tmp_path, "arcee_fusion", 1, semantics="exact")
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    monkeypatch.setattr(arcee, "TILE", 1 << 12)
+    monkeypatch.setattr(arcee, "_KEPT", 100)
+    merge(config, tmp_path / "out", HostDevice(), sizes)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
+def test_a_dialect_on_torch_is_computed_on_the_cpu(merge: Merge, tmp_path: Path) -> None:
+    base, tuned = models.llama(1, vocabulary=64, layers=1)
+    models.save_family(tmp_path, base, tuned)
+    config = models.config(tmp_path, "arcee_fusion", 1, semantics="mergekit")
+    report = merge(config, tmp_path / "out", HostDevice())
+    assert report.device == "cpu"
+    assert report.backend == "reference"
+    (warning, _) = report.warnings
+    assert warning.startswith("arcee_fusion with semantics 'mergekit' is computed on the CPU")
 
 
 def test_tensors_stay_while_they_are_needed_again(merge: Merge, tmp_path: Path) -> None:

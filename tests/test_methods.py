@@ -22,7 +22,11 @@ from tests import models
 from tests.conftest import BACKEND_IDS
 
 # What each method needs beside models to run.
-REQUIRED: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.01}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 0.01},
+    "arcee_fusion": {"semantics": "exact"},  # the one that has kernels
+}
 DENSE = {"dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"}
 BASIC = ("linear", "task_arithmetic", "ties")
 # Those that need files or data have tests of their own.

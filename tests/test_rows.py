@@ -185,12 +185,12 @@ def test_model_stock_by_rows(identifier: str, use_backend: Callable[[str], str])
 
 def test_rows_do_not_care_about_pieces() -> None:
     """Results of files come in pieces that end anywhere in a row."""
-    from pymerge.engine.geometry import _whole_rows
+    from pymerge.engine.geometry import whole_rows
 
     for start in range(25):
         for stop in range(start + 1, 26):
             at = start
-            for begin, end, columns in _whole_rows(start, stop, 5):
+            for begin, end, columns in whole_rows(start, stop, 5):
                 assert begin == at < end
                 assert (end - begin) % columns == 0
                 assert columns == 5 or begin // 5 == (end - 1) // 5

@@ -69,6 +69,12 @@ MODES = [
     "sums_emr",
     "sums_sce",
     "sums_pcb_extremes",
+    "divergence_maxima",
+    "divergence_exp",
+    "divergence_divergence",
+    "divergence_divergence.rows",
+    "row_importance",
+    "arcee_fusion",
 ]
 DIVIDES = {
     "linear",
@@ -90,6 +96,8 @@ DIVIDES = {
     "pcb_vision_es",
     "pcb_vision_es_scores",
     "sums_sce",
+    "divergence_divergence",
+    "divergence_divergence.rows",
 }
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 TARGETS: dict[str, tuple[str, Any, int]] = {
@@ -212,7 +220,7 @@ def check_arithmetic(code: str, case: str, dtype: str) -> None:
     """Two roundings, whole subnormals, IEEE division, nearest even at the store."""
     for forbidden in ("fma.rn.f", "mad.f", ".ftz", "div.full", "div.approx", "rcp"):
         assert forbidden not in code, forbidden
-    width = "f64" if dtype == "f64" else "f32"
+    width = "f64" if dtype == "f64" or case.startswith("divergence") else "f32"
     assert (f"div.rn.{width}" in code) == (case in DIVIDES)
     assert ("cvt.rn.bf16" in code) == (BY_NAME[case].streams_out and dtype == "bf16")
 

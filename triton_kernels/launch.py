@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .divergence import divergence_sums_kernel, row_importance_kernel
 from .magnitude import magnitude_equal_counts_kernel, magnitude_histogram_kernel
 from .pcb import pcb_kernel
 from .pointwise import pointwise_kernel
@@ -34,7 +35,10 @@ KERNELS: dict[str, Any] = {
     "pcb": pcb_kernel,
     "chunk_sums": chunk_sums_kernel,
     "row_weighted_sum": row_weighted_sum_kernel,
+    "divergence_sums": divergence_sums_kernel,
+    "row_importance": row_importance_kernel,
 }
+_BY_CHUNKS = ("chunk_sums", "divergence_sums")  # a block is whole chunks
 _KEEPING = ("ties", "sparse_merge", "pointwise")  # what they load of each model
 _PAIRWISE = ("pcb", "chunk_sums")  # their code grows with the square of the number of models
 
@@ -106,8 +110,8 @@ class Launch:
 def default_config(launch: Launch) -> Config:
     """Return a fixed configuration: 16 bytes per thread and tensor, where registers allow it."""
     if INTERPRETED.value:  # a program costs the interpreter as much as its elements do
-        return Config(16384 if launch.kernel == "chunk_sums" else 2048, 4)
-    if launch.kernel == "chunk_sums":
+        return Config(16384 if launch.kernel in _BY_CHUNKS else 2048, 4)
+    if launch.kernel in _BY_CHUNKS:
         return Config(4096, 2)  # chunks of 1024, of each of which 16 elements at a time
     if launch.kernel.startswith("magnitude"):
         return Config(2048, 8)  # each program adds to the same few counters
@@ -124,7 +128,7 @@ def default_config(launch: Launch) -> Config:
 def candidates(launch: Launch) -> list[Config]:
     """Return the configurations that a search tries, the fixed one first."""
     first = default_config(launch)
-    if launch.kernel == "chunk_sums":
+    if launch.kernel in _BY_CHUNKS:
         return [first, Config(2048, 1), Config(8192, 4), Config(16384, 4)]
     # More elements a thread than these would only spill registers.
     keeps = launch.kernel == "pcb" or (launch.kernel in _KEEPING and launch.models > 4)

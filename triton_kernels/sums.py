@@ -87,7 +87,7 @@ def _add(rows: tl.tuple, terms: tl.tuple, ROWS: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def _in_order(lanes: tl.tensor):
+def in_order(lanes: tl.tensor):
     """Add up the lanes of each chunk, 0 to 15: [chunks, 1]."""
     parts = (lanes,)
     for level in tl.static_range(4):
@@ -113,7 +113,7 @@ def _chunk(rows: tl.tuple, ROWS: tl.constexpr, KIND: tl.constexpr):
         elif _how(KIND, row) == "max":
             value = tl.max(rows[row], axis=1, keep_dims=True) + 0.0
         else:
-            value = _in_order(rows[row])
+            value = in_order(rows[row])
         found = found + (value,)  # noqa: RUF005
     return found
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -449,6 +450,32 @@ void row_weighted_sum(const py::tuple& common, Address out, uintptr_t stats, uin
   call(&KernelTable::row_weighted_sum, args, "row_weighted_sum", all.device);
 }
 
+void divergence_sums(const py::tuple& common, uintptr_t table, int64_t num_chunks, int32_t kind,
+                     int64_t columns) {
+  const Common all(common);
+  DivergenceArgs args{};
+  all.fill(args);
+  args.kind = static_cast<Divergence>(kind);
+  args.columns = columns;
+  args.num_chunks = num_chunks;
+  args.table = pointer<double>(table);
+  call(&KernelTable::divergence_sums, args, "divergence_sums", all.device);
+}
+
+void row_importance(const py::tuple& common, Address out, uintptr_t stats, uintptr_t divergences,
+                    std::optional<double> threshold, int64_t columns) {
+  const Common all(common);
+  ImportanceArgs args{};
+  all.fill(args);
+  args.columns = columns;
+  args.out = output(out);
+  args.divergences = pointer<double>(divergences);
+  args.threshold = threshold.value_or(0.0);
+  args.merge = threshold.has_value();
+  args.nonfinite = pointer<int64_t>(stats) + 2;
+  call(&KernelTable::row_importance, args, "row_importance", all.device);
+}
+
 py::dict isa_list() {
   CpuVariant variants[3];
   const int count = cpu_variants(variants);
@@ -498,4 +525,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed", &packed);
   m.def("row_ranks", &row_ranks);
   m.def("row_weighted_sum", &row_weighted_sum);
+  m.def("divergence_sums", &divergence_sums);
+  m.def("row_importance", &row_importance);
 }

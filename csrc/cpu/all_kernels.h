@@ -1,6 +1,8 @@
 // Every kernel of one instruction set, and its table.
 #pragma once
 
+#include "cpu/kernels_divergence.h"
+#include "cpu/kernels_importance.h"
 #include "cpu/kernels_magnitude.h"
 #include "cpu/kernels_packed.h"
 #include "cpu/kernels_pcb.h"
@@ -26,6 +28,8 @@ void fill_table(KernelTable& table) {
   table.packed = packed;
   table.row_ranks = row_ranks;
   table.row_weighted_sum = row_weighted_sum;
+  table.divergence_sums = divergence_sums;
+  table.row_importance = row_importance;
 }
 
 }  // namespace

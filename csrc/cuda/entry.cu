@@ -221,6 +221,8 @@ KernelTable make_table() {
   table.chunk_sums = chunk_sums;
   table.pcb = pcb;
   table.row_weighted_sum = row_weighted_sum;
+  table.divergence_sums = divergence_sums;
+  table.row_importance = row_importance;
   return table;
 }
 

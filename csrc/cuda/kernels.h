@@ -54,6 +54,8 @@ Kernel magnitudes(Kind kind, Bins bins);
 Kernel sparse_kernel(Kind kind, int num_models, SparseForm form, bool elect);
 Kernel pointwise_kernel(Kind kind, int num_models, Pointwise op);
 Kernel row_sum_kernel_of(Kind kind);
+Kernel divergence_kernel_of(Kind kind, Divergence divergence);
+Kernel importance_kernel_of(Kind kind, bool merge);
 Kernel sums_kernel(Kind kind, int num_models, SumsKind sums, bool ranks);
 Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge);
 

@@ -8,7 +8,19 @@ from typing import Any
 
 from pymerge.backends.sizes import SCORE_ALIGNMENT, SUM_CHUNK
 
-__all__ = ["POINTWISE", "SUMS", "Kept", "SparseMerge", "padded", "sums_shape"]
+__all__ = [
+    "DIVERGENCE",
+    "DIVERGENCE_ROWS",
+    "DIVERGENCE_STEPS",
+    "POINTWISE",
+    "SUMS",
+    "Kept",
+    "SparseMerge",
+    "check_divergences",
+    "divergence_columns",
+    "padded",
+    "sums_shape",
+]
 
 # Codes of csrc/kernel_table.h.
 POINTWISE = {
@@ -33,6 +45,11 @@ SUMS = {
         )
     )
 }
+# The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many. Codes
+# are the order.
+DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
+DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # what "all" is made of
+DIVERGENCE_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,29 @@ class SparseMerge:
     divisor: float
     scale: float
     bare: bool = False
+
+
+def divergence_columns(kind: str, table: Any, numel: int, columns: int, backend: str) -> int:
+    """Return the columns of a table of divergences; raise ValueError if it has another shape."""
+    if kind not in DIVERGENCE:
+        raise ValueError(
+            f"backend {backend!r}: kind: expected one of {', '.join(DIVERGENCE)}; got {kind!r}"
+        )
+    shape = DIVERGENCE_ROWS, -(-numel // (columns or SUM_CHUNK))
+    if tuple(table.shape) != shape:
+        raise ValueError(
+            f"backend {backend!r}: expected a table of shape {shape}, got {tuple(table.shape)}"
+        )
+    return shape[1]
+
+
+def check_divergences(divergences: Any, numel: int, columns: int, backend: str) -> None:
+    """Raise ValueError unless there is one number for each row."""
+    if columns < 1 or numel % columns or tuple(divergences.shape) != (numel // columns,):
+        raise ValueError(
+            f"backend {backend!r}: expected a divergence for each row of {columns} of {numel} "
+            f"elements, got a table of shape {tuple(divergences.shape)}"
+        )
 
 
 def padded(numel: int) -> int:

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from pymerge.array import Array, Flat
-from pymerge.backends.arguments import POINTWISE, SUMS, Kept, SparseMerge, padded, sums_shape
+from pymerge.backends.arguments import (
+    DIVERGENCE,
+    POINTWISE,
+    SUMS,
+    Kept,
+    SparseMerge,
+    check_divergences,
+    divergence_columns,
+    padded,
+    sums_shape,
+)
 from pymerge.backends.sizes import HOT_CHUNK, SUM_CHUNK
 
 NAME = "cpu"
@@ -446,5 +456,34 @@ def row_weighted_sum(
         _address(out, models[0].numel()),
         _counters(stats, least=1),
         _counters(weights, "float64"),
+        columns,
+    )
+
+
+def divergence_sums(
+    table: Any, base: Flat, model: Flat, kind: str, columns: int, wide: bool
+) -> None:
+    count = divergence_columns(kind, table, base.numel(), columns, NAME)
+    common, address = _common(base, [model], wide), _counters(table, "float64")
+    _native().divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
+
+
+def row_importance(
+    out: Flat,
+    stats: Any,
+    base: Flat,
+    model: Flat,
+    divergences: Any,
+    columns: int,
+    threshold: float | None,
+    wide: bool,
+) -> None:
+    check_divergences(divergences, base.numel(), columns, NAME)
+    _native().row_importance(
+        _common(base, [model], wide),
+        _address(out, model.numel()),
+        _counters(stats, least=3),
+        _counters(divergences, "float64"),
+        threshold,
         columns,
     )

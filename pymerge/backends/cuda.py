@@ -15,7 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.backends.arguments import POINTWISE, SUMS, Kept, SparseMerge, padded, sums_shape
+from pymerge.backends.arguments import (
+    DIVERGENCE,
+    POINTWISE,
+    SUMS,
+    Kept,
+    SparseMerge,
+    check_divergences,
+    divergence_columns,
+    padded,
+    sums_shape,
+)
 from pymerge.backends.sizes import HOT_CHUNK
 
 if TYPE_CHECKING:
@@ -445,5 +455,41 @@ def row_weighted_sum(
         call.address(out),
         call.counters(stats, least=1),
         call.table(weights, (len(models), call.numel // columns)),
+        columns,
+    )
+
+
+def divergence_sums(
+    table: torch.Tensor,
+    base: torch.Tensor,
+    model: torch.Tensor,
+    kind: str,
+    columns: int,
+    wide: bool,
+) -> None:
+    call = _Call(base)
+    count = divergence_columns(kind, table, call.numel, columns, NAME)
+    common, address = call.common(base, [model], wide), call.counters(table, "float64")
+    call.native.divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
+
+
+def row_importance(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    model: torch.Tensor,
+    divergences: torch.Tensor,
+    columns: int,
+    threshold: float | None,
+    wide: bool,
+) -> None:
+    call = _Call(out)
+    check_divergences(divergences, call.numel, columns, NAME)
+    call.native.row_importance(
+        call.common(base, [model], wide),
+        call.address(out),
+        call.counters(stats, least=3),
+        call.counters(divergences, "float64"),
+        threshold,
         columns,
     )

@@ -11,31 +11,33 @@ from pymerge.backends.reference_more import Element, kept_values, keys, scalar
 from pymerge.backends.reference_pcb import pcb_rows
 from pymerge.backends.sizes import SUM_CHUNK, SUM_LANES
 
-__all__ = ["chunk_sums"]
+__all__ = ["added", "chunk_sums", "chunks_of", "extremes"]
 
 Row = tuple[str, torch.Tensor]  # how ("sum", "min", "max"), values
 _AT_ONCE = 1 << 20
 
 
-def _chunks(values: torch.Tensor, columns: int, filling: float) -> torch.Tensor:
-    """Return values as doubles [segments, chunks of a segment, SUM_CHUNK], filled up.
+def chunks_of(values: torch.Tensor, columns: int, filling: float = 0.0) -> torch.Tensor:
+    """Return values as doubles [segments, chunks of a segment, elements of a chunk], filled up.
 
-    A segment is a row of `columns`, or a chunk where that is 0.
+    A segment is a row of `columns`, or a chunk where that is 0. A chunk has SUM_CHUNK elements, or
+    as many steps of all lanes as a shorter row has: further zeros would add nothing.
     """
     length = columns or SUM_CHUNK
     segments = -(-values.numel() // length)
-    room = -(-length // SUM_CHUNK) * SUM_CHUNK
+    chunk = min(SUM_CHUNK, -(-length // SUM_LANES) * SUM_LANES)
+    room = -(-length // chunk) * chunk
     doubles = values.to(torch.float64)
     whole = torch.nn.functional.pad(doubles, (0, segments * length - len(doubles)), value=filling)
     rows = whole.view(segments, length)
     padded = torch.nn.functional.pad(rows, (0, room - length), value=filling)
-    return padded.view(segments, -1, SUM_CHUNK)
+    return padded.view(segments, -1, chunk)
 
 
-def _added(chunks: torch.Tensor) -> torch.Tensor:
+def added(chunks: torch.Tensor) -> torch.Tensor:
     """Add up each chunk: each lane in order, then the lanes: the order of all backends; then the
     chunks of a segment."""
-    steps = chunks.unflatten(-1, (SUM_CHUNK // SUM_LANES, SUM_LANES))
+    steps = chunks.unflatten(-1, (-1, SUM_LANES))
     lanes = torch.zeros_like(steps[..., 0, :])
     for step in steps.unbind(-2):
         lanes = lanes + step
@@ -82,11 +84,11 @@ def _sum_rows(kind: str, element: Element, reals: Sequence[float], kept: Kept) -
     return [("sum", values * values) for values in masked]
 
 
-def _extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
+def extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
     """Return the least or the largest value of each segment; NaN counts for nothing, -0 is 0."""
     infinity = float("inf") if how == "min" else float("-inf")
     clean = torch.where(values.isnan(), torch.full_like(values, infinity), values)
-    chunks = _chunks(clean, columns, infinity) + 0.0
+    chunks = chunks_of(clean, columns, infinity) + 0.0
     return chunks.amin(dim=(-1, -2)) if how == "min" else chunks.amax(dim=(-1, -2))
 
 
@@ -111,8 +113,8 @@ def chunk_sums(
     at_once = max(1, _AT_ONCE // models[0].numel())  # rows that are added up together
     for first in range(0, len(summed), at_once):
         numbers = summed[first : first + at_once]
-        stacked = torch.stack([_chunks(rows[number][1], columns, 0.0) for number in numbers])
-        partials[numbers] = _added(stacked)
+        stacked = torch.stack([chunks_of(rows[number][1], columns) for number in numbers])
+        partials[numbers] = added(stacked)
     for number, (how, values) in enumerate(rows):
         if how != "sum":
-            partials[number] = _extremes(values, how, columns)
+            partials[number] = extremes(values, how, columns)

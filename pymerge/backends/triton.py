@@ -19,6 +19,7 @@ from pymerge.backends.triton_common import (
     run,
     tables,
 )
+from pymerge.backends.triton_divergence import divergence_sums, row_importance
 from pymerge.backends.triton_more import (
     chunk_sums,
     pcb_merge,
@@ -33,6 +34,7 @@ __all__ = [
     "SUMMARY",
     "chunk_sums",
     "device",
+    "divergence_sums",
     "interprets",
     "magnitude_equal_counts",
     "magnitude_histogram",
@@ -40,6 +42,7 @@ __all__ = [
     "pcb_scores",
     "pointwise",
     "reason",
+    "row_importance",
     "row_ranks",
     "row_weighted_sum",
     "slots",

@@ -56,6 +56,12 @@ class MergeConfig:
         """The model whose config, tokenizer and other files the output gets."""
         return self.base_model if self.base_model is not None else self.models[0].path
 
+    @property
+    def dialect(self) -> MethodSpec:
+        """The method's record, with the backends that its semantics have."""
+        has = self.method.parameter("semantics") is not None
+        return self.method.in_dialect(self.value("semantics") if has else None)
+
     def resolve(self, tensor: str) -> TensorParameters:
         """Return every parameter of one tensor, by `Parameter.name`.
 

@@ -187,7 +187,7 @@ def merge_checkpoints(
     problems: list[str] = []
     place = Place("reference", None, "")
     try:
-        place = choose_place(settings.method, device, backend, open_device)
+        place = choose_place(settings.dialect, device, backend, open_device)
     except RequestError as error:
         problems += error.problems
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")

@@ -15,6 +15,7 @@ import numpy as np
 from pymerge._calls import Counters, call
 from pymerge.array import Array, Flat, as_tensor
 from pymerge.backends import BACKENDS
+from pymerge.engine.arcee import run_arcee
 from pymerge.engine.data_driven import METHODS as DATA_METHODS
 from pymerge.engine.data_driven import run_data_driven
 from pymerge.engine.geometry import run_geometry
@@ -136,7 +137,7 @@ def execute(
         run_pcb(works, source, sink, context)
     elif method in DATA_METHODS:
         run_data_driven(works, source, sink, context)
-    elif method in WHOLE_METHODS:
+    elif method in WHOLE_METHODS and not _is_streamed(works):
         run_whole(works, source, sink, context)
     else:
         _run_each(method, works, source, sink, context)
@@ -165,6 +166,11 @@ def _run_each(
             else:
                 run(work, source, sink, context)
             source.release(work.name)
+
+
+def _is_streamed(works: Sequence[Work]) -> bool:
+    """Tell whether the dialect of a method that torch computes has kernels."""
+    return any(work.parameters.get("semantics") == "exact" for work in works if not work.copied)
 
 
 def _is_one_op(method: str, works: Sequence[Work]) -> bool:
@@ -242,6 +248,7 @@ _RUNNERS = {
     "della": run_della,
     "della_linear": run_della,
     "sce": run_sce,
+    "arcee_fusion": run_arcee,
     "ramplus_tl": run_pointwise,
     **dict.fromkeys(_POINTWISE, run_pointwise),
 }

@@ -21,7 +21,7 @@ from pymerge.errors import RequestError
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context
 
-__all__ = ["run_geometry"]
+__all__ = ["run_geometry", "whole_rows"]
 
 _PARALLEL = 0.9995  # |cos| from which slerp is linear
 
@@ -95,7 +95,7 @@ def _run_rows(
             coefficients[:, row] = _coefficients(context.method, gram, work)
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
-        for begin, end, length in _whole_rows(start, stop, columns):
+        for begin, end, length in whole_rows(start, stop, columns):
             own = coefficients[:, begin // columns : -(-end // columns)]
             call(
                 "row_weighted_sum_",
@@ -112,7 +112,7 @@ def _run_rows(
         context.progress.advance(sum(flat[start:stop].nbytes for flat in read))
 
 
-def _whole_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int]]:
+def whole_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int]]:
     """Cut a stretch into a part of a row, whole rows, and a part of a row: (begin, end, row
     length)."""
     first, last = -(-start // columns) * columns, stop // columns * columns

@@ -35,7 +35,7 @@ _ALIGNED = 256  # bytes at whose multiples tensors begin in a tile
 # Arguments that are as long as a tensor, by the names they have in every op.
 _FLATS = ("out", "base", "model", "models")
 # Those that an op writes or adds to.
-_WRITTEN = ("out", "stats", "counts", "hot_chunks", "partials", "scores")
+_WRITTEN = ("out", "stats", "counts", "hot_chunks", "partials", "scores", "table")
 
 
 class Stage(Runner):
@@ -81,7 +81,7 @@ class Stage(Runner):
                 named[name] = self.memory.put(value)
                 if _writes(op, name):
                     after.append(lambda to=value, found=named[name]: self._fetch(to, found))
-            elif name in ("ranks", "weights") and hasattr(value, "contiguous"):
+            elif name in ("ranks", "weights", "divergences") and hasattr(value, "contiguous"):
                 named[name] = value.contiguous()  # a part of the rows of another piece
         if isinstance(out := named.get("out"), Array):
             named["out"] = self._empty_like(out)
@@ -274,7 +274,7 @@ class _Table:
 
     def take(self) -> torch.Tensor:
         own = self._columns.new_zeros((*self._columns.shape[:-1], self._room))
-        if not self._written:
+        if not self._written or self.name == "table":  # which is read as well
             own[..., : self._columns.shape[-1]] = self._columns
         return own
 
@@ -287,13 +287,13 @@ def _width(op: str, name: str, named: Mapping[str, Any]) -> int | None:
     """Return how many elements a column of a table is for; None for what is no such table."""
     if name == "hot_chunks":
         return HOT_CHUNK
-    if name == "partials":
+    if name in ("partials", "table"):
         return named.get("columns") or SUM_CHUNK
     if name in ("scores", "ranks"):
         return 1
     if op == "magnitude_equal_counts_" and name == "counts":
         return named["chunk"]
-    if op == "row_weighted_sum_" and name == "weights":
+    if (op, name) in (("row_weighted_sum_", "weights"), ("row_importance_", "divergences")):
         return named["columns"]
     return None
 

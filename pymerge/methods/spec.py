@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pymerge.errors import RequestError, nearest
@@ -148,6 +148,8 @@ class MethodSpec:
     for_tensor: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     # What is collected from data beside the models: "fisher" (diagonals) or "gram".
     statistics: Literal["fisher", "gram"] | None = None
+    # The semantics that only the reference computes, whatever backends the others have.
+    torch_only: str | None = None
     # Defaults in mergekit's YAML language that differ from those of the Python function.
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -157,6 +159,13 @@ class MethodSpec:
             return None
         weights = [float(weight) for weight in parameters["weight"]]
         return weights if abs(sum(weights)) < 1e-8 else None
+
+    def in_dialect(self, semantics: str | None) -> MethodSpec:
+        """Return the record for messages and backends of one dialect."""
+        if semantics is None or semantics != self.torch_only:
+            return self
+        name = f"{self.name} with semantics {semantics!r}"
+        return replace(self, name=name, backends=("reference",))
 
     def with_base(self, given: bool) -> bool:
         """Return whether the base takes part, if one is given or not."""

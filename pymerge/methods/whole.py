@@ -154,8 +154,20 @@ ARCEE_FUSION = MethodSpec(
     url=_MERGEKIT,
     needs_base=True,
     max_models=1,
-    backends=_ON_TORCH,
-    parameters=(NAN,),
+    torch_only="mergekit",
+    passes="1 on torch, on whole tensors; exact: 4 (divergences, twice the threshold, the merge)",
+    parameters=(
+        Parameter(
+            "semantics",
+            "str",
+            "mergekit",
+            "'mergekit': its float32 operators, on torch; 'exact': the divergence without rounding "
+            "errors, on every backend, in bounded memory.",
+            choices=("mergekit", "exact"),
+            per_tensor=False,
+        ),
+        NAN,
+    ),
 )
 
 RAMPLUS_TL = MethodSpec(

@@ -97,6 +97,8 @@ class PassCounter:
             return 4
         if self.config.method.name == "sce":
             return 4 if first else 2
+        if self.config.method.name == "arcee_fusion":
+            return 4 if first else 1
         return 1 + first + self._adds_up(parameters)
 
     def _adds_up(self, parameters: TensorParameters) -> bool:
@@ -116,6 +118,8 @@ class PassCounter:
             return True
         if method == "sce":
             return parameters["select_topk"] < 1.0
+        if method == "arcee_fusion":
+            return parameters["semantics"] == "exact"
         if method == "dare_ties":
             return parameters["trim"] is not None
         if method in ("breadcrumbs", "breadcrumbs_ties"):
@@ -156,6 +160,8 @@ class PassCounter:
         if method == "sce":
             selection = "two for the selection, " if selects else ""
             return f"{4 if selects else 2}: {selection}one for the weights, then the merge"
+        if method == "arcee_fusion" and selects:
+            return "4: one for the divergence of each row, two for the threshold, then the merge"
         if selects:
             scope = "tensor"
             if method in ("ties", "adamerging"):
