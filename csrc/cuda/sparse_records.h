@@ -28,7 +28,7 @@ void set_kept(const Args& args, AnyRecord& record) {
     SparseModel& model = record.model(k);
     set_band(model, args.lo[k], args.last[k], args.compute == Dtype::kF64);
     model.first = drawn ? static_cast<uint32_t>(args.seeds[2 * k]) : 0;
-    model.slope = drawn ? mask_slope(static_cast<uint32_t>(args.seeds[2 * k + 1])) : 0;
+    model.slope = drawn ? static_cast<uint32_t>(args.seeds[2 * k + 1]) | 1u : 0;
     model.limit = drawn && !chances ? static_cast<uint32_t>(args.limits[k]) : UINT32_MAX;
   }
   record.head().start = static_cast<uint32_t>(args.start);
