@@ -51,11 +51,11 @@ struct RowSorter {
 
   Item* items;      // [columns]
   Item* other;      // [columns]
-  int32_t* digits;  // [2][kPasses][kDigits]
+  int32_t* digits;  // [2][kDigits]
 
   static int64_t bytes(int64_t columns) {
     return 2 * columns * static_cast<int64_t>(sizeof(Item)) +
-           2 * kPasses * kDigits * static_cast<int64_t>(sizeof(int32_t));
+           2 * kDigits * static_cast<int64_t>(sizeof(int32_t));
   }
 
   RowSorter(void* memory, int64_t columns)
@@ -115,34 +115,43 @@ struct RowSorter {
   // By the most significant digits, kCount of them.
   template <int kCount>
   void sort(int32_t n) {
-    // Neighbours often share a digit, and adding to a number just stored takes long: two tables.
-    std::memset(digits, 0, 2 * kCount * kDigits * sizeof(int32_t));
-    int32_t* const tables[2] = {digits, digits + kCount * kDigits};
-    for (int32_t i = 0; i < n; ++i) {
-      int32_t* const table = tables[i % 2];
 #pragma GCC unroll 8
-      for (int d = 0; d < kCount; ++d) ++table[d * kDigits + digit(items[i], d)];
+    for (int number = kCount - 1; number >= 0; --number) sort_by_digit(n, number);
+  }
+
+  // Neighbours often share a digit, and a number just stored takes long to read: the halves of a
+  // row have tables of their own and are counted and moved in turns.
+  __attribute__((always_inline)) void sort_by_digit(int32_t n, int number) {
+    const int32_t half = n / 2;
+    int32_t *const first = digits, *const second = digits + kDigits;
+    std::memset(digits, 0, 2 * kDigits * sizeof(int32_t));
+    for (int32_t i = 0; i < half; ++i) {
+      ++first[digit(items[i], number)];
+      ++second[digit(items[half + i], number)];
     }
-    for (int d = 0; d < kCount * kDigits; ++d) digits[d] += tables[1][d];
-#pragma GCC unroll 8
-    for (int number = kCount - 1; number >= 0; --number) {
-      int32_t* const at = digits + number * kDigits;
-      // Where all share the digit, there is nothing to move.
-      if (at[digit(items[0], number)] == n) continue;
-      int32_t sum = 0;
-      for (int d = 0; d < kDigits; ++d) {
-        const int32_t many = at[d];
-        at[d] = sum;
-        sum += many;
-      }
-      const Item* const from = items;
-      Item* const to = other;
-      for (int32_t i = 0; i < n; ++i) {
-        const Item item = from[i];
-        to[at[digit(item, number)]++] = item;
-      }
-      swap();
+    if (2 * half < n) ++second[digit(items[n - 1], number)];
+    // Where all share the digit, there is nothing to move.
+    const int shared = digit(items[0], number);
+    if (first[shared] + second[shared] == n) return;
+    int32_t sum = 0;
+    for (int d = 0; d < kDigits; ++d) {
+      const int32_t many = first[d], more = second[d];
+      first[d] = sum;
+      second[d] = sum + many;
+      sum += many + more;
     }
+    const Item* const from = items;
+    Item* const to = other;
+    for (int32_t i = 0; i < half; ++i) {
+      const Item a = from[i], b = from[half + i];
+      to[first[digit(a, number)]++] = a;
+      to[second[digit(b, number)]++] = b;
+    }
+    if (2 * half < n) {
+      const Item last = from[n - 1];
+      to[second[digit(last, number)]++] = last;
+    }
+    swap();
   }
 
   void swap() {
