@@ -138,6 +138,62 @@ def test_few_non_finite_values(case: Case, use_backend: Callable[[str], str]) ->
             assert same(expected, got), (identifier, dtype)
 
 
+ODD_NUMBERS = {
+    "nothing": {"scale": 0.0},
+    "no number": {"scale": float("nan")},
+    "infinite weight": {"weights": [1.0, float("inf"), -0.5]},
+    "no weight": {"weights": [0.0, float("nan"), 1.0]},
+    "infinite factor": {"factors": [float("-inf"), 1.0, 0.0]},
+    "weights without a finite sum": {"weights": [3e38, 3e38, 3e38]},
+    "large factors": {"factors": [3e38, -3e38, 3e38]},
+    "infinite divisor": {"divisor": float("inf")},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_NUMBERS)
+@pytest.mark.parametrize(
+    "name",
+    ["dare_linear", "dare_ties", "breadcrumbs_ties", "della", "della_linear", "breadcrumbs_rows"],
+)
+def test_sparse_merges_with_odd_numbers(
+    name: str, odd: str, use_backend: Callable[[str], str]
+) -> None:
+    """What the shorter way for finite numbers cannot do must go the longer one."""
+    base, models = make_inputs(4_099, 3, (torch.bfloat16,), "odd")
+    models[1][7::50] = 3e38
+    case = _BY_NAME[name]
+    arguments = {**case.arguments(base, models), **ODD_NUMBERS[odd]}
+    expected = case.outputs(base, models, base.dtype)
+    case.call(expected, arguments, "reference")
+    for identifier in NATIVE:
+        got = case.outputs(base, models, base.dtype)
+        case.call(got, arguments, use_backend(identifier))
+        assert same(expected, got), identifier
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_all_kinds_of_rows(dtype: torch.dtype, use_backend: Callable[[str], str]) -> None:
+    """Rows that are hard to sort by a part of the key, and rows long enough to be sorted by all."""
+    generator = torch.Generator().manual_seed(0)
+    for columns in (65, 1000, 32_768, 40_001):
+        near = 1 + torch.randint(0, 2048, (columns,), generator=generator) * 2.0**-23
+        few = torch.randint(0, 3, (columns,), generator=generator).float()
+        wild = torch.randn(columns, generator=generator) ** 9
+        odd = torch.where(torch.rand(columns, generator=generator) < 0.3, float("nan"), few)
+        down = torch.arange(columns, 0, -1).float() * 2.0**-20 + 1
+        rows = torch.stack([near, few, torch.zeros(columns), wild, odd, down, near.flip(0)])
+        base, model = torch.zeros(rows.numel(), dtype=dtype), rows.reshape(-1).to(dtype)
+        room = -(-rows.numel() // 64) * 64
+        found = {}
+        for identifier in ("reference", *NATIVE):
+            ranks = torch.zeros(1, room, dtype=torch.int32)
+            backend = use_backend(identifier)
+            torch.ops.pymerge.row_ranks_(ranks, base, [model], columns, backend=backend)
+            found[identifier] = ranks[:, : rows.numel()]
+        for identifier in NATIVE:
+            assert torch.equal(found["reference"], found[identifier]), (columns, identifier)
+
+
 @pytest.mark.parametrize("identifier", NATIVE)
 def test_rounding_of_every_half(identifier: str, use_backend: Callable[[str], str]) -> None:
     """Every bf16 and f16 value loads exactly, and every store rounds to nearest even."""

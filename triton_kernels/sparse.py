@@ -30,26 +30,26 @@ RULE = tl.constexpr(5)
 
 @triton.jit
 def mask_mix(x: tl.tensor):
+    """Mix flat indices, uint32: all models of an element share it."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
-def _mask_hash(mixed: tl.tensor, first: tl.tensor, second: tl.tensor):
-    """The hash of flat indices; all are uint32, and the first two are mixed: the models of an
-    element share the one, the elements of a model the other."""
-    x = (mixed ^ first) * 0x7FEB352D + second
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 15)) * 0x9E3779B1
+def _mask_hash(mixed: tl.tensor, first: tl.tensor, slope: tl.tensor):
+    """The hash of mixed indices: a line for each model, of an odd slope. All are uint32."""
+    return mixed * slope + first
 
 
 @triton.jit
 def load_rule(integers: tl.tensor, numbers: tl.tensor, k: int):
     """Load the rule of model k: lo, last, seed, limit, and the chance of rank 0 and its step."""
     at = integers + RULE * k
-    first, second = mask_mix(tl.load(at + 2).to(tl.uint32)), tl.load(at + 3).to(tl.uint32)
+    first, slope = tl.load(at + 2).to(tl.uint32), tl.load(at + 3).to(tl.uint32) | 1
     limit = tl.load(at + 4).to(tl.uint32)
     chance, step = tl.load(numbers + 2 * k), tl.load(numbers + 2 * k + 1)
-    return tl.load(at), tl.load(at + 1), first, second, limit, chance, step
+    return tl.load(at), tl.load(at + 1), first, slope, limit, chance, step
 
 
 @triton.jit

@@ -29,6 +29,7 @@ struct Streams {
   int num_models;
   MutableOperand out;  // data == null: nothing is stored
   Dtype compute;
+  int64_t written = 0;  // elements that one thread writes, where that is more than one range
 
   int count() const { return num_models + (base != nullptr ? 1 : 0); }
   const Operand& at(int i) const {
@@ -50,6 +51,7 @@ struct Streams {
 struct Room {
   const char** pointers;
   char* data;
+  char* more;  // what was asked for beside it
 
   static int64_t bytes(int streams, int lane_bytes) {
     return (streams * 8 + 63) / 64 * 64 + static_cast<int64_t>(streams + 4) * kBlock * lane_bytes;
@@ -59,6 +61,7 @@ struct Room {
     if (all == nullptr) return false;
     pointers = reinterpret_cast<const char**>(all);
     data = all + (streams * 8 + 63) / 64 * 64;
+    more = all + bytes(streams, lane_bytes);
     return true;
   }
 };
@@ -98,7 +101,8 @@ template <class Io, class Kernel>
 void run_uniform(Kernel& kernel, const Streams& streams, Room& room, int64_t begin, int64_t end) {
   char* out = static_cast<char*>(streams.out.data);
   Store store = out == nullptr ? Store::kNone : Store::kCached;
-  if (out != nullptr && (end - begin) * Io::kBytes >= kStreamBytes) {
+  const int64_t written = streams.written > 0 ? streams.written : end - begin;
+  if (out != nullptr && written * Io::kBytes >= kStreamBytes) {
     const auto address = reinterpret_cast<uintptr_t>(out + begin * Io::kBytes);
     const auto past = address % PM_VECTOR_BYTES;
     if (past % Io::kBytes == 0) {
@@ -184,11 +188,12 @@ struct Mixed64 {
   }
 };
 
-// n elements of an operand from `at` on -> V, zeros up to `padded`, a multiple of kStep. `raw` has
-// room for `padded` elements of 8 bytes, `scratch` for as many floats.
+// n elements of an operand from `at` on -> V, zeros up to `padded`, a multiple of kStep; all of it
+// less `minus` if there is one. `raw` has room for `padded` elements of 8 bytes, `scratch` for as
+// many floats.
 template <class V>
 void widen_part(const Operand& operand, int64_t at, int n, int padded, V* to, char* raw,
-                char* scratch) {
+                char* scratch, const V* minus = nullptr) {
   const int bytes = dtype_bytes(operand.dtype);
   const char* from = static_cast<const char*>(operand.data) + at * bytes;
   if (n < padded) {
@@ -198,8 +203,9 @@ void widen_part(const Operand& operand, int64_t at, int n, int padded, V* to, ch
   }
   if constexpr (sizeof(V) == 8) {
     widen(operand.dtype, from, padded, to, reinterpret_cast<float*>(scratch));
+    for (int i = 0; i < padded && minus != nullptr; ++i) to[i] = to[i] - minus[i];
   } else {
-    widen(operand.dtype, from, padded, to);
+    widen(operand.dtype, from, padded, to, minus);
   }
 }
 

@@ -45,50 +45,77 @@ struct PointwiseKernel {
   Pointwise op;
   const float* reals;
   int num_models;
-  I worst;  // the largest key of all inputs
+  I worst;  // the largest key of all inputs, where finite steps do not tell that all are finite
 
-  template <class Io, int K, int Half, class Point>
-  PM_INLINE F point(Point compute, const PointwiseCall<F>& call, const char* const* in,
-                    int64_t bytes, I& worst) {
-    const int count = K > 0 ? K : call.num_models;
-    const F base = Io::template load<Half>(in[0] + bytes);
-    const I key = magnitude_key(base);
-    worst = key > worst ? key : worst;
-    F values[K > 0 ? K : 1];
-    PM_UNROLL
-    for (int k = 0; k < count; ++k) {
-      const F x = Io::template load<Half>(in[k + 1] + bytes);
-      const I other = magnitude_key(x);
-      worst = other > worst ? other : worst;
-      if (K > 0) values[k] = x;
-    }
-    const auto load = [&](int k) {
-      return K > 0 ? values[k] : Io::template load<Half>(in[k + 1] + bytes);
+  // Any numbers, any number of models; [begin, end).
+  template <class Io, class Point>
+  __attribute__((noinline)) void careful_steps(Point compute, const char* const* in, char* out,
+                                               int64_t begin, int64_t end, Store store) {
+    const PointwiseCall<F> call{reals, num_models};
+    I seen = worst;
+    const auto point = [&](auto half, int64_t bytes) PM_ALWAYS {
+      const auto load = [&](int k) PM_ALWAYS {
+        return Io::template load<decltype(half)::value>(in[k + 1] + bytes);
+      };
+      for (int k = -1; k < call.num_models; ++k) {
+        const I key = magnitude_key(load(k));
+        seen = key > seen ? key : seen;
+      }
+      return compute(load(-1), load, call);
     };
-    return compute(base, load, call);
+    for (int64_t i = begin; i < end; i += kStep) {
+      const F a = point(ModelCount<0>{}, i * Io::kBytes);
+      const F b = point(ModelCount<1>{}, i * Io::kBytes);
+      store_step<Io, false>(out, i, a, b, store);
+    }
+    worst = seen;
+  }
+
+  // Returns what is not finite if an input is not or if the result may be NaN: the sum of all task
+  // vectors and the result. The sum costs nothing where the method makes the same one.
+  template <class Io, int K, int Half, class Point>
+  PM_INLINE F finite_point(Point compute, const PointwiseCall<F>& call, const char* const* in,
+                           int64_t bytes, F& seen) {
+    const F base = Io::template load<Half>(in[0] + bytes);
+    F values[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) values[k] = Io::template load<Half>(in[k + 1] + bytes);
+    const auto load = [&](int k) PM_ALWAYS { return values[k]; };
+    const F result = compute(base, load, call);
+    seen = seen + (sum_of_deltas(base, load, call) + result);
+    return result;
   }
 
   template <class Io, int K, class Point>
   void loop(Point compute, const char* const* streams, char* out, int64_t n, Store store) {
-    const PointwiseCall<F> call{reals, K > 0 ? K : num_models};
-    I seen = worst;
+    float numbers[2 + K];
+    const int64_t many = pointwise_reals(op, K);
+    for (int64_t i = 0; i < many; ++i) numbers[i] = reals[i];
+    const PointwiseCall<F> call{numbers, K};
     const char* in[K + 1];
-    for (int k = 0; k <= K && K > 0; ++k) in[k] = streams[k];
-    const char* const* from = K > 0 ? in : streams;
-    for (int64_t i = 0; i < n; i += kStep) {
-      const int64_t bytes = i * Io::kBytes;
-      prefetch_ahead<Io, K == 0 ? 0 : K + 1>(from, bytes);
-      const F a = point<Io, K, 0>(compute, call, from, bytes, seen);
-      const F b = point<Io, K, 1>(compute, call, from, bytes, seen);
-      store_step<Io, false>(out, i, a, b, store);
+    for (int k = 0; k <= K; ++k) in[k] = streams[k];
+    for (int64_t first = 0; first < n; first += kCheckSteps * kStep) {
+      const int64_t end = n - first < kCheckSteps * kStep ? n : first + kCheckSteps * kStep;
+      F seen_a{}, seen_b{};
+      for (int64_t i = first; i < end; i += kStep) {
+        const int64_t bytes = i * Io::kBytes;
+        prefetch_ahead<Io, K + 1>(in, bytes);
+        const F a = finite_point<Io, K, 0>(compute, call, in, bytes, seen_a);
+        const F b = finite_point<Io, K, 1>(compute, call, in, bytes, seen_b);
+        store_step<Io, true>(out, i, a, b, store);
+      }
+      if (has_nonfinite(magnitude_key(seen_a + seen_b))) {
+        careful_steps<Io>(compute, streams, out, first, end, store);
+      }
     }
-    worst = seen;
   }
 
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store store) {
     with_point(op, [&](auto compute) {
       switch (num_models) {
+        case 1:
+          return loop<Io, 1>(compute, in, out, n, store);
         case 2:
           return loop<Io, 2>(compute, in, out, n, store);
         case 3:
@@ -96,7 +123,7 @@ struct PointwiseKernel {
         case 4:
           return loop<Io, 4>(compute, in, out, n, store);
         default:
-          return loop<Io, 0>(compute, in, out, n, store);
+          return careful_steps<Io>(compute, in, out, 0, n, store);
       }
     });
   }

@@ -6,78 +6,158 @@
 namespace pymerge {
 namespace {
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
 constexpr int kShortRow = 64;  // elements up to which insertion beats counting
 
-// Sorts the indices of a row by key, equal keys by index: least significant digits first.
+// An element of a row: its key, and its place in the row below it, so that numbers are ordered as
+// elements are.
+template <class Key>
+struct RowItem {
+  Key key;
+  int32_t index;
+
+  RowItem() = default;
+  RowItem(Key k, int32_t i) : key(k), index(i) {}
+  Key key_bits() const { return key; }
+  int32_t place() const { return index; }
+  bool operator<(const RowItem& other) const {
+    return key < other.key || (key == other.key && index < other.index);
+  }
+};
+template <>
+struct RowItem<int32_t> {
+  uint64_t both;
+
+  RowItem() = default;
+  RowItem(int32_t k, int32_t i)
+      : both(static_cast<uint64_t>(static_cast<uint32_t>(k)) << 32 | static_cast<uint32_t>(i)) {}
+  int32_t key_bits() const { return static_cast<int32_t>(both >> 32); }
+  int32_t place() const { return static_cast<int32_t>(both & UINT32_MAX); }
+  bool operator<(const RowItem& other) const { return both < other.both; }
+};
+
+// Sorts the elements of a row by key, equal keys by index: by digits of 10 bits, least significant
+// ones first. Of a row that is not long, only the two most significant digits are sorted by: what
+// they leave in the wrong order are few neighbours, for insertion. Where these are many after all,
+// all digits are.
 template <class Key>
 struct RowSorter {
-  // Keys are not negative: a bit less.
-  static constexpr int kPasses = (8 * static_cast<int>(sizeof(Key)) - 2) / kDigitBits + 1;
+  using Item = RowItem<Key>;
+  static constexpr int kDigitBits = 10;
+  static constexpr int kDigits = 1 << kDigitBits;
+  static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key)) - 1;  // keys are not negative
+  static constexpr int kPasses = (kKeyBits + kDigitBits - 1) / kDigitBits;
+  static constexpr int32_t kLongRow = 1 << 15;
+  static constexpr int kMoves = 4;  // for each element
 
-  Key* keys;        // [columns]
-  int32_t* order;   // [columns]
-  int32_t* other;   // [columns]
-  int32_t* digits;  // [kPasses][kDigits]
+  Item* items;      // [columns]
+  Item* other;      // [columns]
+  int32_t* digits;  // [2][kDigits]
 
   static int64_t bytes(int64_t columns) {
-    return columns * static_cast<int64_t>(sizeof(Key) + 2 * sizeof(int32_t)) +
-           kPasses * kDigits * static_cast<int64_t>(sizeof(int32_t)) + 64;
+    return 2 * columns * static_cast<int64_t>(sizeof(Item)) +
+           2 * kDigits * static_cast<int64_t>(sizeof(int32_t));
   }
 
   RowSorter(void* memory, int64_t columns)
-      : keys(static_cast<Key*>(memory)),
-        order(reinterpret_cast<int32_t*>(keys + columns)),
-        other(order + columns),
-        digits(other + columns) {}
+      : items(static_cast<Item*>(memory)),
+        other(items + columns),
+        digits(reinterpret_cast<int32_t*>(other + columns)) {}
 
-  void rank(int64_t columns, int32_t* ranks) {
-    const int32_t n = static_cast<int32_t>(columns);
+  // `items` has the elements in order.
+  void rank(int32_t n, int32_t* ranks) {
     if (n <= kShortRow) {
-      insert(n);
-    } else {
-      count(n);
+      insert(n, INT64_MAX, ranks);
+      return;
     }
-    for (int32_t i = 0; i < n; ++i) ranks[order[i]] = i;
+    if (n <= kLongRow) {
+      sort<2>(n);
+      if (insert(n, static_cast<int64_t>(kMoves) * n, ranks)) return;
+      for (int32_t i = 0; i < n; ++i) other[items[i].place()] = items[i];
+      swap();
+    }
+    sort<kPasses>(n);
+    for (int32_t i = 0; i < n; ++i) ranks[items[i].place()] = i;
   }
 
-  void insert(int32_t n) {
-    for (int32_t i = 0; i < n; ++i) {
-      const Key key = keys[i];
+  // Writes ranks of items that are nearly in order; returns whether so many moves were enough.
+  bool insert(int32_t n, int64_t moves, int32_t* ranks) {
+    Item last = items[0];
+    ranks[last.place()] = 0;
+    for (int32_t i = 1; i < n; ++i) {
+      const Item item = items[i];
+      ranks[item.place()] = i;
+      if (__builtin_expect(!(item < last), 1)) {
+        last = item;
+        continue;
+      }
       int32_t at = i;
-      for (; at > 0 && keys[order[at - 1]] > key; --at) order[at] = order[at - 1];
-      order[at] = i;
+      do {
+        items[at] = items[at - 1];
+        ranks[items[at].place()] = at;
+        --at;
+      } while (at > 0 && item < items[at - 1]);
+      items[at] = item;
+      ranks[item.place()] = at;
+      moves -= i - at;
+      if (moves < 0) return false;
     }
+    return true;
   }
 
-  void count(int32_t n) {
-    std::memset(digits, 0, sizeof(int32_t) * kPasses * kDigits);
-    for (int32_t i = 0; i < n; ++i) {
-      for (int pass = 0; pass < kPasses; ++pass) {
-        ++digits[pass * kDigits + static_cast<int>(keys[i] >> (pass * kDigitBits) & (kDigits - 1))];
-      }
+  // The shift of a digit, from the most significant one.
+  static constexpr int shift_of(int number) {
+    return kKeyBits > (number + 1) * kDigitBits ? kKeyBits - (number + 1) * kDigitBits : 0;
+  }
+  static int digit(const Item& item, int number) {
+    return static_cast<int>(item.key_bits() >> shift_of(number) & (kDigits - 1));
+  }
+
+  // By the most significant digits, kCount of them.
+  template <int kCount>
+  void sort(int32_t n) {
+#pragma GCC unroll 8
+    for (int number = kCount - 1; number >= 0; --number) sort_by_digit(n, number);
+  }
+
+  // Neighbours often share a digit, and a number just stored takes long to read: the halves of a
+  // row have tables of their own and are counted and moved in turns.
+  __attribute__((always_inline)) void sort_by_digit(int32_t n, int number) {
+    const int32_t half = n / 2;
+    int32_t *const first = digits, *const second = digits + kDigits;
+    std::memset(digits, 0, 2 * kDigits * sizeof(int32_t));
+    for (int32_t i = 0; i < half; ++i) {
+      ++first[digit(items[i], number)];
+      ++second[digit(items[half + i], number)];
     }
-    for (int32_t i = 0; i < n; ++i) order[i] = i;
-    for (int pass = 0; pass < kPasses; ++pass) {
-      int32_t* at = digits + pass * kDigits;
-      const int shift = pass * kDigitBits;
-      // Where all keys share the digit, there is nothing to move.
-      if (at[static_cast<int>(keys[0] >> shift & (kDigits - 1))] == n) continue;
-      int32_t sum = 0;
-      for (int digit = 0; digit < kDigits; ++digit) {
-        const int32_t many = at[digit];
-        at[digit] = sum;
-        sum += many;
-      }
-      for (int32_t i = 0; i < n; ++i) {
-        const int32_t index = order[i];
-        other[at[static_cast<int>(keys[index] >> shift & (kDigits - 1))]++] = index;
-      }
-      int32_t* sorted = other;
-      other = order;
-      order = sorted;
+    if (2 * half < n) ++second[digit(items[n - 1], number)];
+    // Where all share the digit, there is nothing to move.
+    const int shared = digit(items[0], number);
+    if (first[shared] + second[shared] == n) return;
+    int32_t sum = 0;
+    for (int d = 0; d < kDigits; ++d) {
+      const int32_t many = first[d], more = second[d];
+      first[d] = sum;
+      second[d] = sum + many;
+      sum += many + more;
     }
+    const Item* const from = items;
+    Item* const to = other;
+    for (int32_t i = 0; i < half; ++i) {
+      const Item a = from[i], b = from[half + i];
+      to[first[digit(a, number)]++] = a;
+      to[second[digit(b, number)]++] = b;
+    }
+    if (2 * half < n) {
+      const Item last = from[n - 1];
+      to[second[digit(last, number)]++] = last;
+    }
+    swap();
+  }
+
+  void swap() {
+    Item* sorted = other;
+    other = items;
+    items = sorted;
   }
 };
 
@@ -95,8 +175,8 @@ bool rank_rows(const RanksArgs& args, int64_t first, int64_t last) {
   char* memory = static_cast<char*>(thread_workspace(kRoom + RowSorter<Key>::bytes(columns)));
   if (memory == nullptr) return false;
   V* base = reinterpret_cast<V*>(memory);
-  V* model = base + kBlock;
-  char* raw = reinterpret_cast<char*>(model + kBlock);
+  V* delta = base + kBlock;
+  char* raw = reinterpret_cast<char*>(delta + kBlock);
   char* scratch = raw + kBlock * 8;
   RowSorter<Key> sorter(memory + kRoom, columns);
   for (int64_t item = first; item < last; ++item) {
@@ -105,10 +185,12 @@ bool rank_rows(const RanksArgs& args, int64_t first, int64_t last) {
       const int n = static_cast<int>(columns - at < kBlock ? columns - at : kBlock);
       const int padded = (n + kStep - 1) / kStep * kStep;
       widen_part(args.base, row * columns + at, n, padded, base, raw, scratch);
-      widen_part(args.models[k], row * columns + at, n, padded, model, raw, scratch);
-      for (int i = 0; i < n; ++i) sorter.keys[at + i] = scalar_key(model[i] - base[i]);
+      widen_part(args.models[k], row * columns + at, n, padded, delta, raw, scratch, base);
+      for (int i = 0; i < n; ++i) {
+        sorter.items[at + i] = {scalar_key(delta[i]), static_cast<int32_t>(at + i)};
+      }
     }
-    sorter.rank(columns, args.ranks + k * args.stride + row * columns);
+    sorter.rank(static_cast<int32_t>(columns), args.ranks + k * args.stride + row * columns);
   }
   return true;
 }
@@ -140,59 +222,44 @@ struct RowSumContext {
   int32_t failed, nonfinite;
 };
 
-template <class V>
-bool sum_rows(const RowSumArgs& args, int64_t first, int64_t last, bool* nonfinite) {
-  using Key = typename KeyOf<V>::Type;
-  const int64_t columns = args.columns, rows = args.numel / columns, models = args.num_models;
-  char* memory = static_cast<char*>(thread_workspace(5 * kBlock * 8));
-  if (memory == nullptr) return false;
-  V* base = reinterpret_cast<V*>(memory);
-  V* own = base + kBlock;
-  V* sum = own + kBlock;
-  char* raw = reinterpret_cast<char*>(sum + kBlock);
-  char* scratch = raw + kBlock * 8;
-  const bool has_base = args.base.data != nullptr;
-  Key worst = 0;
+// A kernel of weighted sums works through row after row.
+template <class V, class Kernel, class Run>
+void sum_rows(const RowSumArgs& args, int64_t first, int64_t last, V* weights, Kernel& kernel,
+              Run run) {
+  const int64_t columns = args.columns, rows = args.numel / columns;
+  kernel.weights = weights;
   for (int64_t row = first; row < last; ++row) {
-    for (int64_t offset = 0; offset < columns; offset += kBlock) {
-      const int n = static_cast<int>(columns - offset < kBlock ? columns - offset : kBlock);
-      const int64_t at = row * columns + offset;
-      const int padded = (n + kStep - 1) / kStep * kStep;
-      if (has_base) widen_part(args.base, at, n, padded, base, raw, scratch);
-      for (int i = 0; i < n; ++i) sum[i] = 0;
-      for (int64_t k = 0; k < models; ++k) {
-        const V weight = static_cast<V>(args.weights[k * rows + row]);
-        widen_part(args.models[k], at, n, padded, own, raw, scratch);
-        for (int i = 0; i < n; ++i) sum[i] += weight * (has_base ? own[i] - base[i] : own[i]);
-      }
-      for (int i = 0; i < n; ++i) {
-        if (has_base) sum[i] = base[i] + sum[i];
-        const Key key = scalar_key(sum[i]);
-        worst = key > worst ? key : worst;
-      }
-      for (int i = n; i < padded; ++i) sum[i] = 0;
-      if constexpr (sizeof(V) == 8) {
-        narrow(sum, padded, args.out.dtype, raw, reinterpret_cast<float*>(scratch));
-      } else {
-        narrow(sum, padded, args.out.dtype, raw);
-      }
-      const int bytes = dtype_bytes(args.out.dtype);
-      std::memcpy(static_cast<char*>(args.out.data) + at * bytes, raw,
-                  static_cast<size_t>(n) * bytes);
+    for (int64_t k = 0; k < args.num_models; ++k) {
+      weights[k] = static_cast<V>(args.weights[k * rows + row]);
     }
+    run(row * columns, (row + 1) * columns);
   }
-  *nonfinite = worst >= KeyOf<V>::kInfinity;
-  return true;
 }
 
 void row_sum_range(void* opaque, int64_t first, int64_t last, int) {
   auto& context = *static_cast<RowSumContext*>(opaque);
-  bool nonfinite = false;
-  const bool done = context.args->compute == Dtype::kF64
-                        ? sum_rows<double>(*context.args, first, last, &nonfinite)
-                        : sum_rows<float>(*context.args, first, last, &nonfinite);
-  if (!done) set_flag(&context.failed);
-  if (nonfinite) set_flag(&context.nonfinite);
+  const RowSumArgs& args = *context.args;
+  const bool has_base = args.base.data != nullptr, wide = args.compute == Dtype::kF64;
+  const int lane_bytes = wide ? 8 : 4;
+  Streams streams{has_base ? &args.base : nullptr, args.models, args.num_models, args.out,
+                  args.compute};
+  streams.written = (last - first) * args.columns;
+  Room room;
+  if (!room.take(streams.count(), lane_bytes, 8 * static_cast<int64_t>(args.num_models))) {
+    return set_flag(&context.failed);
+  }
+  if (wide) {
+    WeightedSum64 kernel{nullptr, args.num_models, has_base, false, 1.0, 1.0, true};
+    sum_rows(
+        args, first, last, reinterpret_cast<double*>(room.more), kernel,
+        [&](int64_t begin, int64_t end) { run_mixed<Mixed64>(kernel, streams, room, begin, end); });
+    if (!kernel.finite) set_flag(&context.nonfinite);
+  } else {
+    WeightedSumKernel kernel{nullptr, args.num_models, has_base, false, 1.0f, 1.0f, I{}};
+    sum_rows(args, first, last, reinterpret_cast<float*>(room.more), kernel,
+             [&](int64_t begin, int64_t end) { run_range(kernel, streams, room, begin, end); });
+    if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
+  }
 }
 
 Status row_weighted_sum(const RowSumArgs* args) {

@@ -1,98 +1,114 @@
 // Merges of sparse task vectors (csrc/math/sparse.h).
 #pragma once
 
-#include "cpu/kernels_weighted_sum.h"
-#include "math/sparse.h"
+#include "cpu/kernels_sparse_ranks.h"
 
 namespace pymerge {
 namespace {
 
-constexpr int kUnrolledSparse = 4;
-
 struct SparseKernel {
   SparseCall<F> call;
   bool band, drawn, elect;
+  bool plain;      // is_plain
   uint32_t start;  // the low half of the flat index of element 0
   F* values;
   I worst;
   int64_t at;
 
-  template <class Io, int K, bool kBand, bool kDrawn, bool kElect, int Half>
-  PM_INLINE F point(const SparseCall<F>& call, const char* const* in, int64_t bytes, U index,
-                    F* values, I& worst) {
-    const F base = Io::template load<Half>(in[0] + bytes);
-    const auto load = [&](int k) { return Io::template load<Half>(in[k + 1] + bytes); };
-    const U mixed = kDrawn ? mask_mix(index) : index;
-    return sparse_point<K, kBand, kDrawn, kElect>(base, load, mixed, call, values, worst);
-  }
-
-  template <class Io, int K, bool kBand, bool kDrawn, bool kElect>
-  void loop(const char* const* streams, char* out, int64_t n, Store store) {
-    // Local copies of everything: what the stores write must not be able to change them.
-    SparseCall<F> mine = call;
-    constexpr int kRoom = K > 0 ? K : 1;
-    int32_t lo[kRoom], last[kRoom];
-    uint32_t seeds[2 * kRoom], limits[kRoom];
-    float factors[kRoom], weights[kRoom];
-    const char* in[K + 1];
-    if (K > 0) {
-      for (int k = 0; k < K; ++k) {
-        lo[k] = call.lo[k];
-        last[k] = call.last[k];
-        seeds[2 * k] = call.seeds[2 * k];
-        seeds[2 * k + 1] = call.seeds[2 * k + 1];
-        limits[k] = call.limits[k];
-        factors[k] = call.factors[k];
-        weights[k] = call.weights[k];
-      }
-      for (int k = 0; k <= K; ++k) in[k] = streams[k];
-      mine.lo = lo;
-      mine.last = last;
-      mine.seeds = seeds;
-      mine.limits = limits;
-      mine.factors = factors;
-      mine.weights = weights;
-    }
-    const char* const* from = K > 0 ? in : streams;
+  // Any numbers, any number of models; [begin, end).
+  template <class Io, bool kBand, bool kDrawn, bool kElect>
+  __attribute__((noinline)) void careful_loop(const char* const* in, char* out, int64_t begin,
+                                              int64_t end, Store store) {
+    const SparseCall<F> mine = call;
     F* const room = values;
     I seen = worst;
-    const U even = Io::template lanes<0>(), odd = Io::template lanes<1>();
-    uint32_t index = start + static_cast<uint32_t>(at);
-    for (int64_t i = 0; i < n; i += kStep, index += kStep) {
-      const int64_t bytes = i * Io::kBytes;
-      prefetch_ahead<Io, K == 0 ? 0 : K + 1>(from, bytes);
-      const F a =
-          point<Io, K, kBand, kDrawn, kElect, 0>(mine, from, bytes, even + index, room, seen);
-      const F b =
-          point<Io, K, kBand, kDrawn, kElect, 1>(mine, from, bytes, odd + index, room, seen);
+    uint32_t index = start + static_cast<uint32_t>(at + begin);
+    const auto point = [&](auto half, int64_t bytes) __attribute__((always_inline)) {
+      constexpr int kHalf = decltype(half)::value;
+      const F base = Io::template load<kHalf>(in[0] + bytes);
+      const auto load = [&](int k) { return Io::template load<kHalf>(in[k + 1] + bytes); };
+      const U lanes = Io::template lanes<kHalf>() + index;
+      const U mixed = kDrawn ? mask_mix(lanes) : lanes;
+      return sparse_point<kBand, kDrawn, kElect>(base, load, mixed, mine, room, seen);
+    };
+    for (int64_t i = begin; i < end; i += kStep, index += kStep) {
+      const F a = point(ModelCount<0>{}, i * Io::kBytes);
+      const F b = point(ModelCount<1>{}, i * Io::kBytes);
       store_step<Io, false>(out, i, a, b, store);
     }
     worst = seen;
   }
 
-  template <class Io, int K>
-  void with_mode(const char* const* in, char* out, int64_t n, Store store) {
-    if (elect) {
-      band ? loop<Io, K, true, false, true>(in, out, n, store)
-           : loop<Io, K, false, true, true>(in, out, n, store);
-    } else {
-      band ? loop<Io, K, true, false, false>(in, out, n, store)
-           : loop<Io, K, false, true, false>(in, out, n, store);
+  template <class Io, bool kBand, bool kDrawn>
+  void careful(const char* const* in, char* out, int64_t begin, int64_t end, Store store) {
+    elect ? careful_loop<Io, kBand, kDrawn, true>(in, out, begin, end, store)
+          : careful_loop<Io, kBand, kDrawn, false>(in, out, begin, end, store);
+  }
+
+  // Finite numbers, at most kCheckSteps: adds to `seen`.
+  template <class Io, int K, bool kBand, bool kDrawn, Election kElect>
+  PM_INLINE void finite_steps(const SparseCall<F>& call, const char* const* in, char* out,
+                              int64_t begin, int64_t end, Store store, U index, F& seen) {
+    U even = Io::template lanes<0>() + index, odd = Io::template lanes<1>() + index;
+    F seen_a{}, seen_b{};
+    const auto point = [&](auto half, int64_t bytes, U lanes,
+                           F& seen) __attribute__((always_inline)) {
+      constexpr int kHalf = decltype(half)::value;
+      const F base = Io::template load<kHalf>(in[0] + bytes);
+      const auto load = [&](int k) { return Io::template load<kHalf>(in[k + 1] + bytes); };
+      const U mixed = kDrawn ? mask_mix(lanes) : lanes;
+      return sparse_point_by_key<K, kBand, kDrawn, kElect>(base, load, mixed, call, seen);
+    };
+    for (int64_t i = begin; i < end; i += kStep) {
+      const int64_t bytes = i * Io::kBytes;
+      prefetch_ahead<Io, K + 1>(in, bytes);
+      const F a = point(ModelCount<0>{}, bytes, even, seen_a);
+      const F b = point(ModelCount<1>{}, bytes, odd, seen_b);
+      even += kStep;
+      odd += kStep;
+      store_step<Io, true>(out, i, a, b, store);
     }
+    seen = seen_a + seen_b;
+  }
+
+  template <class Io, int K, bool kBand, bool kDrawn, Election kElect>
+  void loop(const char* const* streams, char* out, int64_t n, Store store) {
+    SparseCall<F> mine = call;
+    const SparseNumbers<K> numbers(mine);
+    const char* in[K + 1];
+    for (int k = 0; k <= K; ++k) in[k] = streams[k];
+    const uint32_t first = start + static_cast<uint32_t>(at);
+    for (int64_t i = 0; i < n; i += kCheckSteps * kStep) {
+      const int64_t end = n - i < kCheckSteps * kStep ? n : i + kCheckSteps * kStep;
+      F seen;
+      finite_steps<Io, K, kBand, kDrawn, kElect>(mine, in, out, i, end, store,
+                                                 U{} + (first + static_cast<uint32_t>(i)), seen);
+      if (has_nonfinite(magnitude_key(seen))) {
+        careful<Io, kBand, kDrawn>(streams, out, i, end, store);
+      }
+    }
+  }
+
+  template <class Io, int K, bool kBand, bool kDrawn>
+  void with_election(const char* const* in, char* out, int64_t n, Store store) {
+    if (!elect) return loop<Io, K, kBand, kDrawn, Election::kNone>(in, out, n, store);
+    if (!call.divide) return loop<Io, K, kBand, kDrawn, Election::kSum>(in, out, n, store);
+    loop<Io, K, kBand, kDrawn, Election::kMean>(in, out, n, store);
   }
 
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store store) {
-    if (band && drawn) {
-      elect ? loop<Io, 0, true, true, true>(in, out, n, store)
-            : loop<Io, 0, true, true, false>(in, out, n, store);
-    } else if (call.num_models > kUnrolledSparse) {
-      with_mode<Io, 0>(in, out, n, store);
-    } else {
-      with_model_count<kUnrolledSparse>(call.num_models, [&](auto models) {
-        with_mode<Io, decltype(models)::value>(in, out, n, store);
-      });
-    }
+    if (band && drawn) return careful<Io, true, true>(in, out, 0, n, store);
+    with_model_count<kUnrolledSparse>(plain ? call.num_models : 0, [&](auto models) {
+      constexpr int K = decltype(models)::value;
+      if constexpr (K > 0) {
+        band ? with_election<Io, K, true, false>(in, out, n, store)
+             : with_election<Io, K, false, true>(in, out, n, store);
+      } else {
+        band ? careful<Io, true, false>(in, out, 0, n, store)
+             : careful<Io, false, true>(in, out, 0, n, store);
+      }
+    });
   }
 };
 
@@ -166,63 +182,6 @@ struct Sparse64 {
   }
 };
 
-// By ranks: on converted blocks, whose lanes are in order as the ranks are.
-struct RankedKernel {
-  SparseCall<F> call;
-  const SparseArgs* args;
-  uint32_t start;
-  F* values;
-  I worst;
-  int64_t at;
-
-  template <int K, bool kElect>
-  PM_INLINE F point(const RankedKernel& self, const SparseCall<F>& known, const char* const* in,
-                    int64_t i, I& seen) {
-    const F base = (F)load_bits(in[0] + 4 * i);
-    const int64_t here = self.at + i;
-    const U mixed = mask_mix(F32::lanes<0>() + (self.start + static_cast<uint32_t>(here)));
-    const auto value = [&](int k) __attribute__((always_inline)) {
-      const I rank = (I)load_bits(self.args->ranks + k * self.args->rank_stride + here);
-      U hash{};
-      if (known.chance) {
-        hash = mask_hash_of(mixed ^ (U{} + known.seeds[2 * k]), U{} + known.seeds[2 * k + 1]);
-      }
-      const F x = (F)load_bits(in[k + 1] + 4 * i);
-      return ranked_value(base, x, rank, (I)(hash >> 8), known, k, seen);
-    };
-    return sparse_merge_values<K, kElect>(base, value, known, self.values);
-  }
-
-  // K models, or 0: any number; what decides is known too.
-  template <int K, bool kElect, bool kChance, bool kPerElement>
-  void loop(const char* const* in, char* out, int64_t n) {
-    SparseCall<F> known = call;
-    if (K > 0) known.num_models = K;
-    known.chance = kChance;
-    known.per_element = kPerElement;
-    I seen = worst;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      store_bits(out + 4 * i, (U)point<K, kElect>(*this, known, in, i, seen));
-    }
-    worst = seen;
-  }
-
-  template <int K, bool kElect>
-  void with_rule(const char* const* in, char* out, int64_t n) {
-    if (!call.chance) return loop<K, kElect, false, false>(in, out, n);
-    if (!call.per_element) return loop<K, kElect, true, false>(in, out, n);
-    loop<K, kElect, true, true>(in, out, n);
-  }
-
-  template <class Io>
-  void run(const char* const* in, char* out, int64_t n, Store) {
-    with_model_count<kUnrolledSparse>(call.num_models, [&](auto models) {
-      constexpr int K = decltype(models)::value;
-      args->elect != 0 ? with_rule<K, true>(in, out, n) : with_rule<K, false>(in, out, n);
-    });
-  }
-};
-
 struct SparseContext {
   const SparseArgs* args;
   const int32_t* lo;
@@ -240,7 +199,8 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   const SparseArgs& args = *context.args;
   const Streams streams{&args.base, args.models, args.num_models, args.out, args.compute};
   const bool wide = args.compute == Dtype::kF64;
-  const int64_t extra = static_cast<int64_t>(args.num_models) * PM_VECTOR_BYTES;
+  // What models give, and ranks of one step.
+  const int64_t extra = static_cast<int64_t>(args.num_models) * (PM_VECTOR_BYTES + 4 * kStep);
   Room room;
   if (!room.take(streams.count(), wide ? 8 : 4, extra)) return set_flag(&context.failed);
   const auto start = static_cast<uint32_t>(args.start);
@@ -266,11 +226,20 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   call.chance = args.chances != nullptr;
   call.per_element = args.per_element != 0;
   call.chances = context.chances;
-  F* values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
-                                   Room::bytes(streams.count(), 4));
+  F* values = reinterpret_cast<F*>(room.more);
+  const bool plain =
+      is_plain(call, static_cast<float>(args.scale), static_cast<float>(args.divisor));
   if (args.ranks != nullptr) {
-    RankedKernel kernel{call, &args, start, values, I{}, 0};
-    run_mixed<Mixed32>(kernel, streams, room, begin, end);
+    RankedKernel kernel{};
+    kernel.call = call;
+    kernel.ranks = args.ranks;
+    kernel.stride = args.rank_stride;
+    kernel.padded = reinterpret_cast<int32_t*>(values + args.num_models);
+    kernel.start = start;
+    kernel.elect = args.elect != 0;
+    kernel.plain = plain;
+    kernel.values = values;
+    run_ranked(kernel, streams, room, begin, end);
     if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
     return;
   }
@@ -284,6 +253,7 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   kernel.band = kernel.band || !kernel.drawn;
   kernel.start = start;
   kernel.values = values;
+  kernel.plain = plain;
   run_range(kernel, streams, room, begin, end);
   if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
 }
@@ -320,8 +290,8 @@ Status sparse_merge(const SparseArgs* args) {
     lo[i] = nothing ? 1 : narrow_key(args->lo[i]);
     top[i] = nothing ? 0 : narrow_key(args->last[i]);
     const bool drawn = args->seeds != nullptr;
-    seeds[2 * i] = drawn ? mask_mix(static_cast<uint32_t>(args->seeds[2 * i])) : 0;
-    seeds[2 * i + 1] = drawn ? static_cast<uint32_t>(args->seeds[2 * i + 1]) : 0;
+    seeds[2 * i] = drawn ? static_cast<uint32_t>(args->seeds[2 * i]) : 0;
+    seeds[2 * i + 1] = drawn ? mask_slope(static_cast<uint32_t>(args->seeds[2 * i + 1])) : 0;
     for (int64_t j = 2 * i; j < 2 * i + 2; ++j) {
       chances[j] = args->chances == nullptr ? 0.0f : static_cast<float>(args->chances[j]);
     }

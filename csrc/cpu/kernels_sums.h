@@ -3,41 +3,12 @@
 // is exact or rounded once: products of two floats fit a double.
 #pragma once
 
-#include "cpu/elementwise.h"
+#include "cpu/sum_lanes.h"
 #include "math/pcb.h"
 #include "math/sparse.h"
 
 namespace pymerge {
 namespace {
-
-constexpr int kSumLanes = 16;
-
-template <class V>
-double sum_in_lanes(const V* values) {
-  double lanes[kSumLanes] = {};
-  for (int i = 0; i < kSumChunk; i += kSumLanes) {
-    for (int j = 0; j < kSumLanes; ++j) {
-      const double value = values[i + j];
-      lanes[j] += value < 0 ? -value : value;
-    }
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
-template <class V>
-double dot_in_lanes(const V* a, const V* b) {
-  double lanes[kSumLanes] = {};
-  for (int i = 0; i < kSumChunk; i += kSumLanes) {
-    for (int j = 0; j < kSumLanes; ++j) {
-      lanes[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
-    }
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
 
 // Keeps of `values` what model k of a sparse merge keeps. index: that of the first one.
 template <class V>
@@ -118,20 +89,6 @@ inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* r
       }
     }
   }
-}
-
-// Least, largest, sum of magnitudes and of squares of n values. NaN is left out of the extremes.
-template <class V>
-void statistics_chunk(const V* values, int n, double* found) {
-  V least = static_cast<V>(__builtin_inf()), most = -least;
-  for (int i = 0; i < n; ++i) {
-    least = values[i] < least ? values[i] : least;
-    most = values[i] > most ? values[i] : most;
-  }
-  found[0] = least + 0.0;
-  found[1] = most + 0.0;
-  found[2] = sum_in_lanes(values);
-  found[3] = dot_in_lanes(values, values);
 }
 
 // RAM: how many elements each model alone changed, and how many with others.
@@ -252,6 +209,13 @@ struct ChunkRoom {
   }
 };
 
+// Asks for the chunk after the one at `at`: what adds up a chunk is too long to look ahead.
+PM_INLINE void prefetch_chunk(const Operand& operand, int64_t at) {
+  const int bytes = dtype_bytes(operand.dtype);
+  const char* next = static_cast<const char*>(operand.data) + (at + kSumChunk) * bytes;
+  for (int line = 0; line < kSumChunk * bytes; line += kLine) __builtin_prefetch(next + line);
+}
+
 // The sums of n <= kSumChunk elements from `at` on, to room.found.
 template <class V>
 void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
@@ -259,11 +223,15 @@ void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
   const bool has_base = args.base.data != nullptr;
   // The gradient is no model.
   const int deltas = args.kind == SumsKind::kDots ? count - 1 : count;
-  if (has_base) widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
+  if (has_base) {
+    widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
+    prefetch_chunk(args.base, at);
+  }
   for (int k = 0; k < count; ++k) {
     V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
-    widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch);
-    for (int i = 0; i < kSumChunk && has_base && k < deltas; ++i) own[i] = own[i] - room.base[i];
+    const V* minus = has_base && k < deltas ? room.base : nullptr;
+    widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch, minus);
+    prefetch_chunk(args.models[k], at);
   }
   const auto model = [&](int k) { return room.values + static_cast<int64_t>(k) * kSumChunk; };
   double* found = room.found;
@@ -280,15 +248,14 @@ void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
       }
       return;
     case SumsKind::kGram:
-      for (int k = 0; k < count; ++k) {
-        for (int j = k; j < count; ++j) *found++ = dot_in_lanes(model(k), model(j));
-      }
-      return;
+      return gram_in_lanes(room.values, count, found);
     case SumsKind::kDots:
-      for (int k = 0; k < deltas; ++k) *found++ = dot_in_lanes(model(deltas), model(k));
-      return;
+      return dots_in_lanes(model(deltas), room.values, deltas, found);
     case SumsKind::kStatistics:
-      for (int k = 0; k < count; ++k) statistics_chunk(model(k), n, found + 4 * k);
+      for (int k = 0; k < count; ++k) {
+        extremes_of(model(k), n, found + 4 * k);
+        norms_in_lanes(model(k), found + 4 * k + 2);
+      }
       return;
     case SumsKind::kRamCounts:
       return ram_chunk(args, room.values, found);

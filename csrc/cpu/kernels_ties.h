@@ -173,8 +173,7 @@ void ties_range(void* opaque, int64_t begin, int64_t end, int) {
   const int64_t extra = static_cast<int64_t>(args.num_models) * PM_VECTOR_BYTES;
   Room room;
   if (!room.take(streams.count(), wide ? 8 : 4, extra)) return set_flag(&context.failed);
-  char* values =
-      room.data - (streams.count() * 8 + 63) / 64 * 64 + Room::bytes(streams.count(), wide ? 8 : 4);
+  char* values = room.more;
   TiesTotals totals;
   bool nonfinite = false;
   if (wide) {

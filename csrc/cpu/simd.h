@@ -32,6 +32,11 @@ struct FloatMasks {
   PM_INLINE Mask at_least(I key, I threshold) {
     return _mm512_cmp_epi32_mask((__m512i)key, (__m512i)threshold, _MM_CMPINT_NLT);
   }
+  PM_INLINE Mask between(I key, I least, I most) {
+    return _mm512_mask_cmp_epi32_mask(at_least(key, least), (__m512i)most, (__m512i)key,
+                                      _MM_CMPINT_NLT);
+  }
+  PM_INLINE Mask greater(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
   PM_INLINE Mask positive(F x, Mask among) {
     return _mm512_mask_cmp_ps_mask(among, (__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
   }
@@ -236,6 +241,26 @@ PM_INLINE U lane_numbers(int first) {
   return numbers;
 }
 
+// Every other of the numbers in low and high, from the first or the second on.
+template <int First>
+PM_INLINE I every_other(I low, I high) {
+#if defined(__AVX512F__)
+  return (I)_mm512_permutex2var_epi32((__m512i)low, (__m512i)lane_numbers<2>(First), (__m512i)high);
+#elif defined(__AVX2__)
+  const __m256 halves = _mm256_shuffle_ps((__m256)low, (__m256)high, First == 0 ? 0x88 : 0xdd);
+  return (I)_mm256_permute4x64_pd((__m256d)halves, 0xd8);
+#elif defined(__SSE2__)
+  return (I)_mm_shuffle_ps((__m128)low, (__m128)high, First == 0 ? 0x88 : 0xdd);
+#else
+  I chosen;
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = 2 * i + First;
+    chosen[i] = from < kLanes ? low[from] : high[from - kLanes];
+  }
+  return chosen;
+#endif
+}
+
 struct Bf16 {
   static constexpr Dtype kDtype = Dtype::kBF16;
   static constexpr int kBytes = 2;
@@ -243,6 +268,11 @@ struct Bf16 {
   template <int Half>
   PM_INLINE U lanes() {
     return lane_numbers<2>(Half);
+  }
+  // Numbers of the elements of a step, as its lanes are.
+  template <int Half>
+  PM_INLINE I in_lanes(const int32_t* numbers) {
+    return every_other<Half>((I)load_bits(numbers), (I)load_bits(numbers + kLanes));
   }
   template <int Half>
   PM_INLINE F load(const char* p) {
@@ -285,6 +315,10 @@ struct F32 {
     return lane_numbers<1>(Half * kLanes);
   }
   template <int Half>
+  PM_INLINE I in_lanes(const int32_t* numbers) {
+    return (I)load_bits(numbers + Half * kLanes);
+  }
+  template <int Half>
   PM_INLINE F load(const char* p) {
     return (F)load_bits(p + Half * PM_VECTOR_BYTES);
   }
@@ -304,24 +338,37 @@ constexpr int dtype_bytes(Dtype dtype) {
   return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
 }
 
-// n elements of any dtype -> floats, in order. n must be a multiple of kLanes.
-inline void widen(Dtype dtype, const char* from, int n, float* to) {
-  if (dtype == Dtype::kF32) {
-    std::memcpy(to, from, 4 * static_cast<size_t>(n));
-  } else if (dtype == Dtype::kF16) {
-    for (int i = 0; i < n; i += kLanes) store_bits(to + i, (U)load_f16(from + 2 * i));
-  } else if (dtype == Dtype::kBF16) {
-    for (int i = 0; i < n; ++i) {
-      uint16_t half;
-      std::memcpy(&half, from + 2 * i, 2);
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      std::memcpy(to + i, &bits, 4);
+// Writes what load(i) gives for elements i to i + kLanes - 1, less `minus` if there is one.
+template <class Load>
+PM_INLINE void widen_with(Load load, int n, float* to, const float* minus) {
+  if (minus != nullptr) {
+    for (int i = 0; i < n; i += kLanes) {
+      store_bits(to + i, (U)(load(i) - (F)load_bits(minus + i)));
     }
+  } else {
+    for (int i = 0; i < n; i += kLanes) store_bits(to + i, (U)load(i));
+  }
+}
+
+// n elements of any dtype -> floats, in order, less `minus` if there is one. n must be a multiple
+// of kLanes.
+inline void widen(Dtype dtype, const char* from, int n, float* to, const float* minus = nullptr) {
+  if (dtype == Dtype::kF32) {
+    widen_with([&](int i) { return (F)load_bits(from + 4 * i); }, n, to, minus);
+  } else if (dtype == Dtype::kF16) {
+    widen_with([&](int i) { return load_f16(from + 2 * i); }, n, to, minus);
+  } else if (dtype == Dtype::kBF16) {
+    const auto load = [&](int i) {
+      Halves halves;
+      std::memcpy(&halves, from + 2 * i, sizeof(halves));
+      return (F)(__builtin_convertvector(halves, U) << 16);
+    };
+    widen_with(load, n, to, minus);
   } else {
     for (int i = 0; i < n; ++i) {
       double value;
       std::memcpy(&value, from + 8 * i, 8);
-      to[i] = static_cast<float>(value);
+      to[i] = static_cast<float>(value) - (minus != nullptr ? minus[i] : 0.0f);
     }
   }
 }

@@ -31,7 +31,7 @@ struct KeptByKey {
   PM_DEVICE F keep(F delta, const Head&, const SparseModel& model, uint32_t mixed, int64_t) {
     bool kept = true;
     if (kBand) kept = in_band<F>(magnitude_key(delta), model);
-    if (kDrawn) kept = kept & (mask_hash_of(mixed ^ model.first, model.second) <= model.limit);
+    if (kDrawn) kept = kept & (mask_hash_of(mixed, model.first, model.slope) <= model.limit);
     return kept ? delta : F{};
   }
 };
@@ -46,7 +46,7 @@ struct KeptByRank {
     if ((head.flags & kChances) == 0) {
       return in_band<F>(static_cast<typename Traits<F>::Bits>(rank), model) ? delta : F{};
     }
-    const uint32_t hash = mask_hash_of(mixed ^ model.first, model.second);
+    const uint32_t hash = mask_hash_of(mixed, model.first, model.slope);
     const F drawn = static_cast<F>(static_cast<int32_t>(hash >> 8)) * static_cast<F>(0x1p-24f);
     const F p = chance_of<F>(model) + static_cast<F>(rank) * spread_of<F>(model);
     const F kept = (head.flags & kPerElement) != 0 ? delta / p : delta;

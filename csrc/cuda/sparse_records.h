@@ -27,9 +27,8 @@ void set_kept(const Args& args, AnyRecord& record) {
   for (int k = 0; k < args.num_models; ++k) {
     SparseModel& model = record.model(k);
     set_band(model, args.lo[k], args.last[k], args.compute == Dtype::kF64);
-    const uint32_t first = drawn ? static_cast<uint32_t>(args.seeds[2 * k]) : 0;
-    model.first = first ^ (first >> 16);
-    model.second = drawn ? static_cast<uint32_t>(args.seeds[2 * k + 1]) : 0;
+    model.first = drawn ? static_cast<uint32_t>(args.seeds[2 * k]) : 0;
+    model.slope = drawn ? static_cast<uint32_t>(args.seeds[2 * k + 1]) | 1u : 0;
     model.limit = drawn && !chances ? static_cast<uint32_t>(args.limits[k]) : UINT32_MAX;
   }
   record.head().start = static_cast<uint32_t>(args.start);

@@ -91,7 +91,7 @@ struct SparseModel : Model {
   uint64_t span;  // `threshold` is lo
   double factor;
   float factor32;
-  uint32_t first, second;  // the words of its seed, the first one mixed (math/sparse.h)
+  uint32_t first, slope;  // the words of its seed (math/sparse.h)
   uint32_t limit;
 };
 

@@ -11,6 +11,7 @@ template <class F, class BitsOfF>
 struct ScalarMasks {
   using Mask = bool;
   PM_INLINE bool at_least(BitsOfF key, BitsOfF threshold) { return key >= threshold; }
+  PM_INLINE bool greater(F a, F b) { return a > b; }
   // x > 0 or NaN, among those chosen before
   PM_INLINE bool positive(F x, bool among) { return !(x <= F{}) & among; }
   PM_INLINE bool zero(F x) { return x == F{}; }

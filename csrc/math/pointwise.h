@@ -17,6 +17,24 @@ struct PointwiseCall {
   int num_models;
 };
 
+// The sum of task vectors, in order. (It may be -0, which plays no part in what is made of it.)
+template <class F, class Load>
+PM_INLINE F sum_of_deltas(F base, Load load, const PointwiseCall<F>& call) {
+  F sum = load(0) - base;
+  PM_UNROLL
+  for (int k = 1; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  return sum;
+}
+
+// x / num_models: a product where that is exact.
+template <class F>
+PM_INLINE F over_models(F x, const PointwiseCall<F>& call) {
+  using Scalar = typename Traits<F>::Scalar;
+  const auto many = static_cast<Scalar>(call.num_models);
+  const bool exact = (call.num_models & (call.num_models - 1)) == 0;
+  return exact ? x * splat<F>(1 / many) : x / splat<F>(many);
+}
+
 // NearSwap: towards the other model where both are near: w = min(t / max(|a - b|, 1e-6), 1),
 // out = w b + (1 - w) a. reals: t, 1e-6. Models: b.
 template <class F, class Load>
@@ -35,15 +53,16 @@ PM_INLINE F nearswap_point(F a, Load load, const PointwiseCall<F>& call) {
 // f_k. reals: epsilon, f_0 .. f_{K-1}.
 template <class F, class Load>
 PM_INLINE F ram_point(F base, Load load, const PointwiseCall<F>& call) {
+  using T = Traits<F>;
   const F one = splat<F>(1), epsilon = splat<F>(call.reals[0]);
   F sum{}, count{}, scaled{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
-    const auto active = absolute(delta) > epsilon;
-    sum = sum + (active ? delta : F{});
-    scaled = scaled + (active ? splat<F>(call.reals[1 + k]) * delta : F{});
-    count = count + (active ? one : F{});
+    const auto active = T::greater(absolute(delta), epsilon);
+    sum = T::add(sum, delta, active);
+    scaled = T::add(scaled, splat<F>(call.reals[1 + k]) * delta, active);
+    count = T::add(count, one, active);
   }
   const F mean = sum / (count > one ? count : one);
   return base + (count == one ? scaled : mean);
@@ -67,17 +86,15 @@ PM_INLINE F magmax_point(F base, Load load, const PointwiseCall<F>& call) {
 // reals: scale, need, lambda_0 .. lambda_{K-1}.
 template <class F, class Load>
 PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
-  const F one = splat<F>(1);
-  F sum{};
-  PM_UNROLL
-  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
+  using T = Traits<F>;
+  const F sum = sum_of_deltas(base, load, call);
   const F merged = base + splat<F>(call.reals[0]) * sum;
   F count{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F x = load(k);
-    const auto own = absolute(x - base) > splat<F>(call.reals[2 + k]) * absolute(merged - x);
-    count = count + (own ? one : F{});
+    const F apart = splat<F>(call.reals[2 + k]) * absolute(merged - x);
+    count = T::add(count, splat<F>(1), T::greater(absolute(x - base), apart));
   }
   return base + splat<F>(call.reals[0]) * (count >= splat<F>(call.reals[1]) ? sum : F{});
 }
@@ -125,17 +142,14 @@ PM_INLINE F emr_point(F base, Load load, const PointwiseCall<F>& call) {
 // The variance over the models' task vectors. Nothing of the base is added.
 template <class F, class Load>
 PM_INLINE F variance_point(F base, Load load, const PointwiseCall<F>& call) {
-  const F many = splat<F>(static_cast<typename Traits<F>::Scalar>(call.num_models));
-  F sum{}, squares{};
-  PM_UNROLL
-  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
-  const F mean = sum / many;
+  const F mean = over_models(sum_of_deltas(base, load, call), call);
+  F squares{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F apart = (load(k) - base) - mean;
     squares = squares + apart * apart;
   }
-  return squares / many;
+  return over_models(squares, call);
 }
 
 // SCE: the weighted mean of the task vectors that have the sign of the sum (0 elects +). reals:
@@ -143,20 +157,20 @@ PM_INLINE F variance_point(F base, Load load, const PointwiseCall<F>& call) {
 // weights as at least 1e-6), threshold, weights.
 template <class F, class Load>
 PM_INLINE F sce_point(F base, Load load, const PointwiseCall<F>& call) {
+  using T = Traits<F>;
+  using Bits = typename T::Bits;
   const bool everywhere = call.reals[0] != 0;
-  F sum{};
-  PM_UNROLL
-  for (int k = 0; k < call.num_models; ++k) sum = sum + (load(k) - base);
-  const auto positive = sum >= F{};
+  const F sum = sum_of_deltas(base, load, call);
+  // What a sum of -0 elects does not matter: its task vectors are all 0.
+  const Bits sign = bit_cast<Bits>(sum) & T::kSignMask;
   F merged{}, total{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
     const F weight = splat<F>(call.reals[2 + k]);
-    const F aligned = positive ? delta : -delta;
-    const auto agrees = aligned > F{};
-    merged = merged + (agrees ? weight * delta : F{});
-    total = total + (agrees ? weight : F{});
+    const auto agrees = T::greater(bit_cast<F>(bit_cast<Bits>(delta) ^ sign), F{});
+    merged = T::add(merged, weight * delta, agrees);
+    total = T::add(total, weight, agrees);
   }
   const F one = splat<F>(1), least = splat<F>(static_cast<typename Traits<F>::Scalar>(1e-6));
   merged = merged / (everywhere ? (total < least ? least : total) : (total == F{} ? one : total));

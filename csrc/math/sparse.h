@@ -16,27 +16,30 @@
 
 namespace pymerge {
 
-// A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed: rounds
-// of xor-shift and multiply; the second word enters between them, so that models do not share a
-// shifted sequence. The upper bits are the random ones. U is an unsigned vector or integer of 32
-// bits.
+// A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed. The
+// index is mixed by rounds of xor-shift and multiply, a permutation, which all models of an element
+// share; each model takes the mixed index through a line of its own, words that are as good as
+// random. Lines of two models agree no more than random numbers do: n a + m b = 0 for small n and m
+// is what correlates them, and of all slopes only a few in 2^32 have that. The upper bits are the
+// random ones. U is an unsigned vector or integer of 32 bits.
 template <class U>
 PM_INLINE U mask_mix(U x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-// Of the index, mixed, and the first word, mixed, xor-ed: the models of an element share the one,
-// the elements of a model the other.
+// A slope is odd, so that the line goes through every number once.
+PM_INLINE uint32_t mask_slope(uint32_t second) { return second | 1; }
+
 template <class U>
-PM_INLINE U mask_hash_of(U mixed, U second) {
-  U x = mixed * 0x7feb352du + second;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return (x ^ (x >> 15)) * 0x9e3779b1u;
+PM_INLINE U mask_hash_of(U mixed, U first, U slope) {
+  return mixed * slope + first;
 }
 
 template <class U>
-PM_INLINE U mask_hash(U index, U first, U second) {
-  return mask_hash_of(mask_mix(index) ^ mask_mix(first), second);
+PM_INLINE U mask_hash(U index, uint32_t first, uint32_t second) {
+  return mask_hash_of(mask_mix(index), U{} + first, U{} + mask_slope(second));
 }
 
 template <class F>
@@ -45,7 +48,7 @@ struct SparseCall {
   using IntScalar = typename Traits<F>::IntScalar;
   const IntScalar* lo;     // [num_models] least and largest key that is kept
   const IntScalar* last;   // [num_models]
-  const uint32_t* seeds;   // [num_models][2], the first of each mixed: mask_mix
+  const uint32_t* seeds;   // [num_models][2], of the second word its mask_slope
   const uint32_t* limits;  // [num_models] kept where the hash is at most this
   const Scalar* factors;   // [num_models]
   const Scalar* weights;   // [num_models]
@@ -66,26 +69,38 @@ PM_INLINE F sparse_finish(F base, F merged, const SparseCall<F>& call) {
   return call.bare ? added : base + added;
 }
 
-// v_k by ranks. draw: the upper 24 bits of the element's hash.
-template <class F>
-PM_INLINE F ranked_value(F base, F x, typename Traits<F>::Bits rank, typename Traits<F>::Bits draw,
+// Where ranks decide: those of a band are kept, or what is drawn, by chance, and divided by it or
+// not.
+enum class RankRule { kBand, kChance, kPerElement };
+
+// Whether model k keeps what has this rank; share: its chance, where there is one.
+template <RankRule kRule, class F, class U>
+PM_INLINE typename Traits<F>::Mask keeps_rank(typename Traits<F>::Bits rank, U mixed,
+                                              const SparseCall<F>& call, int k, F& share) {
+  using T = Traits<F>;
+  if (kRule == RankRule::kBand) {
+    return T::between(rank, splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
+  }
+  const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+  const F drawn = to_float<F>(bit_cast<typename T::Bits>(hash >> 8)) * splat<F>(0x1p-24f);
+  const F spread = splat<F>(call.chances[2 * k + 1]);
+  share = splat<F>(call.chances[2 * k]) + to_float<F>(rank) * spread;
+  return T::greater(share, drawn);
+}
+
+// v_k by ranks, any numbers.
+template <class F, class U>
+PM_INLINE F ranked_value(F base, F x, typename Traits<F>::Bits rank, U mixed,
                          const SparseCall<F>& call, int k, typename Traits<F>::Bits& worst) {
   using T = Traits<F>;
-  const F delta = x - base;
-  const auto key = magnitude_key(delta);
+  F t = x - base;
+  const auto key = magnitude_key(t);
   worst = key > worst ? key : worst;
-  F t = delta;
-  if (call.chance) {
-    const F drawn = to_float<F>(draw) * splat<F>(0x1p-24f);
-    const F spread = splat<F>(call.chances[2 * k + 1]);
-    const F p = splat<F>(call.chances[2 * k]) + to_float<F>(rank) * spread;
-    t = drawn < p ? delta : F{};
-    if (call.per_element) t = drawn < p ? t / p : F{};
-  } else {
-    t = T::keep(delta, T::both(T::at_least(rank, splat_bits<F>(call.lo[k])),
-                               T::at_least(splat_bits<F>(call.last[k]), rank)));
-  }
-  return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * t);
+  F share{};
+  const auto kept = call.chance ? keeps_rank<RankRule::kChance>(rank, mixed, call, k, share)
+                                : keeps_rank<RankRule::kBand>(rank, mixed, call, k, share);
+  if (call.per_element) t = t / share;
+  return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(t, kept));
 }
 
 // One term: v_k. mixed: mask_mix of the index, read where kDrawn.
@@ -102,25 +117,21 @@ PM_INLINE F sparse_value(F base, F x, U mixed, const SparseCall<F>& call, int k,
                    T::at_least(splat_bits<F>(call.last[k]), key));
   }
   if (kDrawn) {
-    const U hash = mask_hash_of(mixed ^ (U{} + call.seeds[2 * k]), U{} + call.seeds[2 * k + 1]);
+    const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
     const auto drawn = T::at_most(hash, U{} + call.limits[k]);
     kept = kBand ? T::both(kept, drawn) : drawn;
   }
   return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(delta, kept));
 }
 
-// The merge of what value(k) gives: v_k.
-template <int K, bool kElect, class F, class Value>
+// The merge of what value(k) gives: v_k, any numbers; `values` has room for num_models values.
+template <bool kElect, class F, class Value>
 PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, F* values) {
   using T = Traits<F>;
-  F own[K > 0 ? K : 1];
-  F* v = K > 0 ? own : values;
-  const int count = K > 0 ? K : call.num_models;
   F s{};
-#pragma GCC unroll 8
-  for (int k = 0; k < count; ++k) {
+  for (int k = 0; k < call.num_models; ++k) {
     const F one = value(k);
-    if (kElect) v[k] = one;
+    if (kElect) values[k] = one;
     s = s + one;
   }
   if (!kElect) {
@@ -130,9 +141,8 @@ PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, 
   // s begins with +0 and so is never -0: its sign bit is what is elected.
   const auto sign = bit_cast<typename T::Bits>(s) & T::kSignMask;
   F sum{}, divisor{};
-#pragma GCC unroll 8
-  for (int k = 0; k < count; ++k) {
-    const F u = bit_cast<F>(bit_cast<typename T::Bits>(v[k]) ^ sign);
+  for (int k = 0; k < call.num_models; ++k) {
+    const F u = bit_cast<F>(bit_cast<typename T::Bits>(values[k]) ^ sign);
     const auto agrees = T::positive(u, T::everything());
     sum = T::add(sum, u, agrees);
     divisor = T::add(divisor, splat<F>(call.weights[k]), agrees);
@@ -144,14 +154,97 @@ PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, 
   return sparse_finish(base, merged, call);
 }
 
-// load(k) gives theta_k; `values` has room for num_models values where K is 0 (any number).
-template <int K, bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
+// load(k) gives theta_k; worst: the largest key of a delta.
+template <bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
 PM_INLINE F sparse_point(F base, Load load, U mixed, const SparseCall<F>& call, F* values,
                          typename Traits<F>::Bits& worst) {
   const auto value = [&](int k) __attribute__((always_inline)) {
     return sparse_value<kBand, kDrawn>(base, load(k), mixed, call, k, worst);
   };
-  return sparse_merge_values<K, kElect>(base, value, call, values);
+  return sparse_merge_values<kElect>(base, value, call, values);
+}
+
+// What an election merges: nothing is elected, the sum of those that agree, or that by their
+// weights if call.divide says so.
+enum class Election { kNone, kSum, kMean };
+
+// The merge of finite numbers, K known at compile time. Factors, weights and their sum, scale and
+// divisor must be finite, scale and divisor not 0. term(k, delta, product, kept) gives the product
+// that is v_k where the mask `kept` says so; elsewhere v_k is 0 and plays no part.
+//
+// `seen` becomes not finite where a delta is not, kept or not, or where the result may be NaN; it
+// may do so with large finite numbers, too. Sums begin with +0 and so are never -0.
+template <int K, Election kElect, class F, class Load, class Term>
+PM_INLINE F sparse_point_finite(F base, Load load, Term term, const SparseCall<F>& call, F& seen) {
+  using T = Traits<F>;
+  using Bits = typename T::Bits;
+  typename T::Mask kept[K];
+  F v[K];
+  F s{}, all{};
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+    const F delta = load(k) - base;
+    all = k == 0 ? delta : all + delta;
+    term(k, delta, v[k], kept[k]);
+    s = T::add(s, v[k], kept[k]);
+  }
+  seen = seen + (all + s);
+  F merged = s;
+  if (kElect != Election::kNone) {
+    const Bits sign = bit_cast<Bits>(s) & T::kSignMask;
+    F sum{}, divisor{};
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      const F u = bit_cast<F>(bit_cast<Bits>(v[k]) ^ sign);
+      const auto agrees = T::positive(u, kept[k]);
+      sum = k == 0 ? T::keep(u, agrees) : T::add(sum, u, agrees);
+      if (kElect == Election::kMean) {
+        const F weight = splat<F>(call.weights[k]);
+        divisor = k == 0 ? T::keep(weight, agrees) : T::add(divisor, weight, agrees);
+      }
+    }
+    if (kElect == Election::kMean && call.divide) {
+      sum = sum / (divisor == F{} ? splat<F>(1) : divisor);
+    }
+    merged = bit_cast<F>(bit_cast<Bits>(sum) ^ sign);
+  }
+  if (call.divide_by_divisor) merged = merged / call.divisor;
+  return sparse_finish(base, merged, call);
+}
+
+// By keys and hashes.
+template <int K, bool kBand, bool kDrawn, Election kElect, class F, class U, class Load>
+PM_INLINE F sparse_point_by_key(F base, Load load, U mixed, const SparseCall<F>& call, F& seen) {
+  using T = Traits<F>;
+  const auto term = [&](int k, F delta, F& product,
+                        typename T::Mask& kept) __attribute__((always_inline)) {
+    if (kBand) {
+      kept =
+          T::between(magnitude_key(delta), splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
+    }
+    if (kDrawn) {
+      const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+      const auto drawn = T::at_most(hash, U{} + call.limits[k]);
+      kept = kBand ? T::both(kept, drawn) : drawn;
+    }
+    product = splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * delta);
+  };
+  return sparse_point_finite<K, kElect>(base, load, term, call, seen);
+}
+
+// By ranks; rank(k) gives them.
+template <int K, RankRule kRule, Election kElect, class F, class U, class Load, class Rank>
+PM_INLINE F sparse_point_by_rank(F base, Load load, Rank rank, U mixed, const SparseCall<F>& call,
+                                 F& seen) {
+  const auto term = [&](int k, F delta, F& product, typename Traits<F>::Mask& kept)
+                        __attribute__((always_inline)) {
+                          F share{};
+                          kept = keeps_rank<kRule>(rank(k), mixed, call, k, share);
+                          // Where nothing is kept, the quotient may be anything.
+                          const F t = kRule == RankRule::kPerElement ? delta / share : delta;
+                          product = splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * t);
+                        };
+  return sparse_point_finite<K, kElect>(base, load, term, call, seen);
 }
 
 }  // namespace pymerge

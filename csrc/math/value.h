@@ -58,6 +58,8 @@ template <class F, class Bits>
 struct VectorMasks {
   using Mask = Bits;
   PM_INLINE Mask at_least(Bits key, Bits threshold) { return key >= threshold; }
+  PM_INLINE Mask between(Bits key, Bits least, Bits most) { return (key >= least) & (most >= key); }
+  PM_INLINE Mask greater(F a, F b) { return a > b; }
   // x > 0 or NaN, among those chosen before
   PM_INLINE Mask positive(F x, Mask among) { return ~(x <= F{}) & among; }
   PM_INLINE Mask zero(F x) { return x == F{}; }

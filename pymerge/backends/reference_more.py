@@ -33,10 +33,9 @@ def mask_hash(index: torch.Tensor, first: int, second: int) -> torch.Tensor:
     """Return the hash of flat indices (int64, their low halves) as int64 in [0, 2^32)."""
     # Products of two 32-bit numbers overflow int64, but their low halves are right.
     x = index & _WORD
-    x = x ^ (x >> 16) ^ first ^ (first >> 16)
-    x = (x * 0x7FEB352D + second) & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
-    return ((x ^ (x >> 15)) * 0x9E3779B1) & _WORD
+    return ((x ^ (x >> 16)) * (second | 1) + first) & _WORD
 
 
 def kept_values(delta: torch.Tensor, k: int, kept: Kept) -> torch.Tensor:

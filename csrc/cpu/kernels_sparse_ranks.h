@@ -1,0 +1,193 @@
+// Merges of sparse task vectors by ranks (csrc/math/sparse.h), and what all sparse merges share.
+#pragma once
+
+#include "cpu/kernels_weighted_sum.h"
+#include "math/sparse.h"
+
+namespace pymerge {
+namespace {
+
+constexpr int kUnrolledSparse = 4;
+
+// Numbers of a call, where what stores write cannot be thought to change them.
+template <int K>
+struct SparseNumbers {
+  int32_t lo[K], last[K];
+  uint32_t seeds[2 * K], limits[K];
+  float factors[K], weights[K], chances[2 * K];
+
+  // Copies what `call` points to and makes it point here.
+  explicit SparseNumbers(SparseCall<F>& call) {
+    for (int k = 0; k < K; ++k) {
+      lo[k] = call.lo[k];
+      last[k] = call.last[k];
+      limits[k] = call.limits[k];
+      factors[k] = call.factors[k];
+      weights[k] = call.weights[k];
+      for (int j = 2 * k; j < 2 * k + 2; ++j) {
+        seeds[j] = call.seeds[j];
+        chances[j] = call.chances[j];
+      }
+    }
+    call.lo = lo;
+    call.last = last;
+    call.seeds = seeds;
+    call.limits = limits;
+    call.factors = factors;
+    call.weights = weights;
+    call.chances = chances;
+  }
+};
+
+// Whether finite deltas give a result by sparse_point_finite. args: as the call computes.
+bool is_plain(const SparseCall<F>& call, float scale, float divisor) {
+  float sum = 0;
+  for (int k = 0; k < call.num_models; ++k) {
+    sum += __builtin_fabsf(call.weights[k]);
+    if (!__builtin_isfinite(call.factors[k])) return false;
+  }
+  return __builtin_isfinite(sum) && __builtin_isfinite(scale) && scale != 0 &&
+         __builtin_isfinite(divisor) && divisor != 0;
+}
+
+// Ranks are in order; Io says which element is in which lane.
+struct RankedKernel {
+  SparseCall<F> call;
+  const int32_t* ranks;  // [num_models][stride]
+  int64_t stride;
+  int32_t* padded;  // [num_models][kStep]
+  uint32_t start;
+  bool elect;
+  bool plain;  // is_plain
+  F* values;
+  I worst;
+  int64_t at;
+
+  // Any numbers, any number of models; [begin, end).
+  template <class Io, bool kElect>
+  __attribute__((noinline)) void careful_loop(const char* const* in, char* out, int64_t begin,
+                                              int64_t end, Store store, const int32_t* ranks,
+                                              int64_t stride) {
+    const SparseCall<F> mine = call;
+    F* const room = values;
+    I seen = worst;
+    const auto point = [&](auto half, int64_t i) __attribute__((always_inline)) {
+      constexpr int kHalf = decltype(half)::value;
+      const F base = Io::template load<kHalf>(in[0] + i * Io::kBytes);
+      const uint32_t index = start + static_cast<uint32_t>(at + i);
+      const U mixed = mask_mix(Io::template lanes<kHalf>() + index);
+      const auto value = [&](int k) __attribute__((always_inline)) {
+        const I rank = Io::template in_lanes<kHalf>(ranks + k * stride + i);
+        const F x = Io::template load<kHalf>(in[k + 1] + i * Io::kBytes);
+        return ranked_value(base, x, rank, mixed, mine, k, seen);
+      };
+      return sparse_merge_values<kElect>(base, value, mine, room);
+    };
+    for (int64_t i = begin; i < end; i += kStep) {
+      const F a = point(ModelCount<0>{}, i);
+      const F b = point(ModelCount<1>{}, i);
+      store_step<Io, false>(out, i, a, b, store);
+    }
+    worst = seen;
+  }
+
+  template <class Io>
+  void careful(const char* const* in, char* out, int64_t begin, int64_t end, Store store,
+               const int32_t* ranks, int64_t stride) {
+    elect ? careful_loop<Io, true>(in, out, begin, end, store, ranks, stride)
+          : careful_loop<Io, false>(in, out, begin, end, store, ranks, stride);
+  }
+
+  template <class Io, int K, RankRule kRule, Election kElect>
+  void loop(const char* const* streams, char* out, int64_t n, Store store, const int32_t* ranks,
+            int64_t stride) {
+    SparseCall<F> mine = call;
+    const SparseNumbers<K> numbers(mine);
+    const char* in[K + 1];
+    const int32_t* from[K];
+    for (int k = 0; k <= K; ++k) in[k] = streams[k];
+    const char* ranked[K];
+    for (int k = 0; k < K; ++k) {
+      from[k] = ranks + k * stride;
+      ranked[k] = reinterpret_cast<const char*>(from[k]);
+    }
+    const uint32_t begin = start + static_cast<uint32_t>(at);
+    U even = Io::template lanes<0>() + begin, odd = Io::template lanes<1>() + begin;
+    const auto point = [&](auto half, int64_t i, U lanes, F& seen) __attribute__((always_inline)) {
+      constexpr int kHalf = decltype(half)::value;
+      const int64_t bytes = i * Io::kBytes;
+      const F base = Io::template load<kHalf>(in[0] + bytes);
+      const auto load = [&](int k) { return Io::template load<kHalf>(in[k + 1] + bytes); };
+      const auto rank = [&](int k) { return Io::template in_lanes<kHalf>(from[k] + i); };
+      const U mixed = kRule == RankRule::kBand ? lanes : mask_mix(lanes);
+      return sparse_point_by_rank<K, kRule, kElect>(base, load, rank, mixed, mine, seen);
+    };
+    for (int64_t first = 0; first < n; first += kCheckSteps * kStep) {
+      const int64_t end = n - first < kCheckSteps * kStep ? n : first + kCheckSteps * kStep;
+      F seen_a{}, seen_b{};
+      for (int64_t i = first; i < end; i += kStep) {
+        prefetch_ahead<Io, K + 1>(in, i * Io::kBytes);
+        prefetch_ahead<F32, K>(ranked, i * F32::kBytes);
+        const F a = point(ModelCount<0>{}, i, even, seen_a);
+        const F b = point(ModelCount<1>{}, i, odd, seen_b);
+        even += kStep;
+        odd += kStep;
+        store_step<Io, true>(out, i, a, b, store);
+      }
+      if (has_nonfinite(magnitude_key(seen_a + seen_b))) {
+        careful<Io>(streams, out, first, end, store, ranks, stride);
+      }
+    }
+  }
+
+  template <class Io, int K, RankRule kRule>
+  void with_election(const char* const* in, char* out, int64_t n, Store store, const int32_t* ranks,
+                     int64_t stride) {
+    elect ? loop<Io, K, kRule, Election::kMean>(in, out, n, store, ranks, stride)
+          : loop<Io, K, kRule, Election::kNone>(in, out, n, store, ranks, stride);
+  }
+
+  template <class Io>
+  void run(const char* const* in, char* out, int64_t n, Store store) {
+    const int32_t* from = ranks + at;
+    int64_t apart = stride;
+    if (at + n > stride) {  // a tail, one step of which less is there
+      for (int k = 0; k < call.num_models; ++k) {
+        std::memset(padded + k * kStep, 0, sizeof(int32_t) * kStep);
+        std::memcpy(padded + k * kStep, from + k * stride,
+                    sizeof(int32_t) * static_cast<size_t>(stride - at));
+      }
+      from = padded;
+      apart = kStep;
+    }
+    with_model_count<kUnrolledSparse>(plain ? call.num_models : 0, [&](auto models) {
+      constexpr int K = decltype(models)::value;
+      if constexpr (K == 0) {
+        careful<Io>(in, out, 0, n, store, from, apart);
+      } else if (!call.chance) {
+        with_election<Io, K, RankRule::kBand>(in, out, n, store, from, apart);
+      } else if (!call.per_element) {
+        with_election<Io, K, RankRule::kChance>(in, out, n, store, from, apart);
+      } else {
+        with_election<Io, K, RankRule::kPerElement>(in, out, n, store, from, apart);
+      }
+    });
+  }
+};
+
+// fp16 goes by converted blocks: a third of the code that loops by ranks would be.
+void run_ranked(RankedKernel& kernel, const Streams& streams, Room& room, int64_t begin,
+                int64_t end) {
+  Dtype dtype;
+  const bool uniform = streams.uniform(&dtype);
+  if (uniform && dtype == Dtype::kBF16) {
+    run_uniform<Bf16>(kernel, streams, room, begin, end);
+  } else if (uniform && dtype == Dtype::kF32) {
+    run_uniform<F32>(kernel, streams, room, begin, end);
+  } else {
+    run_mixed<Mixed32>(kernel, streams, room, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace pymerge
