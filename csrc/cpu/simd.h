@@ -53,6 +53,9 @@ struct FloatMasks {
   PM_INLINE Mask less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask at_most(U a, U b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE bool any(Mask chosen) { return chosen != 0; }
+  PM_INLINE Mask not_less(F x, F y) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLT_UQ);
+  }
   PM_INLINE F larger(F a, F b) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE F smaller(F a, F b) { return (F)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
@@ -71,6 +74,8 @@ struct FloatMasks : VectorMasks<F, I> {
 #endif
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
+  // x >= y, or one is NaN
+  PM_INLINE Mask not_less(F x, F y) { return ~(x < y); }
   PM_INLINE Mask at_most(U a, U b) { return a <= b; }
   PM_INLINE bool any(Mask chosen) {
 #if defined(__AVX2__)
@@ -170,6 +175,20 @@ PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
     chosen &= chosen - 1;
   } while (chosen != 0);
   return count;
+#endif
+}
+
+// The other way: the first of `values`, which has a whole vector to read, to the chosen lanes, in
+// the same order; `others` in the rest.
+PM_INLINE F expand(const float* values, uint32_t chosen, F others) {
+#if defined(__AVX512F__)
+  return (F)_mm512_mask_expand_ps((__m512)others, static_cast<__mmask16>(chosen),
+                                  _mm512_loadu_ps(values));
+#else
+  alignas(PM_VECTOR_BYTES) float lanes[kLanes];
+  store_bits(lanes, (U)others);
+  for (; chosen != 0; chosen &= chosen - 1) lanes[__builtin_ctz(chosen)] = *values++;
+  return (F)load_bits(lanes);
 #endif
 }
 
