@@ -391,8 +391,10 @@ def pcb_statistics(
     if variant == 0:
         pairs = [taus[i] * taus[j] for i in range(count) for j in range(i, count)]
         least = [float(product.min()) for product in pairs]
-        inverse = [_inverse(float(product.max()) - low) for product, low in zip(pairs, least)]
-        scaled = [(pair - low) * inv for pair, low, inv in zip(pairs, least, inverse)]
+        inverse = [
+            _inverse(float(product.max()) - low) for product, low in zip(pairs, least, strict=True)
+        ]
+        scaled = [(pair - low) * inv for pair, low, inv in zip(pairs, least, inverse, strict=True)]
         own = [scaled[i * count - i * (i - 1) // 2] * count for i in range(count)]
         norms = [numel / float(x.double().exp().sum()) for x in (*scaled, *own)]
         numbers = [*least, *inverse, *norms]
@@ -400,7 +402,7 @@ def pcb_statistics(
         ordered = [tau.abs().sort().values for tau in taus]
         lo = [float(size[int(numel * 0.01)]) for size in ordered]
         hi = [float(size[max(0, int(numel * 0.99 - 1))]) for size in ordered]
-        numbers = [*lo, *hi, *(_inverse(b - a) for a, b in zip(lo, hi))]
+        numbers = [*lo, *hi, *(_inverse(b - a) for a, b in zip(lo, hi, strict=True))]
     thresholds = [0.0] * count * (1 if variant == 0 else 3)
     scores = torch.empty(count, _padded(numel))
     torch.ops.pymerge.pcb_scores_(
@@ -417,7 +419,7 @@ def pcb_statistics(
     numbers += q
     if variant != 0:
         top = [float(row[-1]) for row in ordered]
-        numbers += [*top, *(_inverse(high - low) for high, low in zip(top, q))]
+        numbers += [*top, *(_inverse(high - low) for high, low in zip(top, q, strict=True))]
     return [*numbers, *_weights(count), 0.8]
 
 

@@ -7,19 +7,21 @@
 //
 // kRoot, kVision   score = e^(K n^2) tanh(p) <= e^(K n^2) p where p > 0, and is not above 0
 //                  otherwise. So score >= q needs L(p) + K n^2 log2 e >= log2 q - 0.0861. bits(p)
-//                  of p < 0 is a negative integer, which is below every threshold. p is that of the
-//                  score, bit for bit; kRoot takes |tau| inv for n, which is not less.
-// kVisionEs        For 0 <= x <= m: t x <= tanh x <= x, t = tanh(m) / m. With A the sum of the
-//                  n_j above 0 and B that of the others, sum_j tanh(n_i n_j) is at most
-//                  n_i (A + t B) where n_i > 0, and n_i (B + t A) elsewhere. Then as above.
+//                  of p < 0 is a negative integer, which is below every threshold.
+//                  kRoot takes |tau| inv for n, which is not less, and the p of the score.
+//                  kVision takes v = tau inv, not beyond hi inv, for sgn(tau) n: |v| is at most
+//                  lo inv larger. With c the sum of these, p <= tau sum_j v_j + |tau| c.
+// kVisionEs        For 0 <= x <= m: t x <= tanh x <= x, t = tanh(m) / m. With A the sum of the v_j
+//                  above 0 and B that of the others' magnitudes, sum_j tanh(n_i n_j) is at most
+//                  |v_i| (A - t (B - c)) where v_i > 0, |v_i| (B - t (A - c)) elsewhere; or 0.
 // kPaper           x_ij = c_ij + d_ij, d_ij = tau_i tau_j inv_ij. Z_ij = z_ij e^c_ij, S_i their
 //                  sum. A logarithm lies below its tangent, here at S_i:
 //                  log2 score <= log2(z_i S_i) + K log2 e (c_ii + d_ii)
 //                                + sum_j Z_ij (e^d_ij - 1) / (S_i ln 2),
-//                  and e^d - 1 <= d + 0.2975 |d| where |d| <= 1/2, and <= 1.7183 d where
-//                  0 <= d <= 1. With u_i = tau_i sqrt(inv_ii), all b_ij = Z_ij inv_ij / (S_i ln 2
-//                  sqrt(inv_ii inv_jj)) near their mean b, at most h away: the sum over j != i is
-//                  at most b u_i (T - u_i) + (h + 0.2975 (b + h)) |u_i| (A - |u_i|), with T the
+//                  and e^d - 1 <= d + 0.2975 |d| where |d| <= 1/2, and <= d (e^f - 1) / f
+//                  where 0 <= d <= f. With u_i = tau_i sqrt(inv_ii), all b_ij = Z_ij inv_ij / (S_i
+//                  ln 2 sqrt(inv_ii inv_jj)) near their mean b, at most h away: the sum over j != i
+//                  is at most b u_i (T - u_i) + (h + 0.2975 (b + h)) |u_i| (A - |u_i|), with T the
 //                  sum of the u_j and A that of their magnitudes.
 //
 // Rounding of scores and bounds, at most 1e-4 of a logarithm, is covered by kSlack. Elements whose
@@ -42,22 +44,24 @@ constexpr double kExponent = 8388608.0;  // 2^23
 
 struct PcbFilter {
   bool usable = false;
-  float square[kFilteredModels];  // kPaper: factor of u^2; others: K n^2 log2 e / n^2, times 2^23
-  float gain[kFilteredModels];    // kPaper: sqrt(inv_ii)
+  float square[kFilteredModels];  // kPaper: factor of u^2; kRoot: 2^23 K inv^2 log2 e
+  float gain[kFilteredModels];    // kPaper: sqrt(inv_ii); kVision, kVisionEs: inv g
+  float most[kFilteredModels];    // kVision, kVisionEs: hi inv g; g^2 n^2 = 2^23 K n^2 log2 e
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
   float limit;                    // magnitudes are large from here on
-  float slope, spread;            // kPaper: b, factor of A; kVisionEs: t, what rounding may add
+  float large = 0;                // kPaper: no argument of exp is beyond 87 below this sum of |u|
+  float slope, spread;            // kPaper: b, factor of A; kVision: -, c g; kVisionEs: below
 };
 
 inline bool in_range(double x, double low, double high) { return x >= low && x <= high; }
 
-// Thresholds as logarithms. q is far from what is subnormal.
-inline bool pcb_keys(const PcbCall& call, PcbFilter& filter) {
+// Thresholds as logarithms, where p comes times a factor. q is far from what is subnormal.
+inline bool pcb_keys(const PcbCall& call, double factor, PcbFilter& filter) {
   for (int i = 0; i < call.num_models; ++i) {
     const double q = call.q[i];
     if (!in_range(q, 1e-30, 1e30)) return false;
-    const double least = std::log2(q) + 127 - kChord - kSlack;
+    const double least = std::log2(q * factor) + 127 - kChord - kSlack;
     filter.key[i] = static_cast<int32_t>(std::floor(least * kExponent));
   }
   return true;
@@ -65,26 +69,37 @@ inline bool pcb_keys(const PcbCall& call, PcbFilter& filter) {
 
 inline bool pcb_codes_filter(const PcbCall& call, PcbFilter& filter) {
   const int count = call.num_models;
-  double largest = 0;  // of n
+  const bool root = call.variant == PcbVariant::kRoot;
+  // (1 + 1e-6): for the rounding to floats.
+  const double square = count * kLog2E * kExponent * (1 + 1e-6), gain = std::sqrt(square);
+  double largest = 0, spread = 0;  // of n
   for (int i = 0; i < count; ++i) {
     const double lo = call.lo[i], hi = call.hi[i], inv = call.inv[i];
-    if (!in_range(lo, 0, 1e15) || !in_range(hi, lo, 1e15) || !in_range(inv, 0, 1e30)) return false;
+    if (!in_range(lo, 0, 1e15) || !in_range(hi, lo, 1e15) || !in_range(inv, 0, 1e14)) return false;
     // Below q a share is (q - q) times the inverse: +0.
     if (!in_range(call.top_inv[i], 1e-38, 3e38) || !(call.top[i] >= call.q[i])) return false;
-    largest = std::fmax(largest, (hi - lo) * inv * (1 + 1e-6));
-    // Not 0, so that the sum of y limits every tau. (1 + 1e-6): for the rounding to floats.
-    const double n2 = call.variant == PcbVariant::kRoot ? std::fmax(inv * inv, 1e-20) : 1;
-    if (!(n2 < 1e28)) return false;
-    filter.square[i] = static_cast<float>(count * kLog2E * n2 * kExponent * (1 + 1e-6));
+    largest = std::fmax(largest, hi * inv * (1 + 1e-6));
+    spread += lo * inv;
+    filter.gain[i] = static_cast<float>(inv * gain);
+    filter.most[i] = static_cast<float>(hi * inv * gain);
+    // Not 0, so that the sum of y limits every tau.
+    filter.square[i] = static_cast<float>(square * std::fmax(inv * inv, 1e-20));
   }
   // So that a logarithm of p, at most 2^80, and K n^2 log2 e fit the exponent of a float.
   const double most = 46;
   if (!(count * kLog2E * largest * largest <= most)) return false;
-  filter.limit = call.variant == PcbVariant::kRoot ? static_cast<float>(most * kExponent) : 1e20f;
+  filter.limit = root ? static_cast<float>(most * kExponent) : 1e15f;
   const double m = largest * largest;
-  filter.slope = m < 1e-3 ? 0.999f : static_cast<float>(std::tanh(m) / m * (1 - 1e-6));
-  filter.spread = static_cast<float>(count * (count + 4) * (1 + m) * 1e-6);
-  return pcb_keys(call, filter);
+  // Rounding of n, of tanh and of their sums is in proportion to K^2.
+  spread = spread * (1 + 1e-6) + count * count * largest * 2e-5;
+  filter.spread = static_cast<float>(spread * gain);
+  const bool vision = call.variant == PcbVariant::kVision;
+  if (!root && !vision) {
+    const double t = m < 1e-3 ? 0.999 : std::tanh(m) / m * (1 - 1e-6);
+    filter.slope = static_cast<float>((1 - t) / 4);
+    filter.spread = static_cast<float>(t * spread * gain / 2);
+  }
+  return pcb_keys(call, root ? 1 : vision ? gain : gain * gain, filter);
 }
 
 inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
@@ -117,7 +132,7 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
       const double factor =
           z * std::exp(-call.pair_min[pair] * inv) * inv / (sum * std::log(2.0) * gain);
       if (i == j) {
-        own[i] = factor * 1.7183;
+        own[i] = factor;
       } else {
         least = std::fmin(least, factor);
         most = std::fmax(most, factor);
@@ -134,18 +149,25 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     limit = std::fmin(limit, std::sqrt(2 / std::fmax(cross, 1e-12)) * (1 - 1e-6));
   }
   for (int i = 0; i < count; ++i) {
-    const double square = count * kLog2E + own[i] - slope - spread;
     const double q = std::log2(static_cast<double>(call.q[i])) - logarithm[i] - kSlack;
-    // Where d_ii > 1, what is told does not hold, but is above the threshold.
-    if (!(square + 2 * slope - limit * std::fmax(slope - spread, 0) >= std::fmax(q + 0.1, 0.1))) {
-      return false;
+    // Up to d_ii = far. Where it is larger what is told does not hold, but is above the threshold.
+    bool found = false;
+    for (double far = 0.25; far <= 1 && !found; far *= 2) {
+      const double square = count * kLog2E + own[i] * (std::exp(far) - 1) / far - slope - spread;
+      const double u = std::sqrt(far), less = limit * std::fmax(slope - spread, 0);
+      const double told = u * (u * (square + 2 * slope) - less);
+      filter.square[i] = static_cast<float>(square);
+      found = u * (square + 2 * slope) >= less && told >= q + 0.1;
     }
-    filter.square[i] = static_cast<float>(square);
+    if (!found) return false;
     filter.least[i] = static_cast<float>(q);
   }
   filter.slope = static_cast<float>(slope);
   filter.spread = static_cast<float>(spread);
   filter.limit = static_cast<float>(limit);
+  // What is added to K c_ii and c_ij, which are not beyond 40: K d_ii, and d_ij.
+  const double most_added = std::fmax(count, cross / 4);
+  filter.large = static_cast<float>(std::sqrt(40 / most_added));
   return true;
 }
 
@@ -162,67 +184,73 @@ inline PcbFilter pcb_filter(const PcbCall& call) {
   return filter;
 }
 
-// The elements that some model may have a share of.
+// The elements that some model may have a share of. largest: of what is compared with `limit`.
 template <PcbVariant kVariant, int K>
-PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call,
-                                         const F* tau) {
+PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call, const F* tau,
+                                         I& largest) {
   using T = Traits<F>;
   const int count = K > 0 ? K : call.num_models;
-  F sizes{}, total{};
+  const F slope = splat<F>(filter.slope), spread = splat<F>(filter.spread);
+  F sizes{}, total{}, both{};
   F n[K > 0 ? K : kFilteredModels];
-  if constexpr (kVariant == PcbVariant::kPaper) {
-    PM_UNROLL
-    for (int i = 0; i < count; ++i) {
+  I y[K > 0 ? K : kFilteredModels];
+  PM_UNROLL
+  for (int i = 0; i < count; ++i) {
+    const F square = splat<F>(filter.square[i]);
+    if constexpr (kVariant == PcbVariant::kPaper) {
       n[i] = tau[i] * splat<F>(filter.gain[i]);
-      total = total + n[i];
       sizes = sizes + bit_cast<F>(magnitude_key(n[i]));
+      total = total + n[i];
+    } else if constexpr (kVariant == PcbVariant::kRoot) {
+      const F scaled = (tau[i] * tau[i]) * square;
+      y[i] = __builtin_convertvector(scaled, I);
+      sizes = sizes + scaled;
+      total = total + tau[i];
+    } else {
+      const F most = splat<F>(filter.most[i]);
+      n[i] = T::smaller(most, T::larger(-most, tau[i] * splat<F>(filter.gain[i])));
+      y[i] = __builtin_convertvector(n[i] * n[i], I);
+      const F size = bit_cast<F>(magnitude_key(tau[i]));
+      sizes = sizes + size;
+      total = total + n[i];
+      if constexpr (kVariant == PcbVariant::kVisionEs)
+        both = both + bit_cast<F>(magnitude_key(n[i]));
     }
-    auto found = T::at_least(magnitude_key(sizes), splat_bits<F>(bit_cast<int32_t>(filter.limit)));
-    const F slope = total * splat<F>(filter.slope), spread = sizes * splat<F>(filter.spread);
-    PM_UNROLL
-    for (int i = 0; i < count; ++i) {
+  }
+  const I key = magnitude_key(sizes);
+  if constexpr (kVariant == PcbVariant::kPaper) largest = key > largest ? key : largest;
+  auto found = T::at_least(key, splat_bits<F>(bit_cast<int32_t>(filter.limit)));
+  // kVisionEs: what |n| is multiplied with where n is above 0, and elsewhere; half of their sum and
+  // of their difference.
+  F middle{}, apart{};
+  if constexpr (kVariant == PcbVariant::kVisionEs) {
+    const F same = T::about(both, slope, spread), other = total * (splat<F>(0.5f) - slope);
+    const F up = T::larger(same + other, F{}), down = T::larger(same - other, F{});
+    middle = up + down;
+    apart = up - down;
+  }
+  const F shared_slope = total * slope, shared = sizes * spread;
+  PM_UNROLL
+  for (int i = 0; i < count; ++i) {
+    if constexpr (kVariant == PcbVariant::kPaper) {
       const F size = bit_cast<F>(magnitude_key(n[i]));
-      const F bound = size * (size * splat<F>(filter.square[i]) + spread) + n[i] * slope;
+      const F inner = T::about(size, splat<F>(filter.square[i]), shared);
+      const F bound = T::about(size, inner, n[i] * shared_slope);
       found = T::either(found, T::not_less(bound, splat<F>(filter.least[i])));
-    }
-    return found;
-  } else {
-    F above{};
-    I y[K > 0 ? K : kFilteredModels];
-    PM_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const F squared = tau[i] * tau[i];
-      if constexpr (kVariant == PcbVariant::kRoot) {
-        const F scaled = squared * splat<F>(filter.square[i]);
-        sizes = sizes + scaled;
-        total = total + tau[i];
-        y[i] = __builtin_convertvector(scaled, I);
-      } else {
-        sizes = sizes + squared;
-        n[i] = (pcb_magnitude(call, tau[i], i) - splat<F>(call.lo[i])) * splat<F>(call.inv[i]);
-        y[i] = __builtin_convertvector((n[i] * n[i]) * splat<F>(filter.square[i]), I);
-        n[i] = bit_cast<F>(bit_cast<I>(n[i]) | (bit_cast<I>(tau[i]) & T::kSignMask));
-        total = total + n[i];
-        if constexpr (kVariant == PcbVariant::kVisionEs) above = above + T::larger(n[i], F{});
-      }
-    }
-    auto found = T::at_least(magnitude_key(sizes), splat_bits<F>(bit_cast<int32_t>(filter.limit)));
-    const F slope = splat<F>(filter.slope);
-    const F less = (splat<F>(1.0f) - slope) * above;
-    const F up = total * slope + less, down = total - less;
-    PM_UNROLL
-    for (int i = 0; i < count; ++i) {
+    } else {
       F p;
-      if constexpr (kVariant == PcbVariant::kVisionEs) {
-        p = n[i] * (tau[i] < F{} ? down : up) + splat<F>(filter.spread);
-      } else {
+      if constexpr (kVariant == PcbVariant::kRoot) {
         p = tau[i] * total;
+      } else if constexpr (kVariant == PcbVariant::kVision) {
+        p = T::about(bit_cast<F>(magnitude_key(tau[i])), spread, tau[i] * total);
+      } else {
+        p = T::about(bit_cast<F>(magnitude_key(n[i])), middle, n[i] * apart);
       }
       const I sum = (I)((U)p + (U)y[i]);
       found = T::either(found, T::at_least(sum, splat_bits<F>(filter.key[i])));
     }
-    return found;
   }
+  return found;
 }
 
 }  // namespace
