@@ -427,13 +427,66 @@ def _pcb_reals(variant: int, models: int) -> list[float]:
     return [*numbers, *_weights(models), 0.8]
 
 
+def pcb_statistics(
+    variant: int, base: torch.Tensor, models: Sequence[torch.Tensor], ratio: float
+) -> list[float]:
+    """Return the statistics of these elements, as a merge finds them; NaN and infinity are 0."""
+    base = base.float().nan_to_num(0.0, 0.0, 0.0)
+    tuned = [model.float().nan_to_num(0.0, 0.0, 0.0) for model in models]
+    taus = [model - base for model in tuned]
+    count, numel = len(models), base.numel()
+    if variant == 0:
+        pairs = [taus[i] * taus[j] for i in range(count) for j in range(i, count)]
+        least = [float(product.min()) for product in pairs]
+        inverse = [
+            _inverse(float(product.max()) - low) for product, low in zip(pairs, least, strict=True)
+        ]
+        scaled = [(pair - low) * inv for pair, low, inv in zip(pairs, least, inverse, strict=True)]
+        own = [scaled[i * count - i * (i - 1) // 2] * count for i in range(count)]
+        norms = [numel / float(x.double().exp().sum()) for x in (*scaled, *own)]
+        numbers = [*least, *inverse, *norms]
+    else:
+        ordered = [tau.abs().sort().values for tau in taus]
+        lo = [float(size[int(numel * 0.01)]) for size in ordered]
+        hi = [float(size[max(0, int(numel * 0.99 - 1))]) for size in ordered]
+        numbers = [*lo, *hi, *(_inverse(b - a) for a, b in zip(lo, hi, strict=True))]
+    thresholds = [0.0] * count * (1 if variant == 0 else 3)
+    scores = torch.empty(count, _padded(numel))
+    torch.ops.pymerge.pcb_scores_(
+        scores,
+        torch.zeros(3, dtype=torch.int64),
+        base,
+        tuned,
+        variant,
+        [*numbers, *thresholds, *_weights(count), 1.0],
+        backend="reference",
+    )
+    ordered = [row[:numel].sort().values for row in scores]
+    q = [float(row[min(int(numel * (1 - ratio)), numel - 1)]) for row in ordered]
+    numbers += q
+    if variant != 0:
+        top = [float(row[-1]) for row in ordered]
+        numbers += [*top, *(_inverse(high - low) for high, low in zip(top, q, strict=True))]
+    return [*numbers, *_weights(count), 0.8]
+
+
+def _inverse(spread: float) -> float:
+    return min(1 / spread, 3e38) if spread > 0 else 0.0
+
+
 def _pcb(variant: int) -> Callable[..., dict[str, Any]]:
-    return lambda base, models: {
-        "base": base,
-        "models": models,
-        "variant": variant,
-        "reals": _pcb_reals(variant, len(models)),
-    }
+    """Arguments with the statistics and thresholds of the elements; of few, with made-up ones."""
+
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        few = base.numel() < 1000
+        reals = (
+            _pcb_reals(variant, len(models))
+            if few
+            else pcb_statistics(variant, base, models, 0.05 if variant > 1 else 0.1)
+        )
+        return {"base": base, "models": models, "variant": variant, "reals": reals}
+
+    return arguments
 
 
 def _pcb_scores(

@@ -1,92 +1,54 @@
-// PCB-Merging (csrc/math/pcb.h): scores, the merge, and the sums that the paper's softmax needs.
+// PCB-Merging (csrc/math/pcb.h): scores and the merge. The sums that the paper's softmax needs are
+// in kernels_sums.h.
 #pragma once
 
-#include "cpu/elementwise.h"
-#include "math/pcb.h"
+#include "cpu/pcb_merge.h"
 
 namespace pymerge {
 namespace {
 
-// Works on converted blocks: F32 lanes in order.
-struct PcbKernel {
+// Scores of converted blocks: F32 lanes in order.
+struct PcbScoresKernel {
   PcbCall call;
-  float* scores;  // [num_models][stride], or null: merge
+  const float* reals;
+  float* scores;  // [num_models][stride]
   int64_t stride;
   F* room;  // [2 * num_models]
   I worst;
   int64_t at;
 
-  // K models of a variant that is known here, or any number of either.
-  template <int K, class Taus>
-  void point(const PcbCall& known, const char* const* in, char* out, int64_t i, Taus& tau,
-             Taus& found, I& seen) {
-    const F base = (F)load_bits(in[0] + 4 * i);
-    PM_UNROLL
-    for (int k = 0; k < known.num_models; ++k) {
-      tau[k] = (F)load_bits(in[k + 1] + 4 * i) - base;
-      const I key = magnitude_key(tau[k]);
-      seen = key > seen ? key : seen;
-    }
-    if constexpr (K > 0) {
-      pcb_scores_of<4>(known, tau, found);
-    } else {
-      pcb_scores(known, tau, found);
-    }
-    if (scores == nullptr) {
-      store_bits(out + 4 * i, (U)pcb_merge(known, base, tau, found));
-      return;
-    }
-    PM_UNROLL
-    for (int k = 0; k < known.num_models; ++k) {
-      store_bits(scores + k * stride + at + i, (U)pcb_positive(known, found[k]));
-    }
-  }
-
   template <PcbVariant kVariant, int K>
-  void loop(const char* const* in, char* out, int64_t n) {
+  void loop(const char* const* in, int64_t n) {
+    PcbKnown<kVariant, K> numbers;
+    const PcbCall known = numbers.take(call, reals);
     I seen = worst;
-    if constexpr (K > 0) {
-      PcbCall known = call;
-      known.variant = kVariant;
-      known.num_models = K;
-      for (int64_t i = 0; i < n; i += kLanes) {
-        F tau[K], found[K];
-        point<K>(known, in, out, i, tau, found, seen);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F own[K > 0 ? K : 1], scored[K > 0 ? K : 1];
+      F* tau = K > 0 ? own : room;
+      F* found = K > 0 ? scored : room + known.num_models;
+      const F base = (F)load_bits(in[0] + 4 * i);
+      PM_UNROLL
+      for (int k = 0; k < known.num_models; ++k) {
+        tau[k] = (F)load_bits(in[k + 1] + 4 * i) - base;
+        const I key = magnitude_key(tau[k]);
+        seen = key > seen ? key : seen;
       }
-    } else {
-      F* tau = room;
-      F* found = room + call.num_models;
-      for (int64_t i = 0; i < n; i += kLanes) point<K>(call, in, out, i, tau, found, seen);
+      if constexpr (K > 0) {
+        pcb_scores_in_step<kVariant, kVariant == PcbVariant::kPaper>(known, own, scored);
+      } else {
+        pcb_scores(known, tau, found);
+      }
+      PM_UNROLL
+      for (int k = 0; k < known.num_models; ++k) {
+        store_bits(scores + k * stride + at + i, (U)pcb_positive(known, found[k]));
+      }
     }
     worst = seen;
   }
 
-  template <PcbVariant kVariant>
-  void with_count(const char* const* in, char* out, int64_t n) {
-    switch (call.num_models) {
-      case 2:
-        return loop<kVariant, 2>(in, out, n);
-      case 3:
-        return loop<kVariant, 3>(in, out, n);
-      case 4:
-        return loop<kVariant, 4>(in, out, n);
-      default:
-        return loop<PcbVariant::kPaper, 0>(in, out, n);  // of any variant
-    }
-  }
-
   template <class Io>
-  void run(const char* const* in, char* out, int64_t n, Store) {
-    switch (call.variant) {
-      case PcbVariant::kPaper:
-        return with_count<PcbVariant::kPaper>(in, out, n);
-      case PcbVariant::kRoot:
-        return with_count<PcbVariant::kRoot>(in, out, n);
-      case PcbVariant::kVision:
-        return with_count<PcbVariant::kVision>(in, out, n);
-      case PcbVariant::kVisionEs:
-        return with_count<PcbVariant::kVisionEs>(in, out, n);
-    }
+  void run(const char* const* in, char*, int64_t n, Store) {
+    pcb_with_variant(*this, in, n);
   }
 };
 
@@ -99,16 +61,37 @@ void pcb_range(void* opaque, int64_t begin, int64_t end, int) {
   auto& context = *static_cast<PcbContext*>(opaque);
   const PcbArgs& args = *context.args;
   const Streams streams{&args.base, args.models, args.num_models, args.out, Dtype::kF32};
-  const int64_t extra = 2 * static_cast<int64_t>(args.num_models) * PM_VECTOR_BYTES;
+  const bool merge = args.scores == nullptr;
+  const int64_t extra = merge ? PcbMergeKernel::bytes(args.num_models)
+                              : 2 * static_cast<int64_t>(args.num_models) * PM_VECTOR_BYTES;
   Room room;
   if (!room.take(streams.count(), 4, extra)) return set_flag(&context.failed);
-  F* values = reinterpret_cast<F*>(room.data - (streams.count() * 8 + 63) / 64 * 64 +
-                                   Room::bytes(streams.count(), 4));
+  char* memory = room.data - (streams.count() * 8 + 63) / 64 * 64 + Room::bytes(streams.count(), 4);
   const auto variant = static_cast<PcbVariant>(args.variant);
   const PcbCall call = pcb_call(variant, args.num_models, args.reals);
-  PcbKernel kernel{call, args.scores, args.stride, values, I{}, 0};
-  run_mixed<Mixed32>(kernel, streams, room, begin, end);
-  if (has_nonfinite(kernel.worst)) set_flag(&context.nonfinite);
+  I worst;
+  if (merge) {
+    PcbMergeKernel kernel;
+    kernel.call = call;
+    kernel.reals = args.reals;
+    kernel.filter = pcb_filter(call);
+    kernel.take(memory);
+    Dtype dtype;
+    if (!streams.uniform(&dtype) || dtype == Dtype::kF16) {
+      run_mixed<Mixed32>(kernel, streams, room, begin, end);
+    } else if (dtype == Dtype::kBF16) {
+      run_uniform<Bf16>(kernel, streams, room, begin, end);
+    } else {
+      run_uniform<F32>(kernel, streams, room, begin, end);
+    }
+    worst = kernel.worst;
+  } else {
+    PcbScoresKernel kernel{call, args.reals, args.scores, args.stride, reinterpret_cast<F*>(memory),
+                           I{},  0};
+    run_mixed<Mixed32>(kernel, streams, room, begin, end);
+    worst = kernel.worst;
+  }
+  if (has_nonfinite(worst)) set_flag(&context.nonfinite);
 }
 
 Status pcb(const PcbArgs* args) {

@@ -3,13 +3,48 @@
 // is exact or rounded once: products of two floats fit a double.
 #pragma once
 
+<<<<<<< HEAD
 #include "cpu/sum_lanes.h"
 #include "math/pcb.h"
+=======
+#include "cpu/elementwise.h"
+#include "cpu/pcb_sums.h"
+>>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
 #include "math/sparse.h"
 
 namespace pymerge {
 namespace {
 
+<<<<<<< HEAD
+=======
+template <class V>
+double sum_in_lanes(const V* values) {
+  double lanes[kSumLanes] = {};
+  for (int i = 0; i < kSumChunk; i += kSumLanes) {
+    for (int j = 0; j < kSumLanes; ++j) {
+      const double value = values[i + j];
+      lanes[j] += value < 0 ? -value : value;
+    }
+  }
+  double total = 0;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+template <class V>
+double dot_in_lanes(const V* a, const V* b) {
+  double lanes[kSumLanes] = {};
+  for (int i = 0; i < kSumChunk; i += kSumLanes) {
+    for (int j = 0; j < kSumLanes; ++j) {
+      lanes[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
+    }
+  }
+  double total = 0;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+>>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
 // Keeps of `values` what model k of a sparse merge keeps. index: that of the first one.
 template <class V>
 void keep_sparse(const SumsArgs& args, int k, int64_t index, const V* values, V* kept) {
@@ -52,6 +87,7 @@ void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values
   for (int i = n; i < kSumChunk; ++i) kept[i] = 0;
 }
 
+<<<<<<< HEAD
 // Products of all pairs, of n elements: extremes, or sums of exp of the scaled products.
 inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* room,
                       double* found) {
@@ -89,6 +125,20 @@ inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* r
       }
     }
   }
+=======
+// Least, largest, sum of magnitudes and of squares of n values. NaN is left out of the extremes.
+template <class V>
+void statistics_chunk(const V* values, int n, double* found) {
+  V least = static_cast<V>(__builtin_inf()), most = -least;
+  for (int i = 0; i < n; ++i) {
+    least = values[i] < least ? values[i] : least;
+    most = values[i] > most ? values[i] : most;
+  }
+  found[0] = least + 0.0;
+  found[1] = most + 0.0;
+  found[2] = sum_in_lanes(values);
+  found[3] = dot_in_lanes(values, values);
+>>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
 }
 
 // RAM: how many elements each model alone changed, and how many with others.

@@ -58,8 +58,15 @@ struct FloatMasks {
   PM_INLINE Mask less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE Mask at_most(U a, U b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
   PM_INLINE bool any(Mask chosen) { return chosen != 0; }
+  PM_INLINE Mask not_less(F x, F y) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLT_UQ);
+  }
   PM_INLINE F larger(F a, F b) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE F smaller(F a, F b) { return (F)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+  PM_INLINE F about(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  PM_INLINE F times_power(F y, F n) {
+    return (F)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
+  }
   PM_INLINE Mask within(I offset, I span, Mask not_these) {
     const Mask within = _mm512_cmple_epu32_mask((__m512i)offset, (__m512i)span);
     return _kandn_mask16(not_these, within);
@@ -76,6 +83,10 @@ struct FloatMasks : VectorMasks<F, I> {
 #endif
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
+  // a * b + c, rounded once or twice: for bounds, and nothing that is part of a result.
+  PM_INLINE F about(F a, F b, F c) { return a * b + c; }
+  // x >= y, or one is NaN
+  PM_INLINE Mask not_less(F x, F y) { return ~(x < y); }
   PM_INLINE Mask at_most(U a, U b) { return a <= b; }
   PM_INLINE bool any(Mask chosen) {
 #if defined(__AVX2__)
@@ -123,6 +134,17 @@ constexpr int kStep = 2 * kLanes;             // elements that one step of a ker
 
 PM_INLINE U load_bits(const void* p) { return (U) * static_cast<const Unaligned*>(p); }
 PM_INLINE void store_bits(void* p, U v) { *static_cast<Unaligned*>(p) = (Unaligned)v; }
+
+// Floats, as many as there are doubles in a vector.
+PM_INLINE D load_doubles(const float* p) {
+#if defined(__AVX512F__)
+  return (D)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
+#else
+  D all;
+  for (int i = 0; i < PM_VECTOR_BYTES / 8; ++i) all[i] = p[i];
+  return all;
+#endif
+}
 
 // Past the caches; p must be aligned to PM_VECTOR_BYTES.
 PM_INLINE void stream_bits(void* p, U v) {

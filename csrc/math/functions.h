@@ -17,51 +17,142 @@ PM_INLINE int32_t to_exponent(int32_t x) {
   return static_cast<int32_t>(static_cast<uint32_t>(x) << 23);
 }
 
-// e^x for |x| <= 87; x beyond is clamped.
+// y * 2^n for a whole number n, which stands in the low bits of `shifted` too. Where the processor
+// has an operation for it, Traits have it.
 template <class F>
-PM_INLINE F exp32(F x) {
+PM_INLINE auto times_power(F y, F n, F, int) -> decltype(Traits<F>::times_power(y, n)) {
+  return Traits<F>::times_power(y, n);
+}
+template <class F>
+PM_INLINE F times_power(F y, F, F shifted, long) {
   using Bits = typename Traits<F>::Bits;
+  const Bits exponent = bit_cast<Bits>(shifted) - splat_bits<F>(bit_cast<int32_t>(12582912.0f));
+  return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
+}
+
+// p[i] x[i] + c
+template <int N, class F>
+PM_INLINE void step_of(F* p, const F* x, float c) {
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + splat<F>(c);
+}
+
+// e^x for |x| <= 87; x beyond is clamped, unless it is known that there is none. Of N numbers, in
+// step: each operation waits for the one before it, so one number alone leaves most of a processor
+// idle.
+template <int N, bool kClamped = true, class F>
+PM_INLINE void exp32_of(F* x) {
   const F top = splat<F>(87.0f);
-  // NaN is kept.
-  x = Traits<F>::smaller(top, x);
-  x = Traits<F>::larger(-top, x);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const F magic = splat<F>(12582912.0f);
-  const F shifted = x * splat<F>(1.44269504088896341f) + magic;
-  const F n = shifted - magic;
-  F r = x - n * splat<F>(0.693359375f);
-  r = r - n * splat<F>(-2.12194440e-4f);
-  F p = splat<F>(1.9875691500e-4f);
-  p = p * r + splat<F>(1.3981999507e-3f);
-  p = p * r + splat<F>(8.3334519073e-3f);
-  p = p * r + splat<F>(4.1665795894e-2f);
-  p = p * r + splat<F>(1.6666665459e-1f);
-  p = p * r + splat<F>(5.0000001201e-1f);
-  const F y = p * (r * r) + r + splat<F>(1.0f);
-  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(magic);
-  return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
+  F shifted[N], n[N], p[N];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if constexpr (kClamped) {
+      // NaN is kept.
+      x[i] = Traits<F>::smaller(top, x[i]);
+      x[i] = Traits<F>::larger(-top, x[i]);
+    }
+    shifted[i] = x[i] * splat<F>(1.44269504088896341f) + magic;
+  }
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    n[i] = shifted[i] - magic;
+    x[i] = x[i] - n[i] * splat<F>(0.693359375f);
+    x[i] = x[i] - n[i] * splat<F>(-2.12194440e-4f);
+  }
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = splat<F>(1.9875691500e-4f) * x[i] + splat<F>(1.3981999507e-3f);
+  step_of<N>(p, x, 8.3334519073e-3f);
+  step_of<N>(p, x, 4.1665795894e-2f);
+  step_of<N>(p, x, 1.6666665459e-1f);
+  step_of<N>(p, x, 5.0000001201e-1f);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const F y = p[i] * (x[i] * x[i]) + x[i] + splat<F>(1.0f);
+    x[i] = times_power(y, n[i], shifted[i], 0);
+  }
+}
+
+template <class F>
+PM_INLINE F exp32(F x) {
+  exp32_of<1>(&x);
+  return x;
+}
+
+// What tanh is of large magnitudes: with x's sign. NaN counts as large.
+template <int N, class F>
+PM_INLINE void tanh32_far(const F* x, F* near) {
+  using Bits = typename Traits<F>::Bits;
+  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
+  F far[N];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) far[i] = two * bit_cast<F>(magnitude_key(x[i]));
+  exp32_of<N>(far);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    far[i] = one - two / (far[i] + one);
+    const F with_sign =
+        bit_cast<F>(bit_cast<Bits>(far[i]) | (bit_cast<Bits>(x[i]) & Traits<F>::kSignMask));
+    const F size = bit_cast<F>(magnitude_key(x[i]));
+    near[i] = size < splat<F>(0.625f) ? near[i] : with_sign;
+  }
+}
+
+// tanh of N numbers, in step. Small arguments are the rule, and large ones cost several times as
+// much. kRare: where there is a large one, it is the only one.
+template <int N, bool kRare = true, class F>
+PM_INLINE void tanh32_of(F* x) {
+  using Bits = typename Traits<F>::Bits;
+  Bits largest = magnitude_key(x[0]);
+  PM_UNROLL
+  for (int i = 1; i < N; ++i) {
+    const Bits key = magnitude_key(x[i]);
+    largest = key > largest ? key : largest;
+  }
+  if constexpr (N > 1) {
+    // Below 2^-12 the polynomial is within x (1 - x^2 / 3), nearer to x than half of what is
+    // between neighbours (2^-25 x at least): it rounds to x. -0 becomes 0, as there.
+    const Bits tiny = splat_bits<F>(bit_cast<int32_t>(0x1p-12f));
+    if (!Traits<F>::any(Traits<F>::at_least(largest, tiny))) {
+      PM_UNROLL
+      for (int i = 0; i < N; ++i) x[i] = x[i] + F{};
+      return;
+    }
+  }
+  F z[N], p[N];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) z[i] = x[i] * x[i];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    p[i] = splat<F>(-5.70498872745e-3f) * z[i] + splat<F>(2.06390887954e-2f);
+  }
+  step_of<N>(p, z, -5.37397155531e-2f);
+  step_of<N>(p, z, 1.33314422036e-1f);
+  step_of<N>(p, z, -3.33332819422e-1f);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] * x[i] + x[i];
+  const Bits limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
+  if (Traits<F>::any(Traits<F>::at_least(largest, limit))) {
+    if constexpr (kRare) {
+      PM_UNROLL
+      for (int i = 0; i < N; ++i) {
+        if (Traits<F>::any(Traits<F>::at_least(magnitude_key(x[i]), limit))) {
+          tanh32_far<1>(x + i, p + i);
+        }
+      }
+    } else {
+      tanh32_far<N>(x, p);
+    }
+  }
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = p[i];
 }
 
 template <class F>
 PM_INLINE F tanh32(F x) {
-  using Bits = typename Traits<F>::Bits;
-  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
-  const F size = bit_cast<F>(magnitude_key(x));
-  const F z = x * x;
-  F p = splat<F>(-5.70498872745e-3f);
-  p = p * z + splat<F>(2.06390887954e-2f);
-  p = p * z + splat<F>(-5.37397155531e-2f);
-  p = p * z + splat<F>(1.33314422036e-1f);
-  p = p * z + splat<F>(-3.33332819422e-1f);
-  const F near = p * z * x + x;
-  // Small arguments are the rule, and the rest costs several times as much. NaN counts as large.
-  const auto large =
-      Traits<F>::at_least(magnitude_key(x), splat_bits<F>(bit_cast<int32_t>(0.625f)));
-  if (!Traits<F>::any(large)) return near;
-  const F far = one - two / (exp32(two * size) + one);
-  const F signed_far =
-      bit_cast<F>(bit_cast<Bits>(far) | (bit_cast<Bits>(x) & Traits<F>::kSignMask));
-  return size < splat<F>(0.625f) ? near : signed_far;
+  tanh32_of<1>(&x);
+  return x;
 }
 
 }  // namespace pymerge

@@ -66,7 +66,7 @@ PM_INLINE PcbCall pcb_call(PcbVariant variant, int count, const float* reals) {
   return call;
 }
 
-static inline int64_t pcb_reals(PcbVariant variant, int64_t count) {
+static constexpr int64_t pcb_reals(PcbVariant variant, int64_t count) {
   return (variant == PcbVariant::kPaper ? 3 * (count * (count + 1) / 2) + 3 * count : 7 * count) +
          1;
 }
@@ -216,8 +216,9 @@ PM_INLINE F pcb_positive(const PcbCall& call, F score) {
   return Traits<F>::larger(splat<F>(call.scale) * score, F{});
 }
 
+// What the merge adds to the base.
 template <class F, class Taus, class Scores>
-PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores& scores) {
+PM_INLINE F pcb_change(const PcbCall& call, const Taus& tau, const Scores& scores) {
   const bool paper = call.variant == PcbVariant::kPaper;
   F sum{}, total{};
   PM_UNROLL
@@ -231,15 +232,20 @@ PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores
       const F top = splat<F>(call.top[i]);
       F b = Traits<F>::larger(q, score);
       b = Traits<F>::smaller(top, b);
-      share = call.top_inv[i] == 0 ? splat<F>(1.0f) : (b - q) * splat<F>(call.top_inv[i]);
+      const F inverse = splat<F>(call.top_inv[i]);
+      share = inverse == F{} ? splat<F>(1.0f) : (b - q) * inverse;
       value = pcb_signed(own, pcb_magnitude(call, own, i));
     }
     sum = sum + (splat<F>(call.weights[i]) * value) * share;
     total = total + share;
   }
   const F least = splat<F>(1e-12f);
-  const F merged = sum / (total < least ? least : total);
-  return base + splat<F>(call.scale) * merged;
+  return splat<F>(call.scale) * (sum / (total < least ? least : total));
+}
+
+template <class F, class Taus, class Scores>
+PM_INLINE F pcb_merge(const PcbCall& call, F base, const Taus& tau, const Scores& scores) {
+  return base + pcb_change<F>(call, tau, scores);
 }
 
 }  // namespace pymerge

@@ -34,7 +34,7 @@ PM_INLINE To bit_cast(From from) {
 
 template <class F>
 PM_INLINE F splat(typename Traits<F>::Scalar value) {
-  return F{} + value;
+  return value - F{};  // + would be an operation: it makes 0 of -0
 }
 
 template <class F>

@@ -1,0 +1,76 @@
+// Chosen lanes of vectors one after the other, and back, where no number of them is rare: without
+// a branch for each.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace pymerge {
+namespace {
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each choice of 8 lanes, one byte for each place: the lane that comes there; the other way,
+// the place where the lane comes from.
+struct LaneTable {
+  uint64_t pack[256], unpack[256];
+};
+
+constexpr LaneTable lane_table() {
+  LaneTable table{};
+  for (int chosen = 0; chosen < 256; ++chosen) {
+    uint64_t count = 0;
+    for (uint64_t lane = 0; lane < 8; ++lane) {
+      table.unpack[chosen] |= (count < 8 ? count : 7) << 8 * lane;
+      if ((chosen >> lane & 1) != 0) table.pack[chosen] |= lane << 8 * count++;
+    }
+  }
+  return table;
+}
+
+constexpr LaneTable kLaneTable = lane_table();
+
+PM_INLINE F permuted(F values, const uint64_t& order) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&order));
+  return (F)_mm256_permutevar8x32_ps((__m256)values, _mm256_cvtepu8_epi32(bytes));
+}
+#endif
+
+// Writes the chosen lanes to `to`, which has room for a whole vector.
+PM_INLINE void pack(float* to, F values, uint32_t chosen) {
+#if defined(__AVX512F__)
+  // In a register: storing lanes of it directly is slow on some processors.
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(chosen), (__m512)values));
+#elif defined(__AVX2__)
+  store_bits(to, (U)permuted(values, kLaneTable.pack[chosen]));
+#else
+  alignas(PM_VECTOR_BYTES) float lanes[kLanes];
+  store_bits(lanes, (U)values);
+  for (int i = 0; i < kLanes; ++i) {
+    *to = lanes[i];
+    to += chosen >> i & 1;
+  }
+#endif
+}
+
+// The first of `from`, which has a whole vector to read, in the chosen lanes; `others` in the rest.
+PM_INLINE F unpack(const float* from, uint32_t chosen, F others) {
+#if defined(__AVX512F__)
+  return (F)_mm512_mask_expand_ps((__m512)others, static_cast<__mmask16>(chosen),
+                                  _mm512_loadu_ps(from));
+#elif defined(__AVX2__)
+  const I bit = I{1, 2, 4, 8, 16, 32, 64, 128};
+  const I here = ((I{} + static_cast<int32_t>(chosen)) & bit) == bit;
+  return here ? permuted((F)load_bits(from), kLaneTable.unpack[chosen]) : others;
+#else
+  alignas(PM_VECTOR_BYTES) float lanes[kLanes];
+  store_bits(lanes, (U)others);
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t here = chosen >> i & 1;
+    lanes[i] = here != 0 ? *from : lanes[i];
+    from += here;
+  }
+  return (F)load_bits(lanes);
+#endif
+}
+
+}  // namespace
+}  // namespace pymerge
