@@ -3,48 +3,13 @@
 // is exact or rounded once: products of two floats fit a double.
 #pragma once
 
-<<<<<<< HEAD
-#include "cpu/sum_lanes.h"
-#include "math/pcb.h"
-=======
-#include "cpu/elementwise.h"
 #include "cpu/pcb_sums.h"
->>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
+#include "cpu/sum_lanes.h"
 #include "math/sparse.h"
 
 namespace pymerge {
 namespace {
 
-<<<<<<< HEAD
-=======
-template <class V>
-double sum_in_lanes(const V* values) {
-  double lanes[kSumLanes] = {};
-  for (int i = 0; i < kSumChunk; i += kSumLanes) {
-    for (int j = 0; j < kSumLanes; ++j) {
-      const double value = values[i + j];
-      lanes[j] += value < 0 ? -value : value;
-    }
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
-template <class V>
-double dot_in_lanes(const V* a, const V* b) {
-  double lanes[kSumLanes] = {};
-  for (int i = 0; i < kSumChunk; i += kSumLanes) {
-    for (int j = 0; j < kSumLanes; ++j) {
-      lanes[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
-    }
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
->>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
 // Keeps of `values` what model k of a sparse merge keeps. index: that of the first one.
 template <class V>
 void keep_sparse(const SumsArgs& args, int k, int64_t index, const V* values, V* kept) {
@@ -85,60 +50,6 @@ void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values
     kept[i] = drawn < p ? values[i] : V(0);
   }
   for (int i = n; i < kSumChunk; ++i) kept[i] = 0;
-}
-
-<<<<<<< HEAD
-// Products of all pairs, of n elements: extremes, or sums of exp of the scaled products.
-inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* room,
-                      double* found) {
-  const int count = args.num_models;
-  const int pairs = count * (count + 1) / 2;
-  int row = 0;
-  for (int i = 0; i < count; ++i) {
-    for (int j = i; j < count; ++j, ++row) {
-      const float* a = values + static_cast<int64_t>(i) * kSumChunk;
-      const float* b = values + static_cast<int64_t>(j) * kSumChunk;
-      if (args.kind == SumsKind::kPcbExtremes) {
-        // NaN and infinity are left out: they must not spoil what is finite.
-        float least = __builtin_inff(), most = -__builtin_inff();
-        for (int e = 0; e < n; ++e) {
-          const float product = a[e] * b[e];
-          const bool finite = product - product == 0;
-          least = finite && product < least ? product : least;
-          most = finite && product > most ? product : most;
-        }
-        found[2 * row] = least + 0.0;  // no -0, which has no order
-        found[2 * row + 1] = most + 0.0;
-        continue;
-      }
-      const F low = F{} + static_cast<float>(args.reals[row]);
-      const F inverse = F{} + static_cast<float>(args.reals[pairs + row]);
-      for (int again = 0; again <= (i == j ? 1 : 0); ++again) {
-        const F many = F{} + (again == 1 ? static_cast<float>(count) : 1.0f);
-        for (int e = 0; e < kSumChunk; e += kLanes) {
-          const F product = (F)load_bits(a + e) * (F)load_bits(b + e);
-          const F value = exp32(many * ((product - low) * inverse));
-          store_bits(room + e, (U)(value == value ? value : F{}));
-        }
-        for (int e = n; e < kSumChunk; ++e) room[e] = 0;
-        found[again == 1 ? pairs + i : row] = sum_in_lanes(room);
-      }
-    }
-  }
-=======
-// Least, largest, sum of magnitudes and of squares of n values. NaN is left out of the extremes.
-template <class V>
-void statistics_chunk(const V* values, int n, double* found) {
-  V least = static_cast<V>(__builtin_inf()), most = -least;
-  for (int i = 0; i < n; ++i) {
-    least = values[i] < least ? values[i] : least;
-    most = values[i] > most ? values[i] : most;
-  }
-  found[0] = least + 0.0;
-  found[1] = most + 0.0;
-  found[2] = sum_in_lanes(values);
-  found[3] = dot_in_lanes(values, values);
->>>>>>> 7d7c3b2e210e724e60a5256f6f85891c4915b0e9
 }
 
 // RAM: how many elements each model alone changed, and how many with others.

@@ -1,13 +1,11 @@
 // What the paper's PCB-Merging needs of the products of pairs, chunk by chunk (kernels_sums.h).
 #pragma once
 
-#include "cpu/elementwise.h"
+#include "cpu/sum_lanes.h"
 #include "math/functions.h"
 
 namespace pymerge {
 namespace {
-
-constexpr int kSumLanes = 16;
 
 // sum_in_lanes (kernels_sums.h) of numbers that are not negative.
 inline double sum_positive(const float* values) {

@@ -10,11 +10,6 @@ constexpr int kSumLanes = 16;
 
 using Floats = float __attribute__((vector_size(PM_VECTOR_BYTES / 2)));  // kDLanes of them
 
-PM_INLINE D load_doubles(const float* p) {
-  Floats values;
-  std::memcpy(&values, p, sizeof(values));
-  return __builtin_convertvector(values, D);
-}
 PM_INLINE D load_doubles(const double* p) { return (D)load_bits(p); }
 
 // sum + a b. Products of two floats are exact in a double, so that one operation, which rounds
