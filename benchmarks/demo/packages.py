@@ -9,7 +9,7 @@ __all__ = ["package_file", "package_folder", "package_version"]
 
 
 def package_file(package: str, ending: str, *, whole: bool = False) -> Path:
-    """Return the one installed file of a package whose path ends with `ending`, or with `whole` is it.
+    """Return the one installed file of a package whose path ends with `ending` (`whole`: is it).
 
     The packages are installed without what they depend on: only files inside them are read.
 

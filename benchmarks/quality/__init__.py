@@ -1,7 +1,7 @@
 """The quality benchmark: does a merged model do what its parts can do?
 
-`python -m benchmarks.quality SUITE` (`make quality-text`, ...). docs/quality.md says what each suite
-does, and what came out.
+`python -m benchmarks.quality SUITE` (`make quality-text`, ...). docs/quality.md says what each
+suite does, and what came out.
 """
 
 from __future__ import annotations

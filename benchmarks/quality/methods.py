@@ -14,7 +14,7 @@ import torch
 
 import pymerge
 
-__all__ = ["METHODS", "SETTINGS", "Method", "Models", "NotAvailable", "State"]
+__all__ = ["METHODS", "SETTINGS", "Method", "Models", "NotAvailable", "State", "available"]
 
 State = dict[str, torch.Tensor]
 Statistics = Callable[[str], Sequence[Any]]
@@ -45,8 +45,8 @@ class Method:
     """A row of the tables.
 
     `make(models, value)` gives a state dict, or one for each task where `per_task`. `values` are
-    the settings of the coefficient `symbol`; `default` is the recommended one. `seeded`: another seed
-    of the same fine-tunes gives something else.
+    the settings of the coefficient `symbol`; `default` is the recommended one. `data`: what it
+    needs of the models beside their weights.
     """
 
     key: str
@@ -57,7 +57,6 @@ class Method:
     default: float = 1.0
     per_task: bool = False
     data: str = ""
-    note: str = ""
 
     def __post_init__(self) -> None:
         if self.default not in self.values or len(self.values) not in (1, SETTINGS):
@@ -86,7 +85,7 @@ def _merged(
     return make
 
 
-def _dare(method: str, **fixed: Any) -> Callable[[Models, float], State]:
+def _dare(method: str, **fixed: Any) -> Make:
     def make(models: Models, value: float) -> State:
         return pymerge.merge(
             method, models.base, models.tuned, scale=value, seed=models.seed, **fixed
@@ -119,7 +118,7 @@ def _regmean(models: Models, value: float) -> State:
     return merge(models.tuned, models.statistics("gram"), off_diagonal=value, ridge=1e-6)
 
 
-def _adamerging(granularity: str, trimmed: bool) -> Callable[[Models, float], State]:
+def _adamerging(granularity: str, trimmed: bool) -> Make:
     def make(models: Models, value: float) -> State:
         available("AdaMerging")
         return models.adapt(granularity=granularity, trimmed=trimmed, init=value)
@@ -172,14 +171,10 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("consensus", "Consensus TA", _merged("consensus_ta"), "lambda", _SUM, 0.3),
     Method("tsv_m", "TSV-M", _merged("tsv_m"), "lambda", (0.4, 0.7, 1.0, 1.4, 2.0), 1.0),
-    Method("ada_task", "AdaMerging, task-wise", _adamerging("task", False), "init", (0.3,), 0.3),
-    Method(
-        "ada_task_pp", "AdaMerging++, task-wise", _adamerging("task", True), "init", (0.3,), 0.3
-    ),
-    Method("ada_layer", "AdaMerging, layer-wise", _adamerging("layer", False), "init", (0.3,), 0.3),
-    Method(
-        "ada_layer_pp", "AdaMerging++, layer-wise", _adamerging("layer", True), "init", (0.3,), 0.3
-    ),
+    Method("ada_task", "AdaMerging, tasks", _adamerging("task", False), "init", (0.3,), 0.3),
+    Method("ada_task_pp", "AdaMerging++, tasks", _adamerging("task", True), "init", (0.3,), 0.3),
+    Method("ada_layer", "AdaMerging, layers", _adamerging("layer", False), "init", (0.3,), 0.3),
+    Method("ada_layer_pp", "AdaMerging++, layers", _adamerging("layer", True), "init", (0.3,), 0.3),
     Method("emr", "EMR", _emr, per_task=True),
     Method("tall", "TALL masks", _tall, "threshold", (0.2, 0.3, 0.4, 0.5, 0.6), 0.4, per_task=True),
 )

@@ -15,8 +15,8 @@ from benchmarks.tables import Table
 
 __all__ = ["PUBLISHED", "paired", "plot", "records", "tables"]
 
-# Mean accuracy of eight tasks with CLIP's ViT-B/32, as later papers' tables repeat it (WUDI-Merging's
-# and StatsMerging's; AdaMerging's from its logs). For orientation only: other models, other tasks.
+# Mean accuracy of eight tasks with CLIP's ViT-B/32, as later papers' tables repeat it
+# (WUDI-Merging's, StatsMerging's). For orientation only: another model, other tasks.
 PUBLISHED: Mapping[str, float] = {
     "pretrained": 48.0,
     "individual": 90.5,
@@ -179,7 +179,7 @@ def curve_of(suite: Suite, searches: Sequence[Mapping[str, Any]]) -> list[tuple[
 
 
 def records(suite: Suite, found: Run) -> list[dict[str, Any]]:
-    """Return everything for the JSON file: settings, searches, and each task's score of each row."""
+    """Return everything for the JSON file: settings, searches, each task's score of each row."""
     return [
         {
             "suite": suite.name,

@@ -1,4 +1,4 @@
-"""Runs a suite: fine-tunes, merges, a search of coefficients on validation data, one look at the test.
+"""Runs a suite: fine-tunes, merges, a search of coefficients on validation data, and the test.
 
 Whatever takes time is kept in the suite's cache under the hash of all that it depends on, so a run
 that was stopped goes on at the model, or the task, where it was.
@@ -42,7 +42,7 @@ class Outcome:
 class Run:
     """All that came out of a suite.
 
-    `searches` has, for each method and seed, the mean validation score of each task at each setting;
+    `searches` has, for each method and seed, the validation score of each task at each setting;
     `missing` names the methods that this version of pymerge does not have.
     """
 
@@ -83,11 +83,7 @@ def run(
             found.outcomes.append(Outcome(key, label, seed, False, None, items))
         models = _models(suite, tuned, seed)
         for method in methods:
-            try:
-                _compare(suite, method, models, seed, found, settings)
-            except NotAvailable as missing:
-                found.missing[method.key] = str(missing)
-                suite.log.say(f"{method.label}: not available yet ({missing})")
+            _try(suite, method, models, seed, found, settings)
         if finished is not None:
             finished(found)
     return found
@@ -105,6 +101,16 @@ def _models(suite: Suite, tuned: list[State], seed: int) -> Models:
         return suite.adapt(suite.base(), tuned, seed, **settings)
 
     return Models(suite.base(), tuned, statistics, adapt, seed)
+
+
+def _try(
+    suite: Suite, method: Method, models: Models, seed: int, found: Run, settings: int | None
+) -> None:
+    try:
+        _compare(suite, method, models, seed, found, settings)
+    except NotAvailable as missing:
+        found.missing[method.key] = str(missing)
+        suite.log.say(f"{method.label}: not available yet ({missing})")
 
 
 def _compare(

@@ -1,7 +1,8 @@
-"""What a suite offers to the runner: models, tasks, scores; and the classifiers among the suites."""
+"""What a suite offers to the runner: models, tasks, scores; and what all classifiers share."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
-from benchmarks.quality.methods import State
+from benchmarks.quality.methods import State, available
 from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
 
 __all__ = ["Classifiers", "Inputs", "Part", "Split", "Suite", "load_state", "save_state"]
@@ -195,47 +196,49 @@ class Classifiers(Suite):
         return (chosen == labels).float().tolist()
 
     def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
-        import pymerge
-
         found = []
         with self.log.steps(f"collect {kind}", len(states)) as advance:
-            for state, split, head in zip(states, self.splits, self.heads, strict=True):
-                inputs, labels = split.train
-                size = min(self.statistics_samples, len(labels))
-                parts = torch.arange(size).split(32)
-                loader = [inputs[positions] for positions in parts]
-                model = self.model(state)
-                if kind == "fisher":
-                    # all labels would take a backward pass each
-                    found.append(
-                        pymerge.collect_fisher(  # pyright: ignore[reportAttributeAccessIssue]
-                            model,
-                            loader,
-                            labels="sampled",
-                            samples=size,
-                            logits=lambda network, batch, head=head: head(network(batch)),
-                            vectorize=False,
-                        )
+            for task, state in enumerate(states):
+                recipe = {
+                    "task": self.tasks[task],
+                    "weights": digest_state(state),
+                    "samples": self.statistics_samples,
+                }
+                found.append(
+                    self.stage(
+                        f"{kind}-{self.tasks[task]}",
+                        recipe,
+                        lambda task=task, state=state: self._collect(kind, task, state),
                     )
-                else:
-                    found.append(
-                        pymerge.collect_gram(  # pyright: ignore[reportAttributeAccessIssue]
-                            model, loader, samples=size, mask=self.mask
-                        )
-                    )
+                )
                 advance()
         return found
 
-    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
-        import pymerge
+    def _collect(self, kind: str, task: int, state: State) -> State:
+        inputs, labels = self.splits[task].train
+        size = min(self.statistics_samples, len(labels))
+        loader = [inputs[positions] for positions in torch.arange(size).split(32)]
+        model, head = self.model(state), self.heads[task]
+        if kind == "gram":
+            return dict(available("collect_gram")(model, loader, samples=size, mask=self.mask))
+        # expected over all labels it would take a backward pass for each of them
+        return dict(
+            available("collect_fisher")(
+                model,
+                loader,
+                labels="sampled",
+                samples=size,
+                logits=lambda network, batch: head(network(batch)),
+                vectorize=False,
+            )
+        )
 
+    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
         count, batch, rate = self.adaptation
         recipe = {"adapt": digest([digest_state(s) for s in states]), "seed": seed, **settings}
 
         def make() -> State:
-            ada = pymerge.AdaMerging(  # pyright: ignore[reportAttributeAccessIssue]
-                self.load(), base, states, heads=self.heads, **settings
-            )
+            ada = available("AdaMerging")(self.load(), base, states, heads=self.heads, **settings)
             loaders = [
                 list(_endless(split.validation[0], batch, count, seed + number))
                 for number, split in enumerate(self.splits)
@@ -261,8 +264,6 @@ def _endless(inputs: Inputs, batch: int, count: int, seed: int) -> Iterator[Any]
 
 def digest_state(state: State) -> str:
     """Return a hash of a state dict: names, dtypes, shapes and bytes."""
-    import hashlib
-
     total = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,9 +1,9 @@
 """MiniLM-L6 for the text suite: texts to hidden states of its lower half, and the upper half.
 
-Only the upper three of six layers are trained and merged: it halves the time of everything, because
-what comes out of the lower ones is computed once for each text. The fixed part (of which the embeddings
-are most) is no part of the models: it would be zeros in every task vector, and shift what the share in
-"keep 20 %" is of.
+Only the upper three of six layers are trained and merged: it halves the time of everything,
+because what comes out of the lower ones is computed once for each text. The fixed part (of which
+the embeddings are most) is no part of the models: it would be zeros in every task vector, and shift
+what the share in "keep 20 %" is of.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ transformers_logging.set_verbosity_error()
 
 
 class UpperHalf(nn.Module):
-    """Hidden states [texts, length, 384], zero where there is no token -> unit vectors [texts, 384].
+    """Hidden states [texts, length, 384] -> unit vectors [texts, 384].
 
-    The matrix products are in bfloat16 where the processor has them, else in float32; the result is
+    The states are 0 where there is no token. The matrix products are in bfloat16 where the processor has them, else in float32; the result is
     float32.
     """
 

