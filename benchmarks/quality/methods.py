@@ -75,12 +75,12 @@ def available(name: str) -> Any:
     return found
 
 
-def _merged(
-    method: str, parameter: str = "scale", **fixed: Any
-) -> Callable[[Models, float], State]:
+Make = Callable[["Models", float], "State | list[State]"]
+
+
+def _merged(method: str, **fixed: Any) -> Make:
     def make(models: Models, value: float) -> State:
-        varied = {parameter: value} if parameter else {}
-        return pymerge.merge(method, models.base, models.tuned, **varied, **fixed)
+        return pymerge.merge(method, models.base, models.tuned, scale=value, **fixed)
 
     return make
 

@@ -72,18 +72,13 @@ def run(
     count = len(suite.tasks)
     for seed in seeds:
         tuned = [suite.fine_tune(task, seed) for task in range(count)]
-        joint = suite.fine_tune(None, seed)
-        for key, label, states in (
-            ("pretrained", "pretrained", [suite.base()] * count),
-            ("individual", "individual fine-tunes", tuned),
-            ("multi_task", "multi-task training", [joint] * count),
-        ):
-            with suite.log.steps(f"test {label}", count) as advance:
-                items = _items(suite, states, "test", advance)
-            found.outcomes.append(Outcome(key, label, seed, False, None, items))
+        _test(suite, "pretrained", "pretrained", [suite.base()] * count, seed, found)
+        _test(suite, "individual", "individual fine-tunes", tuned, seed, found)
         models = _models(suite, tuned, seed)
         for method in methods:
             _try(suite, method, models, seed, found, settings)
+        joint = suite.fine_tune(None, seed)
+        _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)
         if finished is not None:
             finished(found)
     return found
@@ -101,6 +96,14 @@ def _models(suite: Suite, tuned: list[State], seed: int) -> Models:
         return suite.adapt(suite.base(), tuned, seed, **settings)
 
     return Models(suite.base(), tuned, statistics, adapt, seed)
+
+
+def _test(
+    suite: Suite, key: str, label: str, states: Sequence[State], seed: int, found: Run
+) -> None:
+    with suite.log.steps(f"test {label}", len(states)) as advance:
+        items = _items(suite, states, "test", advance)
+    found.outcomes.append(Outcome(key, label, seed, False, None, items))
 
 
 def _try(

