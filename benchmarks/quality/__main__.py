@@ -26,7 +26,13 @@ def _text(cache: Cache, log: Log, quick: bool) -> Suite:
     return Text(cache, log, quick=quick)
 
 
-SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {"text": _text}
+def _published(cache: Cache, log: Log, quick: bool) -> Suite:
+    from benchmarks.quality.published import Published
+
+    return Published(cache, log, quick=quick)
+
+
+SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {"text": _text, "published": _published}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +89,7 @@ def _run(suite: Suite, options: argparse.Namespace, results: Path, plots: Path, 
         save(f"quality-{suite.name}", tables, report.records(suite, found), results)
         report.plot(suite, found, plots / f"quality-{suite.name}.png")
 
-    seeds = range(1 if options.quick else options.seeds)
+    seeds = range(1 if options.quick or not suite.trained else options.seeds)
     run(suite, seeds, settings=2 if options.quick else None, finished=finished)
     log.say("done")
 

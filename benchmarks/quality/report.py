@@ -131,8 +131,8 @@ def _against(suite: Suite, one: Sequence[Outcome], other: Sequence[Outcome]) -> 
     if suite.better == "lower":  # items are log-likelihoods: a ratio of perplexities
         low, centre, high = (100 * math.expm1(-v) for v in (mean + half, mean, mean - half))
         return f"{centre:+.1f} % ({low:+.1f} to {high:+.1f})"
-    low, high = 100 * (mean - half), 100 * (mean + half)
-    return f"{100 * mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    low, centre, high = (suite.shown(value) for value in (mean - half, mean, mean + half))
+    return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _by_task(suite: Suite, found: Run) -> Table:

@@ -75,10 +75,11 @@ def run(
         _test(suite, "pretrained", "pretrained", [suite.base()] * count, seed, found)
         _test(suite, "individual", "individual fine-tunes", tuned, seed, found)
         models = _models(suite, tuned, seed)
-        for method in methods:
+        for method in filter(suite.applies, methods):
             _try(suite, method, models, seed, found, settings)
-        joint = suite.fine_tune(None, seed)
-        _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)
+        if suite.trained:
+            joint = suite.fine_tune(None, seed)
+            _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)
         if finished is not None:
             finished(found)
     return found

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
-from benchmarks.quality.methods import State, available
+from benchmarks.quality.methods import Method, State, available
 from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
 
 __all__ = ["Classifiers", "Inputs", "Part", "Split", "Suite", "load_state", "save_state"]
@@ -53,7 +53,7 @@ class Suite(ABC):
         better: which scores are good. Scores of items are better when higher in any case.
         unit: of the scores that are shown.
         notes: for the document.
-        settings: what was chosen, for the results.
+        trained: whether there are fine-tunes, which seeds differ in.
     """
 
     name: str
@@ -63,9 +63,14 @@ class Suite(ABC):
     better: Literal["higher", "lower"] = "higher"
     unit: str = "accuracy in per cent"
     notes: Sequence[str] = ()
+    trained: bool = True
 
     def __init__(self, cache: Cache, log: Log) -> None:
         self.cache, self.log = cache, log
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read data and weights; everything else comes after it."""
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
@@ -94,6 +99,10 @@ class Suite(ABC):
     @abstractmethod
     def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
         """Return what AdaMerging learns on the validation inputs, without their labels."""
+
+    def applies(self, method: Method) -> bool:
+        """Return whether there is what a method needs."""
+        return True
 
     def shown(self, mean: float) -> float:
         """Turn a mean of item scores into the unit that is shown."""
