@@ -1,8 +1,9 @@
 """Reads the networks of ncnn (`.param` and `.bin`) that Real-CUGAN is published as, and runs them.
 
-Only the layers that Real-CUGAN uses. Formats: the `.param` file is text, a layer a line (type, name,
-numbers of inputs and outputs, their names, settings as key=value); the `.bin` file has the weights in
-the order of the layers, those of a matrix behind a flag that says whether they are float16.
+Only the layers that Real-CUGAN uses. Formats: the `.param` file is text, a layer a line (type,
+name, numbers of inputs and outputs, their names, settings as key=value); the `.bin` file has the
+weights in the order of the layers, those of a matrix behind a flag that says whether they are
+float16.
 """
 
 from __future__ import annotations

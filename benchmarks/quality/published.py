@@ -1,8 +1,8 @@
 """The published suite: Real-CUGAN's five models of one lineage, as they were released.
 
-Nothing is trained. The base is the model that removes no noise; the others are made for pictures that
-were compressed lightly, or with more and more noise. Their task vectors are long: 30 to 70 % of the
-base's norm, where fine-tunes usually have a few per cent. It is a stress test for real weights.
+Nothing is trained. The base is the model that removes no noise; the others are made for pictures
+that were compressed lightly, or with more and more noise. Their task vectors are long: 30 to 70 % of
+the base's norm, where fine-tunes usually have a few per cent. It is a stress test for real weights.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ class Published(Suite):
         }
         base = torch.cat([t.flatten() for t in self._base.values()])
         for name, about, state in zip(self.tasks, self.about, self._tuned, strict=True):
-            if {n: t.shape for n, t in state.items()} != {
-                n: t.shape for n, t in self._base.items()
-            }:
+            if _shapes(state) != _shapes(self._base):
                 raise SystemExit(f"{_PACKAGE}: {name} is not of the architecture of {_BASE}")
             step = torch.cat([state[n].flatten() for n in self._base]) - base
             share = 100 * float(step.norm() / base.norm())
@@ -126,6 +124,10 @@ class Published(Suite):
 
     def shown(self, mean: float) -> float:
         return mean
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _model(name: str) -> tuple[ncnn.Network, State]:
