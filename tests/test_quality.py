@@ -27,6 +27,7 @@ from benchmarks.quality.training import Training
 WIDTH = 12
 # Without those that need data: other tests run them.
 PLAIN = [method for method in METHODS if not method.data and not method.key.startswith("ada_")]
+SOME = [m for m in PLAIN if m.key in ("averaging", "task_arithmetic", "pcb_paper", "tall")]
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ class Toy(Classifiers):
             noise = 0.9 * torch.randn(count, WIDTH, generator=generator)
             return Rows(corners[labels] + noise), labels
 
-        return Split(4, part(160), part(60), part(200))
+        return Split(4, part(160), part(40), part(120))
 
     def item_scores(self, state: State, task: int, part: Any) -> list[float]:
         self.made += 1
@@ -113,7 +114,7 @@ def prepared(folder: Path) -> Toy:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     folder = tmp_path_factory.mktemp("quality")
-    return folder, run(prepared(folder), [0, 1], methods=PLAIN)
+    return folder, run(prepared(folder), [0, 1], methods=SOME)
 
 
 def mean(found: Run, method: str, chosen: bool = False) -> float:
@@ -124,7 +125,7 @@ def mean(found: Run, method: str, chosen: bool = False) -> float:
 def test_every_method_is_tested_as_recommended_and_as_chosen(finished: tuple[Path, Run]) -> None:
     _, found = finished
     rows = [(o.method, o.chosen, o.seed) for o in found.outcomes]
-    assert len(rows) == len(set(rows)) == 2 * (3 + 2 * len(PLAIN))
+    assert len(rows) == len(set(rows)) == 2 * (3 + 2 * len(SOME))
     assert mean(found, "individual") > mean(found, "pretrained") + 0.03
     assert mean(found, "averaging") > 0.3
     for search in found.searches:
@@ -148,12 +149,8 @@ def test_task_arithmetic_is_what_it_says(finished: tuple[Path, Run]) -> None:
     outcome = next(
         o for o in found.outcomes if (o.method, o.chosen, o.seed) == ("task_arithmetic", False, 1)
     )
-    differ = sum(
-        a != b
-        for x, y in zip(outcome.items, expected, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-    assert differ <= 2  # rounding may turn an item at the border
+    differ = torch.tensor(outcome.items) != torch.tensor(expected)
+    assert differ.sum() <= 2  # rounding may turn an item at the border
 
 
 def test_a_second_run_computes_nothing(
@@ -162,7 +159,7 @@ def test_a_second_run_computes_nothing(
     folder, found = finished
     suite = prepared(folder)
     monkeypatch.setattr("benchmarks.quality.suite.fine_tune", lambda *_: pytest.fail("trained"))
-    again = run(suite, [0, 1], methods=PLAIN)
+    again = run(suite, [0, 1], methods=SOME)
     assert suite.made == 0
     assert again == found
 
@@ -177,9 +174,9 @@ def test_an_interrupted_run_goes_on(finished: tuple[Path, Run], tmp_path: Path) 
     suite = Stopped(Cache(tmp_path), Log())
     suite.prepare()
     with pytest.raises(KeyboardInterrupt):
-        run(suite, [0], methods=PLAIN)
+        run(suite, [0], methods=SOME)
     rest = prepared(tmp_path)
-    found = run(rest, [0], methods=PLAIN)
+    found = run(rest, [0], methods=SOME)
     assert [o for o in finished[1].outcomes if o.seed == 0] == found.outcomes
     assert not list(tmp_path.glob(".*tmp*"))
 
@@ -190,7 +187,8 @@ def test_what_a_version_lacks_is_said_in_the_table(
     for name in ("fisher_merge", "regmean_merge", "AdaMerging"):
         monkeypatch.delattr(pymerge, name, raising=False)
     suite = prepared(finished[0])
-    found = run(suite, [0])
+    found = run(suite, [0], settings=1)
+    assert {outcome.method for outcome in found.outcomes} >= {method.key for method in PLAIN}
     assert set(found.missing) == {method.key for method in METHODS} - {m.key for m in PLAIN}
     text = report.tables(suite, found)["quality-toy"].markdown()
     assert re.search(r"RegMean \| not available yet", text)
@@ -239,12 +237,10 @@ def test_groups_are_on_one_side() -> None:
         for n in range(400)
     ]
     task = text_tasks.split("t", "", examples, train=400, validation=400, test=400)
-    sides = [
-        {text.rpartition(" ")[2] for text, _ in part}
-        for part in (task.train, task.validation, task.test)
-    ]
+    parts = (task.train, task.validation, task.test)
+    sides = [{text.rpartition(" ")[2] for text, _ in part} for part in parts]
     assert all(len(side) > 2 for side in sides)
-    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert len(set.union(*sides)) == sum(map(len, sides))
     assert len(task.train) + len(task.validation) + len(task.test) == 400
     assert task == text_tasks.split("t", "", examples, train=400, validation=400, test=400)
 

@@ -1,8 +1,8 @@
 """The published suite: Real-CUGAN's five models of one lineage, as they were released.
 
 Nothing is trained. The base is the model that removes no noise; the others are made for pictures
-that were compressed lightly, or with more and more noise. Their task vectors are long: 30 to 70 % of
-the base's norm, where fine-tunes usually have a few per cent. It is a stress test for real weights.
+that were compressed lightly, or with more and more noise. Their task vectors are long: 30 to 70 %
+of the base's norm, where fine-tunes usually have a few per cent. It is a stress test.
 """
 
 from __future__ import annotations
