@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme_table [--check]
 
-Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md and
-docs/benchmarks.md is replaced by the table of that name from benchmarks/results.
+Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md,
+docs/benchmarks.md and docs/quality.md is replaced by the table of that name from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.tables import RESULTS, Table, describe_machine
 __all__ = ["fill", "latest_tables", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/quality.md"))
 _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
 
 
