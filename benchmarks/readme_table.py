@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme_table [--check]
 
-Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md,
-docs/benchmarks.md and docs/quality.md is replaced by the table of that name from benchmarks/results.
+Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md and in documents
+of docs/ is replaced by the table of that name from benchmarks/results.
 """
 
 from __future__ import annotations

@@ -32,7 +32,17 @@ def _published(cache: Cache, log: Log, quick: bool) -> Suite:
     return Published(cache, log, quick=quick)
 
 
-SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {"text": _text, "published": _published}
+def _vision(cache: Cache, log: Log, quick: bool) -> Suite:
+    from benchmarks.quality.vision import Vision
+
+    return Vision(cache, log, quick=quick)
+
+
+SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {
+    "text": _text,
+    "published": _published,
+    "vision": _vision,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
