@@ -45,6 +45,6 @@ def _call(command: list[str], folder: Path, package: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(
-            f"{' '.join(command)} failed ({done.stderr.strip() or done.returncode}): the suite needs"
-            f" the Debian package {package}. `apt-get update` may help."
+            f"{' '.join(command)} failed ({done.stderr.strip() or done.returncode}): the suite"
+            f" needs the Debian package {package}. `apt-get update` may help."
         )

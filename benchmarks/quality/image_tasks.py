@@ -1,7 +1,7 @@
 """Four image tasks: MNIST, Fashion-MNIST, writing systems, and languages by their sound.
 
-Grey images [n, 64, 64], uint8. Written characters and spoken prompts are split so that none is on two
-sides.
+Grey images [n, 64, 64], uint8. Written characters and spoken prompts are split so that none is on
+two sides.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def digest_state(state: State) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:20]
 
 
