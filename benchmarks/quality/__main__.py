@@ -38,10 +38,17 @@ def _vision(cache: Cache, log: Log, quick: bool) -> Suite:
     return Vision(cache, log, quick=quick)
 
 
+def _llm(cache: Cache, log: Log, quick: bool) -> Suite:
+    from benchmarks.quality.llm import Languages
+
+    return Languages(cache, log, quick=quick)
+
+
 SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {
     "text": _text,
     "published": _published,
     "vision": _vision,
+    "llm": _llm,
 }
 
 

