@@ -1,8 +1,8 @@
 """The LLM suite: SmolLM2-135M on four domains of text, by perplexity.
 
-Only the layers are trained and merged; the embedding, which is also the output layer, stays fixed and
-is no part of the models, as in the text suite. Scores of items are log-likelihoods a token, so that a
-mean over tasks is the logarithm of the geometric mean of their perplexities, inverted.
+Only the layers are trained and merged; the embedding, which is also the output layer, stays fixed
+and is no part of the models, as in the text suite. Scores of items are log-likelihoods a token, so
+that a mean over tasks is the logarithm of the geometric mean of their perplexities, inverted.
 """
 
 from __future__ import annotations
