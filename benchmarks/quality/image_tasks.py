@@ -130,7 +130,7 @@ def _scripts(folders: Folders) -> ImageSet:
     images, labels, groups = [], [], []
     for label, (font, first, last) in enumerate(_SCRIPTS.values()):
         path = folder / f"{font}-Regular.ttf"
-        known = TTFont(path).getBestCmap()
+        known = TTFont(path).getBestCmap() or {}
         letters = [chr(code) for code in range(first, last + 1) if code in known]
         for letter in letters:
             for _ in range(400 // len(letters) + 1):

@@ -140,6 +140,8 @@ def _average(models: Models, value: float) -> State:
 
 
 _SUM = (0.1, 0.2, 0.3, 0.4, 0.6)
+# where what disagrees is left out, sums are shorter
+_ELECTED_SUM = (0.2, 0.3, 0.4, 0.6, 0.9)
 _MEAN = (0.7, 1.0, 1.4, 2.0, 2.8)
 _PCB: Mapping[str, str] = {
     "paper": "PCB, paper",
@@ -162,7 +164,7 @@ METHODS: tuple[Method, ...] = (
         "TIES, sum",
         _merged("ties", density=0.2, semantics="adamerging"),
         "lambda",
-        _SUM,
+        _ELECTED_SUM,
         0.3,
     ),
     Method("dare", "DARE", _dare("dare_linear", density=0.5), "lambda", _SUM, 0.3),
@@ -171,7 +173,7 @@ METHODS: tuple[Method, ...] = (
         "DARE + TIES",
         _dare("dare_ties", density=0.5, trim=0.2, trim_scope="global"),
         "lambda",
-        _SUM,
+        _ELECTED_SUM,
         0.3,
     ),
     *(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pymerge
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runner import Outcome, Run
 from benchmarks.quality.suite import Suite
@@ -185,6 +186,7 @@ def records(suite: Suite, found: Run) -> list[dict[str, Any]]:
             "suite": suite.name,
             "tasks": dict(zip(suite.tasks, suite.about, strict=True)),
             "settings": suite.settings(),
+            "pymerge": pymerge.__version__,
             "load_average": list(os.getloadavg()),
             "missing": found.missing,
             "searches": found.searches,
@@ -222,7 +224,17 @@ def plot(suite: Suite, found: Run, path: Path) -> None:
         searches = [s for s in found.searches if s["method"] == method.key]
         if searches and method.symbol in ("lambda", "scale"):
             x, y = zip(*curve_of(suite, searches), strict=True)
-            left.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=method.label)
+            number = len(left.lines)
+            left.plot(
+                x,
+                y,
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                color=plt.get_cmap("tab10")(number % 7),
+                linestyle=("-", "--", ":")[number // 7 % 3],
+                label=method.label,
+            )
     left.set_xscale("log")
     left.set_xlabel("coefficient")
     left.set_ylabel(f"{suite.unit}, validation")

