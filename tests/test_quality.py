@@ -20,7 +20,7 @@ from benchmarks.demo.packages import package_folder
 from benchmarks.quality import __main__ as program
 from benchmarks.quality import ncnn, report, text_tasks
 from benchmarks.quality.methods import METHODS, SETTINGS, Method, State
-from benchmarks.quality.runner import Outcome, Run, run
+from benchmarks.quality.runner import Outcome, Run, geometry, run
 from benchmarks.quality.suite import Classifiers, Split
 from benchmarks.quality.training import Training
 
@@ -215,6 +215,17 @@ def test_settings_are_as_many_for_every_method() -> None:
     assert len({method.key for method in METHODS}) == len(METHODS)
     with pytest.raises(ValueError, match="of"):
         Method("x", "x", PLAIN[0].make, "scale", (1.0, 2.0), 1.0)
+
+
+def test_geometry() -> None:
+    base = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0]), "n": torch.tensor(7)}
+    steps = [(0.5, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 1.0)]
+    tuned = [
+        {**base, "a": base["a"] + torch.tensor([x, y]), "b": torch.tensor([z])} for x, y, z in steps
+    ]
+    found = geometry(base, tuned)
+    assert found["lengths"] == pytest.approx([0.1, 0.2, 2**0.5 / 5])
+    assert found["cosines"] == pytest.approx([0.0, 0.5**0.5, 0.5**0.5])
 
 
 def outcomes(*items: Sequence[Sequence[float]]) -> list[Outcome]:

@@ -118,11 +118,23 @@ def _overview(suite: Suite, found: Run, published: bool) -> Table:
         if published:
             cells.append(f"{PUBLISHED[key]:.1f}" if key in PUBLISHED else "")
         table.add(*cells)
+    table.notes.append(describe_geometry(found))
     labels = {method.key: method.label for method in METHODS}
     for key, what in found.missing.items():
         table.add(labels[key], *["not available yet"], *[""] * (len(columns) - 2))
         table.notes.append(f"{labels[key]}: this version has no {what}.")
     return table
+
+
+def describe_geometry(found: Run) -> str:
+    """Say how long the task vectors are, and how far they point in one direction."""
+    lengths = [100 * value for one in found.geometry for value in one["lengths"]]
+    cosines = [value for one in found.geometry for value in one["cosines"]]
+    return (
+        f"Task vectors are {min(lengths):.1f} to {max(lengths):.1f} % as long as the base; the"
+        f" cosine of two is {sum(cosines) / len(cosines):.3f} in the mean, {min(cosines):.3f} to"
+        f" {max(cosines):.3f}."
+    )
 
 
 def _against(suite: Suite, one: Sequence[Outcome], other: Sequence[Outcome]) -> str:
@@ -189,6 +201,7 @@ def records(suite: Suite, found: Run) -> list[dict[str, Any]]:
             "pymerge": pymerge.__version__,
             "load_average": list(os.getloadavg()),
             "missing": found.missing,
+            "geometry": found.geometry,
             "searches": found.searches,
             "outcomes": [
                 {

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from benchmarks.demo.cache import digest
 from benchmarks.quality.methods import METHODS, Method, Models, NotAvailable, State
 from benchmarks.quality.suite import Part, Suite, digest_state
@@ -43,12 +45,14 @@ class Run:
     """All that came out of a suite.
 
     `searches` has, for each method and seed, the validation score of each task at each setting;
-    `missing` names the methods that this version of pymerge does not have.
+    `missing` names the methods that this version of pymerge does not have; `geometry` has, for each
+    seed, the lengths of the task vectors as shares of the base's, and their pairwise cosines.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
     searches: list[dict[str, Any]] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    geometry: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(
@@ -72,6 +76,7 @@ def run(
     count = len(suite.tasks)
     for seed in seeds:
         tuned = [suite.fine_tune(task, seed) for task in range(count)]
+        found.geometry.append({"seed": seed, **geometry(suite.base(), tuned)})
         _test(suite, "pretrained", "pretrained", [suite.base()] * count, seed, found)
         _test(suite, "individual", "individual fine-tunes", tuned, seed, found)
         models = _models(suite, tuned, seed)
@@ -83,6 +88,27 @@ def run(
         if finished is not None:
             finished(found)
     return found
+
+
+def geometry(base: State, tuned: Sequence[State]) -> dict[str, list[float]]:
+    """Return the lengths of task vectors as shares of the base's, and the cosine of each pair."""
+    count = len(tuned)
+    products = torch.zeros(count, count, dtype=torch.float64)
+    length = 0.0
+    for name, start in base.items():
+        if start.is_floating_point():
+            deltas = torch.stack(
+                [(state[name].float() - start.float()).flatten() for state in tuned]
+            )
+            products += (deltas @ deltas.T).double()
+            length += float(start.float().square().sum())
+    lengths = products.diagonal().sqrt()
+    cosines = products / (lengths[:, None] * lengths).clamp_min(1e-30)
+    pairs = torch.triu_indices(count, count, 1)
+    return {
+        "lengths": (lengths / length**0.5).tolist(),
+        "cosines": cosines[pairs[0], pairs[1]].tolist(),
+    }
 
 
 def _models(suite: Suite, tuned: list[State], seed: int) -> Models:
