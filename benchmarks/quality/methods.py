@@ -123,8 +123,10 @@ def _tsv_m(models: Models, value: float) -> State:
 
 
 def _regmean(models: Models, value: float) -> State:
+    # 1, no reduction at all, is not among the settings: the rows that a layer sees come out of a
+    # LayerNorm, whose outputs are linearly dependent
     merge = available("regmean_merge")
-    return merge(models.tuned, models.statistics("gram"), off_diagonal=value, ridge=1e-6)
+    return merge(models.tuned, models.statistics("gram"), off_diagonal=value)
 
 
 def _adamerging(granularity: str, trimmed: bool) -> Make:
@@ -155,7 +157,7 @@ METHODS: tuple[Method, ...] = (
     Method("averaging", "averaging", _average),
     Method("fisher", "Fisher", _fisher, "scale", _MEAN, 1.0, data="fisher"),
     Method(
-        "regmean", "RegMean", _regmean, "off-diagonal", (0.1, 0.5, 0.9, 0.95, 1.0), 0.9, data="gram"
+        "regmean", "RegMean", _regmean, "off-diagonal", (0.1, 0.5, 0.8, 0.9, 0.95), 0.9, data="gram"
     ),
     Method("task_arithmetic", "task arithmetic", _merged("task_arithmetic"), "lambda", _SUM, 0.4),
     Method("ties", "TIES, mean", _merged("ties", density=0.2), "lambda", _MEAN, 1.0),
