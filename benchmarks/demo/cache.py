@@ -21,20 +21,20 @@ class Cache:
     """A folder of finished stages, each under a name that carries the hash of its recipe.
 
     Args:
-        root: the folder; `Cache.default(demo)` gives the usual one.
+        root: the folder; `Cache.default(name)` gives the usual one.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
 
     @staticmethod
-    def default(demo: str) -> Path:
-        """Return `$PYMERGE_CACHE/demo-NAME`, or `~/.cache/pymerge/demo-NAME` (XDG_CACHE_HOME)."""
+    def default(name: str, kind: str = "demo") -> Path:
+        """Return `$PYMERGE_CACHE/KIND-NAME`, or `~/.cache/pymerge/KIND-NAME` (XDG_CACHE_HOME)."""
         own = os.environ.get("PYMERGE_CACHE")
         if own:
-            return Path(own) / f"demo-{demo}"
+            return Path(own) / f"{kind}-{name}"
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(home) / "pymerge" / f"demo-{demo}"
+        return Path(home) / "pymerge" / f"{kind}-{name}"
 
     def require_space(self, total: int) -> None:
         """Stop, with the numbers, where the disk cannot let this folder grow to `total` bytes.
@@ -47,7 +47,7 @@ class Cache:
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise SystemExit(
-                f"{self.root}: the demo needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are"
+                f"{self.root}: this needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are"
                 " free. PYMERGE_CACHE=DIR puts it elsewhere."
             )
 

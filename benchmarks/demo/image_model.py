@@ -23,6 +23,7 @@ __all__ = [
     "Training",
     "accuracy",
     "class_means",
+    "features",
     "fine_tune",
     "load",
     "unpack",
@@ -110,7 +111,7 @@ def fine_tune(
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / training.warmup)
             group["lr"] = training.rate * warm * (1.0 - step / total)
-        logits = _LOGIT_SCALE * _features(model, task.train_images[batch]) @ head.T
+        logits = _LOGIT_SCALE * features(model, task.train_images[batch]) @ head.T
         loss = F.cross_entropy(logits, task.train_labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -135,13 +136,14 @@ def _batches(task: ImageTask, training: Training) -> Iterator[torch.Tensor]:
         yield from order[: count // training.batch * training.batch].split(training.batch)
 
 
-def _features(model: Any, images: torch.Tensor) -> torch.Tensor:
+def features(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the unit features of images [n, 3, height, width]: [n, 1280]."""
     maps = model.extract_features(images.contiguous(memory_format=torch.channels_last))
     return F.normalize(maps.mean(dim=(2, 3)), dim=1)
 
 
 def _all_features(model: Any, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([_features(model, batch) for batch in images.split(_EVALUATION_BATCH)])
+    return torch.cat([features(model, batch) for batch in images.split(_EVALUATION_BATCH)])
 
 
 def _save(weights: dict[str, torch.Tensor], target: Path) -> None:

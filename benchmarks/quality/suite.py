@@ -1,0 +1,293 @@
+"""What a suite offers to the runner: models, tasks, scores; and what all classifiers share."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from benchmarks.demo.cache import Cache, digest
+from benchmarks.demo.console import Log
+from benchmarks.quality.methods import Method, State, available
+from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
+
+__all__ = ["Classifiers", "Inputs", "Part", "Split", "Suite", "load_state", "save_state"]
+
+Part = Literal["validation", "test"]
+_WEIGHTS = "model.safetensors"
+
+
+class Inputs(Protocol):
+    """Inputs of a model: `inputs[positions]` is a batch; `batches` groups all for evaluation."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, positions: torch.Tensor) -> Any: ...
+    def batches(self, size: int) -> list[torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and labels of the three parts of a task, and the number of its classes."""
+
+    classes: int
+    train: tuple[Inputs, torch.Tensor]
+    validation: tuple[Inputs, torch.Tensor]
+    test: tuple[Inputs, torch.Tensor]
+
+
+class Suite(ABC):
+    """A benchmark: a pretrained model, tasks, and how well a state dict does on each.
+
+    Attributes:
+        name: of the suite; of its folder in the cache.
+        title: of its tables.
+        tasks: names.
+        about: what each task is, in a sentence.
+        better: which scores are good. Scores of items are better when higher in any case.
+        unit: of the scores that are shown.
+        notes: for the document.
+        trained: whether there are fine-tunes, which seeds differ in.
+    """
+
+    name: str
+    title: str
+    tasks: Sequence[str]
+    about: Sequence[str]
+    better: Literal["higher", "lower"] = "higher"
+    unit: str = "accuracy in per cent"
+    notes: Sequence[str] = ()
+    trained: bool = True
+
+    def __init__(self, cache: Cache, log: Log) -> None:
+        self.cache, self.log = cache, log
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read data and weights; everything else comes after it."""
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """Return what the tasks, heads and the base model depend on."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return sizes and training, for the results."""
+
+    @abstractmethod
+    def base(self) -> State:
+        """Return the pretrained model's state."""
+
+    @abstractmethod
+    def fine_tune(self, task: int | None, seed: int) -> State:
+        """Return the state fine-tuned on a task, or on all (None); cached."""
+
+    @abstractmethod
+    def item_scores(self, state: State, task: int, part: Part) -> list[float]:
+        """Return the score of a model on each item of a part of a task."""
+
+    @abstractmethod
+    def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
+        """Return Fisher information ("fisher") or Gram matrices ("gram") of each task's model."""
+
+    @abstractmethod
+    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
+        """Return what AdaMerging learns on the validation inputs, without their labels."""
+
+    def applies(self, method: Method) -> bool:
+        """Return whether there is what a method needs."""
+        return True
+
+    def shown(self, mean: float) -> float:
+        """Turn a mean of item scores into the unit that is shown."""
+        return 100.0 * mean
+
+    def stage(self, name: str, recipe: dict[str, Any], make: Callable[[], State]) -> State:
+        """Return a state dict from the cache, made the first time."""
+        target = self.cache.path(name, {"suite": self.recipe(), **recipe})
+        if not target.is_dir():
+            self.cache.build(target, lambda folder: save_state(make(), folder))
+        return load_state(target)
+
+
+class Classifiers(Suite):
+    """An encoder under fixed cosine heads, made of the base's features on the training set.
+
+    Subclasses give `load` and `read`.
+    """
+
+    training = Training()
+    evaluation_batch = 64
+    # of AdaMerging: steps, inputs of each task in a step, learning rate
+    adaptation: tuple[int, int, float] = (100, 16, 1e-2)
+    statistics_samples = 256
+
+    def __init__(self, cache: Cache, log: Log) -> None:
+        super().__init__(cache, log)
+        self.splits: list[Split] = []
+        self.heads: list[CosineHead] = []
+        self._model: nn.Module | None = None
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Return the pretrained encoder: batch -> unit features."""
+
+    @abstractmethod
+    def read(self) -> list[Split]:
+        """Return the splits of all tasks."""
+
+    def mask(self, batch: torch.Tensor) -> torch.Tensor | None:
+        """Return which positions of a batch are no padding, [inputs, positions], if any are."""
+        return None
+
+    def prepare(self) -> None:
+        """Read the data and make the heads."""
+        self._model = self.load()
+        self._base = {name: t.clone() for name, t in self._model.state_dict().items()}
+        self.splits = self.read()
+        for name, about, split in zip(self.tasks, self.about, self.splits, strict=True):
+
+            def make(split: Split = split) -> State:
+                features = self.features(self._base, split.train[0])
+                return {"means": class_means(features, split.train[1], split.classes)}
+
+            self.heads.append(CosineHead(self.stage(f"head-{name}", {"head": name}, make)["means"]))
+            self.log.say(
+                f"task [bold]{name}[/]: {about} ({split.classes} classes;"
+                f" {len(split.train[1])} train, {len(split.validation[1])} validation,"
+                f" {len(split.test[1])} test)"
+            )
+
+    def model(self, state: State) -> nn.Module:
+        """Return the encoder with these weights; it is one object, used again and again."""
+        assert self._model is not None
+        self._model.load_state_dict(state)
+        return self._model
+
+    @torch.inference_mode()
+    def features(self, state: State, inputs: Inputs) -> torch.Tensor:
+        """Return the features of inputs: [inputs, width]."""
+        model = self.model(state)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(inputs)
+        for positions in inputs.batches(self.evaluation_batch):
+            for position, row in zip(positions.tolist(), model(inputs[positions]), strict=True):
+                rows[position] = row
+        return torch.stack(rows)
+
+    def base(self) -> State:
+        return self._base
+
+    def fine_tune(self, task: int | None, seed: int) -> State:
+        training = self.training.with_seed(seed)
+        chosen = range(len(self.tasks)) if task is None else [task]
+        parts = [(self.splits[n].train[0], self.splits[n].train[1], self.heads[n]) for n in chosen]
+        label = "all tasks" if task is None else self.tasks[task]
+
+        def make() -> State:
+            model = self.load()
+            total = steps([len(labels) for _, labels, _ in parts], training)
+            with self.log.steps(f"fine-tune on {label}, seed {seed}", total) as advance:
+                fine_tune(model, parts, training, advance)
+            return model.state_dict()
+
+        name = "multi-task" if task is None else self.tasks[task]
+        return self.stage(f"{name}-{seed}", {"task": name, "training": training.recipe()}, make)
+
+    def item_scores(self, state: State, task: int, part: Part) -> list[float]:
+        inputs, labels = getattr(self.splits[task], part)
+        chosen = self.heads[task](self.features(state, inputs)).argmax(dim=1)
+        return (chosen == labels).float().tolist()
+
+    def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
+        found = []
+        with self.log.steps(f"collect {kind}", len(states)) as advance:
+            for task, state in enumerate(states):
+                recipe = {
+                    "task": self.tasks[task],
+                    "weights": digest_state(state),
+                    "samples": self.statistics_samples,
+                }
+                found.append(
+                    self.stage(
+                        f"{kind}-{self.tasks[task]}",
+                        recipe,
+                        lambda task=task, state=state: self._collect(kind, task, state),
+                    )
+                )
+                advance()
+        return found
+
+    def _collect(self, kind: str, task: int, state: State) -> State:
+        inputs, labels = self.splits[task].train
+        size = min(self.statistics_samples, len(labels))
+        loader = [inputs[positions] for positions in torch.arange(size).split(32)]
+        model, head = self.model(state), self.heads[task]
+        if kind == "gram":
+            return dict(available("collect_gram")(model, loader, samples=size, mask=self.mask))
+        # expected over all labels it would take a backward pass for each of them
+        return dict(
+            available("collect_fisher")(
+                model,
+                loader,
+                labels="sampled",
+                samples=size,
+                logits=lambda network, batch: head(network(batch)),
+                vectorize=False,
+            )
+        )
+
+    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
+        count, batch, rate = self.adaptation
+        recipe = {"adapt": digest([digest_state(s) for s in states]), "seed": seed, **settings}
+
+        def make() -> State:
+            ada = available("AdaMerging")(self.load(), base, states, heads=self.heads, **settings)
+            # the official preset takes two batches of each task in a step
+            loaders = [
+                list(_endless(split.validation[0], batch, 2 * count, seed + number))
+                for number, split in enumerate(self.splits)
+            ]
+            ada.fit(loaders, steps=count, lr=rate, seed=seed, progress=False)
+            return ada.merged_state_dict()
+
+        name = f"adamerging-{settings['granularity']}{'-pp' if settings['trimmed'] else ''}-{seed}"
+        self.log.say(f"{name}, {count} steps ...")
+        return self.stage(name, {**recipe, "adaptation": list(self.adaptation)}, make)
+
+
+def _endless(inputs: Inputs, batch: int, count: int, seed: int) -> Iterator[Any]:
+    """Yield `count` batches, in a new order in each round."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.empty(0, dtype=torch.long)
+    for _ in range(count):
+        while len(waiting) < batch:
+            waiting = torch.cat([waiting, torch.randperm(len(inputs), generator=generator)])
+        yield inputs[waiting[:batch]]
+        waiting = waiting[batch:]
+
+
+def digest_state(state: State) -> str:
+    """Return a hash of a state dict: names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()[:20]
+
+
+def save_state(state: State, folder: Path) -> None:
+    """Write a state dict into a folder."""
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / _WEIGHTS
+    )
+
+
+def load_state(folder: Path) -> State:
+    """Read what `save_state` wrote."""
+    return load_file(folder / _WEIGHTS)
