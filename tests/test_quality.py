@@ -71,6 +71,7 @@ class Toy(Classifiers):
     """Three tasks: noisy points around the corners of a random figure each."""
 
     name = "toy"
+    adaptation = (5, 8, 1e-2)
     title = "A toy"
     tasks = ("a", "b", "c")
     about = ("corners", "other corners", "more corners")
@@ -186,6 +187,7 @@ def test_what_a_version_lacks_is_said_in_the_table(
 ) -> None:
     for name in ("fisher_merge", "regmean_merge", "AdaMerging"):
         monkeypatch.delattr(pymerge, name, raising=False)
+        monkeypatch.delitem(pymerge._LAZY, name)
     suite = prepared(finished[0])
     found = run(suite, [0], settings=1)
     assert {outcome.method for outcome in found.outcomes} >= {method.key for method in PLAIN}

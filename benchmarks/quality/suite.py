@@ -248,12 +248,20 @@ class Classifiers(Suite):
 
         def make() -> State:
             ada = available("AdaMerging")(self.load(), base, states, heads=self.heads, **settings)
-            # the official preset takes two batches of each task in a step
             loaders = [
-                list(_endless(split.validation[0], batch, 2 * count, seed + number))
+                list(_endless(split.validation[0], batch, count, seed + number))
                 for number, split in enumerate(self.splits)
             ]
-            ada.fit(loaders, steps=count, lr=rate, seed=seed, progress=False)
+            ada.fit(
+                loaders,
+                steps=count,
+                lr=rate,
+                batches_per_task=1,
+                autocast=torch.bfloat16,
+                accumulate="gradients",
+                seed=seed,
+                progress=False,
+            )
             return ada.merged_state_dict()
 
         name = f"adamerging-{settings['granularity']}{'-pp' if settings['trimmed'] else ''}-{seed}"
