@@ -227,7 +227,7 @@ def describe() -> dict[str, Any]:
         method: {
             name: (entry["available"] or entry["reason"])
             if name in spec.backends
-            else "no kernels for this method yet: the reference runs it"
+            else f"no kernels: the reference computes it ({spec.torch_because or 'not yet'})"
             for name, entry in backends.items()
         }
         for method, spec in METHODS.items()

@@ -144,6 +144,8 @@ class MethodSpec:
     # Says what of resolved parameters does not fit together.
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     backends: tuple[str, ...] = ("reference", "cpu", "cuda", "triton")
+    # Why only the reference computes it, where that is so.
+    torch_because: str = ""
     # Turns resolved parameters into those of one tensor, by its name.
     for_tensor: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     # What is collected from data beside the models: "fisher" (diagonals) or "gram".

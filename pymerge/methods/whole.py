@@ -246,6 +246,7 @@ TSV_M = MethodSpec(
     url="https://arxiv.org/abs/2412.00081",
     needs_base=True,
     backends=_ON_TORCH,
+    torch_because="singular vectors of whole matrices, by torch.linalg",
     parameters=(
         Parameter("scale", "float", 1.0, "Scaling coefficient.", names=("lambda", "scale")),
         NAN,
