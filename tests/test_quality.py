@@ -205,7 +205,7 @@ def test_tables_plots_and_records(finished: tuple[Path, Run], tmp_path: Path) ->
     expected = f"{100 * mean(found, 'individual'):.1f}"
     assert re.search(rf"\| individual fine-tunes \| {expected} ", overview)
     assert "| 69.1 |" in overview
-    kept = json.loads(json.dumps(report.records(suite, found)))[0]
+    kept = json.loads(json.dumps(report.records(suite, found, 1.0)))[0]
     assert len(kept["outcomes"]) == len(found.outcomes)
     pytest.importorskip("matplotlib")
     report.plot(suite, found, tmp_path / "plots" / "toy.png")

@@ -95,15 +95,17 @@ def _run(suite: Suite, options: argparse.Namespace, results: Path, plots: Path, 
     def finished(found: Run) -> None:
         tables = report.tables(suite, found, published=suite.name == "text")
         seeds = sorted({outcome.seed for outcome in found.outcomes})
-        minutes = (time.perf_counter() - start) / 60
         load = max(busy, os.getloadavg()[0])
-        note = f"Seeds: {len(seeds)}. This run took {minutes:.0f} min"
+        note = f"Seeds: {len(seeds)}."
         if load > 1.5 * (os.cpu_count() or 1):
-            note += f" beside other programs (load average {load:.1f}): no measure of its speed"
+            note += (
+                f" Made beside other programs (load average {load:.1f}), which changes times only."
+            )
         first = tables[f"quality-{suite.name}"]
-        first.notes[:0] = [*suite.notes, f"{note}."]
+        first.notes[:0] = [*suite.notes, note]
         first.show()
-        save(f"quality-{suite.name}", tables, report.records(suite, found), results)
+        seconds = time.perf_counter() - start
+        save(f"quality-{suite.name}", tables, report.records(suite, found, seconds), results)
         report.plot(suite, found, plots / f"quality-{suite.name}.png")
 
     seeds = range(1 if options.quick or not suite.trained else options.seeds)

@@ -191,14 +191,19 @@ def curve_of(suite: Suite, searches: Sequence[Mapping[str, Any]]) -> list[tuple[
     return points
 
 
-def records(suite: Suite, found: Run) -> list[dict[str, Any]]:
-    """Return everything for the JSON file: settings, searches, each task's score of each row."""
+def records(suite: Suite, found: Run, seconds: float) -> list[dict[str, Any]]:
+    """Return everything for the JSON file: settings, searches, each task's score of each row.
+
+    Args:
+        seconds: that the run took; less where parts were kept from an earlier one.
+    """
     return [
         {
             "suite": suite.name,
             "tasks": dict(zip(suite.tasks, suite.about, strict=True)),
             "settings": suite.settings(),
             "pymerge": pymerge.__version__,
+            "seconds": round(seconds, 1),
             "load_average": list(os.getloadavg()),
             "missing": found.missing,
             "geometry": found.geometry,
