@@ -381,7 +381,7 @@ def _table(kind: str, rows: bool) -> Callable[..., dict[str, torch.Tensor]]:
             if kind in (before, "all"):
                 break
             op = torch.ops.pymerge.divergence_sums_
-            op(table, base, models[0], before, columns, wide=wide, backend="auto")
+            op(table, base, models[0], before, columns, wide=wide, backend="reference")
         return {"table": table}
 
     return outputs

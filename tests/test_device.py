@@ -36,7 +36,11 @@ no_waiting = models.no_waiting
 pytestmark = [pytest.mark.usefixtures("no_waiting"), pytest.mark.compile]
 
 # Those with kernels, so that they run on a device that runs the CPU's kernels.
-NATIVE = [name for name, spec in METHODS.items() if "cpu" in spec.backends]
+NATIVE = [
+    name
+    for name, spec in METHODS.items()
+    if "cpu" in spec.backends and name not in models.NEED_FILES
+]
 # A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.
 SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
 ROOMY = replace(SMALL, resident_bytes=1 << 30)
