@@ -31,10 +31,15 @@ __all__ = ["main"]
 _NAMES = {
     "fusion_bench": "FusionBench 0.2.33, LayerWiseMergedModel",
     "pymerge": "pymerge, preset fusion_bench",
+    "pymerge_gradients": 'the same, accumulate="gradients"',
     "official": "authors' construction, torch",
     "pymerge_official": "pymerge, preset official",
 }
-_RIVAL = {"pymerge": "fusion_bench", "pymerge_official": "official"}
+_RIVAL = {
+    "pymerge": "fusion_bench",
+    "pymerge_gradients": "fusion_bench",
+    "pymerge_official": "official",
+}
 _TOLERANCE = 2e-4  # of coefficients that moved by about lr * steps = 6e-3
 
 
@@ -101,7 +106,7 @@ def _show(runs: dict[str, list[dict[str, Any]]], size: int, options: Any) -> Non
     title = (
         f"AdaMerging, layer-wise, {size / 4e6:.1f} M parameters in float32, K = {options.models}"
     )
-    columns = ["", "merge + backward, ms", "faster", "step, s", "faster", "memory, MB", "apart"]
+    columns = ["", "merging in a step, ms", "faster", "step, s", "faster", "memory, MB", "apart"]
     table = Table(title, columns)
     for side, found in runs.items():
         rival = _RIVAL.get(side)
@@ -117,10 +122,10 @@ def _show(runs: dict[str, list[dict[str, Any]]], size: int, options: Any) -> Non
             "" if rival is None else f"{_agree(found[0], runs[rival][0]):.1e}",
         )
     table.notes.append(
-        f"Merge + backward: all layers merged, and the gradients of all coefficients from given "
-        f"gradients of all layers. Step: that, and forward and backward of the network for "
-        f"{options.models} tasks of batches of {BATCH} x {LENGTH} tokens (preset official: two a "
-        f"task). The authors' code merges anew for every batch."
+        f"Merging in a step: all merges and the backward passes through them, of the gradients of "
+        f"{options.models} batches (preset official: two a task), without the network. Step: with "
+        f"forward and backward of the network, batches of {BATCH} x {LENGTH} tokens. The authors' "
+        f"code merges anew for every batch."
     )
     table.notes.append(
         f"Medians of {options.turns} processes in turns, {options.steps} steps each. Memory: peak "

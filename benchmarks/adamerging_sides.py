@@ -5,8 +5,10 @@
 SIDE: "pymerge", "fusion_bench" (its LayerWiseMergedModel), "official" (the construction of the
 authors' main_layer_wise_adamerging.py, written anew from its description: all task vectors in
 memory, a left-to-right sum for every forward pass), and "pymerge_official", pymerge's preset of it.
-Each learns from the same models and batches, and times (a) merge and backward through it with given
-gradients, (b) whole steps. What it found goes to FOLDER/SIDE.json.
+"pymerge_gradients" is pymerge with accumulate="gradients". Each learns from the same models and
+batches, and times (a) what a step spends on merging: all merges and all backward passes through
+them, with given gradients of the merged tensors for each batch; (b) whole steps. What it found goes
+to FOLDER/SIDE.json.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def _median(function: Callable[[], None], repetitions: int) -> float:
     return statistics.median(seconds)
 
 
-def _pymerge(folder: Path, count: int, steps: int, repetitions: int, preset: str) -> dict[str, Any]:
+def _pymerge(
+    folder: Path, count: int, steps: int, repetitions: int, preset: str, accumulate: str
+) -> dict[str, Any]:
     from pymerge import AdaMerging
 
     paths = [folder / f"model-{k}" for k in range(count + 1)]
@@ -102,13 +106,24 @@ def _pymerge(folder: Path, count: int, steps: int, repetitions: int, preset: str
     ada = AdaMerging(architecture, paths[0], paths[1:], preset=preset, heads=_heads(count))
     gradients = _gradients({n: torch.empty(s) for n, _, s in ada.merged_kinds()})
 
+    batches = ada.preset.batches_per_task * count
+
     def once() -> None:
         merged = ada.merged_parameters()
-        torch.autograd.backward([merged[name] for name in gradients], list(gradients.values()))
+        tensors, given = [merged[name] for name in gradients], list(gradients.values())
+        if accumulate == "gradients":
+            total = [gradient.clone() for gradient in given]
+            for _ in range(batches - 1):
+                for own, gradient in zip(total, given, strict=True):
+                    own.add_(gradient)
+            torch.autograd.backward(tensors, total)
+        else:
+            for _ in range(batches):
+                torch.autograd.backward(tensors, given, retain_graph=True)
         ada.raw_coefficients.grad = None
 
     merge = _median(once, repetitions)
-    fit = ada.fit(_loaders(count, steps), steps, progress=False)
+    fit = ada.fit(_loaders(count, steps), steps, accumulate=accumulate, progress=False)
     return {
         "merge": merge,
         "step": statistics.median(row["seconds"] for row in fit.history),
@@ -144,7 +159,9 @@ def _fusion_bench(folder: Path, count: int, steps: int, repetitions: int) -> dic
 
     def once() -> None:
         state = merged.merge_weights()
-        torch.autograd.backward([state[name] for name in gradients], list(gradients.values()))
+        tensors, given = [state[name] for name in gradients], list(gradients.values())
+        for _ in range(count):
+            torch.autograd.backward(tensors, given, retain_graph=True)
         merged.merge_weight.grad = None
 
     merge = _median(once, repetitions)
@@ -188,7 +205,8 @@ def _official(folder: Path, count: int, steps: int, repetitions: int) -> dict[st
         ]
 
     def once() -> None:
-        torch.autograd.backward(merge(), gradients)
+        for _ in range(2 * count):
+            torch.autograd.backward(merge(), gradients)
         table.grad = None
 
     median = _median(once, repetitions)
@@ -231,7 +249,8 @@ def main() -> None:
         found = _official(*size)
     else:
         preset = "official" if options.side == "pymerge_official" else "fusion_bench"
-        found = _pymerge(*size, preset)
+        how = "gradients" if options.side == "pymerge_gradients" else "coefficients"
+        found = _pymerge(*size, preset, how)
     (options.folder / f"{options.side}.json").write_text(json.dumps(found))
 
 
