@@ -31,13 +31,13 @@ __all__ = ["main"]
 _NAMES = {
     "fusion_bench": "FusionBench 0.2.33, LayerWiseMergedModel",
     "pymerge": "pymerge, preset fusion_bench",
-    "pymerge_gradients": 'the same, accumulate="gradients"',
+    "pymerge_coefficients": 'the same, accumulate="coefficients"',
     "official": "authors' construction, torch",
     "pymerge_official": "pymerge, preset official",
 }
 _RIVAL = {
     "pymerge": "fusion_bench",
-    "pymerge_gradients": "fusion_bench",
+    "pymerge_coefficients": "fusion_bench",
     "pymerge_official": "official",
 }
 _TOLERANCE = 2e-4  # of coefficients that moved by about lr * steps = 6e-3

@@ -5,8 +5,8 @@
 SIDE: "pymerge", "fusion_bench" (its LayerWiseMergedModel), "official" (the construction of the
 authors' main_layer_wise_adamerging.py, written anew from its description: all task vectors in
 memory, a left-to-right sum for every forward pass), and "pymerge_official", pymerge's preset of it.
-"pymerge_gradients" is pymerge with accumulate="gradients". Each learns from the same models and
-batches, and times (a) what a step spends on merging: all merges and all backward passes through
+"pymerge_coefficients" is pymerge with accumulate="coefficients". Each learns from the same models
+and batches, and times (a) what a step spends on merging: all merges and all backward passes through
 them, with given gradients of the merged tensors for each batch; (b) whole steps. What it found goes
 to FOLDER/SIDE.json.
 """
@@ -249,7 +249,7 @@ def main() -> None:
         found = _official(*size)
     else:
         preset = "official" if options.side == "pymerge_official" else "fusion_bench"
-        how = "gradients" if options.side == "pymerge_gradients" else "coefficients"
+        how = "coefficients" if options.side == "pymerge_coefficients" else "gradients"
         found = _pymerge(*size, preset, how)
     (options.folder / f"{options.side}.json").write_text(json.dumps(found))
 

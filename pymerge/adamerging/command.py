@@ -53,7 +53,7 @@ class _Fit(BaseModel):
     tokens: int | None = None
     autocast: StrictStr | None = None
     seed: int = 0
-    accumulate: StrictStr = "coefficients"
+    accumulate: StrictStr = "gradients"
     patience: int | None = None
     min_delta: float = 1e-4
     checkpoint_every: int = 25

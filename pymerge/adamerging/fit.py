@@ -95,7 +95,7 @@ def fit(
     tokens: int | None = None,
     autocast: torch.dtype | None = None,
     seed: int = 0,
-    accumulate: str = "coefficients",
+    accumulate: str = "gradients",
     patience: int | None = None,
     min_delta: float = 1e-4,
     checkpoint: str | Path | None = None,
@@ -119,9 +119,10 @@ def fit(
         tokens: of a language model, so many predictions a batch, drawn at random.
         autocast: run the model in mixed precision, e.g. torch.bfloat16.
         seed: of everything that is drawn here; data loaders have their own.
-        accumulate: what is added up over the tasks of a step: "coefficients" (each layer's gradient
-            is reduced to K numbers and freed at once: least memory), or "gradients" (of the merged
-            tensors, as large as one model; reduced once a step: fewer passes over the checkpoints).
+        accumulate: what is added up over the batches of a step: "gradients" (of the merged tensors,
+            as large as one model; reduced to coefficients once a step), or "coefficients" (each
+            layer's gradient is reduced to K numbers and freed at once: least memory, and a pass
+            over the checkpoints for each batch).
         patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
             `min_delta` for so many steps.
         checkpoint: file that coefficients and the state of Adam are kept in, every
