@@ -243,6 +243,14 @@ def test_heads_by_task() -> None:
             ada(x, task=task)
 
 
+def test_a_head_of_the_wrong_size_is_named() -> None:
+    net, base, models = make()
+    heads = [nn.Linear(5, 3), nn.Linear(7, 3), nn.Linear(5, 3)]
+    ada = AdaMerging(net, base, models, heads=heads)
+    with pytest.raises(RequestError, match=r"heads\[1\]: expected a head of 5 features.*one of 7"):
+        ada(torch.randn(2, 8), task=1)
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_gradient_is_that_of_the_official_construction(trimmed: bool) -> None:
     net, base, models = make()

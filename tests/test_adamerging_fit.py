@@ -159,6 +159,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
 
 
+def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with pytest.raises(MergeError, match=r"checkpoint: .*state: cannot be written"):
+        fitted(steps=1, checkpoint=tmp_path / "state", resume=False)
+    net, base, models = make()
+    with pytest.raises(MergeError, match=r"coefficients: .*lam\.safetensors: cannot be written"):
+        AdaMerging(net, base, models).save_coefficients(tmp_path / "none" / "lam.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 def test_it_stops_when_nothing_changes() -> None:
     _, result = fitted(steps=200, patience=5, min_delta=10.0)
     assert result.stopped == "patience"
@@ -226,6 +236,10 @@ def test_bad_loaders() -> None:
     bad[1, 3] = float("nan")
     with pytest.raises(RequestError, match=r"loaders\[0\]: expected finite numbers, got NaN"):
         ada.fit([[bad]], steps=1, progress=False)
+    broken = [dict(model) for model in models]
+    broken[1]["second.bias"] = torch.full((5,), float("nan"))
+    with pytest.raises(RequestError, match=r"models\[1\]\['second.bias'\]: expected finite"):
+        AdaMerging(net, base, broken).fit([[torch.randn(2, 8)]], steps=1, progress=False)
     with pytest.raises(RequestError, match="inputs: expected batches that are tensors"):
         ada.fit([["text"]], steps=1, progress=False)
     with pytest.raises(RequestError, match="loaders: expected a list"):

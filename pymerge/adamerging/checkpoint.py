@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pymerge.errors import RequestError
+from pymerge.errors import MergeError, RequestError
 
 if TYPE_CHECKING:
     from pymerge.adamerging.fit import Fitting
@@ -60,6 +60,8 @@ def save_state(
     try:
         save_file(tensors, part, metadata)
         os.replace(part, path)
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"checkpoint: {path}: cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -80,7 +82,11 @@ def load_state(
         raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
     if metadata.get("format") != _FORMAT or "coefficients" not in tensors:
         raise RequestError(f"checkpoint: {path}: expected the state of a fit, got another file")
-    saved, own = json.loads(metadata["settings"]), _settings(ada, how)
+    try:
+        saved, history = json.loads(metadata["settings"]), json.loads(metadata["history"])
+    except (KeyError, ValueError) as error:
+        raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
+    own = _settings(ada, how)
     own = json.loads(json.dumps(own))
     for name, value in own.items():
         if saved.get(name) != value:
@@ -100,7 +106,7 @@ def load_state(
         optimizer.state[ada.raw_coefficients] = {
             name: tensor if name == "step" else tensor.to(device) for name, tensor in state.items()
         }
-    return json.loads(metadata["history"])
+    return history
 
 
 def _short(value: Any) -> str:

@@ -331,6 +331,8 @@ class _Run:
                         f"loaders[{task}]: expected finite numbers, got NaN or infinity in a "
                         f"batch{name} (step {step + 1})"
                     )
+            if (culprit := self.ada.find_nonfinite()) is not None:
+                raise RequestError(f"{culprit}: expected finite numbers, got NaN or infinity")
             self._diverged(step, f"the entropy of task {task} is {float(loss.detach())}")
         return loss
 

@@ -349,7 +349,17 @@ class AdaMerging(nn.Module):
         tensors = {**self.fixed_tensors(), **merged}
         output = functional_call(self.architecture, tensors, args, kwargs)
         heads = self._plain["heads"]
-        return output if heads is None else heads[task](output)
+        if heads is None:
+            return output
+        head = heads[task]
+        if isinstance(head, nn.Linear) and isinstance(output, Tensor):
+            width = output.shape[-1] if output.dim() > 0 else 0
+            if width != head.in_features:
+                raise RequestError(
+                    f"heads[{task}]: expected a head of {width} features, which the architecture "
+                    f"gives; got one of {head.in_features}"
+                )
+        return head(output)
 
     def _check_task(self, task: int | None) -> None:
         heads = self._plain["heads"]
@@ -411,6 +421,19 @@ class AdaMerging(nn.Module):
         from pymerge.adamerging.statistics import correlations
 
         return correlations(self, loaders, **how)
+
+    def find_nonfinite(self) -> str | None:
+        """Return the name of a tensor of a checkpoint that holds NaN or infinity, or None."""
+        plain = self._plain
+        named = [("base", plain["base"])]
+        named += [(f"models[{k}]", model) for k, model in enumerate(plain["models"])]
+        for name, own in (plain["packed"] or {}).items():
+            named += [(f"models[{k}]", {name: one.values}) for k, one in enumerate(own)]
+        for label, tensors in named:
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return f"{label}[{name!r}]"
+        return None
 
     def nbytes(self) -> int:
         """Return the bytes of the checkpoints that are kept, mapped files included."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pymerge.errors import RequestError
+from pymerge.errors import MergeError, RequestError
 from pymerge.methods.adamerging import FORMAT
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def save_coefficients(ada: AdaMerging, path: Path) -> None:
     try:
         save_file({"coefficients": table.contiguous()}, part, metadata)
         os.replace(part, path)
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"coefficients: {path}: cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
