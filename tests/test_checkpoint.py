@@ -205,7 +205,7 @@ def maps_of(path: Path) -> int:
 
 
 def descriptors_of(path: Path) -> int:
-    """How many of this process's open descriptors are of the file; others come and go by threads."""
+    """How many open descriptors of this process are of the file; threads open others."""
     return sum(
         os.path.realpath(link) == os.path.realpath(path) for link in Path("/proc/self/fd").iterdir()
     )
