@@ -14,7 +14,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,6 +78,8 @@ GATHERING_CASES = {
     "ranks in rows": "row_ranks",
 }
 MODELS = 4
+# Elements for each thread that are worth a thread and stay in its core's cache.
+_CACHED = 1 << 16
 STRETCHES, STRETCH = 64, 4096
 # Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
 # the magnitude kernels count separately.
@@ -305,6 +307,34 @@ def measure_case(
     return results
 
 
+def vector_scaling(inputs: Inputs, isa: str, threads: int) -> float:
+    """Return how many times the vector work of one thread so many threads do together.
+
+    Measured with a kernel that computes and whose data stay in the cache, at twice the elements
+    for twice the threads. Cores that are two threads of one real core share its vector units: 1.0.
+    """
+    case = next(case for case in CASES if case.name == "pcb_vision_es")
+
+    def work(count: int) -> Callable[[], object]:
+        part = (inputs[0][:count], [model[:count] for model in inputs[1]])
+        arguments = arguments_of(case, part)
+        outputs = case.outputs(part[0], part[1], part[0].dtype)
+        op = getattr(torch.ops.pymerge, case.op)
+
+        def call() -> None:
+            cpu.set_threads(max(1, count // _CACHED))
+            op(**outputs, **arguments, backend="cpu")
+
+        return call
+
+    with _settings_kept():
+        cpu.use_isa(isa)
+        functions = {"one": work(_CACHED), "all": work(threads * _CACHED)}
+        times = interleave(functions, seconds=0.5, most=200)
+    pairs = zip(times["one"].seconds, times["all"].seconds, strict=True)
+    return threads * statistics.median(one / both for one, both in pairs)
+
+
 @contextmanager
 def _settings_kept() -> Iterator[None]:
     """Put threads and instruction set back at the end."""
@@ -341,8 +371,11 @@ def _time_eager(name: str, arguments: dict[str, Any], expected: Expected) -> Tim
     return timing
 
 
-def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
-    """Return the tables: all of it, and the widest instruction set on all threads."""
+def tables(measurements: Sequence[Measurement], scaling: float) -> dict[str, Table]:
+    """Return the tables: all of it, and the widest instruction set on all threads.
+
+    scaling: what vector_scaling found.
+    """
     first = measurements[0]
     title = f"CPU kernels, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}"
     notes = [
@@ -355,10 +388,16 @@ def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
         f"for bit, to the reference backend's: outputs on {STRETCHES} random stretches of "
         f"{STRETCH} elements, counters as a whole. Plain torch: the same in eager operators.",
     ]
+    top = max(m.threads for m in measurements)
+    if top > 1:
+        notes.append(
+            f"Vector units: with data in the cache, {top} threads of this machine do "
+            f"{scaling:.2f} times the work of one; a kernel that computes gains no more than this "
+            "by threads, while the streaming loop gains what the memory has."
+        )
     columns = ["kernel", "ISA", "threads", "ms", "spread", "GB/s", "B/param", "of streaming"]
     everything = Table(title, [*columns, "torch, ms"], notes=notes)
     short = Table(title, ["kernel", "ms", "GB/s", "of streaming", "plain torch"], notes=notes)
-    top = max(m.threads for m in measurements)
     widest = [m.isa for m in measurements][-1]
     for m in measurements:
         eager = "" if m.eager_seconds is None else f"{m.eager_seconds * 1e3:.0f}"
@@ -438,7 +477,10 @@ def run(options: argparse.Namespace) -> dict[str, Table]:
             f"({last.isa}, {last.threads} threads)",
             highlight=False,
         )
-    made = tables(measurements)
+    scaling = 1.0
+    if thread_counts[-1] > 1:
+        scaling = vector_scaling(inputs, isas[-1], thread_counts[-1])
+    made = tables(measurements, scaling)
     made["kernels-all"].show()
     if options.cases == ",".join(DEFAULT_CASES):
         measured: dict[str, Measurement] = {}
