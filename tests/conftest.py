@@ -22,6 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers of pytest-xdist share the cores: torch's threads in each would wait for one another. The
+# kernels' own threads stay.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
 REQUIRED = [name for name in os.environ.get("PYMERGE_REQUIRE", "cpu").split(",") if name]
 
 

@@ -157,7 +157,7 @@ def ulps(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def test_exp_and_tanh_are_within_2_ulp() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.rand(1_000_000, generator=generator) * s for s in (1, 10, 80)])
+    x = torch.cat([torch.rand(300_000, generator=generator) * s for s in (1, 10, 80)])
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, 86.9, -86.9])])
     assert ulps(exp32(x), torch.exp(x.double())) <= 2
     x = torch.cat([x / 8, x * 1e-3, x * 1e-8])
