@@ -56,7 +56,7 @@ def as_mergekit(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     p = torch.nn.functional.softmax(model, dim=-1) + 1e-8
     q = torch.nn.functional.softmax(base, dim=-1) + 1e-8
     delta = model - base
-    importance = delta.abs() * (p * (p.log() - q.log())).sum(dim=-1, keepdim=True)
+    importance = delta.abs() * (p * (p / q).log()).sum(dim=-1, keepdim=True)
     ordered = importance.flatten().sort().values
     last = len(ordered) - 1
     median, low, high = (ordered[int(share * last)] for share in (0.5, 0.25, 0.75))

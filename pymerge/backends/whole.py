@@ -24,10 +24,10 @@ def arcee_fusion(
     model = models[0]
     if base.numel() == 0 or base.dim() == 0:
         return model.clone()
-    log_fine = torch.log(torch.softmax(model, dim=-1) + 1e-8)
+    # As mergekit rounds it: the logarithm of a quotient. Importance depends on the last bits of it.
     fine = torch.softmax(model, dim=-1) + 1e-8
-    log_base = torch.log(torch.softmax(base, dim=-1) + 1e-8)
-    divergence = (fine * (log_fine - log_base)).sum(dim=-1, keepdim=True)
+    coarse = torch.softmax(base, dim=-1) + 1e-8
+    divergence = (fine * torch.log(fine / coarse)).sum(dim=-1, keepdim=True)
     delta = model - base
     importance = (delta.abs() * divergence).reshape(-1)
     ordered = importance.sort().values

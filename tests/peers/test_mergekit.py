@@ -218,9 +218,12 @@ def test_whole_tensors(shape: tuple[int, ...], seed: int) -> None:
     ours = pymerge.merge("ramplus_tl", base, models, r=0.3, alpha=0.5)
     close(ours, theirs("ramplus_tl", base, models, {"r": 0.3, "alpha": 0.5}, {}), 2e-6)
     generator = torch.Generator().manual_seed(seed)
-    pair = [torch.randn(shape, generator=generator) for _ in range(2)]
-    ours = pymerge.merge("arcee_fusion", pair[0], pair[1:])
-    close(ours, theirs("arcee_fusion", pair[0], pair[1:], {}, {}), 1e-6)
+    # The nearer two models are, the more of a divergence is rounding: the same is needed.
+    for change in (1.0, 1e-2, 1e-4):
+        pair = [torch.randn(shape, generator=generator)]
+        pair.append(pair[0] + change * torch.randn(shape, generator=generator))
+        ours = pymerge.merge("arcee_fusion", pair[0], pair[1:])
+        assert torch.equal(ours, theirs("arcee_fusion", pair[0], pair[1:], {}, {}))
     weights = [round(rng.uniform(0.1, 1.5), 3) for _ in range(3)]
     for method in ("della", "della_linear"):
         ours = pymerge.merge(method, base, models, weights=weights, density=1.0, rescale="l1")
