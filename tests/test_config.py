@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pymerge.config import MergeConfig, load_config
+from pymerge.config import MergeConfig, layer_depths, load_config
 from pymerge.errors import RequestError
 
 
@@ -76,6 +76,84 @@ def test_parameters_resolve_model_then_global_then_default(tmp_path: Path) -> No
     assert config.resolve("model.layers.0.attn.weight")["density"] == [0.1, 1.0]
     # no filter matches: as if the model had not set it
     assert config.resolve("norm")["density"] == [1.0, 1.0]
+
+
+NAMES = ["embed", *(f"layers.{i}.{kind}.weight" for i in range(5) for kind in ("mlp", "q"))]
+
+
+def resolved(config: MergeConfig, parameter: str) -> dict[str, Any]:
+    depths = layer_depths(NAMES)
+    return {name: config.resolve(name, depths.get(name, 0.0))[parameter] for name in NAMES}
+
+
+def test_gradients_over_the_layers(tmp_path: Path) -> None:
+    """Numbers are interpolated between the first layer and the last; the rest is at the first."""
+    text = """
+merge_method: task_arithmetic
+base_model: b
+models:
+  - model: a
+    parameters: {weight: [0, 1]}
+  - model: c
+    parameters:
+      weight:
+        - {filter: mlp, value: [1, 0.5, 4]}
+        - {filter: layers, value: 7}
+parameters:
+  lambda: ["1e-1", 0.3]
+  weight: 9
+"""
+    config = load(text, tmp_path)
+    weights = resolved(config, "weight")
+    assert weights["embed"] == [0, 9]
+    assert [weights[f"layers.{i}.mlp.weight"] for i in range(5)] == [
+        [0, 1],
+        [0.25, 0.75],
+        [0.5, 0.5],
+        [0.75, 2.25],
+        [1, 4],
+    ]
+    assert weights["layers.3.q.weight"] == [0.75, 7]
+    assert resolved(config, "scale")["layers.2.q.weight"] == pytest.approx(0.2)
+    assert all(setting.by_tensor for setting in config.models[0].parameters.values())
+
+
+def test_gradients_of_switches_jump(tmp_path: Path) -> None:
+    text = (
+        "merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a}]\n"
+        "parameters: {weight: 1, normalize: [true, false, true]}\n"
+    )
+    found = resolved(load(text, tmp_path), "normalize")
+    assert [found[f"layers.{i}.q.weight"] for i in range(5)] == [True, True, False, False, True]
+    assert found["embed"] is True
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.0.a", "h.1.a", "h.2.a", "wte"], {"h.0.a": 0.0, "h.1.a": 0.5, "h.2.a": 1.0}),
+        (["model.layers.0.w"], {"model.layers.0.w": 1.0}),
+        (
+            ["encoder.layer.1.experts.3.w", "encoder.layer.0.experts.9.w"],
+            {
+                "encoder.layer.1.experts.3.w": 1.0,
+                "encoder.layer.0.experts.9.w": 0.0,
+            },
+        ),
+        (
+            ["e.0.w", "e.3.w", "d.0.w", "d.1.w"],
+            {
+                "e.0.w": 0.0,
+                "e.3.w": 1.0,
+                "d.0.w": 0.0,
+                "d.1.w": 1.0,
+            },
+        ),
+        (["weight", "conv1.weight", "layers.7"], {}),
+    ],
+)
+def test_depths_of_layers(names: list[str], expected: dict[str, float]) -> None:
+    assert layer_depths(names) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,14 +407,27 @@ ONE_PROBLEM: dict[str, tuple[str, str]] = {
         HEAD + "    parameters: {normalize: true}\n",
         "models[0].parameters.normalize: 'normalize' is one value for the whole merge",
     ),
-    "a gradient": (
-        HEAD + "    parameters: {weight: [0, 0.5, 1]}\n",
-        "models[0].parameters.weight: not supported yet: a list of values (a gradient over the "
-        "layers)",
+    "a word in a gradient": (
+        HEAD + "    parameters: {weight: [0, much, 1]}\n",
+        "models[0].parameters.weight[1]: expected a finite number, got 'much'",
     ),
-    "a gradient under a filter": (
-        HEAD + "    parameters: {weight: [{filter: mlp, value: [0, 1]}]}\n",
-        "models[0].parameters.weight[0].value: not supported yet: a list of values",
+    "a gradient out of range under a filter": (
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\nparameters:\n  density:\n"
+        "    - {filter: a, value: [0.5, 1.5]}\n",
+        "config.yml:6: parameters.density[0].value[1]: expected a finite number in [0, 1], got 1.5",
+    ),
+    "an empty gradient under a filter": (
+        HEAD + "    parameters: {weight: [{filter: mlp, value: []}]}\n",
+        "models[0].parameters.weight[0].value: expected a finite number, got an empty list",
+    ),
+    "a list within a gradient": (
+        HEAD + "    parameters: {weight: [0, [1, 2]]}\n",
+        "models[0].parameters.weight[1]: expected a finite number, got [1, 2]",
+    ),
+    "a gradient of a choice for all tensors": (
+        HEAD + "parameters: {nan: [keep, error]}\n",
+        "parameters.nan: expected one value for all tensors (one of 'error', 'keep'), got a list "
+        "of values over the layers",
     ),
     "an empty list of values": (HEAD + "parameters: {lambda: []}\n", "got an empty list"),
     "values and filters mixed": (

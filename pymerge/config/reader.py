@@ -220,8 +220,8 @@ class _Reader:
             if density is not None and density.by_tensor:
                 self.problems.append(
                     f"{density.where}: expected one number, because the trim is over the whole "
-                    f"model (semantics: {chosen['semantics']}), got a filter list; scope: tensor "
-                    "allows one"
+                    f"model (semantics: {chosen['semantics']}), got a value by tensor; scope: "
+                    "tensor allows that"
                 )
 
     def _warn(self, config: MergeConfig) -> None:

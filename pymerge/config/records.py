@@ -62,11 +62,15 @@ class MergeConfig:
         has = self.method.parameter("semantics") is not None
         return self.method.in_dialect(self.value("semantics") if has else None)
 
-    def resolve(self, tensor: str) -> TensorParameters:
+    def resolve(self, tensor: str, depth: float = 0.0) -> TensorParameters:
         """Return every parameter of one tensor, by `Parameter.name`.
 
         A model's own setting wins over the global one, that over the default; in a `filter` list
         the first entry that matches the tensor's name wins, and none matching counts as not set.
+
+        Args:
+            tensor: its name.
+            depth: of its layer, as `layer_depths` has it.
 
         Raises:
             RequestError: a parameter without default is set nowhere.
@@ -75,23 +79,23 @@ class MergeConfig:
         for parameter in self.method.parameters:
             if parameter.no_effect or parameter.only is not None or parameter.kind == "path":
                 continue  # without effect, or no parameter of a tensor
-            shared = self.value(parameter.name, tensor)
+            shared = self.value(parameter.name, tensor, depth)
             if parameter.scope == "method":
                 resolved[parameter.name] = self._required(parameter, shared, tensor, self.where)
                 continue
             values = []
             for entry in self.models:
                 setting = entry.parameters.get(parameter.name)
-                own = None if setting is None else setting.value_for(tensor)
+                own = None if setting is None else setting.value_for(tensor, depth)
                 value = shared if own is None else own
                 values.append(self._required(parameter, value, tensor, entry.where))
             resolved[parameter.name] = values
         return resolved
 
-    def value(self, name: str, tensor: str = "") -> Any:
+    def value(self, name: str, tensor: str = "", depth: float = 0.0) -> Any:
         """Return the global value of a parameter for a tensor, or its default."""
         setting = self.parameters.get(name)
-        value = None if setting is None else setting.value_for(tensor)
+        value = None if setting is None else setting.value_for(tensor, depth)
         if value is not None:
             return value
         parameter = self.method.parameter(name)

@@ -1,9 +1,9 @@
-"""Values of parameters in a config: one scalar, or one per tensor by `filter`."""
+"""Values of parameters in a config: one scalar, or one per tensor by `filter` and by layer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,29 @@ from pymerge.config.yaml_lines import YamlPath
 from pymerge.errors import RequestError, nearest
 from pymerge.methods import MethodSpec, Parameter
 
-__all__ = ["Clause", "Setting", "read_settings"]
+__all__ = ["Clause", "Gradient", "Setting", "layer_depths", "read_settings"]
 
 Scope = Literal["method", "model"]
+_LAYER = re.compile(r"((?:[^.]*[^.0-9][^.]*\.)*)([0-9]+)\.")
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values from the first layer to the last: numbers are interpolated, others jump."""
+
+    values: tuple[Any, ...]
+    numeric: bool
+
+    def at(self, depth: float) -> Any:
+        """Return the value at a depth: 0 for the first layer, 1 for the last."""
+        last = len(self.values) - 1
+        if not self.numeric:
+            return self.values[int(depth * last)]
+        # In mergekit's operations, so that numbers are its numbers to the last bit.
+        low = int(depth * last)
+        share = depth * last - low
+        return (1 - share) * self.values[low] + share * self.values[min(last, low + 1)]
 
 
 @dataclass(frozen=True)
@@ -39,14 +58,42 @@ class Setting:
     @property
     def by_tensor(self) -> bool:
         """Whether tensors may differ."""
-        return any(clause.filter is not None for clause in self.clauses)
+        return any(
+            clause.filter is not None or isinstance(clause.value, Gradient)
+            for clause in self.clauses
+        )
 
-    def value_for(self, tensor: str) -> Any:
-        """Return the value of the first clause that matches, or None where none does."""
+    def value_for(self, tensor: str, depth: float = 0.0) -> Any:
+        """Return the value of the first clause that matches, or None where none does.
+
+        depth: of the tensor's layer, as `layer_depths` has it.
+        """
         for clause in self.clauses:
             if clause.matches(tensor):
-                return clause.value
+                value = clause.value
+                return value.at(depth) if isinstance(value, Gradient) else value
         return None
+
+
+def layer_depths(names: Iterable[str]) -> dict[str, float]:
+    """Return how deep each tensor's layer is: 0 the first, 1 the last of its stack of layers.
+
+    The first number in a name is its layer, what is before it the stack. Tensors outside of layers
+    (embeddings, the last norm, the head) are at 0, and the layer of a stack of one at 1, as in
+    mergekit.
+    """
+    layers: dict[str, tuple[str, int]] = {}
+    deepest: dict[str, int] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        if found is None:
+            continue
+        layers[name] = (found[1], int(found[2]))
+        deepest[found[1]] = max(deepest.get(found[1], 0), int(found[2]))
+    return {
+        name: number / deepest[stack] if deepest[stack] > 0 else 1.0
+        for name, (stack, number) in layers.items()
+    }
 
 
 def read_settings(
@@ -121,12 +168,18 @@ def _read_setting(
                 problem = (
                     "expected a list of {filter: ..., value: ...} only, got other items among them"
                 )
-            else:
-                problem = (
-                    "not supported yet: a list of values (a gradient over the layers); give one "
-                    "value, or a list of {filter: ..., value: ...}"
+                return None, [f"{where(path)}: {problem}"], []
+            clause = _read_clause(None, value, path, parameter, where, problems)
+            if clause is not None and not parameter.per_tensor:
+                problems.append(
+                    f"{where(path)}: expected one value for all tensors ({parameter.expected}), "
+                    "got a list of values over the layers"
                 )
-            return None, [f"{where(path)}: {problem}"], []
+            return (
+                (None if problems or clause is None else Setting((clause,), where(path))),
+                (problems),
+                [],
+            )
     else:
         clause = _read_clause(None, value, path, parameter, where, problems)
         return (Setting((clause,), where(path)) if clause else None), problems, []
@@ -173,12 +226,6 @@ def _read_conditional(
     if len(problems) > found:
         return None
     value = item["value"]
-    if isinstance(value, list):
-        problems.append(
-            f"{where((*path, 'value'))}: not supported yet: a list of values (a gradient over the "
-            "layers)"
-        )
-        return None
     # "" is a part of every name
     everything = pattern is None or pattern in ("*", "")
     return _read_clause(
@@ -195,11 +242,30 @@ def _read_clause(
     problems: list[str],
 ) -> Clause | None:
     try:
+        if isinstance(value, list):
+            return Clause(pattern, _read_gradient(value, path, parameter, where), where(path))
         checked = parameter.check(_coerce(value, parameter), where(path))
     except RequestError as error:
         problems.extend(error.problems)
         return None
     return Clause(pattern, checked, where(path))
+
+
+def _read_gradient(
+    values: list[Any], path: YamlPath, parameter: Parameter, where: Callable[[YamlPath], str]
+) -> Gradient:
+    """Values over the layers.
+
+    Raises:
+        RequestError: there is none, or one is not a value of the parameter.
+    """
+    if not values:
+        raise RequestError(f"{where(path)}: expected {parameter.expected}, got an empty list")
+    checked = tuple(
+        parameter.check(_coerce(value, parameter), where((*path, index)))
+        for index, value in enumerate(values)
+    )
+    return Gradient(checked, numeric=parameter.kind == "float")
 
 
 def _coerce(value: Any, parameter: Parameter) -> Any:

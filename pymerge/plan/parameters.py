@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pymerge.config import MergeConfig, TensorParameters
+from pymerge.config import MergeConfig, TensorParameters, layer_depths
 from pymerge.errors import RequestError
 from pymerge.methods.data_driven import fisher_rule
 from pymerge.methods.sparse import band_counts
@@ -28,9 +28,10 @@ def resolve_parameters(
     """
     resolved: dict[str, TensorParameters] = {}
     cancelling: dict[tuple[float, ...], list[str]] = {}
+    depths = layer_depths(names)
     for name in names:
         try:
-            parameters = config.resolve(name)
+            parameters = config.resolve(name, depths.get(name, 0.0))
             if config.method.name == "ties":
                 TiesRule.of(parameters, config.where)
             if config.method.for_tensor is not None:

@@ -65,7 +65,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             vocab_size=40,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,
@@ -82,15 +82,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def setting(rng: random.Random, limits: tuple[float, float] | None) -> Any:
-    """A value, or a list of filters with one; None: a switch."""
+    """A value, values over the layers, or filters with one of these; None: a switch."""
 
     def one() -> Any:
         return rng.random() < 0.5 if limits is None else round(rng.uniform(*limits), 3)
 
+    def some() -> Any:
+        return one() if rng.random() < 0.6 else [one() for _ in range(rng.randint(1, 4))]
+
     if limits is None or rng.random() < 0.5:
-        return one()
+        return some()
     filters = rng.sample(FILTERS, rng.randint(1, 3))
-    return [*({"filter": f, "value": one()} for f in filters), {"filter": "*", "value": one()}]
+    return [*({"filter": f, "value": some()} for f in filters), {"filter": "*", "value": some()}]
 
 
 def random_config(rng: random.Random, method: str, paths: Mapping[str, str]) -> dict[str, Any]:
