@@ -31,7 +31,9 @@ def model_card(
         metadata["library_name"] = "transformers"
     metadata["tags"] = ["merge", "pymerge"]
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    models = "\n".join(f"* {_code(_shown_model(entry.path, entry.adapter))}" for entry in config.models)
+    models = "\n".join(
+        f"* {_code(_shown_model(entry.path, entry.adapter))}" for entry in config.models
+    )
     base = ""
     if config.base_model is not None and method.with_base(True):
         base = f" with {_code(_shown_model(config.base_model, config.base_adapter))} as the base"

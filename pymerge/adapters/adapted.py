@@ -243,9 +243,7 @@ def _oriented(module: Module, info: TensorInfo, saved: Saved | None) -> Module |
     )
 
 
-def _saved_problems(
-    own: str, saved: Saved, name: str, base: Checkpoint, label: str
-) -> list[str]:
+def _saved_problems(own: str, saved: Saved, name: str, base: Checkpoint, label: str) -> list[str]:
     info: Any = base.tensors.get(name)
     if name in base.tied or name in base.tied.values():
         return [

@@ -88,6 +88,8 @@ class Adapter:
         path: the directory it was read from, or None.
         files: its weight files and their sizes; empty in memory.
         warnings: what the user should know.
+        captured: of a result that was cut to a rank: the share of the squared norm of each module's
+            delta that the factors hold.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Adapter:
         self.label = label
         self.path = path
         self.warnings = warnings or []
+        self.captured: dict[str, float] = {}
         self._read = read
         self._checkpoint = checkpoint
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ def lora(
     config: Mapping[str, Any] | None = None,
     saved: Mapping[str, tuple[Array, tuple[int, ...]]] | None = None,
     label: str = "adapter",
-    target_modules: Iterable[str] | str | None = None,
+    target_modules: Sequence[str] | str | None = None,
+    captured: Mapping[str, float] | None = None,
 ) -> Adapter:
     """Make a LoRA adapter whose delta is B A, with a scaling of 1.
 
@@ -36,6 +38,7 @@ def lora(
         config: of an adapter whose base model and task are taken over.
         saved: whole tensors by the name of the base's, with their shapes.
         target_modules: for the config; default the names of all modules.
+        captured: see `Adapter.captured`.
     """
     kept: dict[str, Array] = {}
     modules: dict[str, Module] = {}
@@ -57,17 +60,16 @@ def lora(
     made["fan_in_fan_out"] = True in transposed
     made["peft_type"] = "LORA"
     made["target_modules"] = sorted(modules) if target_modules is None else target_modules
-    return like(made, modules, kept, saved, label)
+    adapter = like(made, modules, kept, saved, label)
+    adapter.captured = dict(captured or {})
+    return adapter
 
 
 def ia3(vectors: Mapping[str, np.ndarray], like_this: Adapter, label: str = "adapter") -> Adapter:
     """Make an IA3 adapter with other vectors."""
     modules, kept = {}, {}
     for name, vector in vectors.items():
-        module = like_this.modules[name]
-        modules[name] = Module(
-            name, "ia3", module.shape, feedforward=module.feedforward, keys=(name,)
-        )
+        modules[name] = replace(like_this.modules[name], keys=(name,))
         kept[name] = Array.of(np.array(vector, np.float32, order="C"), "F32")
     return like(like_this.config, modules, kept, None, label)
 
@@ -94,7 +96,5 @@ def stored_shape(module: Module, factor: str) -> tuple[int, ...]:
     rows, columns = module.features
     if module.kind == "conv":
         ones = (1,) * (len(module.shape) - 2)
-        return (
-            (module.rank, *module.shape[1:]) if factor == "A" else (rows, module.rank, *ones)
-        )
+        return (module.rank, *module.shape[1:]) if factor == "A" else (rows, module.rank, *ones)
     return (module.rank, columns) if factor == "A" else (rows, module.rank)

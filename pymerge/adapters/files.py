@@ -291,9 +291,7 @@ def write(adapter: Adapter, directory: Path, dtype: str | None) -> None:
                 array, _, code = tensors[placed.name]
                 file.write(_as(array, code).bytes().numpy().data)
     except OSError as error:
-        raise MergeError(
-            f"{directory}: cannot be written: {error.strerror or error}"
-        ) from error
+        raise MergeError(f"{directory}: cannot be written: {error.strerror or error}") from error
 
 
 def _stored(name: str, module: Module, which: str) -> tuple[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 from pymerge.methods.ties import ties_rule
 
-__all__ = ["load_config"]
+__all__ = ["config_of", "load_config", "read_document"]
 
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -46,13 +46,23 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConf
         RequestError: listing everything that is wrong, each as `file:line: key: expected ..., got
             ...`.
     """
+    return config_of(*read_document(source))
+
+
+def read_document(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[LinedYaml, str]:
+    """Return the YAML document of a configuration, and its text."""
     if isinstance(source, Mapping):
         data = _plain(source)
-        document = LinedYaml("config", data)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    else:
-        text = _read_text(Path(source))
-        document = load_yaml(text, os.fspath(source))
+        return LinedYaml("config", data), text
+    text = _read_text(Path(source))
+    return load_yaml(text, os.fspath(source)), text
+
+
+def config_of(document: LinedYaml, text: str) -> MergeConfig:
+    """Check the configuration that a document holds; see `load_config`."""
     return _Reader(document, text).read()
 
 
