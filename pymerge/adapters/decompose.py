@@ -19,7 +19,7 @@ __all__ = ["LowRank", "Method", "factor_matrix", "factor_product", "one_thread"]
 Method = Literal["auto", "exact", "randomized"]
 
 _SMALL = 384  # matrices with a side up to this are decomposed exactly
-_EXTRA = 8  # columns beside those that are wanted (Halko et al. 2011: 5 to 10)
+_EXTRA = 16  # columns beside those that are wanted
 _FIRST = 32  # where an energy is wanted, so many are tried first
 
 
@@ -83,7 +83,7 @@ def factor_matrix(
     most: int | None = None,
     method: Method = "auto",
     seed: int = 0,
-    power: int = 3,
+    power: int = 5,
 ) -> LowRank:
     """Return low-rank factors of a matrix.
 
