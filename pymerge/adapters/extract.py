@@ -160,6 +160,20 @@ def extract_lora(
         RequestError: checkpoints that do not fit each other, nothing that changed, wrong options.
         NonFiniteError: a weight holds NaN or infinity.
         MergeError: the output could not be written.
+
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> from pymerge.adapters import load
+    >>> base, change = torch.zeros(3, 2), torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0]])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"fc.weight": base}, f"{folder}/base.safetensors")
+    ...     save_file({"fc.weight": base + change}, f"{folder}/model.safetensors")
+    ...     paths = [f"{folder}/{name}.safetensors" for name in ("base", "model")]
+    ...     report = extract_lora(*paths, f"{folder}/out", rank=1)
+    ...     load(f"{folder}/out").delta("fc").round(4)
+    array([[1., 2.],
+           [2., 4.],
+           [0., 0.]], dtype=float32)
     """
     started = time.monotonic()
     if rank is None and energy is None:

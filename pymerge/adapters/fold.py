@@ -38,6 +38,18 @@ def fold(
         RequestError: the adapter is damaged, not supported, or belongs to another base; lists every
             problem.
         MergeError: the output could not be written.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import load_file, save_file
+    >>> from pymerge.adapters.build import lora
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"fc.weight": np.ones((2, 2), np.float32)}, f"{folder}/base.safetensors")
+    ...     lora({"fc": (np.ones((2, 1)), np.array([[1.0, 2.0]]))}).save(f"{folder}/lora")
+    ...     report = fold(f"{folder}/base.safetensors", f"{folder}/lora", f"{folder}/out")
+    ...     load_file(f"{folder}/out/model.safetensors")["fc.weight"]
+    array([[2., 3.],
+           [2., 3.]], dtype=float32)
     """
     config: dict[str, Any] = {
         "merge_method": "passthrough",
