@@ -330,10 +330,6 @@ def test_the_command(two: list[Adapter], tmp_path: Path, capsys: Any) -> None:
 BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "method": ("merge_method: tise\nmodels: []\n", "c.yml:1: merge_method: unknown method 'tise'"),
     "no method": ("models: []\n", "'merge_method' is missing"),
-    "base": (
-        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n",
-        "c.yml:2: base_model: adapters are merged without their base",
-    ),
     "statistics": ("merge_method: fisher\nmodels: [{model: a}]\n", "fisher does not work on"),
     "parameter": (
         "merge_method: peft_ties\nmodels: [{model: a}]\nparameters: {densty: 1}\n",
@@ -377,3 +373,85 @@ def test_bad_configurations(case: str, tmp_path: Path, monkeypatch: Any) -> None
         run_merge_adapters("c.yml", "out")
     assert expected in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# Onto the base
+
+
+def onto(two: list[Adapter], tmp_path: Path, method: str, **parameters: Any) -> dict[str, Any]:
+    """Write a base of Linear, Conv1D and other tensors; return a configuration."""
+    generator = torch.Generator().manual_seed(9)
+    base: dict[str, torch.Tensor] = {
+        f"{name}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in SHAPES.items()
+    }
+    base["h.0.k.weight"] = base["h.0.k.weight"].T.contiguous()
+    base |= {"a.norm": torch.randn(7, generator=generator), "z.ids": torch.arange(5)}
+    base["i.weight"] = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    models.save(tmp_path / "base", base, files=2)
+    entries = [{"model": str(tmp_path / name), "parameters": {"weight": 1.5}} for name in "ab"]
+    return {
+        "merge_method": method,
+        "base_model": str(tmp_path / "base"),
+        "models": entries,
+        "parameters": parameters,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("task_arithmetic", {}),
+        ("ties", {"density": 0.4, "semantics": "official"}),
+        ("dare_linear", {"density": 0.5}),
+        ("pcb", {}),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_merge_onto_the_base_rounds_once(
+    two: list[Adapter], method: str, parameters: dict[str, Any], threads: int, tmp_path: Path
+) -> None:
+    config = onto(two, tmp_path, method, **parameters)
+    report = run_merge_adapters(config, tmp_path / "out", seed=3, threads=threads, shard_size=900)
+    base, got = models.load(tmp_path / "base"), models.load(tmp_path / "out")
+    names = {f"{name}.weight": name for name in SHAPES}
+    states = [
+        {
+            weight: (
+                adapter.delta_weight(name) if name in adapter.modules else torch.zeros(SHAPES[name])
+            )
+            for weight, name in names.items()
+        }
+        for adapter in two
+    ]
+    for state in states:  # thresholds, masks and orders are those of the base's orientation
+        state["h.0.k.weight"] = state["h.0.k.weight"].T.contiguous()
+    zero = {name: torch.zeros_like(tensor) for name, tensor in states[0].items()}
+    drawn = {"seed": 3, "rescale": "l1"} if method.startswith("dare") else {}
+    merged = pymerge.merge(method, zero, states, weights=1.5, **{**parameters, **drawn})
+    expected = dict(base)
+    for name, delta in merged.items():
+        expected[name] = (base[name].float() + delta).bfloat16()
+    models.assert_same(got, expected)
+    assert len(report.output.shards) > 1
+    assert [one.path for one in report.inputs][1:] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert "Models" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bad_merges_onto_a_base(two: list[Adapter], tmp_path: Path) -> None:
+    config = onto(two, tmp_path, "ties")
+
+    def problem(**changes: Any) -> str:
+        with pytest.raises(RequestError) as caught:
+            run_merge_adapters({**config, **changes}, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    assert "config: rank: is of an adapter, but with base_model" in problem(rank=3)
+    assert "no such file or directory" in problem(base_model=str(tmp_path / "nowhere"))
+    models.save(tmp_path / "other", {"h.0.q.weight": torch.ones(3, 3)})
+    assert "module 'h.0.k': the base has no tensor" in problem(base_model=str(tmp_path / "other"))
+    pair = ia3_pair(tmp_path)
+    entries = [{"model": str(adapter.path)} for adapter in pair]
+    assert "is IA3, whose deltas depend on the base" in problem(models=entries)
+    assert "unknown key 'base_model'" in problem(merge_method="svd")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pymerge.adapters.adapter import Adapter
     from pymerge.adapters.arithmetic import add, analogy, negate, scale
     from pymerge.adapters.combine import merge_adapters
+    from pymerge.adapters.command import run_merge_adapters
     from pymerge.adapters.extract import ExtractReport, extract_lora
     from pymerge.adapters.files import load
     from pymerge.adapters.fold import fold
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "merge_adapters",
     "negate",
+    "run_merge_adapters",
     "scale",
 ]
 
@@ -38,6 +40,7 @@ _LAZY = {
     "load": "files",
     "merge_adapters": "combine",
     "negate": "arithmetic",
+    "run_merge_adapters": "command",
     "scale": "arithmetic",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,15 +163,17 @@ class Adapter:
             raise RequestError(f"{self.label}: '{name}' is a LoRA module, which has no vector")
         return self._values(module.keys[0], name, "vector").reshape(module.shape)
 
-    def delta(self, name: str) -> np.ndarray:
+    def delta(self, name: str, transposed: bool | None = None) -> np.ndarray:
         """Return what a LoRA module adds to its weight: float32, in the weight's shape.
 
         scaling * (B A), transposed where the weight is [in, out]; the products of an element are
-        added up in the order of the rank.
+        added up in the order of the rank. `transposed` overrides the module's.
         """
         module = self.module(name)
+        if transposed is not None and transposed != module.transposed:
+            module = replace(module, shape=module.shape[::-1], transposed=transposed)
         out = np.empty(module.matrix, np.float32)
-        b, a = self.oriented(name)
+        b, a = self.oriented(name, module.transposed)
         low_rank(Array.of(out, "F32"), None, b, a, module.scaling)
         return out.reshape(module.shape)
 

@@ -37,7 +37,8 @@ def add_adapter_commands(commands: Commands, size: Callable[[str], int], integer
     fold.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     adapters = commands.add_parser(
-        "merge-adapters", help="merge the LoRA or IA3 adapters of a config into one adapter"
+        "merge-adapters",
+        help="merge the LoRA or IA3 adapters of a config into one adapter, or onto their base",
     )
     adapters.add_argument(
         "config", metavar="CONFIG", help="a merge configuration whose models are adapters (YAML)"
@@ -45,6 +46,13 @@ def add_adapter_commands(commands: Commands, size: Callable[[str], int], integer
     adapters.add_argument("out", metavar="OUT", help="directory to write")
     adapters.add_argument(
         "--seed", type=integer(0), default=0, metavar="N", help="of random masks (default: 0)"
+    )
+    adapters.add_argument(
+        "--memory", type=size, default="2GiB", metavar="SIZE", help="of a model that is written"
+    )
+    adapters.add_argument("--threads", type=integer(1), metavar="N", help="default: one per core")
+    adapters.add_argument(
+        "--shard-size", type=size, default="5GB", metavar="SIZE", help="largest file of a model"
     )
     adapters.add_argument("--force", action="store_true", help="replace OUT if it exists")
     adapters.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -105,7 +113,14 @@ def _merge_adapters(options: argparse.Namespace) -> Any:
     from pymerge.adapters.command import run_merge_adapters
 
     return run_merge_adapters(
-        options.config, options.out, seed=options.seed, force=options.force, quiet=options.quiet
+        options.config,
+        options.out,
+        seed=options.seed,
+        force=options.force,
+        quiet=options.quiet,
+        memory=options.memory,
+        shard_size=options.shard_size,
+        threads=options.threads,
     )
 
 

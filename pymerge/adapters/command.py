@@ -21,6 +21,7 @@ from pymerge.adapters.combine import (
 )
 from pymerge.adapters.dialects import PARAMETERS
 from pymerge.adapters.files import load, write
+from pymerge.adapters.onto import merge_onto_base
 from pymerge.config.reader import config_of, read_document
 from pymerge.config.schema import dotted, shown
 from pymerge.config.yaml_lines import YamlPath
@@ -28,7 +29,7 @@ from pymerge.engine.progress import Recorder
 from pymerge.errors import MergeError, RequestError, nearest
 from pymerge.output import OutputDirectory
 from pymerge.plan.parameters import resolve_parameters, unused_filters
-from pymerge.report import versions
+from pymerge.report import MergeReport, versions
 
 __all__ = ["REPORT", "AdaptersReport", "run_merge_adapters"]
 
@@ -81,17 +82,21 @@ def run_merge_adapters(
     seed: int = 0,
     force: bool = False,
     quiet: bool = True,
-) -> AdaptersReport:
-    """Merge the adapters of a configuration into one adapter.
+    **options: Any,
+) -> AdaptersReport | MergeReport:
+    """Merge the adapters of a configuration: into one adapter, or onto their base.
 
     Args:
         config: path of a YAML file, or its content: `merge_method`, `models` (each `model` is an
             adapter's directory, with its `parameters`), `parameters`; and `rank` or `energy`,
-            `saved` and `dtype` as in `merge_adapters` and `Adapter.save`.
+            `saved` and `dtype` as in `merge_adapters` and `Adapter.save`. With `base_model` (and
+            one of the methods of `pymerge methods`) the merged deltas are added to the base, and a
+            whole model is written; nothing is cut to a rank, and it is rounded once.
         out: directory to write; must not exist unless `force`.
         seed: of random masks.
         force: replace an existing `out`.
         quiet: show no progress on stderr.
+        options: of a whole model: memory, shard_size (bytes), threads.
 
     Raises:
         RequestError: listing everything that is wrong with the configuration, then with the
@@ -108,6 +113,10 @@ def run_merge_adapters(
             _open(path, name, adapters, problems)
         if problems:
             raise RequestError(problems)
+        if request.onto_base:
+            return request.merge_onto_base(
+                adapters, out, seed=seed, force=force, quiet=quiet, **options
+            )
         with Recorder(quiet=quiet) as recorder, directory:
             merged = request.merge(adapters, seed, recorder)
             ranks = sorted(module.rank for module in merged.modules.values())
@@ -159,6 +168,7 @@ class _Request:
         self.paths: list[str] = []
         self.names: list[str] = []
         self._config: Any = None
+        self.onto_base = False
         self._weights: list[float] = []
         self._given: dict[str, Any] = {}
         self._document, self.document_text = read_document(config)
@@ -201,10 +211,12 @@ class _Request:
             except RequestError as error:
                 self.problems += error.problems
                 return
-        if self._document.data.get("base_model") is not None:
+        self.onto_base = self._document.data.get("base_model") is not None
+        cut = [key for key in ("rank", "energy") if self._document.data.get(key) is not None]
+        if self.onto_base and cut:
             self.problems.append(
-                f"{self._where(('base_model',))}: adapters are merged without their base; remove "
-                "the key, or use `pymerge merge` with models MODEL+ADAPTER"
+                f"{self._where((cut[0],))}: is of an adapter, but with base_model a whole model is "
+                "written; remove one of them"
             )
         try:
             self._config = config_of(
@@ -262,6 +274,12 @@ class _Request:
                     f"{self.method}{nearest(str(key), known)} (known: {', '.join(known)})"
                 )
         return {key: item for key, item in value.items() if key in known}
+
+    def merge_onto_base(self, adapters: list[Adapter], out: Any, **options: Any) -> MergeReport:
+        """Merge adapters that have been opened, and write the base with the result."""
+        return merge_onto_base(
+            self._config, adapters, out, saved=self.saved, dtype=self.dtype, **options
+        )
 
     def merge(self, adapters: list[Adapter], seed: int, recorder: Recorder) -> Adapter:
         """Merge adapters that have been opened."""

@@ -54,13 +54,19 @@ class DeltaSource:
         base = Array.of(self._zeros, "F32")[: _numel(module)] if self._based else None
         if self._made is None or self._made[0] != name:
             self._made = None
-            self._made = (name, [self._delta(adapter, module) for adapter in self._adapters])
+            self._made = (name, [self._flat(adapter, name) for adapter in self._adapters])
         return base, list(self._made[1])
 
-    def _delta(self, adapter: Adapter, module: Module) -> Flat:
-        if module.name not in adapter.modules:
-            return Array.of(self._zeros, "F32")[: _numel(module)]
-        return Array.of(adapter.delta(module.name).reshape(-1), "F32")
+    def _flat(self, adapter: Adapter, name: str) -> Flat:
+        delta = self.delta(adapter, name)
+        if delta is None:
+            return Array.of(self._zeros, "F32")[: _numel(self._modules[name])]
+        return Array.of(delta.reshape(-1), "F32")
+
+    def delta(self, adapter: Adapter, name: str) -> np.ndarray | None:
+        """Return the delta of a tensor, or None where the adapter does not change it."""
+        module = self._modules[name]
+        return adapter.delta(module.name) if module.name in adapter.modules else None
 
     def statistics(self, name: str) -> TensorStatistics:
         raise NotImplementedError  # methods that need them are refused
