@@ -182,6 +182,28 @@ def test_a_leading_part_of_the_names(in_base: str, in_adapter: str, tmp_path: Pa
     assert any(f"'{in_adapter}.weight' is '{in_base}.weight'" in text for text in report.warnings)
 
 
+def test_folding_embeddings_and_convolutions(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = {"embed.weight": torch.randn(10, 6), "conv.weight": torch.randn(5, 3, 2, 2)}
+    save(tmp_path / "base", base, config=None)
+    a, b = torch.randn(4, 10, generator=generator), torch.randn(6, 4, generator=generator)
+    wide, up = torch.randn(4, 3, 2, 2, generator=generator), torch.randn(5, 4, generator=generator)
+    tensors = {
+        f"{PREFIX}embed.lora_embedding_A": a,
+        f"{PREFIX}embed.lora_embedding_B": b,
+        f"{PREFIX}conv.lora_A.weight": wide,
+        f"{PREFIX}conv.lora_B.weight": up.view(5, 4, 1, 1),
+    }
+    save_adapter(tmp_path / "a", tensors)
+    fold(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    kernel = delta(up, wide.view(4, 12), 2.0).view(5, 3, 2, 2)
+    expected = {
+        "embed.weight": base["embed.weight"] + delta(b, a, 2.0).T,
+        "conv.weight": base["conv.weight"] + kernel,
+    }
+    assert_same(models.load(tmp_path / "out"), expected)
+
+
 def test_ia3(tmp_path: Path) -> None:
     base = {
         "k.weight": torch.randn(6, 5).bfloat16(),

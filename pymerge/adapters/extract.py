@@ -6,13 +6,14 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pymerge.adapters.adapter import Module
+from pymerge.adapters.adapter import Kind, Module
 from pymerge.adapters.build import Factors, lora
 from pymerge.adapters.combine import check_rank
 from pymerge.adapters.decompose import LowRank, Method, factor_matrix, one_thread
@@ -24,6 +25,7 @@ from pymerge.backends.low_rank import store
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.dtypes import DTYPES
 from pymerge.engine.progress import Recorder
+from pymerge.engine.work import slices
 from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest
 from pymerge.output import OutputDirectory
 
@@ -33,6 +35,7 @@ EXTRACT_REPORT = "pymerge_extract.json"
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _SHOWN = 20
+_AT_ONCE = 1 << 22  # elements that are subtracted at a time
 
 
 def extract_lora(
@@ -252,46 +255,57 @@ class _Work:
 
     def _tensor(self, info: TensorInfo, save_changed: bool) -> tuple[float, float]:
         """Return the squared norm of a tensor's change, and how much of it the adapter has."""
-        delta = self._delta(info)
-        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
         kind = self._chooser.kind(info)
         if kind is not None:
-            module = info.name.removesuffix(".weight")
-            if norm == 0:
-                self._report.unchanged.append(self._prefix + module)
-                return 0.0, 0.0
-            transposed = kind == "embedding" or self._chooser.transposed(info.name)
-            matrix = delta.view(info.shape)
-            low, error = self._factor(matrix.T if transposed else matrix, norm)
-            name = self._prefix + module
-            self._factors[name] = low.b, low.a
-            self._modules[name] = Module(name, kind, info.shape, transposed=transposed)
-            self._report.modules[name] = Extracted(low.rank, low.energy, error, norm, low.exact)
-            return norm**2, norm**2 * max(0.0, 1 - error**2)
-        if norm == 0:
+            return self._module(info, kind)
+        squares = math.fsum(
+            float(np.vdot(part, part))
+            for _, change in self._changes(info)
+            for part in [change.astype(np.float64)]
+        )
+        if squares == 0:
             return 0.0, 0.0
         # PEFT saves modules: what is no weight or bias of one has no name there.
         if save_changed and info.name.endswith((".weight", ".bias")):
             array = self._model.array(info.name)
             self._saved[self._prefix + info.name] = (array, info.shape)
             self._report.saved.append(self._prefix + info.name)
-            return norm**2, norm**2
-        self._report.left_out[info.name] = norm
-        return norm**2, 0.0
+            return squares, squares
+        self._report.left_out[info.name] = math.sqrt(squares)
+        return squares, 0.0
 
-    def _delta(self, info: TensorInfo) -> torch.Tensor:
+    def _module(self, info: TensorInfo, kind: Kind) -> tuple[float, float]:
+        name = self._prefix + info.name.removesuffix(".weight")
+        delta = torch.empty(info.numel)
+        for start, change in self._changes(info):
+            delta[start : start + len(change)] = torch.from_numpy(change)
+        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+        if norm == 0:
+            self._report.unchanged.append(name)
+            return 0.0, 0.0
+        transposed = kind == "embedding" or self._chooser.transposed(info.name)
+        matrix = delta.view(info.shape)
+        low, error = self._factor(matrix.T if transposed else matrix, norm)
+        self._factors[name] = low.b, low.a
+        self._modules[name] = Module(name, kind, info.shape, transposed=transposed)
+        self._report.modules[name] = Extracted(low.rank, low.energy, error, norm, low.exact)
+        return norm**2, norm**2 * max(0.0, 1 - error**2)
+
+    def _changes(self, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first element, model - base in float32) of stretches of a tensor."""
         wide = "F64" in (info.dtype, self._base.tensors[info.name].dtype)
-        values = []
-        for checkpoint in (self._base, self._model):
-            own = widen(checkpoint.array(info.name), wide)
-            if not np.isfinite(own).all():
-                at = int(np.flatnonzero(~np.isfinite(own))[0])
-                raise NonFiniteError(
-                    f"{checkpoint.label}: tensor '{info.name}' holds {own[at]} at flat index {at}"
-                )
-            values.append(own)
-        with np.errstate(over="ignore"):
-            return torch.from_numpy((values[1] - values[0]).astype(np.float32, copy=False))
+        pair = [checkpoint.array(info.name) for checkpoint in (self._base, self._model)]
+        for start, stop in slices(info.numel, _AT_ONCE):
+            before, after = (widen(array[start:stop], wide) for array in pair)
+            for checkpoint, own in ((self._base, before), (self._model, after)):
+                if not np.isfinite(own).all():
+                    at = int(np.flatnonzero(~np.isfinite(own))[0])
+                    raise NonFiniteError(
+                        f"{checkpoint.label}: tensor '{info.name}' holds {own[at]} at flat index "
+                        f"{start + at}"
+                    )
+            with np.errstate(over="ignore"):
+                yield start, (after - before).astype(np.float32, copy=False)
 
     def _factor(self, matrix: torch.Tensor, norm: float) -> tuple[LowRank, float]:
         low = factor_matrix(matrix, seed=self._seed, **self._options)

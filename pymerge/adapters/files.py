@@ -24,7 +24,7 @@ from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, MergeError, RequestError, nearest
 from pymerge.output.layout import OutputTensor, plan_layout
 
-__all__ = ["CONFIG", "WEIGHTS", "is_adapter", "load", "save", "write"]
+__all__ = ["CONFIG", "WEIGHTS", "load", "save", "write"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -36,11 +36,6 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<which>[AB])(\.[^.]+
 _VECTOR = re.compile(r"(?P<module>.+)\.ia3_l(\.[^.]+)?")
 _FOREIGN = re.compile(r"(^|\.)(lora|ia3|hada|lokr|oft|vera|adalora)_")
 _WRAPPED = re.compile(r"\.(modules_to_save(\.[^.]+(?=\.))?|base_layer)(?=\.)")
-
-
-def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a directory looks like an adapter: it has an adapter_config.json."""
-    return (Path(path) / CONFIG).is_file()
 
 
 def load(path: str | os.PathLike[str], label: str | None = None) -> Adapter:
