@@ -147,6 +147,22 @@ def test_folding_is_merge_and_unload(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).logits, peft(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_folding_into_bfloat16_rounds_once(tmp_path: Path) -> None:
+    """As PEFT does with an adapter in float32, but for sums of BLAS that round the other way."""
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    made(llama, lora(), tmp_path / "adapter", 1)
+    fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = load_checkpoint(tmp_path / "out")
+    base = llama().to(torch.bfloat16)
+    peft = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    equal = total = 0
+    for name, tensor in peft.state_dict().items():
+        assert got[name].dtype == torch.bfloat16
+        torch.testing.assert_close(got[name], tensor, rtol=2**-7, atol=1e-6)
+        equal, total = equal + int((got[name] == tensor).sum()), total + tensor.numel()
+    assert equal > 0.999 * total
+
+
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
