@@ -8,6 +8,7 @@ ARGS ?=
 VENV   := .venv
 PEERS  := .venv-peers
 FUSION := .venv-fusion
+PEFT   := .venv-peft
 PY     := $(VENV)/bin/python
 # Stamps live in the environment that they describe and go with it.
 DONE   := $(VENV)/.done
@@ -23,6 +24,7 @@ PIP    := $(PINNED) $(PY) -m pip install -c constraints.txt --no-warn-conflicts
 # torch comes first and by itself, so that no other requirement chooses its build.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PEER   := $(shell grep '^mergekit==' constraints.txt)
+TUNER  := $(shell grep '^peft==' constraints.txt)
 BENCH  := $(shell sed -n 's/^\(fusion-bench==[^;]*\).*/\1/p' constraints.txt)
 NATIVE := $(shell find csrc -type f) setup.py pymerge/_version.py
 PINS   := pyproject.toml constraints.txt
@@ -42,7 +44,7 @@ QUALITY := text published vision llm
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-compile test-peers test-fusion test-packaging lint format bench bench-peers bench-ada venv clean
+.PHONY: help demo demo-small test test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada venv clean
 .PHONY: quality $(QUALITY:%=quality-%)
 
 help:
@@ -52,6 +54,7 @@ help:
 	@echo "make test-compile    what is for GPUs: compiled, and run on the processor"
 	@echo "make test-peers      compare with mergekit, in an environment that has it"
 	@echo "make test-fusion     compare AdaMerging with FusionBench, in an environment that has it"
+	@echo "make test-peft       compare adapters with PEFT, in an environment that has it"
 	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
 	@echo "make lint            ruff, pyright and clang-format, changing nothing"
 	@echo "make format          let ruff and clang-format rewrite the sources"
@@ -82,6 +85,9 @@ test-peers: $(PEERS)/.done/pymerge
 
 test-fusion: $(FUSION)/.done/pymerge
 	$(FUSION)/bin/python -m pytest -q -m peers tests/peers/test_fusion_bench.py $(ARGS)
+
+test-peft: $(PEFT)/.done/pymerge
+	$(PEFT)/bin/python -m pytest -q -m peers tests/peers/test_peft.py $(ARGS)
 
 test-packaging: $(DONE)/extra-packaging
 	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
@@ -162,7 +168,19 @@ $(FUSION)/.done/fusion: constraints.txt
 	@$(subst $(VENV),$(FUSION),$(PIP)) '$(BENCH)'
 	@touch $@
 
+$(PEFT)/.done/peft: constraints.txt
+	$(call make_venv,$(PEFT))
+	@echo "--- $(TUNER)"
+	@$(subst $(VENV),$(PEFT),$(PIP)) '$(TORCH)'
+	@$(subst $(VENV),$(PEFT),$(PIP)) '$(TUNER)'
+	@touch $@
+
 # The extension is built in place: by the same Python, it is the same file.
+$(PEFT)/.done/pymerge: $(PEFT)/.done/peft $(DONE)/install
+	@echo "--- pymerge and pytest beside PEFT"
+	@$(subst $(VENV),$(PEFT),$(PIP)) -e . 'pytest>=8.1'
+	@touch $@
+
 $(FUSION)/.done/pymerge: $(FUSION)/.done/fusion $(DONE)/install
 	@echo "--- pymerge and pytest beside FusionBench"
 	@$(subst $(VENV),$(FUSION),$(PIP)) -e . 'pytest>=8.1'
@@ -174,6 +192,6 @@ $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FUSION) build dist ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUSION) $(PEFT) build dist ./*.egg-info .pytest_cache .ruff_cache
 	rm -f pymerge/_C*.so pymerge/_cuda.so
 	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 6;
+constexpr uint32_t kAbiVersion = 7;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -293,6 +293,20 @@ struct PackedArgs {
   double* partials;  // null: the sum
 };
 
+// out[i][c] = base[i][c] + scale * sum_j b[i][j] a[j][c], in floats and in the order of j; without
+// a base (data == null) what would be added. No doubles.
+struct LowRankArgs {
+  Execution execution;
+  int64_t rows;
+  int64_t columns;
+  int64_t rank;
+  Operand base;  // [rows][columns]
+  const float* b;
+  const float* a;
+  double scale;
+  MutableOperand out;
+};
+
 // ranks[k][i] = rank of |models[k] - base| among the elements of its row of `columns`, from 0; of
 // equal magnitudes, that of the lower index is the smaller. Less than 2^31 columns.
 struct RanksArgs {
@@ -393,6 +407,7 @@ struct KernelTable {
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
   Status (*divergence_sums)(const DivergenceArgs*) = nullptr;
   Status (*row_importance)(const ImportanceArgs*) = nullptr;
+  Status (*low_rank)(const LowRankArgs*) = nullptr;  // null on CUDA
 };
 
 }  // namespace pymerge

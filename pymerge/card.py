@@ -31,10 +31,12 @@ def model_card(
         metadata["library_name"] = "transformers"
     metadata["tags"] = ["merge", "pymerge"]
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    models = "\n".join(f"* {_code(_shown(entry.path))}" for entry in config.models)
+    models = "\n".join(
+        f"* {_code(_shown_model(entry.path, entry.adapter))}" for entry in config.models
+    )
     base = ""
     if config.base_model is not None and method.with_base(True):
-        base = f" with {_code(_shown(config.base_model))} as the base"
+        base = f" with {_code(_shown_model(config.base_model, config.base_adapter))} as the base"
     # a fence longer than any in the text
     ticks = max((len(run) for run in re.findall(r"`{3,}", config.text)), default=2) + 1
     fence = "`" * max(ticks, 3)
@@ -62,6 +64,10 @@ A merge of models made with pymerge {version}.
 {fence}yaml
 {text}{fence}
 """
+
+
+def _shown_model(path: str, adapter: str | None) -> str:
+    return _shown(path) if adapter is None else f"{_shown(path)}+{_shown(adapter)}"
 
 
 def _shown(path: str) -> str:

@@ -1,4 +1,5 @@
-"""The command line: `pymerge merge | plan | methods | info`.
+"""The command line: `pymerge merge | plan | ada | fold | merge-adapters | extract-lora | methods |
+info`.
 
 Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
@@ -16,10 +17,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from pymerge.adapters.cli import ADAPTER_COMMANDS, add_adapter_commands
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "merge": _merge,
         "plan": _plan,
         "ada": _ada,
+        **{name: partial(_run_adapters, run) for name, run in ADAPTER_COMMANDS.items()},
         "methods": _methods,
         "info": _info,
     }
@@ -115,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     ada.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
     ada.add_argument("--force", action="store_true", help="replace OUT if it exists")
     ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    add_adapter_commands(commands, _size, _integer)
 
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -199,14 +205,24 @@ def _device(text: str) -> str:
     return text
 
 
-def _merge(options: argparse.Namespace) -> None:
-    from pymerge import engine
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind, so that temporary files are removed."""
 
     def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from pymerge import engine
+
+    with _terminable():
         report = engine.merge_checkpoints(
             options.config,
             options.out,
@@ -222,8 +238,6 @@ def _merge(options: argparse.Namespace) -> None:
             quiet=options.quiet,
             checksums=options.checksums,
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if not options.quiet:
         _print_warnings(report.warnings)
         print(report.summary())
@@ -247,6 +261,16 @@ def _ada(options: argparse.Namespace) -> None:
             first, last = result.history[0]["entropy"], result.history[-1]["entropy"]
             print(f"{result.steps} steps: mean entropy {first:.4f} -> {last:.4f} nats")
         print(f"coefficients: {options.out}.ada")
+        print(report.summary())
+
+
+def _run_adapters(
+    command: Callable[[argparse.Namespace], Any], options: argparse.Namespace
+) -> None:
+    with _terminable():
+        report = command(options)
+    if not options.quiet:
+        _print_warnings(report.warnings)
         print(report.summary())
 
 

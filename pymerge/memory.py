@@ -61,6 +61,7 @@ class MemoryPlan:
     buffer_bytes: of each of CHUNKS + PIECES page-locked buffers; 0 where the CPU computes.
     matrix_bytes: for the largest linear system (RegMean); 0 where none is solved.
     solvers: threads that solve one, each with right sides of its own in matrix_bytes.
+    folded_bytes: for weights into which an adapter is folded, a tensor at a time.
     total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
         page cache: the kernel takes that back when it needs it.
     """
@@ -73,6 +74,7 @@ class MemoryPlan:
     buffer_bytes: int = 0
     matrix_bytes: int = 0
     solvers: int = 0
+    folded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def plan_memory(
     staged: bool = False,
     matrices: int = 0,
     solvers: int = 0,
+    folded: int = 0,
 ) -> MemoryPlan:
     """Fit a merge into a limit.
 
@@ -139,6 +142,7 @@ def plan_memory(
         staged: whether a GPU computes.
         matrices: bytes of matrices that must be held as a whole; they cannot be made smaller.
         solvers: what they are for; only passed on.
+        folded: bytes of weights that adapters are folded into; they cannot be made smaller.
 
     Raises:
         RequestError: not even the smallest sizes fit; names the smallest limit that works.
@@ -147,7 +151,7 @@ def plan_memory(
     samples = MAX_SAMPLES if selects else 0
     slots, slot_bytes = MAX_SLOTS, MAX_SLOT_BYTES
     buffer_bytes = MAX_BUFFER_BYTES if staged else 0
-    fixed = FIXED_BYTES + (CUDA_FIXED_BYTES if staged else 0) + matrices
+    fixed = FIXED_BYTES + (CUDA_FIXED_BYTES if staged else 0) + matrices + folded
     while True:
         parts = {
             "histogram": models * bins * (4 * threads + 16),
@@ -158,7 +162,7 @@ def plan_memory(
         total = fixed + sum(parts.values())
         if total <= limit:
             return MemoryPlan(
-                slots, slot_bytes, bins, samples, total, buffer_bytes, matrices, solvers
+                slots, slot_bytes, bins, samples, total, buffer_bytes, matrices, solvers, folded
             )
         smaller = {
             "histogram": bins > MIN_BINS,

@@ -62,6 +62,8 @@ def plan_text(plan: MergePlan) -> str:
     if memory.matrix_bytes:
         threads = f" on {memory.solvers} threads" if memory.solvers > 1 else ""
         parts += f", {format_size(memory.matrix_bytes)} for the largest linear system{threads}"
+    if memory.folded_bytes:
+        parts += f", {format_size(memory.folded_bytes)} for weights with their adapters"
     lines.append(f"memory    {format_size(memory.total)} ({parts}), {plan.threads} threads")
     if plan.device != "cpu":
         lines.append(f"device    {plan.device}: {_device(plan)}")

@@ -41,6 +41,7 @@ def draw(shape: tuple[int, ...] = (40, 30), count: int = 3, seed: int = 0) -> li
 # doctests
 
 
+ADAPTERS = ("adapter", "arithmetic", "combine", "extract", "files", "fold")
 DATA_DRIVEN = ("fisher", "functions", "gradients", "gram", "plus_plus", "statistics")
 
 
@@ -49,6 +50,7 @@ DATA_DRIVEN = ("fisher", "functions", "gradients", "gram", "plus_plus", "statist
     [
         *("api", "task_vector", "methods", "engine.checkpoints"),
         *(f"data_driven.{name}" for name in DATA_DRIVEN),
+        *(f"adapters.{name}" for name in ADAPTERS),
     ],
 )
 def test_examples_of_the_documentation(module: str) -> None:

@@ -334,6 +334,37 @@ def test_a_directory_called_like_a_lora_reference_is_a_path(
     assert load("merge_method: linear\nmodels: [{model: c++}]\n", tmp_path).models[0].path == "c++"
 
 
+@pytest.mark.parametrize(
+    ("text", "path", "adapter"),
+    [
+        ("a", "a", None),
+        ("a+l", "a", "l"),
+        ("a+l+k", "a", "l+k"),
+        ("c++/m+l", "c++/m", "l"),
+        ("{model: a, lora: l}", "a", "l"),
+        ("{model: {path: a}, lora: {path: l}}", "a", "l"),
+        ("{model: a, lora: null}", "a", None),
+    ],
+)
+def test_adapters_of_models(
+    text: str, path: str, adapter: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c++" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load(f"merge_method: linear\nmodels: [{{model: {text}}}]\n", tmp_path)
+    assert (config.models[0].path, config.models[0].adapter) == (path, adapter)
+
+
+def test_a_base_with_and_without_an_adapter_are_two_models(tmp_path: Path) -> None:
+    config = load(
+        "merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: b}, {model: b+l}]\n",
+        tmp_path,
+    )
+    assert [entry.shown for entry in config.models] == ["b+l"]
+    assert config.paths == ["b", "b", "l"]
+    assert not config.warnings
+
+
 def test_parameters_without_effect_are_warned_about(tmp_path: Path) -> None:
     config = load(
         "merge_method: task_arithmetic\nbase_model: b\nmodels: "
@@ -464,13 +495,29 @@ ONE_PROBLEM: dict[str, tuple[str, str]] = {
         "did you mean 'bfloat16'?",
     ),
     "an integer dtype": (HEAD + "out_dtype: int64\n", "out_dtype: expected one of float32"),
-    "LoRA": (
-        HEAD.replace("model: a", "model: a+lora"),
-        "models[0].model: not supported yet: LoRA adapters",
+    "no adapter after +": (
+        HEAD.replace("model: a", "model: a+"),
+        "models[0].model: expected MODEL+ADAPTER, two paths, got 'a+'",
     ),
-    "LoRA by key": (
-        HEAD.replace("model: a", "model: {model: a, lora: l}"),
-        "config.yml:4: models[0].model.lora: not supported yet: LoRA adapters",
+    "no model before +": (
+        HEAD.replace("model: a", "model: +l"),
+        "models[0].model: expected MODEL+ADAPTER, two paths, got '+l'",
+    ),
+    "two adapters": (
+        HEAD.replace("model: a", "model: {model: a+k, lora: l}"),
+        "config.yml:4: models[0].model.lora: expected one adapter for a model, got more",
+    ),
+    "revision of a model with an adapter": (
+        HEAD.replace("model: a", "model: a@main+l"),
+        "models[0].model: not supported yet: revisions",
+    ),
+    "revision of an adapter": (
+        HEAD.replace("model: a", "model: {model: a, lora: {path: l, revision: main}}"),
+        "models[0].model.lora.revision: not supported yet: revisions",
+    ),
+    "an adapter that is a number": (
+        HEAD.replace("model: a", "model: {model: a, lora: 7}"),
+        "models[0].model.lora: expected the path of a model, got 7",
     ),
     "revision": (
         HEAD.replace("model: b", "model: b@main"),
@@ -605,7 +652,7 @@ def test_all_problems_are_reported_in_the_order_of_the_file(tmp_path: Path) -> N
 merge_method: ties
 base_model: b@main
 models:
-  - model: a+lora
+  - model: a@lora
     parameters:
       density: 2
       wieght: 1

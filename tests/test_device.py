@@ -27,6 +27,7 @@ from pymerge.engine.staged import StagedSource
 from pymerge.memory import DeviceSizes, device_sizes, plan_memory
 from pymerge.methods import METHODS
 from tests import models
+from tests.adapter_files import factors, projections, save_lora
 from tests.host_device import HostDevice, Race
 from tests.test_data_files import write
 from tests.test_engine import METHODS as DIALECTS
@@ -96,6 +97,21 @@ def test_dialects_of_ties(name: str, sizes: DeviceSizes, merge: Merge, tmp_path:
     models.save_family(tmp_path, base, tuned)
     arguments = dict(DIALECTS[name])
     config = models.config(tmp_path, arguments.pop("method"), 3, **arguments)
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    merge(config, tmp_path / "out", HostDevice(), sizes)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+def test_models_with_adapters(sizes: DeviceSizes, merge: Merge, tmp_path: Path) -> None:
+    """Weights that are computed when they are loaded, not views of files."""
+    base, _ = models.llama(1, vocabulary=2101, layers=1)
+    models.save(tmp_path / "base", base)
+    for k in range(2):
+        save_lora(tmp_path / f"a{k}", factors(projections(base), seed=k))
+    config = models.config(tmp_path, "ties", 2, density=0.3, semantics="official")
+    for k, entry in enumerate(config["models"]):
+        entry["model"] = f"{tmp_path}/base+{tmp_path}/a{k}"
     pymerge.merge_checkpoints(config, tmp_path / "cpu")
     merge(config, tmp_path / "out", HostDevice(), sizes)
     assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")

@@ -428,6 +428,21 @@ void packed(Address base, const std::vector<Address>& values, const std::vector<
   call(&KernelTable::packed, args, "packed", -1);
 }
 
+void low_rank(Address out, Address base, uintptr_t b, uintptr_t a, double scale, int64_t rows,
+              int64_t columns, int64_t rank) {
+  LowRankArgs args{};
+  args.execution = execution(0, -1, 0);
+  args.rows = rows;
+  args.columns = columns;
+  args.rank = rank;
+  args.base = operand(base);
+  args.b = pointer<float>(b);
+  args.a = pointer<float>(a);
+  args.scale = scale;
+  args.out = output(out);
+  call(&KernelTable::low_rank, args, "low_rank", -1);
+}
+
 void row_ranks(const py::tuple& common, uintptr_t ranks, int64_t stride, int64_t columns) {
   const Common all(common);
   RanksArgs args{};
@@ -523,6 +538,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_sums", &chunk_sums);
   m.def("pcb", &pcb);
   m.def("packed", &packed);
+  m.def("low_rank", &low_rank);
   m.def("row_ranks", &row_ranks);
   m.def("row_weighted_sum", &row_weighted_sum);
   m.def("divergence_sums", &divergence_sums);

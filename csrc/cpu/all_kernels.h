@@ -3,6 +3,7 @@
 
 #include "cpu/kernels_divergence.h"
 #include "cpu/kernels_importance.h"
+#include "cpu/kernels_low_rank.h"
 #include "cpu/kernels_magnitude.h"
 #include "cpu/kernels_packed.h"
 #include "cpu/kernels_pcb.h"
@@ -30,6 +31,7 @@ void fill_table(KernelTable& table) {
   table.row_weighted_sum = row_weighted_sum;
   table.divergence_sums = divergence_sums;
   table.row_importance = row_importance;
+  table.low_rank = low_rank;
 }
 
 }  // namespace

@@ -155,8 +155,8 @@ def _no_weights(names: list[str]) -> str:
         return "the directory is empty"
     if any(name.startswith("adapter_model.") for name in names):
         return (
-            "holds only a LoRA adapter (adapter_model), which is not supported yet: "
-            "merge it into its base model first (peft: merge_and_unload)"
+            "holds only a LoRA adapter (adapter_model): name it with its base model, as "
+            "MODEL+ADAPTER, or merge adapters with `pymerge merge-adapters`"
         )
     expected = "expected *.safetensors, or pytorch_model.bin"
     return f"holds no weights ({expected}); it holds {_listed(names)}{_format_hint(names)}"

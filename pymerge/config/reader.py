@@ -16,6 +16,7 @@ import yaml
 
 from pymerge.config.records import MergeConfig, ModelEntry
 from pymerge.config.schema import (
+    Reference,
     dotted,
     dtype_code,
     read_reference,
@@ -30,7 +31,7 @@ from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 from pymerge.methods.ties import ties_rule
 
-__all__ = ["load_config"]
+__all__ = ["config_of", "load_config", "read_document"]
 
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -45,13 +46,23 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConf
         RequestError: listing everything that is wrong, each as `file:line: key: expected ..., got
             ...`.
     """
+    return config_of(*read_document(source))
+
+
+def read_document(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[LinedYaml, str]:
+    """Return the YAML document of a configuration, and its text."""
     if isinstance(source, Mapping):
         data = _plain(source)
-        document = LinedYaml("config", data)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    else:
-        text = _read_text(Path(source))
-        document = load_yaml(text, os.fspath(source))
+        return LinedYaml("config", data), text
+    text = _read_text(Path(source))
+    return load_yaml(text, os.fspath(source)), text
+
+
+def config_of(document: LinedYaml, text: str) -> MergeConfig:
+    """Check the configuration that a document holds; see `load_config`."""
     return _Reader(document, text).read()
 
 
@@ -79,7 +90,7 @@ class _Reader:
 
         config = MergeConfig(
             method=spec,
-            base_model=base,
+            base_model=None if base is None else base.path,
             models=self._without_base(spec, base, entries, shared),
             parameters=shared,
             dtype=dtypes["dtype"],
@@ -89,6 +100,7 @@ class _Reader:
             base_where=self._where(("base_model",)),
             raw=data,
             warnings=self.warnings,
+            base_adapter=None if base is None else base.adapter,
         )
         self._check_counts(config, len(entries))
         self._check_whole_model_density(config)
@@ -119,8 +131,8 @@ class _Reader:
     def _dtype(self, name: Any, path: YamlPath) -> str | None:
         return dtype_code(name, path, self._where, self.problems) if isinstance(name, str) else None
 
-    def _reference(self, value: Any, path: YamlPath) -> str | None:
-        """Return the path of a model; values of other types are the structure's problem."""
+    def _reference(self, value: Any, path: YamlPath) -> Reference | None:
+        """Return the paths of a model; values of other types are the structure's problem."""
         if not isinstance(value, (str, Mapping)):
             return None
         return read_reference(value, path, self._where, self.problems)
@@ -141,23 +153,25 @@ class _Reader:
             if not isinstance(section, Mapping):
                 continue
             at: YamlPath = ("models", index)
-            path = self._reference(section.get("model"), (*at, "model"))
+            found = self._reference(section.get("model"), (*at, "model")) or Reference("")
             settings = self._settings(section.get("parameters"), (*at, "parameters"), spec, "model")
-            entries.append(ModelEntry(path or "", settings, self._where(at), dotted(at)))
+            entries.append(
+                ModelEntry(found.path, settings, self._where(at), dotted(at), found.adapter)
+            )
         return entries
 
     def _without_base(
         self,
         spec: MethodSpec,
-        base: str | None,
+        base: Reference | None,
         entries: list[ModelEntry],
         shared: dict[str, Setting],
     ) -> tuple[ModelEntry, ...]:
         """Return the models to merge: without the base where the method has one."""
         if base is None:
             return tuple(entries)
-        real = os.path.realpath(base)
-        others = [entry for entry in entries if os.path.realpath(entry.path) != real]
+        real = _real(base.path, base.adapter)
+        others = [entry for entry in entries if _real(entry.path, entry.adapter) != real]
         if spec.with_base(True):
             for entry in entries:
                 if entry not in others and entry.parameters:
@@ -177,7 +191,7 @@ class _Reader:
                 "weight, as in mergekit; to take only its config and tokenizer files, list it with "
                 "weight 0"
             )
-            return (*entries, ModelEntry(base, {}, where, "base_model"))
+            return (*entries, ModelEntry(base.path, {}, where, "base_model", base.adapter))
         self.warnings.append(
             f"{where}: is not listed under models, so it gives its config and tokenizer files "
             f"only; {spec.name} does not average it"
@@ -225,12 +239,12 @@ class _Reader:
                 )
 
     def _warn(self, config: MergeConfig) -> None:
-        first: dict[str, str] = {}
+        first: dict[tuple[str, str], str] = {}
         for entry in config.models:
-            real = os.path.realpath(entry.path)
+            real = _real(entry.path, entry.adapter)
             if real in first:
                 self.warnings.append(
-                    f"{entry.where}: is the same model as {first[real]}: {entry.path}"
+                    f"{entry.where}: is the same model as {first[real]}: {entry.shown}"
                 )
             first.setdefault(real, entry.name)
         density = config.method.parameter("density")
@@ -244,6 +258,11 @@ class _Reader:
             self.warnings.append(
                 f"{config.where}: density is not set and is 1.0, as in mergekit: nothing is trimmed"
             )
+
+
+def _real(path: str, adapter: str | None) -> tuple[str, str]:
+    """Return what tells whether two references are the same model."""
+    return os.path.realpath(path), "" if adapter is None else os.path.realpath(adapter)
 
 
 def _read_text(path: Path) -> str:

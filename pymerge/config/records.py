@@ -21,13 +21,19 @@ class ModelEntry:
     """One fine-tuned model of a config.
 
     `name` is how messages call it ("models[0]", by its place in the file); `where` is that with its
-    line ("config.yml:7: models[0]").
+    line ("config.yml:7: models[0]"). `adapter` is the path of one to fold into the model, or None.
     """
 
     path: str
     parameters: dict[str, Setting]
     where: str
     name: str
+    adapter: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The paths as a config has them: MODEL or MODEL+ADAPTER."""
+        return self.path if self.adapter is None else f"{self.path}+{self.adapter}"
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,19 @@ class MergeConfig:
     base_where: str = ""
     raw: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    base_adapter: str | None = None
 
     @property
     def side_files_from(self) -> str:
         """The model whose config, tokenizer and other files the output gets."""
         return self.base_model if self.base_model is not None else self.models[0].path
+
+    @property
+    def paths(self) -> list[str]:
+        """Every model and adapter, the base's first."""
+        pairs = [(self.base_model, self.base_adapter)]
+        pairs += [(entry.path, entry.adapter) for entry in self.models]
+        return [path for pair in pairs for path in pair if path is not None]
 
     @property
     def dialect(self) -> MethodSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
@@ -12,7 +13,15 @@ from pymerge.config.yaml_lines import YamlPath
 from pymerge.errors import nearest
 from pymerge.methods import METHODS
 
-__all__ = ["dotted", "dtype_code", "read_reference", "shown", "structure_problems", "unsupported"]
+__all__ = [
+    "Reference",
+    "dotted",
+    "dtype_code",
+    "read_reference",
+    "shown",
+    "structure_problems",
+    "unsupported",
+]
 
 Where = Callable[[YamlPath], str]
 
@@ -51,6 +60,14 @@ _EXPECTED: dict[str | int, str] = {
     "dtype": "the name of a dtype",
     "out_dtype": "the name of a dtype",
 }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model that a config names: a path, and that of an adapter to fold into it, or None."""
+
+    path: str
+    adapter: str | None = None
 
 
 class _ModelSection(BaseModel):
@@ -137,11 +154,14 @@ def dtype_code(name: str, path: YamlPath, where: Where, problems: list[str]) -> 
     return code
 
 
-def read_reference(value: Any, path: YamlPath, where: Where, problems: list[str]) -> str | None:
-    """Return the local path that a model reference names.
+def read_reference(
+    value: Any, path: YamlPath, where: Where, problems: list[str]
+) -> Reference | None:
+    """Return the local paths that a model reference names.
 
     Args:
-        value: a string, `{path: ...}` or `{model: <one of these>}`.
+        value: a string, "MODEL" or "MODEL+ADAPTER"; `{path: ...}`; or `{model: <one of these>,
+            lora: ADAPTER or {path: ADAPTER}}`.
         path: where it stands in the document.
     """
     if isinstance(value, Mapping):
@@ -151,19 +171,34 @@ def read_reference(value: Any, path: YamlPath, where: Where, problems: list[str]
         return None
     # "model+lora" and "model@revision" are mergekit's; a directory really called so is taken as it
     # is.
-    if not os.path.exists(value):
-        for mark, what in (("+", "LoRA adapters"), ("@", "revisions of Hugging Face models")):
-            if mark in value:
-                problems.append(f"{where(path)}: not supported yet: {what}; got {value!r}")
-                return None
-    return value
+    if os.path.exists(value):
+        return Reference(value)
+    model, adapter = _split(value)
+    for part in (model, adapter or ""):
+        if "@" in part and not os.path.exists(part):
+            problems.append(
+                f"{where(path)}: not supported yet: revisions of Hugging Face models; got {value!r}"
+            )
+            return None
+    if adapter == "" or (adapter is not None and not model):
+        problems.append(f"{where(path)}: expected MODEL+ADAPTER, two paths, got {value!r}")
+        return None
+    return Reference(model, adapter)
+
+
+def _split(value: str) -> tuple[str, str | None]:
+    """Split MODEL+ADAPTER: at the first "+" before which there is a model, else at the first."""
+    marks = [position for position, letter in enumerate(value) if letter == "+"]
+    if not marks:
+        return value, None
+    at = next((mark for mark in marks if os.path.exists(value[:mark])), marks[0])
+    return value[:at], value[at + 1 :]
 
 
 def _read_reference_mapping(
     value: Mapping[str, Any], path: YamlPath, where: Where, problems: list[str]
-) -> str | None:
+) -> Reference | None:
     refused = {
-        "lora": "LoRA adapters",
         "revision": "revisions of Hugging Face models",
         "override_architecture": "overriding the architecture",
     }
@@ -171,8 +206,8 @@ def _read_reference_mapping(
         if key in refused:
             if item is not None:
                 problems.append(f"{where((*path, key))}: not supported yet: {refused[key]}")
-        elif key not in ("model", "path"):
-            known = ("model", "path", *refused)
+        elif key not in ("model", "path", "lora"):
+            known = ("model", "path", "lora", *refused)
             problems.append(
                 f"{where((*path, key))}: unknown key '{key}'{nearest(key, known)} "
                 f"(known: {', '.join(known)})"
@@ -184,7 +219,17 @@ def _read_reference_mapping(
             f"{{model: ...}}"
         )
         return None
-    return read_reference(value[inner[0]], (*path, inner[0]), where, problems)
+    found = read_reference(value[inner[0]], (*path, inner[0]), where, problems)
+    if value.get("lora") is None:
+        return found
+    at = (*path, "lora")
+    adapter = read_reference(value["lora"], at, where, problems)
+    if found is None or adapter is None:
+        return None
+    if found.adapter is not None or adapter.adapter is not None:
+        problems.append(f"{where(at)}: expected one adapter for a model, got more")
+        return None
+    return Reference(found.path, adapter.path)
 
 
 def dotted(path: YamlPath) -> str:

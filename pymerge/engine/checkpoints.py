@@ -214,9 +214,7 @@ def merge_checkpoints(
             )
         except RequestError as error:
             problems += error.problems
-        inputs = [settings.base_model] if settings.base_model is not None else []
-        inputs += [entry.path for entry in settings.models]
-        inputs += statistics_paths(settings)
+        inputs = [*settings.paths, *statistics_paths(settings)]
         directory = OutputDirectory(Path(out), force=force, inputs=[Path(path) for path in inputs])
         problems += directory.check()
         if problems or plan is None:

@@ -10,7 +10,7 @@ from pymerge.config import MergeConfig
 from pymerge.errors import RequestError
 from pymerge.memory import MemoryPlan, default_threads, plan_memory
 from pymerge.output import OutputTensor, plan_layout
-from pymerge.plan.inputs import FLOATS, Inputs, header, open_inputs
+from pymerge.plan.inputs import FLOATS, Inputs, folded_bytes, header, open_inputs
 from pymerge.plan.parameters import (
     PassCounter,
     passes_over_statistics,
@@ -66,7 +66,8 @@ def make_plan(
         selects = any(counter.selects(tensor.parameters, tensor.numel) for tensor in computed)
         staged = device != "cpu"
         system = largest_system(config, inputs, statistics)
-        fitted = _fit_memory(config, memory, threads, selects, staged, system, problems)
+        folded = folded_bytes(inputs)
+        fitted = _fit_memory(config, memory, threads, selects, staged, system, folded, problems)
         if problems or fitted is None:
             raise RequestError(problems)
         layout = plan_layout(
@@ -179,6 +180,7 @@ def _fit_memory(
     selects: bool,
     staged: bool,
     system: tuple[int, int] | None,
+    folded: int,
     problems: list[str],
 ) -> MemoryPlan | None:
     found: list[str] = []
@@ -193,6 +195,7 @@ def _fit_memory(
                 staged=staged,
                 matrices=0 if system is None else matrix_bytes(*system, solvers),
                 solvers=solvers,
+                folded=folded,
             )
         except RequestError as error:
             found[:] = error.problems

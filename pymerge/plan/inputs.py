@@ -11,7 +11,16 @@ from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.config import MergeConfig
 from pymerge.errors import RequestError, nearest
 
-__all__ = ["COPIED", "FLOATS", "Inputs", "check_exists", "header", "listed", "open_inputs"]
+__all__ = [
+    "COPIED",
+    "FLOATS",
+    "Inputs",
+    "check_exists",
+    "folded_bytes",
+    "header",
+    "listed",
+    "open_inputs",
+]
 
 # Floats from narrow to wide; a merge of two is at least as wide as both.
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -52,9 +61,11 @@ def open_inputs(config: MergeConfig) -> Inputs:
     missing = 0
     try:
         if config.base_model is not None and config.method.with_base(True):
-            inputs.base = _open(config.base_model, "base_model", config.base_where, inputs, config)
+            pair = (config.base_model, config.base_adapter)
+            inputs.base = _open(pair, "base_model", config.base_where, inputs, config)
         for entry in config.models:
-            model = _open(entry.path, entry.name, entry.where, inputs, config)
+            pair = (entry.path, entry.adapter)
+            model = _open(pair, entry.name, entry.where, inputs, config)
             if model is None:
                 missing += 1
             else:
@@ -81,27 +92,62 @@ def open_inputs(config: MergeConfig) -> Inputs:
     return inputs
 
 
+def folded_bytes(inputs: Inputs) -> int:
+    """Return the memory for weights that adapters are folded into.
+
+    A tensor at a time, of all models together; while the next one is computed the last one may
+    still be there.
+    """
+    sizes: dict[str, int] = {}
+    for checkpoint in inputs.all:
+        for name in getattr(checkpoint, "folded", ()):
+            sizes[name] = sizes.get(name, 0) + header(checkpoint, name).nbytes
+    return 2 * max(sizes.values(), default=0)
+
+
 def _like_base(config: MergeConfig, models: list[Checkpoint]) -> Checkpoint:
     """Return the model that gives the config files where it is merged too, else the first one."""
     real = os.path.realpath(config.side_files_from)
     for entry, model in zip(config.models, models, strict=True):
-        if os.path.realpath(entry.path) == real:
+        if entry.adapter is None and os.path.realpath(entry.path) == real:
             return model
     return models[0]
 
 
 def _open(
-    path: str, name: str, where: str, inputs: Inputs, config: MergeConfig
+    pair: tuple[str, str | None], name: str, where: str, inputs: Inputs, config: MergeConfig
 ) -> Checkpoint | None:
-    if not check_exists(path, where, inputs.problems, config):
+    """Open a model, with its adapter folded in where it has one."""
+    path, adapter = pair
+    there = [check_exists(one, where, inputs.problems, config) for one in pair if one is not None]
+    if not all(there):
         return None
+    label = f"{name} ({path if adapter is None else f'{path}+{adapter}'})"
     try:
-        return open_checkpoint(path, f"{name} ({path})")
+        checkpoint = open_checkpoint(path, label)
+        return checkpoint if adapter is None else _adapted(checkpoint, adapter, label)
     except RequestError as error:
         inputs.problems += error.problems
     except OSError as error:
-        inputs.problems.append(f"{name} ({path}): cannot read: {error.strerror or error}")
+        inputs.problems.append(f"{label}: cannot read: {error.strerror or error}")
     return None
+
+
+def _adapted(base: Checkpoint, path: str, label: str) -> Checkpoint:
+    from pymerge.adapters.adapted import AdaptedCheckpoint
+    from pymerge.adapters.files import load
+
+    try:
+        adapter = load(path, label)
+    except BaseException:
+        base.close()
+        raise
+    try:
+        return AdaptedCheckpoint(base, adapter, label)
+    except BaseException:
+        base.close()
+        adapter.close()
+        raise
 
 
 def check_exists(path: str, where: str, problems: list[str], config: MergeConfig) -> bool:

@@ -140,6 +140,7 @@ class MergePlan:
                 "buffer_bytes": self.memory.buffer_bytes,
                 "matrix_bytes": self.memory.matrix_bytes,
                 "solvers": self.memory.solvers,
+                "folded_bytes": self.memory.folded_bytes,
             },
             "device": self.device,
             "device_memory": self.device_memory,

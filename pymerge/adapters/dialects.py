@@ -1,0 +1,186 @@
+"""How PEFT 0.21.2 combines adapters (`add_weighted_adapter`), by its names after `peft_`.
+
+Most of its combinations work on A and on B separately: the product of the sums has cross terms, and
+is not the sum of the products. They are here to be compared with, and are right where PEFT is not:
+the result's scaling is 1 with rsLoRA too (PEFT makes it sqrt(r)), and a density of 0 keeps nothing
+(PEFT divides by it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pymerge.adapters.adapter import Adapter
+from pymerge.adapters.arithmetic import union
+from pymerge.adapters.build import Factors
+from pymerge.adapters.decompose import LowRank, factor_matrix
+from pymerge.errors import RequestError
+from pymerge.methods.spec import Parameter
+
+__all__ = ["ON_DELTAS", "ON_FACTORS", "PARAMETERS", "check_parameters", "on_deltas", "on_factors"]
+
+ON_FACTORS = (
+    "peft_linear",
+    "peft_ties",
+    "peft_dare_linear",
+    "peft_dare_ties",
+    "peft_magnitude_prune",
+)
+ON_DELTAS = (
+    "peft_ties_svd",
+    "peft_dare_linear_svd",
+    "peft_dare_ties_svd",
+    "peft_magnitude_prune_svd",
+)
+
+_DENSITY = Parameter(
+    "density",
+    "float",
+    None,
+    "Share of the elements of each factor or delta that is kept.",
+    minimum=0.0,
+    maximum=1.0,
+    per_tensor=False,
+)
+_MAJORITY = Parameter(
+    "majority_sign_method",
+    "str",
+    "total",
+    "Elect by the sum, or by the number of signs.",
+    choices=("total", "frequency"),
+    per_tensor=False,
+)
+_SEED = Parameter("seed", "int", 0, "Of what DARE drops.", minimum=0, per_tensor=False)
+
+
+def _parameters(method: str) -> tuple[Parameter, ...]:
+    found: list[Parameter] = [] if method == "peft_linear" else [_DENSITY]
+    found += [_MAJORITY] if "ties" in method else []
+    return (*found, *([_SEED] if "dare" in method else []))
+
+
+PARAMETERS = {method: _parameters(method) for method in (*ON_FACTORS, *ON_DELTAS)}
+
+
+def check_parameters(method: str, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the parameters of a method of PEFT, with defaults; or raise RequestError."""
+    known = {parameter.name: parameter for parameter in PARAMETERS.get(method, ())}
+    problems = [
+        f"{where}: unknown parameter {name!r} of method {method} (known: {', '.join(known)})"
+        for name in given
+        if name not in known
+    ]
+    values: dict[str, Any] = {}
+    for name, parameter in known.items():
+        value = given.get(name)
+        if value is None and name == "density":
+            problems.append(f"{where}: density is required: {parameter.expected}")
+            continue
+        try:
+            shown = f"{where}: {name}"
+            values[name] = parameter.default if value is None else parameter.check(value, shown)
+        except RequestError as error:
+            problems += error.problems
+    if problems:
+        raise RequestError(problems)
+    return values
+
+
+def on_factors(
+    method: str, adapters: Sequence[Adapter], weights: Sequence[float], parameters: dict[str, Any]
+) -> dict[str, Factors]:
+    """Return (B, A) of each module by a method of `ON_FACTORS`.
+
+    w s, weight times scaling, is shared between the factors: A takes sqrt(|w s|) with the sign, B
+    without. Modules that an adapter lacks are combined without it. All ranks must be equal.
+    """
+    factors: dict[str, Factors] = {}
+    problems: list[str] = []
+    for name in union(adapters, "merge_adapters"):
+        owners = [
+            (adapter, weight * adapter.modules[name].scaling)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if name in adapter.modules
+        ]
+        ranks = [adapter.modules[name].rank for adapter, _ in owners]
+        if len(set(ranks)) > 1:
+            shown = ", ".join(f"{a.label} {r}" for (a, _), r in zip(owners, ranks, strict=True))
+            problems.append(
+                f"merge_adapters: {method} combines factors, and needs one rank of module "
+                f"'{name}', got {shown}; cat and svd take any"
+            )
+            continue
+        pairs = [adapter.factors(name) for adapter, _ in owners]
+        roots = [math.sqrt(abs(weight)) for _, weight in owners]
+        signed = [math.copysign(root, w) for root, (_, w) in zip(roots, owners, strict=True)]
+        combine = _combiner(method, parameters)
+        a = combine([pair[1] for pair in pairs], signed, f"{name}.lora_A.weight")
+        b = combine([pair[0] for pair in pairs], roots, f"{name}.lora_B.weight")
+        factors[name] = b.numpy(), a.numpy()
+    if problems:
+        raise RequestError(problems)
+    return factors
+
+
+def on_deltas(
+    method: str,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    parameters: dict[str, Any],
+    rank: int | None,
+    energy: float | None,
+) -> dict[str, LowRank]:
+    """Return the factors of each module by a method of `ON_DELTAS`: combined deltas, and an SVD."""
+    combine = _combiner(method.removesuffix("_svd"), parameters)
+    found: dict[str, LowRank] = {}
+    for name, module in union(adapters, "merge_adapters").items():
+        owners = [
+            (adapter.delta(name).reshape(module.matrix), weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if name in adapter.modules
+        ]
+        merged = combine([one[0] for one in owners], [one[1] for one in owners], module.weight)
+        found[name] = factor_matrix(merged.T if module.transposed else merged, rank, energy)
+    return found
+
+
+Combine = Callable[[Sequence[np.ndarray], Sequence[float], str], torch.Tensor]
+
+
+def _combiner(method: str, parameters: dict[str, Any]) -> Combine:
+    from pymerge import dare_linear, task_arithmetic, ties_merge
+
+    density: Any = parameters.get("density")
+    elect = "count" if parameters.get("majority_sign_method") == "frequency" else "mass"
+
+    def combine(values: Sequence[np.ndarray], weights: Sequence[float], name: str) -> torch.Tensor:
+        tensors = [torch.from_numpy(one) for one in values]
+        zero = torch.zeros_like(tensors[0])
+        if "dare" in method:
+            # A mask depends on the name: each adapter has one of its own.
+            tensors = [
+                dare_linear(
+                    {f"{name}.{k}": zero},
+                    [{f"{name}.{k}": one}],
+                    density=density,
+                    seed=parameters["seed"],
+                )[f"{name}.{k}"]
+                for k, one in enumerate(tensors)
+            ]
+        elif method == "peft_magnitude_prune":
+            tensors = [
+                ties_merge(zero, [one], density=density, semantics="peft") for one in tensors
+            ]
+        if "ties" not in method:
+            return task_arithmetic(zero, tensors, weights=list(weights))
+        kept = 1.0 if "dare" in method else density
+        return ties_merge(
+            zero, tensors, density=kept, weights=list(weights), semantics="peft", elect=elect
+        )
+
+    return combine

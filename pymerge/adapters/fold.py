@@ -1,0 +1,60 @@
+"""Folds an adapter into its base: a checkpoint, written as it is read."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pymerge.engine.checkpoints import merge_checkpoints
+from pymerge.report import MergeReport
+
+__all__ = ["fold"]
+
+
+def fold(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Write the model that a base and an adapter make: what PEFT's merge_and_unload returns.
+
+    W + scaling * (B A) of LoRA (Hu et al. 2021, section 4.1), W * l of IA3 (Liu et al. 2022,
+    equation 3): computed in float32, the products of an element added up in the order of the rank,
+    and rounded once to the dtype of the base. Streamed: memory holds a weight or two, never a
+    model. It is `merge_checkpoints` with the method `passthrough` and the model `base+adapter`.
+
+    Args:
+        base: a checkpoint, as for `merge_checkpoints`.
+        adapter: a directory of PEFT: LoRA (also rsLoRA), or IA3.
+        out: directory to write; must not exist unless `force`.
+        dtype: of the output, e.g. "float32"; default that of each tensor of the base. A wider one
+            does not bring back what rounding to the base's dtype lost.
+        options: those of `merge_checkpoints`: memory, threads, shard_size, force, quiet, ...
+
+    Raises:
+        RequestError: the adapter is damaged, not supported, or belongs to another base; lists every
+            problem.
+        MergeError: the output could not be written.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import load_file, save_file
+    >>> from pymerge.adapters.build import lora
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"fc.weight": np.ones((2, 2), np.float32)}, f"{folder}/base.safetensors")
+    ...     lora({"fc": (np.ones((2, 1)), np.array([[1.0, 2.0]]))}).save(f"{folder}/lora")
+    ...     report = fold(f"{folder}/base.safetensors", f"{folder}/lora", f"{folder}/out")
+    ...     load_file(f"{folder}/out/model.safetensors")["fc.weight"]
+    array([[2., 3.],
+           [2., 3.]], dtype=float32)
+    """
+    config: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "models": [{"model": {"model": os.fspath(base), "lora": os.fspath(adapter)}}],
+    }
+    if dtype is not None:
+        config["dtype"] = dtype
+    return merge_checkpoints(config, out, **options)
