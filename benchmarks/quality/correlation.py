@@ -1,10 +1,10 @@
 """How far a statistic of pairs goes with an outcome of pairs, where pairs share their members.
 
-28 pairs of eight tasks are not 28 independent observations: each task is in seven of them. So a
-p-value comes from permuting the tasks, not the pairs (the quadratic assignment procedure: Krackhardt
-1988, "Predicting with networks"), and an interval from drawing tasks, not pairs, with replacement
-(the vertex bootstrap: Snijders and Borgatti 1999). With eight tasks all 40,320 permutations are
-tried.
+28 pairs of eight tasks are not 28 independent observations: each task is in seven of them. So
+a p-value comes from permuting the tasks, not the pairs (the quadratic assignment procedure:
+Krackhardt 1988, "Predicting with networks"), and an interval from drawing tasks, not pairs, with
+replacement (the vertex bootstrap: Snijders and Borgatti 1999). With eight tasks all 40,320
+permutations are tried.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def pearson(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Return Spearman's correlation, with mean ranks for equal values."""
-    return pearson(_ranks(np.asarray(one, float)).tolist(), _ranks(np.asarray(other, float)).tolist())
+    return pearson(
+        _ranks(np.asarray(one, float)).tolist(), _ranks(np.asarray(other, float)).tolist()
+    )
 
 
 def correlations(
@@ -102,10 +104,10 @@ def correlations(
 def reliability(items: Sequence[np.ndarray], seed: int = 0, splits: int = 200) -> float | None:
     """Return how well an outcome that is a mean over items is known: the split-half reliability.
 
-    The items of each task are cut into two halves at random; the outcome is computed from each; the
-    two go together with correlation r over the pairs, and 2r / (1 + r) is the whole's (Spearman 1910,
-    Brown 1910). The mean over splits. No statistic can be expected to correlate with the outcome
-    above its root.
+    The items of each task are cut into two halves at random; the outcome is computed from each;
+    the two go together with correlation r over the pairs, and 2r / (1 + r) is the whole's
+    (Spearman 1910, Brown 1910). The mean over splits. No statistic can be expected to correlate
+    with the outcome above its root.
 
     Args:
         items: of each pair an array [tasks of the pair, items]: what each item contributes.
