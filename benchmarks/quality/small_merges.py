@@ -18,6 +18,8 @@ from benchmarks.quality.suite import Classifiers, digest_state
 __all__ = ["RECIPES", "Measured", "Recipe", "Scores", "measure", "sets_of"]
 
 _FOLDER = "interference"  # in the suite's cache
+# To be raised when the same recipe makes another model.
+_REVISION = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe("ties", "TIES", _method("ties", density=0.2, scale=1.0)),
     Recipe("pcb_root", "PCB (root)", _method("pcb", variant="root", scale=1.0)),
-    Recipe("tsv_m", "TSV-M", _method("tsv_m", scale=1.0)),
 )
 
 
@@ -126,30 +127,41 @@ def measure(
     with suite.log.steps(f"single models, seed {seed}", 2 * count) as advance:
         base, alone = [], []
         for task in range(count):
-            base.append(_scores(suite, suite.base(), [task])[0])
+            base.append(_single(suite, suite.base(), task))
             advance()
-            alone.append(_scores(suite, tuned[task], [task])[0])
+            alone.append(_single(suite, tuned[task], task))
             advance()
+    weights = [digest_state(state) for state in (suite.base(), *tuned)]
     merged: dict[str, dict[tuple[int, ...], list[Scores]]] = {}
     for recipe in recipes:
         merged[recipe.key] = {}
         with suite.log.steps(f"{recipe.label}, seed {seed}", len(sets)) as advance:
             for tasks in sets:
-                state = recipe.make(suite.base(), [tuned[task] for task in tasks])
-                merged[recipe.key][tasks] = _scores(suite, state, tasks)
+                key = {
+                    "suite": suite.recipe(),
+                    "revision": _REVISION,
+                    "recipe": recipe.key,
+                    "weights": [weights[0], *(weights[task + 1] for task in tasks)],
+                    "tasks": [suite.tasks[task] for task in tasks],
+                }
+
+                def test(recipe: Recipe = recipe, tasks: tuple[int, ...] = tasks) -> list[Any]:
+                    state = recipe.make(suite.base(), [tuned[task] for task in tasks])
+                    return [_test(suite, state, task) for task in tasks]
+
+                merged[recipe.key][tasks] = _kept(suite, key, test)
                 advance()
     return Measured(seed, list(sets), base, alone, merged)
 
 
-def _scores(suite: Classifiers, state: State, tasks: Sequence[int]) -> list[Scores]:
-    weights = digest_state(state)
-    found = []
-    for task in tasks:
-        recipe = {"suite": suite.recipe(), "weights": weights, "task": suite.tasks[task]}
-        path = suite.cache.root / _FOLDER / f"{digest(recipe)}.json"
-        kept = suite.cache.load(path, lambda task=task: _test(suite, state, task))
-        found.append(Scores(**kept))
-    return found
+def _single(suite: Classifiers, state: State, task: int) -> Scores:
+    key = {"suite": suite.recipe(), "weights": digest_state(state), "task": suite.tasks[task]}
+    return _kept(suite, key, lambda: [_test(suite, state, task)])[0]
+
+
+def _kept(suite: Classifiers, key: Any, test: Callable[[], list[Any]]) -> list[Scores]:
+    path = suite.cache.root / _FOLDER / f"{digest(key)}.json"
+    return [Scores(**one) for one in suite.cache.load(path, test)]
 
 
 @torch.inference_mode()

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from pymerge.analysis.records import Analysis, Group, Matrix
 
 __all__ = ["PAIR_NUMBERS", "mean_of", "off_diagonal", "page_data", "percent", "plain"]
@@ -22,6 +24,7 @@ _HISTOGRAM_NUMBERS = 250_000
 _SINGULAR_NUMBERS = 100_000
 # Fewer numbers have no pattern.
 _FEWEST_PAIRS = 6
+_MOST_LAYERS = 200
 
 
 def plain(value: float | None) -> float | None:
@@ -59,7 +62,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
         "ofModels": _models_by_layer(analysis),
         "ofPairs": _pairs_by_layer(analysis),
         "grid": _grid(analysis),
-        "alike": _alike(analysis),
+        "alike": _alike(analysis, notes),
         "histograms": _histograms(analysis, notes),
         "trim": {
             "kept": _columns([trimmed.kept for trimmed in analysis.whole.trimmed]),
@@ -240,7 +243,8 @@ def _share(groups: Sequence[Group]) -> float | None:
     if not groups:
         return None
     rows = zip(*(group.norm_share for group in groups), strict=True)
-    return percent(mean_of(math.fsum(x or 0.0 for x in row) for row in rows))
+    known = [[x for x in row if x is not None] for row in rows]
+    return percent(mean_of(math.fsum(row) for row in known if row))
 
 
 def _length(groups: Sequence[Group]) -> float | None:
@@ -271,27 +275,37 @@ def _cosine(groups: Sequence[Group]) -> float | None:
     return mean_of(found)
 
 
-def _alike(analysis: Analysis) -> dict[str, Any] | None:
+def _alike(analysis: Analysis, notes: list[str]) -> dict[str, Any] | None:
     """Return how alike the patterns of cosines of two layers are: their correlation over pairs.
 
     None with fewer than four models: a correlation of three numbers says nothing.
     """
-    patterns = [off_diagonal(group.cosine) for group in analysis.layers]
-    if len(patterns) < 2 or len(patterns[0]) < _FEWEST_PAIRS:
+    layers = [group.name for group in analysis.layers]
+    pairs = len(analysis.models) * (len(analysis.models) - 1) // 2
+    if len(layers) < 2 or pairs < _FEWEST_PAIRS:
         return None
-    values = [[plain(_correlation(a, b)) for b in patterns] for a in patterns]
-    return {"values": values, "pairs": len(patterns[0])}
+    if len(layers) > _MOST_LAYERS:
+        notes.append(f"Layers by layers: {len(layers)} layers are too many for this page.")
+        return None
+    rows = [off_diagonal(group.cosine) for group in analysis.layers]
+    found = _correlations(np.array(rows, dtype=float))  # None becomes NaN
+    return {"values": [[plain(x) for x in row] for row in found.tolist()], "pairs": pairs}
 
 
-def _correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
-    both = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
-    if len(both) < _FEWEST_PAIRS:
-        return None
-    mean = [math.fsum(column) / len(both) for column in zip(*both, strict=True)]
-    xx = math.fsum((x - mean[0]) ** 2 for x, _ in both)
-    yy = math.fsum((y - mean[1]) ** 2 for _, y in both)
-    xy = math.fsum((x - mean[0]) * (y - mean[1]) for x, y in both)
-    return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else None
+def _correlations(rows: np.ndarray) -> np.ndarray:
+    """Return the correlation of each two rows over the columns that both have; else NaN."""
+    both = np.isfinite(rows)
+    count = both.sum(axis=1, keepdims=True)
+    values = np.where(both, rows, 0.0)
+    # near zero, so that the differences below lose nothing
+    values = np.where(both, values - values.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+    shared = both.astype(float) @ both.T
+    sums = values @ both.T  # [i, j]: of row i, where row j is defined
+    squares = values**2 @ both.T - sums**2 / np.maximum(shared, 1)
+    products = values @ values.T - sums * sums.T / np.maximum(shared, 1)
+    scale = np.sqrt(np.clip(squares, 0.0, None) * np.clip(squares.T, 0.0, None))
+    known = (shared >= _FEWEST_PAIRS) & (scale > 0)
+    return np.where(known, products / np.where(known, scale, 1.0), np.nan)
 
 
 def _histograms(analysis: Analysis, notes: list[str]) -> list[dict[str, Any]]:
