@@ -13,7 +13,7 @@
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 6;
+constexpr uint32_t kAbiVersion = 7;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -364,6 +364,38 @@ struct ImportanceArgs {
   int64_t* nonfinite;  // of the inputs
 };
 
+// What task vectors have to do with each other. Sums are those of segments of kHotChunk elements:
+// the sums of a segment's chunks of kSumChunk, each in the order of SumsArgs, one after the other.
+// K models, D levels, P = K (K - 1) / 2 pairs i < j: sums[row][segment]: sum base^2; sum |t_k| [K];
+// sum |t_i - t_j| [P]; sum t_i t_j, i <= j, row by row [P + K]; sum t_k^2 of what is kept at each
+// level [K][D]. counts, added to: for what is not 0, then for what is kept at each level: elements
+// of each model [K]; elements that are in both of a pair [P]; of these with opposite signs [P]; and
+// for n = 1 .. K and m = 0 .. n / 2 elements that are in n models, of which m have one sign and n -
+// m the other. Then, once: elements that are equal in both models of a pair [P]; and of each model
+// [K] magnitudes in bins of an eighth of an octave, [j] from 2^(kComparisonLow + j / 8), the
+// outermost hold what lies beyond; and zeros. Of magnitudes, one of `every` elements is counted (1
+// or kComparisonEvery): in each chunk a stretch that its number in the tensor decides. start: flat
+// index of the first element in its tensor, a multiple of kHotChunk.
+constexpr int kComparisonEvery = 8;
+constexpr int kComparisonLow = -48;
+constexpr int kComparisonBins = 8 * 64;
+
+struct ComparisonArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  const int64_t* thresholds;  // [D][K] kept where bits(|t|) is at least this, 1 or more
+  int32_t num_levels;
+  int32_t every;
+  int64_t start;
+  int64_t num_segments;
+  double* sums;
+  int64_t* counts;
+};
+
 struct KernelTable {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -393,6 +425,7 @@ struct KernelTable {
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
   Status (*divergence_sums)(const DivergenceArgs*) = nullptr;
   Status (*row_importance)(const ImportanceArgs*) = nullptr;
+  Status (*compare)(const ComparisonArgs*) = nullptr;  // null on CUDA
 };
 
 }  // namespace pymerge

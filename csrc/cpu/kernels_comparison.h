@@ -1,0 +1,303 @@
+// What the task vectors of several models have to do with each other: norms, products, distances,
+// and how often they are equal, kept by a trim, or of opposite signs. Chunk by chunk: sums in the
+// order of kernels_sums.h, the rest in bit masks and integers.
+#pragma once
+
+#include "cpu/comparison_masks.h"
+#include "cpu/kernels_sums.h"
+
+namespace pymerge {
+namespace {
+
+// |x| of each model, |x_i - x_j| of pairs i < j.
+template <int kCount, class V>
+void distances_in_lanes(const V* values, double* found) {
+  lane_sums<kCount*(kCount + 1) / 2>(
+      [&](int i, D* sums) __attribute__((always_inline)) {
+        D x[kCount];
+#pragma GCC unroll 4
+        for (int k = 0; k < kCount; ++k) {
+          x[k] = load_doubles(values + k * kSumChunk + i);
+          sums[k] += absolute_of(x[k]);
+        }
+        int pair = kCount;
+#pragma GCC unroll 4
+        for (int k = 0; k < kCount; ++k) {
+#pragma GCC unroll 4
+          for (int j = k + 1; j < kCount; ++j, ++pair) sums[pair] += absolute_of(x[k] - x[j]);
+        }
+      },
+      found);
+}
+
+template <class V>
+void distances_in_lanes(const V* values, int count, double* found) {
+  if (count == 1) return distances_in_lanes<1>(values, found);
+  if (count == 2) return distances_in_lanes<2>(values, found);
+  if (count == 3) return distances_in_lanes<3>(values, found);
+  if (count == 4) return distances_in_lanes<4>(values, found);
+  for (int k = 0; k < count; ++k) found[k] = sum_in_lanes(values + k * kSumChunk);
+  found += count;
+  for (int k = 0; k < count; ++k) {
+    const V* own = values + k * kSumChunk;
+    for (int j = k + 1; j < count; ++j, ++found) {
+      const V* other = values + j * kSumChunk;
+      lane_sums<1>(
+          [&](int i, D* sums) __attribute__((always_inline)) {
+            sums[0] += absolute_of(load_doubles(own + i) - load_doubles(other + i));
+          },
+          found);
+    }
+  }
+}
+
+// sum + x^2 where a mask of a chunk has a bit, for kDLanes elements from the i-th on.
+template <class V>
+PM_INLINE D add_square(D sum, D x, const uint64_t* mask, int i) {
+#if defined(__AVX512F__)
+  const auto bits = reinterpret_cast<const unsigned char*>(mask)[i / 8];
+  if (sizeof(V) == 4) {
+    return (D)_mm512_mask3_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum, bits);
+  }
+  return (D)_mm512_mask_add_pd((__m512d)sum, bits, (__m512d)sum, (__m512d)(x * x));
+#else
+  const uint64_t bits = mask[i / 64] >> (i % 64);
+  L chosen;
+  for (int lane = 0; lane < kDLanes; ++lane) {
+    chosen[lane] = -static_cast<int64_t>(bits >> lane & 1);
+  }
+  const D kept = (D)((L)x & chosen);
+  return add_product<V>(sum, kept, kept);
+#endif
+}
+
+template <int kLevels, class V>
+void squares_in_lanes(const V* values, const uint64_t* masks, double* found) {
+  lane_sums<kLevels>(
+      [&](int i, D* sums) __attribute__((always_inline)) {
+        const D x = load_doubles(values + i);
+#pragma GCC unroll 4
+        for (int level = 0; level < kLevels; ++level) {
+          sums[level] = add_square<V>(sums[level], x, masks + level * kBitWords, i);
+        }
+      },
+      found);
+}
+
+template <class V>
+void squares_in_lanes(const V* values, const uint64_t* masks, int levels, double* found) {
+  for (; levels >= 3; levels -= 3, masks += 3 * kBitWords, found += 3) {
+    squares_in_lanes<3>(values, masks, found);
+  }
+  if (levels == 2) squares_in_lanes<2>(values, masks, found);
+  if (levels == 1) squares_in_lanes<1>(values, masks, found);
+}
+
+int64_t comparison_rows(int64_t models, int64_t levels) {
+  return 1 + models * (models + 1) + models * levels;
+}
+
+// Room of one thread: a chunk of every input, masks, and what was found.
+template <class V>
+struct ComparisonRoom {
+  using Int = typename KeyOf<V>::Type;
+  V* base;
+  V* values;  // [models][kSumChunk]
+  V* more;    // [2][kSumChunk]
+  char* raw;
+  char* scratch;
+  uint64_t* masks;  // [models][2 + levels][kBitWords]: negative, not zero, kept
+  Int* thresholds;  // [models][1 + levels]
+  double* found;    // [rows]
+  double* total;    // [rows]
+  int64_t* counts;  // [1 + levels][width]
+  int64_t* equal;   // [pairs]
+  int64_t* histogram;
+  int64_t numbers;  // how many int64_t there are of the last three
+
+  bool take(const ComparisonArgs& args) {
+    const int64_t models = args.num_models, levels = args.num_levels;
+    const int64_t rows = comparison_rows(models, levels);
+    const int64_t stride = (2 + levels) * kBitWords;
+    const int64_t pairs = models * (models - 1) / 2, width = level_width(models);
+    numbers = (1 + levels) * width + pairs + models * (kComparisonBins + 1);
+    const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
+    const int64_t bytes = (models + 3) * chunk + 2 * kSumChunk * 8 +
+                          8 * (models * stride + models * (1 + levels) + 2 * rows + numbers);
+    char* memory = static_cast<char*>(thread_workspace(bytes));
+    if (memory == nullptr) return false;
+    const auto cut = [&](int64_t size) {
+      char* from = memory;
+      memory += size;
+      return from;
+    };
+    base = reinterpret_cast<V*>(cut(chunk));
+    values = reinterpret_cast<V*>(cut(models * chunk));
+    more = reinterpret_cast<V*>(cut(2 * chunk));
+    raw = cut(kSumChunk * 8);
+    scratch = cut(kSumChunk * 8);
+    masks = reinterpret_cast<uint64_t*>(cut(8 * models * stride));
+    thresholds = reinterpret_cast<Int*>(cut(8 * models * (1 + levels)));
+    found = reinterpret_cast<double*>(cut(8 * rows));
+    total = reinterpret_cast<double*>(cut(8 * rows));
+    counts = reinterpret_cast<int64_t*>(cut(8 * numbers));
+    equal = counts + (1 + levels) * width;
+    histogram = equal + pairs;
+    std::memset(counts, 0, static_cast<size_t>(numbers) * 8);
+    for (int64_t k = 0; k < models; ++k) {
+      Int* own = thresholds + k * (1 + levels);
+      own[0] = 1;
+      for (int64_t level = 0; level < levels; ++level) {
+        const int64_t key = args.thresholds[level * models + k];
+        own[1 + level] = static_cast<Int>(key > KeyOf<V>::kLargest ? KeyOf<V>::kLargest : key);
+      }
+    }
+    return true;
+  }
+};
+
+// Magnitudes of values [first, last): bins of an eighth of an octave, zeros apart.
+template <class V>
+void count_magnitudes(const V* values, int first, int last, int64_t* histogram) {
+  constexpr int shift = sizeof(V) == 4 ? 20 : 49;
+  constexpr int bias = sizeof(V) == 4 ? 127 : 1023;
+  constexpr int lowest = (bias + kComparisonLow) * 8;
+  int32_t bins[kSumChunk];
+  for (int i = first; i < last; ++i) {
+    const auto key = scalar_key(values[i]);
+    int bin = static_cast<int>(key >> shift) - lowest;
+    bin = bin < 0 ? 0 : bin;
+    bin = bin >= kComparisonBins ? kComparisonBins - 1 : bin;
+    bins[i] = key == 0 ? kComparisonBins : bin;
+  }
+  for (int i = first; i < last; ++i) ++histogram[bins[i]];
+}
+
+template <class V>
+void count_equal_slowly(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t at, int n) {
+  int64_t* counts = room.equal;
+  V* other = room.more + kSumChunk;
+  for (int i = 0; i < args.num_models; ++i) {
+    widen_part(args.models[i], at, n, kSumChunk, room.more, room.raw, room.scratch);
+    for (int j = i + 1; j < args.num_models; ++j, ++counts) {
+      widen_part(args.models[j], at, n, kSumChunk, other, room.raw, room.scratch);
+      for (int e = 0; e < n; ++e) {
+        const bool same = std::memcmp(room.more + e, other + e, sizeof(V)) == 0;
+        *counts += same || (room.more[e] == V(0) && other[e] == V(0)) ? 1 : 0;
+      }
+    }
+  }
+}
+
+// n <= kSumChunk elements from `at` on.
+template <class V>
+void compare_chunk(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t at, int n,
+                   bool uniform) {
+  const int models = args.num_models, levels = args.num_levels;
+  const int64_t stride = (2 + levels) * kBitWords;
+  widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
+  prefetch_chunk(args.base, at);
+  for (int k = 0; k < models; ++k) {
+    V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
+    widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch,
+               static_cast<const V*>(room.base));
+    prefetch_chunk(args.models[k], at);
+    uint64_t* masks = room.masks + k * stride;
+    all_masks(own, room.thresholds + k * (1 + levels), 1 + levels, masks, masks + kBitWords);
+  }
+  double* found = room.found;
+  *found++ = dot_in_lanes(room.base, room.base);
+  distances_in_lanes(room.values, models, found);
+  found += models * (models + 1) / 2;
+  gram_in_lanes(room.values, models, found);
+  found += models * (models + 1) / 2;
+  for (int k = 0; k < models; ++k, found += levels) {
+    squares_in_lanes(room.values + static_cast<int64_t>(k) * kSumChunk,
+                     room.masks + k * stride + 2 * kBitWords, levels, found);
+  }
+  const int64_t width = level_width(models);
+  for (int level = 0; level <= levels; ++level) {
+    count_level(models, room.masks, room.masks + (1 + level) * kBitWords, stride,
+                room.counts + level * width);
+  }
+  if (uniform && n == kSumChunk) {
+    dtype_bytes(args.base.dtype) == 2 ? count_equal<2>(args.models, at, models, room.equal)
+                                      : count_equal<4>(args.models, at, models, room.equal);
+  } else {
+    count_equal_slowly(args, room, at, n);
+  }
+  int first = 0, last = n;
+  if (args.every > 1) {  // a part of the chunk that differs from chunk to chunk
+    constexpr int part = kSumChunk / kComparisonEvery;
+    const auto number = static_cast<uint32_t>((args.start + at) / kSumChunk);
+    first = static_cast<int>((number * 2654435761u) >> 29) * part;
+    last = first + part < n ? first + part : n;
+  }
+  for (int k = 0; k < models; ++k) {
+    count_magnitudes(room.values + static_cast<int64_t>(k) * kSumChunk, first, last,
+                     room.histogram + k * (kComparisonBins + 1));
+  }
+}
+
+struct ComparisonContext {
+  const ComparisonArgs* args;
+  bool uniform;
+  int32_t failed;
+};
+
+template <class V>
+bool compare_segments(const ComparisonArgs& args, bool uniform, int64_t first, int64_t last) {
+  ComparisonRoom<V> room;
+  if (!room.take(args)) return false;
+  const int64_t rows = comparison_rows(args.num_models, args.num_levels);
+  for (int64_t segment = first; segment < last; ++segment) {
+    const int64_t begin = segment * kHotChunk;
+    const int64_t end = begin + kHotChunk < args.numel ? begin + kHotChunk : args.numel;
+    for (int64_t row = 0; row < rows; ++row) room.total[row] = 0;
+    for (int64_t at = begin; at < end; at += kSumChunk) {
+      const int n = static_cast<int>(end - at < kSumChunk ? end - at : kSumChunk);
+      compare_chunk(args, room, at, n, uniform);
+      for (int64_t row = 0; row < rows; ++row) room.total[row] += room.found[row];
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      args.sums[row * args.num_segments + segment] = room.total[row];
+    }
+  }
+  const auto add = [](int64_t* to, const int64_t* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (from[i] != 0) __atomic_fetch_add(to + i, from[i], __ATOMIC_RELAXED);
+    }
+  };
+  add(args.counts, room.counts, room.numbers);
+  return true;
+}
+
+void compare_range(void* opaque, int64_t first, int64_t last, int) {
+  auto& context = *static_cast<ComparisonContext*>(opaque);
+  const ComparisonArgs& args = *context.args;
+  const bool done = args.compute == Dtype::kF64
+                        ? compare_segments<double>(args, false, first, last)
+                        : compare_segments<float>(args, context.uniform, first, last);
+  if (!done) set_flag(&context.failed);
+}
+
+Status compare(const ComparisonArgs* args) {
+  if (args->num_models < 1 || args->num_models > kMostCompared || args->num_levels < 0 ||
+      args->numel < 0 || args->base.data == nullptr || args->start % kHotChunk != 0 ||
+      (args->every != 1 && args->every != kComparisonEvery) ||
+      args->num_segments != (args->numel + kHotChunk - 1) / kHotChunk) {
+    return Status::kBadArgument;
+  }
+  for (int64_t i = 0; i < int64_t{args->num_levels} * args->num_models; ++i) {
+    if (args->thresholds[i] < 1) return Status::kBadArgument;
+  }
+  const Streams streams{&args->base, args->models, args->num_models,
+                        MutableOperand{nullptr, Dtype::kF32, 0}, args->compute};
+  Dtype dtype;
+  ComparisonContext context{args, streams.uniform(&dtype), 0};
+  parallel_ranges(args->num_segments, 1, args->execution.num_threads, compare_range, &context);
+  return context.failed ? Status::kOutOfMemory : Status::kOk;
+}
+
+}  // namespace
+}  // namespace pymerge
