@@ -364,19 +364,21 @@ struct ImportanceArgs {
   int64_t* nonfinite;  // of the inputs
 };
 
-// What task vectors have to do with each other. Sums are those of segments of kHotChunk elements:
-// the sums of a segment's chunks of kSumChunk, each in the order of SumsArgs, one after the other.
-// K models, D levels, P = K (K - 1) / 2 pairs i < j: sums[row][segment]: sum base^2; sum |t_k| [K];
-// sum |t_i - t_j| [P]; sum t_i t_j, i <= j, row by row [P + K]; sum t_k^2 of what is kept at each
-// level [K][D]. counts, added to: for what is not 0, then for what is kept at each level: elements
-// of each model [K]; elements that are in both of a pair [P]; of these with opposite signs [P]; and
-// for n = 1 .. K and m = 0 .. n / 2 elements that are in n models, of which m have one sign and n -
-// m the other. Then, once: elements that are equal in both models of a pair [P]; and of each model
-// [K] magnitudes in bins of an eighth of an octave, [j] from 2^(kComparisonLow + j / 8), the
-// outermost hold what lies beyond; and zeros. Of magnitudes, one of `every` elements is counted (1
-// or kComparisonEvery): in each chunk a stretch that its number in the tensor decides. start: flat
-// index of the first element in its tensor, a multiple of kHotChunk.
-constexpr int kComparisonEvery = 8;
+// What task vectors have to do with each other. K models, D levels, P = K (K - 1) / 2 pairs i < j.
+// sums[row][segment], of segments of kHotChunk elements: sum base^2; sum |t_k| [K]; sum |t_i - t_j|
+// [P]; sum t_i t_j for i <= j, row by row [P + K]; sum t_k^2 of what is kept at each level [K][D].
+// A segment adds up its chunks of kSumChunk, one after the other, and these their elements as
+// SumsArgs says; but magnitudes and squares are added in the compute type first, 8 steps of all
+// lanes at a time, and these sums in doubles.
+// counts, added to. For what is not 0, then for what is kept at each level: elements of each model
+// [K]; elements in both of a pair [P]; of these, with opposite signs [P]; and for n = 1 .. K and m
+// = 0 .. n / 2, elements in n models of which m have one sign and n - m the other. After these,
+// once: elements that are equal in both models of a pair [P]; and magnitudes of each model [K]:
+// bins of an eighth of an octave from 2^kComparisonLow on, of which the outermost hold what lies
+// beyond; zeros. Of magnitudes, one of `every` elements is counted (1 or kComparisonEvery), in each
+// chunk a stretch that its number in the tensor decides. start: flat index of the first element in
+// its tensor, a multiple of kHotChunk.
+constexpr int kComparisonEvery = 16;
 constexpr int kComparisonLow = -48;
 constexpr int kComparisonBins = 8 * 64;
 

@@ -9,88 +9,77 @@
 namespace pymerge {
 namespace {
 
-// |x| of each model, |x_i - x_j| of pairs i < j.
-template <int kCount, class V>
-void distances_in_lanes(const V* values, double* found) {
-  lane_sums<kCount*(kCount + 1) / 2>(
-      [&](int i, D* sums) __attribute__((always_inline)) {
-        D x[kCount];
+// |x_i - x_j| of pairs i < j.
+template <int kCount>
+void distances(const float* values, double* found) {
+  constexpr int kPairs = kCount * (kCount - 1) / 2;
+  double lanes[kPairs][kSumLanes];
+  for (int part = 0; part < kSumLanes; part += kLanes) {
+    D sums[kPairs][2] = {};
+    for (int begin = part; begin < kSumChunk; begin += kSumGroup * kSumLanes) {
+      F group[kPairs] = {};
+      for (int i = begin; i < begin + kSumGroup * kSumLanes; i += kSumLanes) {
+        F x[kCount];
+        int pair = 0;
+#pragma GCC unroll 4
+        for (int k = 0; k < kCount; ++k) x[k] = (F)load_bits(values + k * kSumChunk + i);
 #pragma GCC unroll 4
         for (int k = 0; k < kCount; ++k) {
-          x[k] = load_doubles(values + k * kSumChunk + i);
-          sums[k] += absolute_of(x[k]);
-        }
-        int pair = kCount;
 #pragma GCC unroll 4
-        for (int k = 0; k < kCount; ++k) {
-#pragma GCC unroll 4
-          for (int j = k + 1; j < kCount; ++j, ++pair) sums[pair] += absolute_of(x[k] - x[j]);
+          for (int j = k + 1; j < kCount; ++j, ++pair) group[pair] += (F)magnitude_key(x[k] - x[j]);
         }
-      },
-      found);
-}
-
-template <class V>
-void distances_in_lanes(const V* values, int count, double* found) {
-  if (count == 1) return distances_in_lanes<1>(values, found);
-  if (count == 2) return distances_in_lanes<2>(values, found);
-  if (count == 3) return distances_in_lanes<3>(values, found);
-  if (count == 4) return distances_in_lanes<4>(values, found);
-  for (int k = 0; k < count; ++k) found[k] = sum_in_lanes(values + k * kSumChunk);
-  found += count;
-  for (int k = 0; k < count; ++k) {
-    const V* own = values + k * kSumChunk;
-    for (int j = k + 1; j < count; ++j, ++found) {
-      const V* other = values + j * kSumChunk;
-      lane_sums<1>(
-          [&](int i, D* sums) __attribute__((always_inline)) {
-            sums[0] += absolute_of(load_doubles(own + i) - load_doubles(other + i));
-          },
-          found);
+      }
+#pragma GCC unroll 6
+      for (int pair = 0; pair < kPairs; ++pair) add_halves(sums[pair], group[pair]);
+    }
+#pragma GCC unroll 6
+    for (int pair = 0; pair < kPairs; ++pair) {
+      store_bits(lanes[pair] + part, (U)sums[pair][0]);
+      store_bits(lanes[pair] + part + kDLanes, (U)sums[pair][1]);
     }
   }
+  for (int pair = 0; pair < kPairs; ++pair) found[pair] = add_lanes(lanes[pair]);
 }
 
-// sum + x^2 where a mask of a chunk has a bit, for kDLanes elements from the i-th on.
-template <class V>
-PM_INLINE D add_square(D sum, D x, const uint64_t* mask, int i) {
-#if defined(__AVX512F__)
-  const auto bits = reinterpret_cast<const unsigned char*>(mask)[i / 8];
-  if (sizeof(V) == 4) {
-    return (D)_mm512_mask3_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum, bits);
+// The same of two models that lie anywhere.
+void distance(const float* a, const float* b, double* found) {
+  double lanes[kSumLanes];
+  for (int part = 0; part < kSumLanes; part += kLanes) {
+    D sums[2] = {};
+    for (int begin = part; begin < kSumChunk; begin += kSumGroup * kSumLanes) {
+      F group{};
+      for (int i = begin; i < begin + kSumGroup * kSumLanes; i += kSumLanes) {
+        group += (F)magnitude_key((F)load_bits(a + i) - (F)load_bits(b + i));
+      }
+      add_halves(sums, group);
+    }
+    store_bits(lanes + part, (U)sums[0]);
+    store_bits(lanes + part + kDLanes, (U)sums[1]);
   }
-  return (D)_mm512_mask_add_pd((__m512d)sum, bits, (__m512d)sum, (__m512d)(x * x));
-#else
-  const uint64_t bits = mask[i / 64] >> (i % 64);
-  L chosen;
-  for (int lane = 0; lane < kDLanes; ++lane) {
-    chosen[lane] = -static_cast<int64_t>(bits >> lane & 1);
-  }
-  const D kept = (D)((L)x & chosen);
-  return add_product<V>(sum, kept, kept);
-#endif
+  *found = add_lanes(lanes);
 }
 
-template <int kLevels, class V>
-void squares_in_lanes(const V* values, const uint64_t* masks, double* found) {
-  lane_sums<kLevels>(
-      [&](int i, D* sums) __attribute__((always_inline)) {
-        const D x = load_doubles(values + i);
-#pragma GCC unroll 4
-        for (int level = 0; level < kLevels; ++level) {
-          sums[level] = add_square<V>(sums[level], x, masks + level * kBitWords, i);
-        }
-      },
-      found);
+void distance(const double* a, const double* b, double* found) {
+  const auto step = [&](int i, double* group) {
+    const double apart = a[i] - b[i];
+    group[0] += apart < 0 ? -apart : apart;
+  };
+  grouped_sums<1, double>(step, found);
 }
 
 template <class V>
-void squares_in_lanes(const V* values, const uint64_t* masks, int levels, double* found) {
-  for (; levels >= 3; levels -= 3, masks += 3 * kBitWords, found += 3) {
-    squares_in_lanes<3>(values, masks, found);
+void distances(const V* values, int count, double* found) {
+  if constexpr (sizeof(V) == 4) {
+    if (count == 2) return distances<2>(values, found);
+    if (count == 3) return distances<3>(values, found);
+    if (count == 4) return distances<4>(values, found);
   }
-  if (levels == 2) squares_in_lanes<2>(values, masks, found);
-  if (levels == 1) squares_in_lanes<1>(values, masks, found);
+  for (int k = 0; k < count; ++k) {
+    for (int j = k + 1; j < count; ++j, ++found) {
+      distance(values + static_cast<int64_t>(k) * kSumChunk,
+               values + static_cast<int64_t>(j) * kSumChunk, found);
+    }
+  }
 }
 
 int64_t comparison_rows(int64_t models, int64_t levels) {
@@ -108,22 +97,24 @@ struct ComparisonRoom {
   char* scratch;
   uint64_t* masks;  // [models][2 + levels][kBitWords]: negative, not zero, kept
   Int* thresholds;  // [models][1 + levels]
+  double* squares;  // [models][1 + levels], magnitudes first
   double* found;    // [rows]
   double* total;    // [rows]
-  int64_t* counts;  // [1 + levels][width]
+  W* counts;        // [1 + levels][width], the lanes to be added up
   int64_t* equal;   // [pairs]
   int64_t* histogram;
-  int64_t numbers;  // how many int64_t there are of the last three
 
   bool take(const ComparisonArgs& args) {
     const int64_t models = args.num_models, levels = args.num_levels;
     const int64_t rows = comparison_rows(models, levels);
     const int64_t stride = (2 + levels) * kBitWords;
     const int64_t pairs = models * (models - 1) / 2, width = level_width(models);
-    numbers = (1 + levels) * width + pairs + models * (kComparisonBins + 1);
+    const int64_t numbers = pairs + models * (kComparisonBins + 1);
+    const int64_t counters = (1 + levels) * width * static_cast<int64_t>(sizeof(W));
     const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
     const int64_t bytes = (models + 3) * chunk + 2 * kSumChunk * 8 +
-                          8 * (models * stride + models * (1 + levels) + 2 * rows + numbers);
+                          8 * (models * (stride + 2 * (1 + levels)) + 2 * rows + numbers) +
+                          counters;
     char* memory = static_cast<char*>(thread_workspace(bytes));
     if (memory == nullptr) return false;
     const auto cut = [&](int64_t size) {
@@ -131,6 +122,7 @@ struct ComparisonRoom {
       memory += size;
       return from;
     };
+    counts = reinterpret_cast<W*>(cut(counters));
     base = reinterpret_cast<V*>(cut(chunk));
     values = reinterpret_cast<V*>(cut(models * chunk));
     more = reinterpret_cast<V*>(cut(2 * chunk));
@@ -138,12 +130,13 @@ struct ComparisonRoom {
     scratch = cut(kSumChunk * 8);
     masks = reinterpret_cast<uint64_t*>(cut(8 * models * stride));
     thresholds = reinterpret_cast<Int*>(cut(8 * models * (1 + levels)));
+    squares = reinterpret_cast<double*>(cut(8 * models * (1 + levels)));
     found = reinterpret_cast<double*>(cut(8 * rows));
     total = reinterpret_cast<double*>(cut(8 * rows));
-    counts = reinterpret_cast<int64_t*>(cut(8 * numbers));
-    equal = counts + (1 + levels) * width;
+    equal = reinterpret_cast<int64_t*>(cut(8 * numbers));
     histogram = equal + pairs;
-    std::memset(counts, 0, static_cast<size_t>(numbers) * 8);
+    std::memset(counts, 0, static_cast<size_t>(counters));
+    std::memset(equal, 0, static_cast<size_t>(numbers) * 8);
     for (int64_t k = 0; k < models; ++k) {
       Int* own = thresholds + k * (1 + levels);
       own[0] = 1;
@@ -156,21 +149,40 @@ struct ComparisonRoom {
   }
 };
 
-// Magnitudes of values [first, last): bins of an eighth of an octave, zeros apart.
+// Magnitudes of elements [first, last) of each model: bins of an eighth of an octave, zeros apart.
 template <class V>
-void count_magnitudes(const V* values, int first, int last, int64_t* histogram) {
+void count_magnitudes(const V* values, int count, int first, int last, int64_t* histogram) {
   constexpr int shift = sizeof(V) == 4 ? 20 : 49;
   constexpr int bias = sizeof(V) == 4 ? 127 : 1023;
   constexpr int lowest = (bias + kComparisonLow) * 8;
-  int32_t bins[kSumChunk];
-  for (int i = first; i < last; ++i) {
-    const auto key = scalar_key(values[i]);
-    int bin = static_cast<int>(key >> shift) - lowest;
-    bin = bin < 0 ? 0 : bin;
-    bin = bin >= kComparisonBins ? kComparisonBins - 1 : bin;
-    bins[i] = key == 0 ? kComparisonBins : bin;
+  constexpr int kAtOnce = 4;  // models: equal bins after one another wait for each other
+  int32_t bins[kAtOnce][kSumChunk];
+  for (int k = 0; k < count; k += kAtOnce) {
+    const int own = count - k < kAtOnce ? count - k : kAtOnce;
+    for (int j = 0; j < own; ++j) {
+      const V* model = values + static_cast<int64_t>(k + j) * kSumChunk;
+      for (int i = first; i < last; ++i) {
+        const auto key = scalar_key(model[i]);
+        int bin = static_cast<int>(key >> shift) - lowest;
+        bin = bin < 0 ? 0 : bin;
+        bin = bin >= kComparisonBins ? kComparisonBins - 1 : bin;
+        bins[j][i] = (key == 0 ? kComparisonBins : bin) + j * (kComparisonBins + 1);
+      }
+    }
+    int64_t* to = histogram + k * (kComparisonBins + 1);
+    if (own == kAtOnce) {
+      for (int i = first; i < last; ++i) {
+        ++to[bins[0][i]];
+        ++to[bins[1][i]];
+        ++to[bins[2][i]];
+        ++to[bins[3][i]];
+      }
+      continue;
+    }
+    for (int i = first; i < last; ++i) {
+      for (int j = 0; j < own; ++j) ++to[bins[j][i]];
+    }
   }
-  for (int i = first; i < last; ++i) ++histogram[bins[i]];
 }
 
 template <class V>
@@ -201,19 +213,25 @@ void compare_chunk(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t 
     V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
     widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch,
                static_cast<const V*>(room.base));
-    prefetch_chunk(args.models[k], at);
     uint64_t* masks = room.masks + k * stride;
-    all_masks(own, room.thresholds + k * (1 + levels), 1 + levels, masks, masks + kBitWords);
+    double* sums = room.squares + k * (1 + levels);
+    const int bytes = dtype_bytes(args.models[k].dtype);
+    const Ahead ahead{static_cast<const char*>(args.models[k].data) + (at + kSumChunk) * bytes,
+                      bytes};
+    all_masks(own, room.thresholds + k * (1 + levels), 1 + levels, masks, masks + kBitWords, sums,
+              ahead);
+    room.found[1 + k] = sums[0];
   }
   double* found = room.found;
-  *found++ = dot_in_lanes(room.base, room.base);
-  distances_in_lanes(room.values, models, found);
-  found += models * (models + 1) / 2;
+  *found = dot_in_lanes(room.base, room.base);
+  found += 1 + models;
+  distances(room.values, models, found);
+  found += models * (models - 1) / 2;
   gram_in_lanes(room.values, models, found);
   found += models * (models + 1) / 2;
-  for (int k = 0; k < models; ++k, found += levels) {
-    squares_in_lanes(room.values + static_cast<int64_t>(k) * kSumChunk,
-                     room.masks + k * stride + 2 * kBitWords, levels, found);
+  for (int k = 0; k < models; ++k) {
+    const double* sums = room.squares + k * (1 + levels);
+    for (int level = 1; level <= levels; ++level) *found++ = sums[level];
   }
   const int64_t width = level_width(models);
   for (int level = 0; level <= levels; ++level) {
@@ -230,13 +248,10 @@ void compare_chunk(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t 
   if (args.every > 1) {  // a part of the chunk that differs from chunk to chunk
     constexpr int part = kSumChunk / kComparisonEvery;
     const auto number = static_cast<uint32_t>((args.start + at) / kSumChunk);
-    first = static_cast<int>((number * 2654435761u) >> 29) * part;
+    first = static_cast<int>((number * 2654435761u) >> 28) * part;
     last = first + part < n ? first + part : n;
   }
-  for (int k = 0; k < models; ++k) {
-    count_magnitudes(room.values + static_cast<int64_t>(k) * kSumChunk, first, last,
-                     room.histogram + k * (kComparisonBins + 1));
-  }
+  count_magnitudes(room.values, models, first, last, room.histogram);
 }
 
 struct ComparisonContext {
@@ -268,7 +283,16 @@ bool compare_segments(const ComparisonArgs& args, bool uniform, int64_t first, i
       if (from[i] != 0) __atomic_fetch_add(to + i, from[i], __ATOMIC_RELAXED);
     }
   };
-  add(args.counts, room.counts, room.numbers);
+  const int64_t models = args.num_models, pairs = models * (models - 1) / 2;
+  int64_t* to = args.counts;
+  for (int64_t i = 0; i < (1 + args.num_levels) * level_width(models); ++i, ++to) {
+    int64_t total = 0;
+    for (int lane = 0; lane < PM_VECTOR_BYTES / 8; ++lane) {
+      total += static_cast<int64_t>(room.counts[i][lane]);
+    }
+    add(to, &total, 1);
+  }
+  add(to, room.equal, pairs + models * (kComparisonBins + 1));
   return true;
 }
 

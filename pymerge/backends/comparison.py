@@ -12,7 +12,7 @@ from pymerge.backends.sizes import HOT_CHUNK
 
 __all__ = ["BINS", "EVERY", "LOWEST", "MOST_MODELS", "Comparison"]
 
-EVERY = 8  # of the magnitudes of a large tensor, one in so many is counted
+EVERY = 16  # of the magnitudes of a large tensor, one in so many is counted
 LOWEST = -48  # log2 of the first bin's border
 OCTAVES, PARTS = 64, 8
 BINS = OCTAVES * PARTS
