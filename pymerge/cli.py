@@ -18,8 +18,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from pymerge.analysis.command import add_arguments
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
@@ -117,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     ada.add_argument("--force", action="store_true", help="replace OUT if it exists")
     ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
-    _add_analyze(commands)
+    analyze = commands.add_parser(
+        "analyze", help="compare task vectors before a merge: angles, sign conflicts, overlaps"
+    )
+    add_arguments(analyze)
 
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -126,64 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show the installation: build, ISA, GPU, backends")
     info.add_argument("--json", action="store_true", help="print as JSON")
     return parser
-
-
-def _add_analyze(commands: Any) -> None:
-    parser = commands.add_parser(
-        "analyze", help="compare task vectors before a merge: angles, sign conflicts, overlaps"
-    )
-    parser.add_argument("base", metavar="BASE", help="the pre-trained model")
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="fine-tuned models")
-    parser.add_argument(
-        "--out", metavar="OUT", help="directory to write: report, JSON, CSV (default: nothing)"
-    )
-    parser.add_argument(
-        "--names", type=_list(str), metavar="A,B,...", help="of the models, in reports"
-    )
-    parser.add_argument(
-        "--densities",
-        type=_list(float),
-        default=[0.1, 0.2, 0.5],
-        metavar="D,D,...",
-        help="of TIES' trim over the whole model; '' for none (default: 0.1,0.2,0.5)",
-    )
-    parser.add_argument(
-        "--thresholds",
-        choices=("sampled", "exact"),
-        default="sampled",
-        help="of these trims; exact ones take another pass or two (default: sampled)",
-    )
-    parser.add_argument(
-        "--spectra", action="store_true", help="also singular values and subspaces, which is slow"
-    )
-    parser.add_argument(
-        "--rank", type=_integer(1), default=16, metavar="R", help="of subspaces (default: 16)"
-    )
-    parser.add_argument(
-        "--scores",
-        type=_list(float),
-        metavar="S,S,...",
-        help="of the models on validation data, for advice on averages",
-    )
-    parser.add_argument(
-        "--nan",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with tensors that hold NaN or infinity (default: error)",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("auto", "reference", "cpu"),
-        default="auto",
-        help="what computes (default: auto)",
-    )
-    parser.add_argument(
-        "--threads", type=_integer(1), metavar="N", help="compute threads (default: one per core)"
-    )
-    parser.add_argument("--no-html", action="store_true", help="write JSON and CSV only")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--json", action="store_true", help="print the analysis as JSON")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -254,18 +200,6 @@ def _integer(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [kind(part.strip()) for part in text.split(",")] if text.strip() else []
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected numbers with commas between them, got {text!r}"
-            ) from None
-
-    return parse
-
-
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
@@ -324,46 +258,9 @@ def _ada(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from pathlib import Path
+    from pymerge.analysis.command import run_analyze
 
-    from pymerge.analysis import advise, analyze, write_analysis
-    from pymerge.analysis.output import check_output
-    from pymerge.analysis.summary import print_summary
-
-    if options.scores is not None and len(options.scores) != len(options.models):
-        raise RequestError(
-            f"--scores: expected {len(options.models)}, one for each model; got "
-            f"{len(options.scores)}"
-        )
-    html = not options.no_html
-    if options.out is not None:
-        inputs = [Path(path) for path in (options.base, *options.models)]
-        check_output(options.out, html=html, force=options.force, inputs=inputs)
-    analysis = analyze(
-        options.base,
-        options.models,
-        names=options.names,
-        densities=options.densities,
-        thresholds=options.thresholds,
-        spectra=options.spectra,
-        rank=options.rank,
-        nan=options.nan,
-        backend=options.backend,
-        threads=options.threads,
-        quiet=options.quiet,
-    )
-    advice = advise(analysis, scores=options.scores).texts
-    written: list[str] = []
-    if options.out is not None:
-        written = write_analysis(
-            analysis, options.out, html=html, force=options.force, advice=advice
-        )
-    if options.json:
-        print(analysis.to_json())
-    elif not options.quiet:
-        print_summary(analysis, advice=advice)
-        if written:
-            print(f"written to {options.out}: {', '.join(written)}")
+    run_analyze(options)
 
 
 def _plan(options: argparse.Namespace) -> None:

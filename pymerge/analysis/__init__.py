@@ -18,7 +18,7 @@ from pymerge.analysis.records import (
 
 if TYPE_CHECKING:
     from pymerge.analysis.advice import Advice, advise, averaging_coefficient
-    from pymerge.analysis.analyze import analyze
+    from pymerge.analysis.api import analyze
     from pymerge.analysis.output import write_analysis
 
 __all__ = [
@@ -42,7 +42,7 @@ _LAZY = {
     "Advice": "advice",
     "advise": "advice",
     "averaging_coefficient": "advice",
-    "analyze": "analyze",
+    "analyze": "api",
     "write_analysis": "output",
 }
 

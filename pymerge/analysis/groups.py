@@ -97,7 +97,7 @@ class Grouper:
         return gram
 
     def _cosine(self, gram: list[list[float]], i: int, j: int) -> float | None:
-        norms = math.sqrt(gram[i][i]) * math.sqrt(gram[j][j])
+        norms = math.sqrt(gram[i][i] * gram[j][j])  # of equal ones the square itself, exactly
         cosine = _ratio(gram[i][j], norms)
         return None if cosine is None else min(1.0, max(-1.0, cosine))
 

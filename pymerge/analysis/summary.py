@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["print_summary"]
 
 _PAIRS, _LAYERS = 28, 12  # rows of a table; the files have all
-_WIDTH = 100  # where nobody's terminal says how wide to be
+_WIDTH = 140  # where nobody's terminal says how wide to be
 
 
 def print_summary(
@@ -30,9 +30,8 @@ def print_summary(
     """
     from rich.console import Console
 
-    stream = sys.stdout if stream is None else stream
-    terminal = stream.isatty()
-    console = Console(file=stream, highlight=False, width=None if terminal else _WIDTH)
+    to = sys.stdout if stream is None else stream
+    console = Console(file=to, highlight=False, width=None if to.isatty() else _WIDTH)
     facts, whole = analysis.facts, analysis.whole
     speed = facts.bytes_read / facts.seconds / 1e9 if facts.seconds > 0 else 0.0
     passes = "1 pass" if facts.passes == 1 else f"{facts.passes} passes"
