@@ -1,4 +1,4 @@
-"""The command line: `pymerge merge | plan | methods | info`.
+"""The command line: `pymerge merge | plan | ada | analyze | methods | info`.
 
 Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from pymerge.analysis.command import add_arguments
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "merge": _merge,
         "plan": _plan,
         "ada": _ada,
+        "analyze": _analyze,
         "methods": _methods,
         "info": _info,
     }
@@ -115,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     ada.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
     ada.add_argument("--force", action="store_true", help="replace OUT if it exists")
     ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    analyze = commands.add_parser(
+        "analyze", help="compare task vectors before a merge: angles, sign conflicts, overlaps"
+    )
+    add_arguments(analyze)
 
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -248,6 +255,12 @@ def _ada(options: argparse.Namespace) -> None:
             print(f"{result.steps} steps: mean entropy {first:.4f} -> {last:.4f} nats")
         print(f"coefficients: {options.out}.ada")
         print(report.summary())
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from pymerge.analysis.command import run_analyze
+
+    run_analyze(options)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 // Every kernel of one instruction set, and its table.
 #pragma once
 
+#include "cpu/kernels_comparison.h"
 #include "cpu/kernels_divergence.h"
 #include "cpu/kernels_importance.h"
 #include "cpu/kernels_magnitude.h"
@@ -30,6 +31,7 @@ void fill_table(KernelTable& table) {
   table.row_weighted_sum = row_weighted_sum;
   table.divergence_sums = divergence_sums;
   table.row_importance = row_importance;
+  table.compare = compare;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from pymerge.analysis.records import (
     Analysis,
     Facts,
@@ -14,7 +16,13 @@ from pymerge.analysis.records import (
     Trimmed,
 )
 
+if TYPE_CHECKING:
+    from pymerge.analysis.advice import Advice, advise, averaging_coefficient
+    from pymerge.analysis.api import analyze
+    from pymerge.analysis.output import write_analysis
+
 __all__ = [
+    "Advice",
     "Analysis",
     "Facts",
     "Group",
@@ -24,4 +32,24 @@ __all__ = [
     "Spectrum",
     "Tensor",
     "Trimmed",
+    "advise",
+    "analyze",
+    "averaging_coefficient",
+    "write_analysis",
 ]
+
+_LAZY = {
+    "Advice": "advice",
+    "advise": "advice",
+    "averaging_coefficient": "advice",
+    "analyze": "api",
+    "write_analysis": "output",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pymerge.analysis' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"pymerge.analysis.{_LAZY[name]}"), name)
