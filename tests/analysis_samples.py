@@ -58,7 +58,7 @@ def sample(
         tensors=tuple(make.group(tensor.name, 1, 1 / count) for tensor in inventory),
         spectra=tuple(make.spectrum(tensor) for tensor in inventory[:-1]) if spectra else (),
         notes=("position_ids: integers, left out",),
-        facts=Facts("0.1", 1.25, 123_456_789, 2, "cpu", "avx512", "cpu", 2, 50_000_000),
+        facts=Facts("0.1", 1.25, 123_456_789, 2, "cpu", "avx512", "cpu", 2, 50_000_000, "exact"),
     )
 
 

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 import pymerge
+from benchmarks.demo.cache import digest
 from benchmarks.quality.correlation import Correlation, correlations, reliability, spearman
-from benchmarks.quality.small_merges import RECIPES, Measured, Recipe, Scores, measure, sets_of
-from benchmarks.quality.suite import Classifiers
+from benchmarks.quality.methods import State
+from benchmarks.quality.small_merges import (
+    FOLDER,
+    RECIPES,
+    Measured,
+    Recipe,
+    Scores,
+    measure,
+    sets_of,
+)
+from benchmarks.quality.suite import Classifiers, digest_state
 from pymerge.analysis import Analysis
-from pymerge.analysis.interference import predict_interference
+from pymerge.analysis.interference import ACROSS, predict_interference
 from pymerge.analysis.page_data import mean_of, off_diagonal
 
 __all__ = ["GAIN", "OUTCOMES", "RULE", "STATISTICS", "Row", "Study", "study"]
 
 DENSITIES = (0.1, 0.2, 0.5)
 _TRIMMED = 1  # of the densities: what TIES keeps
+# To be raised when analysis finds other numbers for the same weights.
+_REVISION = 1
 
 
 def _pairs(name: str) -> Callable[[Analysis], float | None]:
@@ -125,19 +138,14 @@ def study(
     """Merge, test, analyse, and compare."""
     sets = sets_of(len(suite.tasks), triples)
     measured = [measure(suite, seed, sets, recipes) for seed in seeds]
-    analyses = [_analyse(suite, seed, sets) for seed in seeds]
+    known = [_known(suite, seed, sets, recipes) for seed in seeds]
     statistics = {
-        name: _mean([[_number(get(a)) for a in found] for found in analyses])
-        for name, get in STATISTICS.items()
+        name: _mean([[one["statistics"][name] for one in found] for found in known])
+        for name in STATISTICS
     }
     sums = [recipe for recipe in recipes if recipe.scale is not None]
     rule = {
-        recipe.key: _mean(
-            [
-                [_number(predict_interference(a, _scale(recipe, a)).mean) for a in f]
-                for f in analyses
-            ]
-        )
+        recipe.key: _mean([[one["rule"][recipe.key]["lost"] for one in found] for found in known])
         for recipe in sums
     }
     outcomes: dict[str, dict[str, list[float]]] = {name: {} for name in OUTCOMES}
@@ -177,9 +185,9 @@ def study(
         {
             recipe.key: [
                 row
-                for m, each in zip(measured, analyses, strict=True)
-                for tasks, analysis in zip(sets, each, strict=True)
-                for row in _rows(m, recipe, tasks, analysis)
+                for m, each in zip(measured, known, strict=True)
+                for tasks, one in zip(sets, each, strict=True)
+                for row in _rows(m, recipe, tasks, one["rule"][recipe.key])
             ]
             for recipe in sums
         },
@@ -213,26 +221,51 @@ def _compare(found: Study, outcome: str, recipe: str) -> None:
     }
 
 
-def _analyse(suite: Classifiers, seed: int, sets: Sequence[tuple[int, ...]]) -> list[Analysis]:
+def _known(
+    suite: Classifiers, seed: int, sets: Sequence[tuple[int, ...]], recipes: Sequence[Recipe]
+) -> list[dict[str, Any]]:
+    """Return what is known of each set before it is merged: statistics, and the rule; cached."""
     tuned = [suite.fine_tune(task, seed) for task in range(len(suite.tasks))]
+    weights = [digest_state(state) for state in (suite.base(), *tuned)]
+    scales = {recipe.key: recipe.scale for recipe in recipes if recipe.scale is not None}
     found = []
     with suite.log.steps(f"analyse, seed {seed}", len(sets)) as advance:
         for tasks in sets:
+            key = {
+                "revision": _REVISION,
+                "weights": [weights[0], *(weights[task + 1] for task in tasks)],
+                "statistics": list(STATISTICS),
+                "rule": ACROSS,
+                "scales": {name: scale(len(tasks)) for name, scale in scales.items()},
+            }
+            path = suite.cache.root / FOLDER / f"{digest(key)}.json"
             models = [tuned[task] for task in tasks]
-            found.append(pymerge.analyze(suite.base(), models, densities=DENSITIES, spectra=True))
+            found.append(
+                suite.cache.load(
+                    path,
+                    lambda models=models, key=key: _analysed(suite.base(), models, key["scales"]),
+                )
+            )
             advance()
     return found
 
 
-def _scale(recipe: Recipe, analysis: Analysis) -> float:
-    assert recipe.scale is not None
-    return recipe.scale(len(analysis.models))
-
-
-def _number(value: float | None) -> float:
-    if value is None:
-        raise ValueError("a statistic is not defined: a task vector is zero")
-    return value
+def _analysed(base: State, models: Sequence[State], scales: Mapping[str, float]) -> dict[str, Any]:
+    analysis = pymerge.analyze(base, models, densities=DENSITIES, spectra=True)
+    statistics = {}
+    for name, get in STATISTICS.items():
+        statistics[name] = get(analysis)
+        if statistics[name] is None:
+            raise ValueError(f"{name} is not defined: a task vector is zero")
+    rule = {}
+    for name, scale in scales.items():
+        predicted = predict_interference(analysis, scale)
+        rule[name] = {
+            "along": predicted.along,
+            "across": predicted.across,
+            "lost": predicted.mean,
+        }
+    return {"statistics": statistics, "rule": rule}
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -267,8 +300,9 @@ def _outcome(name: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> flo
     return float(_items(name, m, recipe, tasks).mean())
 
 
-def _rows(m: Measured, recipe: Recipe, tasks: tuple[int, ...], analysis: Analysis) -> list[Row]:
-    predicted = predict_interference(analysis, _scale(recipe, analysis))
+def _rows(
+    m: Measured, recipe: Recipe, tasks: tuple[int, ...], predicted: Mapping[str, Any]
+) -> list[Row]:
     nats = _items("log-probability", m, recipe.key, tasks).mean(axis=1)
     points = _items("accuracy", m, recipe.key, tasks).mean(axis=1)
     return [
@@ -279,8 +313,8 @@ def _rows(m: Measured, recipe: Recipe, tasks: tuple[int, ...], analysis: Analysi
             _gain("log-probability", m, (task,)),
             float(points[n]),
             _gain("accuracy", m, (task,)),
-            predicted.along[n],
-            predicted.across[n],
+            predicted["along"][n],
+            predicted["across"][n],
         )
         for n, task in enumerate(tasks)
     ]

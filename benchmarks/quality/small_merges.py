@@ -15,9 +15,9 @@ from benchmarks.demo.cache import digest
 from benchmarks.quality.methods import State
 from benchmarks.quality.suite import Classifiers, digest_state
 
-__all__ = ["RECIPES", "Measured", "Recipe", "Scores", "measure", "sets_of"]
+__all__ = ["FOLDER", "RECIPES", "Measured", "Recipe", "Scores", "measure", "sets_of"]
 
-_FOLDER = "interference"  # in the suite's cache
+FOLDER = "interference"  # in the suite's cache
 # To be raised when the same recipe makes another model.
 _REVISION = 1
 
@@ -160,7 +160,7 @@ def _single(suite: Classifiers, state: State, task: int) -> Scores:
 
 
 def _kept(suite: Classifiers, key: Any, test: Callable[[], list[Any]]) -> list[Scores]:
-    path = suite.cache.root / _FOLDER / f"{digest(key)}.json"
+    path = suite.cache.root / FOLDER / f"{digest(key)}.json"
     return [Scores(**one) for one in suite.cache.load(path, test)]
 
 

@@ -62,7 +62,7 @@ def write_analysis(
         except OSError as error:
             raise MergeError(f"out ({out}): cannot be written: {error}") from error
         if html and has_report():
-            from pymerge.analysis import report  # pyright: ignore[reportAttributeAccessIssue]
+            from pymerge.analysis import report
 
             report.write(analysis, directory.path, advice=advice)
         directory.commit()
@@ -84,7 +84,7 @@ def check_output(
     if problems:
         raise RequestError(problems)
     if html and has_report():
-        from pymerge.analysis import report  # pyright: ignore[reportAttributeAccessIssue]
+        from pymerge.analysis import report
 
         report.require()
 

@@ -309,7 +309,7 @@ def _correlations(rows: np.ndarray) -> np.ndarray:
 
 
 def _histograms(analysis: Analysis, notes: list[str]) -> list[dict[str, Any]]:
-    """Return, of each place, the middles of the bins and the share of each model in them."""
+    """Return, of each place, the middles of the bins and each model's entries per octave."""
     bins = len(analysis.whole.histogram.log2_edges) + 1
     numbers = bins * (len(analysis.models) + 1)
     found = []
@@ -317,13 +317,15 @@ def _histograms(analysis: Analysis, notes: list[str]) -> list[dict[str, Any]]:
     for name, group in places:
         histogram = group.histogram
         edges = histogram.log2_edges
-        total = max(1, histogram.counted)
+        widths = [b - a for a, b in itertools.pairwise(edges)]
+        total = max(1, group.parameters)
         found.append(
             {
                 "place": name,
                 "middles": [plain((a + b) / 2) for a, b in itertools.pairwise(edges)],
                 "shares": [
-                    [plain(100 * count / total) for count in counts] for counts in histogram.counts
+                    [plain(100 * n / total / w) for n, w in zip(counts, widths, strict=True)]
+                    for counts in histogram.counts
                 ],
                 "zeros": [plain(100 * zeros / total) for zeros in histogram.zeros],
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -191,12 +192,17 @@ def _magnitudes(analysis: Analysis) -> bytes:
     axes = figure.add_subplot(1, 2 if trimmed else 1, 1)
     if histogram.log2_edges:
         edges = [2.0**edge for edge in histogram.log2_edges]
+        widths = [b - a for a, b in itertools.pairwise(histogram.log2_edges)]
         for k, label in enumerate(analysis.labels):
-            shares = [100 * count / max(1, histogram.counted) for count in histogram.counts[k]]
+            total = max(1, analysis.whole.parameters)
+            shares = [
+                100 * count / total / width
+                for count, width in zip(histogram.counts[k], widths, strict=True)
+            ]
             axes.stairs(shares, edges, label=_label(label), **_style(k))
         axes.set_xscale("log")
         axes.legend(fontsize=7)
-    axes.set_title("magnitudes of the task vectors, % of the entries", fontsize=11)
+    axes.set_title("magnitudes of the task vectors, % of the entries per octave", fontsize=11)
     axes.set_xlabel("magnitude")
     axes.grid(alpha=0.25)
     if trimmed:

@@ -222,7 +222,7 @@
     const zeros = one.zeros.map((zero, number) => `${data.models[number]} ${text(zero)} %`).join(", ");
     return {
       traces, xaxis: { type: "log", exponentformat: "power", title: { text: "|τ|" } },
-      yaxis: { title: { text: "entries, %" }, rangemode: "tozero" },
+      yaxis: { title: { text: "entries per octave, %" }, rangemode: "tozero" },
       about: `Histogram of magnitudes of the task vectors, ${one.place}. Unchanged: ${zeros}.`,
     };
   });
