@@ -223,6 +223,7 @@ def test_advice() -> None:
     tuned = [torch.randn(20_000, generator=generator) for _ in range(4)]
     found = pymerge.analyze(base, tuned)
     advice = advise(found, scores=[0.9, 0.9, 0.5, 0.1])
+    assert advice.scale is not None
     assert advice.scale == pytest.approx(0.5, abs=0.02)  # orthogonal: 1 / sqrt(4)
     assert advice.scale_range == pytest.approx((advice.scale / 2, advice.scale * 1.5))
     assert advice.density == 0.2  # 65 % of the squared norm of normal numbers
