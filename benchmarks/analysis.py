@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.checkpoints import CheckpointSet, LlamaShape
+from benchmarks.checkpoints import CheckpointSet
 from benchmarks.checks import Reader
 from benchmarks.engine import make_config
 from benchmarks.measure import ProcessRun, WrongResult, run_process
@@ -33,7 +33,6 @@ from benchmarks.tables import Table, console, save
 
 __all__ = ["check_analysis", "main"]
 
-SHAPE = LlamaShape(2048, 5632, 4, 16000, 32, 4)  # 0.24 B parameters
 _MEMORY = Path("/dev/shm")
 _CHECKED = 4  # tensors
 _TOLERANCE = 1e-6
@@ -144,7 +143,7 @@ def measure(
     for side in SIDES:
         if side.startswith("analyze"):
             check_analysis(json.loads((root / side / "analysis.json").read_text()), paths)
-    size = paths.shape.parameters
+    size = paths.nbytes / 2  # bf16
     table = Table(
         f"Analysis beside a linear merge, {size / 1e9:.2f} B parameters, K = {len(paths.models)}, "
         "bf16, warm cache",
@@ -190,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--repetitions", type=int, default=5)
     made.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     options = made.parse_args(arguments)
-    shape = checkpoints.LLAMA_SMALL if options.small else SHAPE
+    shape = checkpoints.LLAMA_SMALL if options.small else checkpoints.LLAMA_057B
     torch.set_num_threads(1)
     with checkpoints.workspace(shape.parameters * 16) as root:
         if options.inputs is None:
@@ -198,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             paths = checkpoints.make_checkpoints(root / "inputs", shape)
         else:
             models = tuple(options.inputs / f"model-{number}" for number in range(1, 5))
-            paths = CheckpointSet(options.inputs / "base", models, shape, shape.parameters * 2)
+            files = (options.inputs / "base").glob("*.safetensors")
+            nbytes = sum(file.stat().st_size for file in files)
+            paths = CheckpointSet(options.inputs / "base", models, shape, nbytes)
         checkpoints.warm(paths)
         table, records = measure(root, paths, options.repetitions)
     table.show()
