@@ -533,7 +533,7 @@ def _comparison(levels: int, **more: Any) -> Case:
         shape = Comparison(len(models), levels)
         segments = shape.segments(base.numel())
         sums = torch.full((shape.rows, segments), float("nan"), dtype=torch.float64)
-        return {"sums": sums, "counts": torch.ones(shape.size, dtype=torch.int64)}
+        return {"sums": sums, "counts": torch.zeros(shape.size, dtype=torch.int64)}
 
     name = f"compare.{levels}" + (".sampled" if more else "")
     return Case(name, "compare_", arguments, outputs, streams_out=False, slow=True)

@@ -27,7 +27,7 @@ SHAPES = {
     "model.embed.weight": (LARGE,),
     "model.layers.0.mlp.up.weight": (33, 31),
     "model.layers.0.mlp.up.bias": (31,),
-    "model.layers.1.mlp.up.weight": (64, 1040),
+    "model.layers.1.mlp.up.weight": (64, 104),
     "model.layers.10.attn.q.weight": (5,),
     "model.norm.weight": (),
     "model.none.weight": (0, 3),
@@ -83,7 +83,7 @@ class Oracle:
         self.models = [flat(state).double().numpy() for state in tuned]
         self.tau = [(flat(state) - flat(base)).double().numpy() for state in tuned]
 
-    def pairs(self, value: Callable[[int, int], float | None]) -> list[list[float | None]]:
+    def pairs(self, value: Callable[[int, int], Any]) -> list[list[float | None]]:
         count = range(len(self.tau))
         return [[value(i, j) for j in count] for i in count]
 
@@ -253,7 +253,7 @@ def test_numbers_depend_on_nothing_but_the_models(
         assert set(got.module_types) == set(expected.module_types)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
 def test_every_number_of_models(count: int) -> None:
     base, tuned = family((torch.float32,), count)
     found = pymerge.analyze(base, tuned, densities=[0.2])

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pymerge
 import pymerge.cli
 from pymerge.analysis import advise, averaging_coefficient, output, write_analysis
 from pymerge.analysis.summary import print_summary
+from pymerge.backends import cpu
 from tests import models
 from tests.models import State
 
@@ -80,6 +83,19 @@ def test_command_prints_json(root: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data["models"] == [{"label": "m0", "path": str(root / "m0")}]
     assert data["facts"]["thresholds"] == "exact"
     assert data["whole"]["cosine"] == [[1.0]]
+
+
+def test_files_are_analysed_without_torch(root: Path) -> None:
+    """Importing torch takes longer than analysing half a billion parameters."""
+    if cpu.reason() is not None:
+        pytest.skip("the native library is not there")
+    code = (
+        "import sys, pymerge.cli\n"
+        f"code = pymerge.cli.main(['analyze', {str(root / 'base')!r}, {str(root / 'm0')!r},"
+        f" '--no-html', '--out', {str(root / 'out')!r}])\n"
+        "assert code == 0 and 'torch' not in sys.modules, code\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_spectra_have_a_table(root: Path) -> None:
@@ -223,6 +239,7 @@ def test_advice() -> None:
     tuned = [torch.randn(20_000, generator=generator) for _ in range(4)]
     found = pymerge.analyze(base, tuned)
     advice = advise(found, scores=[0.9, 0.9, 0.5, 0.1])
+    assert advice.scale is not None
     assert advice.scale == pytest.approx(0.5, abs=0.02)  # orthogonal: 1 / sqrt(4)
     assert advice.scale_range == pytest.approx((advice.scale / 2, advice.scale * 1.5))
     assert advice.density == 0.2  # 65 % of the squared norm of normal numbers

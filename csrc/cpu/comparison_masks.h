@@ -39,7 +39,7 @@ PM_INLINE void add_halves(D* sums, F x) {
 }
 
 // What a thread will read next. Asked for one step after the other: memory answers only so many
-// requests at once, and a burst of them waits (1.3x the time, 4 models of bf16).
+// requests at once, and a burst of them waits (1.4x the time, 4 models of bf16).
 struct Ahead {
   const char* data;
   int bytes;  // of an element

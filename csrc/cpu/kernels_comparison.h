@@ -9,6 +9,16 @@
 namespace pymerge {
 namespace {
 
+// sum + x. A product with 1 is exact, so that this is a sum, by the units that multiply: those that
+// add have the differences to do.
+PM_INLINE F plus(F sum, F x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)x, _mm512_set1_ps(1.0f), (__m512)sum);
+#else
+  return sum + x;
+#endif
+}
+
 // |x_i - x_j| of pairs i < j.
 template <int kCount>
 void distances(const float* values, double* found) {
@@ -26,7 +36,8 @@ void distances(const float* values, double* found) {
 #pragma GCC unroll 4
         for (int k = 0; k < kCount; ++k) {
 #pragma GCC unroll 4
-          for (int j = k + 1; j < kCount; ++j, ++pair) group[pair] += (F)magnitude_key(x[k] - x[j]);
+          for (int j = k + 1; j < kCount; ++j, ++pair)
+            group[pair] = plus(group[pair], (F)magnitude_key(x[k] - x[j]));
         }
       }
 #pragma GCC unroll 6
@@ -185,6 +196,25 @@ void count_magnitudes(const V* values, int count, int first, int last, int64_t* 
   }
 }
 
+// The chunk after the one at `at`.
+Ahead ahead_of(const Operand& operand, int64_t at) {
+  const int bytes = dtype_bytes(operand.dtype);
+  return {static_cast<const char*>(operand.data) + (at + kSumChunk) * bytes, bytes};
+}
+
+template <class V>
+double base_square(const V* base, Ahead ahead) {
+  double total;
+  lane_sums<1>(
+      [&](int i, D* sums) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead.data + i * ahead.bytes);
+        const D x = load_doubles(base + i);
+        sums[0] = add_product<V>(sums[0], x, x);
+      },
+      &total);
+  return total;
+}
+
 template <class V>
 void count_equal_slowly(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t at, int n) {
   int64_t* counts = room.equal;
@@ -208,22 +238,18 @@ void compare_chunk(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t 
   const int models = args.num_models, levels = args.num_levels;
   const int64_t stride = (2 + levels) * kBitWords;
   widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
-  prefetch_chunk(args.base, at);
   for (int k = 0; k < models; ++k) {
     V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
     widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch,
                static_cast<const V*>(room.base));
     uint64_t* masks = room.masks + k * stride;
     double* sums = room.squares + k * (1 + levels);
-    const int bytes = dtype_bytes(args.models[k].dtype);
-    const Ahead ahead{static_cast<const char*>(args.models[k].data) + (at + kSumChunk) * bytes,
-                      bytes};
     all_masks(own, room.thresholds + k * (1 + levels), 1 + levels, masks, masks + kBitWords, sums,
-              ahead);
+              ahead_of(args.models[k], at));
     room.found[1 + k] = sums[0];
   }
   double* found = room.found;
-  *found = dot_in_lanes(room.base, room.base);
+  *found = base_square(room.base, ahead_of(args.base, at));
   found += 1 + models;
   distances(room.values, models, found);
   found += models * (models - 1) / 2;

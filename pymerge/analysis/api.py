@@ -58,8 +58,8 @@ def analyze(
             "model 1" and so on.
         densities: shares of a task vector, in (0, 1], at which TIES' trim over the whole model is
             looked at; () for none.
-        thresholds: of these trims. "sampled": order statistics of 262144 magnitudes, spread over
-            the model: a density of 0.2 then keeps 0.2 +- 0.003, and `Trimmed.kept` says how much.
+        thresholds: of these trims. "sampled": order statistics of 131072 magnitudes, spread over
+            the model: a density of 0.2 then keeps 0.2 +- 0.004, and `Trimmed.kept` says how much.
             "exact": those of TIES (official), by another pass over the files or two. Models of up
             to 2^20 parameters always have exact ones.
         spectra: also compare singular values and subspaces of matrices, which takes long.

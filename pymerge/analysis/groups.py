@@ -166,33 +166,28 @@ class Grouper:
         )
 
     def _quantiles(self, own: Measured) -> Quantiles:
-        values = tuple(
-            tuple(_quantile(own.magnitudes[k], level) for level in LEVELS)
-            for k in range(self.shape.models)
-        )
+        values = tuple(_levels(own.magnitudes[k]) for k in range(self.shape.models))
         return Quantiles(LEVELS, values)
 
 
-def _border(bin_number: int, parts: int = PARTS) -> float:
-    """Return the magnitude where a bin begins."""
-    octave, part = divmod(bin_number, parts)
-    return math.ldexp(1.0 + part / parts, LOWEST + octave)
+# Magnitudes where bins begin, and where the last one ends.
+_BORDERS = np.array(
+    [math.ldexp(1 + j % PARTS / PARTS, LOWEST + j // PARTS) for j in range(BINS + 1)]
+)
 
 
-def _quantile(magnitudes: np.ndarray, level: float) -> float | None:
-    """Return a quantile of one model; within a bin, entries count as evenly spread."""
-    total = float(magnitudes.sum())
-    if total == 0:
-        return None
-    wanted = level * total - float(magnitudes[BINS])  # zeros come first
-    if wanted <= 0:
-        return 0.0
+def _levels(magnitudes: np.ndarray) -> tuple[float | None, ...]:
+    """Return the quantiles of one model; within a bin, entries count as evenly spread."""
     sums = np.cumsum(magnitudes[:BINS])
-    found = min(int(np.searchsorted(sums, wanted)), BINS - 1)
+    total = sums[-1] + magnitudes[BINS]
+    if total == 0:
+        return (None,) * len(LEVELS)
+    wanted = np.array(LEVELS) * total - magnitudes[BINS]  # zeros come first
+    found = np.minimum(np.searchsorted(sums, wanted), BINS - 1)
     inside = magnitudes[found]
-    share = (wanted - (sums[found] - inside)) / inside if inside else 1.0
-    low, high = _border(found), _border(found + 1)
-    return low + min(1.0, float(share)) * (high - low)
+    share = (wanted - (sums[found] - inside)) / np.where(inside > 0, inside, 1.0)
+    values = _BORDERS[found] + share.clip(0, 1) * (_BORDERS[found + 1] - _BORDERS[found])
+    return tuple(np.where(wanted <= 0, 0.0, values).tolist())
 
 
 def _histogram(own: Measured) -> Histogram:
@@ -203,7 +198,7 @@ def _histogram(own: Measured) -> Histogram:
     if not len(used):
         return Histogram((), tuple(() for _ in joined), zeros, own.looked_at)
     first, last = int(used[0]), int(used[-1]) + 1
-    edges = tuple(math.log2(_border(_JOINED * j)) for j in range(first, last + 1))
+    edges = tuple(np.log2(_BORDERS[_JOINED * first : _JOINED * last + 1 : _JOINED]).tolist())
     counts = tuple(tuple(round(float(c)) for c in row[first:last]) for row in joined)
     return Histogram(edges, counts, zeros, own.looked_at)
 

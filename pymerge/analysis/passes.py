@@ -24,7 +24,7 @@ from pymerge.select import Part, magnitude_keys, order_statistics, sample_parts
 
 __all__ = ["SAMPLE", "Measured", "Passes"]
 
-SAMPLE = 1 << 18  # elements from which thresholds are taken
+SAMPLE = 1 << 17  # elements from which thresholds are taken
 _EXACT = 1 << 20  # task vectors up to this length always have exact thresholds
 _AT_ONCE = 1 << 26  # elements of a call, a multiple of HOT_CHUNK
 _FEW_AT_ONCE = 1 << 20  # where torch makes temporaries of that length
