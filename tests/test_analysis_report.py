@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import json
 import math
 import os
@@ -273,3 +275,9 @@ def test_predicted_loss_of_bad_numbers() -> None:
     for bad in ({"scale": math.nan}, {"scale": 1.0, "across": -0.1}):
         with pytest.raises(RequestError, match="expected finite numbers"):
             predict_interference(analysis, **bad)
+
+
+@pytest.mark.parametrize("module", ["interference", "report"])
+def test_examples_of_the_documentation(module: str) -> None:
+    loaded = importlib.import_module(f"pymerge.analysis.{module}")
+    assert doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE) == (0, 5)

@@ -19,6 +19,7 @@ from pymerge.analysis.records import (
 if TYPE_CHECKING:
     from pymerge.analysis.advice import Advice, advise, averaging_coefficient
     from pymerge.analysis.api import analyze
+    from pymerge.analysis.interference import Interference, predict_interference
     from pymerge.analysis.output import write_analysis
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Facts",
     "Group",
     "Histogram",
+    "Interference",
     "Model",
     "Quantiles",
     "Spectrum",
@@ -35,6 +37,7 @@ __all__ = [
     "advise",
     "analyze",
     "averaging_coefficient",
+    "predict_interference",
     "write_analysis",
 ]
 
@@ -42,6 +45,8 @@ _LAZY = {
     "Advice": "advice",
     "advise": "advice",
     "averaging_coefficient": "advice",
+    "Interference": "interference",
+    "predict_interference": "interference",
     "analyze": "api",
     "write_analysis": "output",
 }

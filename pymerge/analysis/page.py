@@ -97,7 +97,7 @@ def _navigation(analysis: Analysis) -> str:
 
 
 def _facts(analysis: Analysis) -> str:
-    whole, facts = analysis.whole, analysis.facts
+    whole = analysis.whole
     shown = [
         ("tensors", f"{whole.tensors:,}"),
         ("parameters", f"{whole.parameters:,}"),
@@ -113,7 +113,6 @@ def _facts(analysis: Analysis) -> str:
         low, high = (number(100 * f(lengths) / whole.base_l2, 3) for f in (min, max))
         span = low if low == high else f"{low} - {high}"
         shown.append(("length, % of the base", span))
-    shown += [("read", _bytes(facts.bytes_read)), ("time", f"{facts.seconds:.3g} s")]
     cells = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in shown)
     return f'<dl class="facts">{cells}</dl>'
 
@@ -268,8 +267,9 @@ def _notes(analysis: Analysis, more: Sequence[str]) -> str:
     made = [
         f"pymerge {facts.version}; {facts.backend}{f' ({facts.isa})' if facts.isa else ''} on "
         f"{facts.device}, {_count(facts.threads, 'thread')}; {facts.seconds:.3g} s.",
-        f"{_bytes(facts.bytes_read)} read in {facts.passes} pass{'es' if facts.passes != 1 else ''}"
-        f"; at most {_bytes(facts.peak_anonymous)} of memory beside the mapped files.",
+        f"{_bytes(facts.bytes_read)} read in {facts.passes} pass"
+        f"{'es' if facts.passes != 1 else ''}; thresholds of the trims: {facts.thresholds}; at "
+        f"most {_bytes(facts.peak_anonymous)} of memory beside the mapped files.",
         *(f"{model.label}: {model.path or 'tensors in memory'}" for model in analysis.models),
     ]
     items = "".join(f"<li>{_text(line)}</li>" for line in (*analysis.notes, *more, *made))

@@ -80,7 +80,7 @@ def _pairs(analysis: Analysis) -> bytes:
         panels.append((name, trimmed.overlap, False))
     panels.append(("equal weights, %", whole.equal, False))
     count = len(analysis.models)
-    side = min(9.0, 2.6 + 0.42 * count)
+    side = min(8.0, 2.2 + 0.33 * count)
     columns = 2
     rows = -(-len(panels) // columns)
     figure = _figure(1.25 * side * columns, side * rows)

@@ -77,12 +77,12 @@ def _models(analysis: Analysis) -> DataTable:
         ]
     levels = whole.quantiles.levels
     columns += [
-        Column(f"|τ| at {100 * level:g} %", "quantile of the magnitudes, from a histogram")
-        for level in levels
-    ]
-    columns += [
         Column(f"norm in top {100 * trimmed.density:g} %", "share of the squared norm, per cent")
         for trimmed in whole.trimmed
+    ]
+    columns += [
+        Column(f"|τ| at {100 * level:g} %", "quantile of the magnitudes, from a histogram")
+        for level in levels
     ]
     columns.append(Column("path", text=True))
     rows = []
@@ -100,8 +100,8 @@ def _models(analysis: Analysis) -> DataTable:
                 number(mean_of(_others(whole.cosine, k)), 3),
                 _share(mean_of(_others(whole.sign_conflict, k))),
             ]
-        cells += [number(value, 3) for value in whole.quantiles.values[k]]
         cells += [_share(trimmed.kept_norm[k]) for trimmed in whole.trimmed]
+        cells += [number(value, 3) for value in whole.quantiles.values[k]]
         rows.append((*cells, model.path))
     return DataTable("models", "Models", tuple(columns), tuple(rows))
 
