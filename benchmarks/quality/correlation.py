@@ -19,7 +19,6 @@ import numpy as np
 __all__ = ["Correlation", "correlations", "pearson", "reliability", "spearman"]
 
 _PERMUTATIONS = 40_320
-_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def correlations(
     outcome: Sequence[float],
     pairs: Sequence[tuple[int, int]],
     seed: int = 0,
+    draws: int = 2000,
 ) -> dict[str, Correlation]:
     """Return the correlation of each statistic with the outcome.
 
@@ -67,6 +67,7 @@ def correlations(
         outcome: a value for each pair.
         pairs: all pairs of tasks, each as (smaller, larger).
         seed: of the draws.
+        draws: of tasks, for the intervals.
     """
     tasks = 1 + max(task for pair in pairs for task in pair)
     if sorted(pairs) != list(itertools.combinations(range(tasks), 2)):
@@ -81,6 +82,7 @@ def correlations(
         if x_ranks is not None and y_ranks is not None:
             each[name] = np.abs(x_ranks[moved] @ y_ranks)
             np.maximum(largest, each[name], out=largest)
+    intervals = _intervals({name: statistics[name] for name in each}, y, pairs, tasks, seed, draws)
     found = {}
     for name, values in statistics.items():
         rho = spearman(values, outcome)
@@ -88,13 +90,11 @@ def correlations(
             found[name] = Correlation(len(pairs), None, None, None, None, None, None)
             continue
         bound = abs(rho) - 1e-9
-        low, high = _interval(np.asarray(values, float), y, pairs, tasks, seed)
         found[name] = Correlation(
             len(pairs),
             rho,
             pearson(values, outcome),
-            low,
-            high,
+            *intervals[name],
             float(np.mean(each[name] >= bound)),
             float(np.mean(largest >= bound)),
         )
@@ -131,7 +131,7 @@ def reliability(items: Sequence[np.ndarray], seed: int = 0, splits: int = 200) -
 def _ranks(values: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata
 
-    return np.asarray(rankdata(values), float)
+    return np.asarray(rankdata(values, axis=-1), float)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray | None:
@@ -156,22 +156,34 @@ def _permuted(tasks: int, pairs: Sequence[tuple[int, int]], seed: int) -> np.nda
     return places[orders[:, first], orders[:, second]]
 
 
-def _interval(
-    x: np.ndarray, y: np.ndarray, pairs: Sequence[tuple[int, int]], tasks: int, seed: int
-) -> tuple[float | None, float | None]:
+def _intervals(
+    statistics: Mapping[str, Sequence[float]],
+    outcome: np.ndarray,
+    pairs: Sequence[tuple[int, int]],
+    tasks: int,
+    seed: int,
+    draws: int,
+) -> dict[str, tuple[float | None, float | None]]:
+    """Return 95 % of the Spearman coefficients of each statistic when tasks are drawn again."""
     generator = np.random.default_rng(seed)
     first, second = np.array(pairs).T
-    found = []
-    for _ in range(_DRAWS):
+    rows = np.array([*statistics.values(), outcome], float)
+    found: list[np.ndarray] = []
+    for _ in range(draws):
         times = np.bincount(generator.integers(tasks, size=tasks), minlength=tasks)
-        weight = times[first] * times[second]
-        chosen = np.repeat(np.arange(len(pairs)), weight)
+        # a pair of a task with itself is none
+        chosen = np.repeat(np.arange(len(pairs)), times[first] * times[second])
         if len(chosen) < 3:
             continue
-        rho = spearman(x[chosen].tolist(), y[chosen].tolist())
-        if rho is not None:
-            found.append(rho)
-    if not found:
-        return None, None
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+        ranks = _ranks(rows[:, chosen])
+        ranks -= ranks.mean(axis=1, keepdims=True)
+        length = np.sqrt((ranks**2).sum(axis=1))
+        products = ranks[:-1] @ ranks[-1]
+        scale = length[:-1] * length[-1]
+        found.append(np.where(scale > 0, products / np.where(scale > 0, scale, 1.0), np.nan))
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+    for name, column in zip(statistics, np.array(found).T, strict=False):
+        known = column[np.isfinite(column)]
+        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (None, None)
+        intervals[name] = (None, None) if low is None else (float(low), float(high))
+    return {name: intervals.get(name, (None, None)) for name in statistics}

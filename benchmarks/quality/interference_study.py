@@ -134,8 +134,9 @@ def study(
     seeds: Sequence[int],
     triples: int,
     recipes: Sequence[Recipe] = RECIPES,
+    draws: int = 2000,
 ) -> Study:
-    """Merge, test, analyse, and compare."""
+    """Merge, test, analyse, and compare; `draws` of tasks are for the intervals."""
     sets = sets_of(len(suite.tasks), triples)
     measured = [measure(suite, seed, sets, recipes) for seed in seeds]
     known = [_known(suite, seed, sets, recipes) for seed in seeds]
@@ -195,11 +196,11 @@ def study(
     for name in OUTCOMES:
         found.correlations[name], found.triples[name] = {}, {}
         for recipe in recipes:
-            _compare(found, name, recipe.key)
+            _compare(found, name, recipe.key, draws)
     return found
 
 
-def _compare(found: Study, outcome: str, recipe: str) -> None:
+def _compare(found: Study, outcome: str, recipe: str, draws: int) -> None:
     """Correlate one outcome of one recipe with everything that is known before."""
     values = dict(found.statistics)
     if recipe in found.rule:
@@ -209,10 +210,12 @@ def _compare(found: Study, outcome: str, recipe: str) -> None:
     members = [(found.sets[n][0], found.sets[n][1]) for n in places]
     chosen = {name: [x[n] for n in places] for name, x in values.items()}
     drop = [y[n] for n in places]
-    each = correlations(chosen, drop, members)
+    each = correlations(chosen, drop, members, draws=draws)
     if outcome in found.gain:
         gain = {GAIN: [found.gain[outcome][n] for n in places]}
-        each |= correlations(gain, drop, members)  # by itself: it is no statistic of the vectors
+        each |= correlations(
+            gain, drop, members, draws=draws
+        )  # by itself: it is no statistic of the vectors
     found.correlations[outcome][recipe] = each
     rest = [n for n in range(len(found.sets)) if n not in places]
     found.triples[outcome][recipe] = {
