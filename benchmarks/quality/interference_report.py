@@ -297,7 +297,7 @@ def plot(found: Study, path: Path) -> None:
     except ImportError as error:
         raise SystemExit(f"the plots need matplotlib ({error}): pip install matplotlib") from None
     shown = ["cosine", "sign conflict, top 20 %", "overlap, top 20 %", "singular task interference"]
-    figure = Figure(figsize=(14, 9.5), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
     rows = [("accuracy", "accuracy lost, points"), ("log-probability", "nats lost")]
     rows.append(("share of the gain", "share of the gain lost, %"))
@@ -309,13 +309,14 @@ def plot(found: Study, path: Path) -> None:
         columns = [*shown, GAIN if outcome in found.gain else RULE]
         for column, name in enumerate(columns):
             axes = figure.add_subplot(3, len(columns), line * len(columns) + column + 1)
+            rho: list[str] = []
             for recipe, colour in zip(chosen, colours, strict=False):
                 x = _x(found, outcome, name, recipe.key)
                 if x is None:
                     continue
                 y = found.outcomes[outcome][recipe.key]
                 one = found.correlations[outcome][recipe.key].get(name)
-                rho = "" if one is None or one.spearman is None else f" {one.spearman:+.2f}"
+                rho.append("" if one is None else _signed(one.spearman))
                 for marker, members in (("o", True), ("x", False)):
                     at = [n for n in range(len(y)) if (n in pairs) == members]
                     axes.scatter(
@@ -326,21 +327,25 @@ def plot(found: Study, path: Path) -> None:
                         color=colour,
                         alpha=0.75,
                         linewidths=0.8,
-                        label=f"{recipe.label}:{rho}" if members else None,
+                        label=recipe.label if members else None,
                     )
             axes.set_xlabel(name, fontsize=8)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=6)
+            axes.set_title(" / ".join(rho), fontsize=8)
+            if (line, column) == (0, 0):
+                figure.legend(
+                    *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4
+                )
             if column == 0:
                 axes.set_ylabel(label, fontsize=9)
     figure.suptitle(
         f"{len(pairs)} pairs (dots) and {len(found.sets) - len(pairs)} triples (crosses);"
-        " numbers: Spearman over the pairs",
+        " above each: Spearman over the pairs, in the order of the legend",
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=95, metadata={"Software": None})
 
 
 def _x(found: Study, outcome: str, name: str, recipe: str) -> list[float] | None:
