@@ -44,13 +44,14 @@ QUALITY := text published vision llm
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada venv clean
-.PHONY: quality $(QUALITY:%=quality-%)
+.PHONY: help demo demo-small test test-browser test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada venv clean
+.PHONY: quality quality-interference $(QUALITY:%=quality-%)
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
 	@echo "make demo-small      the same with an image classifier, in a few minutes"
 	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
+	@echo "make test-browser    opens reports in Chromium, where there is one"
 	@echo "make test-compile    what is for GPUs: compiled, and run on the processor"
 	@echo "make test-peers      compare with mergekit, in an environment that has it"
 	@echo "make test-fusion     compare AdaMerging with FusionBench, in an environment that has it"
@@ -63,6 +64,7 @@ help:
 	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
 	@echo "make quality         how good merged models are, each suite up to half an hour:"
 	@echo "                     $(QUALITY:%=make quality-%)"
+	@echo "make quality-interference   what is known before a merge, beside what it loses"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
@@ -79,6 +81,10 @@ test-compile: $(DONE)/extra-test
 	$(PY) -m pytest -q -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
 	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py \
 	  tests/test_device.py $(ARGS)
+
+# Debian and Ubuntu: apt-get install chromium chromium-driver
+test-browser: $(DONE)/extra-browser
+	$(PY) -m pytest -q -m browser tests/test_report_browser.py $(ARGS)
 
 test-peers: $(PEERS)/.done/pymerge
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)
@@ -115,6 +121,10 @@ quality: $(QUALITY:%=quality-%)
 
 $(QUALITY:%=quality-%): quality-%: $(DONE)/extra-quality $(DONE)/data-quality-%
 	@$(PY) -m benchmarks.quality $* $(ARGS)
+
+# Its data is that of quality-text; it is kept in the same place.
+quality-interference: $(DONE)/extra-quality $(DONE)/data-quality-text
+	@$(PY) -m benchmarks.quality.interference $(ARGS)
 
 venv: $(DONE)/install
 

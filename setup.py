@@ -274,7 +274,10 @@ setup(
     packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.triton_kernels"],
     # Installed at top level, `triton_kernels` would shadow another project's package.
     package_dir={"pymerge": "pymerge", "pymerge.triton_kernels": "triton_kernels"},
-    package_data={"pymerge": ["py.typed", "*.pyi"]},
+    package_data={
+        "pymerge": ["py.typed", "*.pyi"],
+        "pymerge.analysis": ["assets/*.css", "assets/*.js"],
+    },
     ext_modules=[native_extension()] if NATIVE else [],
     cmdclass={"build_ext": BuildNative},
 )

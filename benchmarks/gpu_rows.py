@@ -94,14 +94,14 @@ class Bench:
         import torch
 
         import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
-        from tests.cases import CASES
+        from tests.cases import GPU_CASES
 
         self.torch = torch
         self.log = log
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.nbytes = nbytes
-        self.cases = {case.name: case for case in CASES}
+        self.cases = {case.name: case for case in GPU_CASES}
         self.dtypes = {"bf16": torch.bfloat16, "f32": torch.float32}
         self.base: Any = None
         self.models: list[Any] = []

@@ -76,6 +76,8 @@ GATHERING_CASES = {
     "gradient times task vectors": "sums_dots",
     "least, largest, L1, L2": "sums_statistics",
     "ranks in rows": "row_ranks",
+    "an analysis, three densities": "compare.3.sampled",
+    "an analysis, no densities": "compare.0",
 }
 MODELS = 4
 # Elements for each thread that are worth a thread and stay in its core's cache.
@@ -175,8 +177,9 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
     tiles = [reference(start, min(start + _TILE, numel)) for start in range(0, numel, _TILE)]
     for name in tiles[0].keys() - {"out"}:
         values = [tile[name] for tile in tiles]
-        per_chunk = name in ("hot_chunks", "partials", "table", "scores", "ranks")
-        per_chunk = per_chunk or (name == "counts" and values[0].dim() == 1)
+        per_chunk = name in ("hot_chunks", "partials", "sums", "table", "scores", "ranks")
+        chunk_counts = case.op == "magnitude_equal_counts_"
+        per_chunk = per_chunk or (name == "counts" and chunk_counts)
         if per_chunk:
             expected.counters[name] = torch.cat(values, dim=-1)
         else:

@@ -13,7 +13,7 @@
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 7;
+constexpr uint32_t kAbiVersion = 8;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -378,6 +378,40 @@ struct ImportanceArgs {
   int64_t* nonfinite;  // of the inputs
 };
 
+// What task vectors have to do with each other. K models, D levels, P = K (K - 1) / 2 pairs i < j.
+// sums[row][segment], of segments of kHotChunk elements: sum base^2; sum |t_k| [K]; sum |t_i - t_j|
+// [P]; sum t_i t_j for i <= j, row by row [P + K]; sum t_k^2 of what is kept at each level [K][D].
+// A segment adds up its chunks of kSumChunk, one after the other, and these their elements as
+// SumsArgs says; but magnitudes and squares are added in the compute type first, 8 steps of all
+// lanes at a time, and these sums in doubles.
+// counts, added to. For what is not 0, then for what is kept at each level: elements of each model
+// [K]; elements in both of a pair [P]; of these, with opposite signs [P]; and for n = 1 .. K and m
+// = 0 .. n / 2, elements in n models of which m have one sign and n - m the other. After these,
+// once: elements that are equal in both models of a pair [P]; and magnitudes of each model [K]:
+// bins of an eighth of an octave from 2^kComparisonLow on, of which the outermost hold what lies
+// beyond; zeros. Of magnitudes, one of `every` elements is counted (1 or kComparisonEvery), in each
+// chunk a stretch that its number in the tensor decides. start: flat index of the first element in
+// its tensor, a multiple of kHotChunk.
+constexpr int kComparisonEvery = 16;
+constexpr int kComparisonLow = -48;
+constexpr int kComparisonBins = 8 * 64;
+
+struct ComparisonArgs {
+  Execution execution;
+  Dtype compute;
+  int32_t num_models;
+  int64_t numel;
+  Operand base;
+  const Operand* models;
+  const int64_t* thresholds;  // [D][K] kept where bits(|t|) is at least this, 1 or more
+  int32_t num_levels;
+  int32_t every;
+  int64_t start;
+  int64_t num_segments;
+  double* sums;
+  int64_t* counts;
+};
+
 struct KernelTable {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -408,6 +442,7 @@ struct KernelTable {
   Status (*divergence_sums)(const DivergenceArgs*) = nullptr;
   Status (*row_importance)(const ImportanceArgs*) = nullptr;
   Status (*low_rank)(const LowRankArgs*) = nullptr;  // null on CUDA
+  Status (*compare)(const ComparisonArgs*) = nullptr;  // null on CUDA
 };
 
 }  // namespace pymerge

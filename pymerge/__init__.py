@@ -17,6 +17,7 @@ from pymerge.methods import methods
 
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
+    from pymerge.analysis.api import analyze
     from pymerge.api import linear, merge, task_arithmetic, ties_merge
     from pymerge.data_driven.fisher import collect_fisher
     from pymerge.data_driven.functions import fisher_merge, gradient_matching, regmean_merge
@@ -69,6 +70,7 @@ __all__ = [
     "RequestError",
     "TaskVector",
     "__version__",
+    "analyze",
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
@@ -112,6 +114,7 @@ __all__ = [
 # Where each lazily loaded name lives: `pymerge --help` and `pymerge methods` do not wait for torch.
 _LAZY = {
     "AdaMerging": "pymerge.adamerging.module",
+    "analyze": "pymerge.analysis.api",
     "linear": "pymerge.api",
     "merge": "pymerge.api",
     "task_arithmetic": "pymerge.api",

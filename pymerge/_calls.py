@@ -366,6 +366,22 @@ def row_weighted_sum_(
     _backend(backend, out).row_weighted_sum(out, stats, base, models, weights, columns, wide)
 
 
+def compare_(
+    sums: Counters,
+    counts: Counters,
+    base: Flat,
+    models: Sequence[Flat],
+    thresholds: Sequence[int],
+    start: int = 0,
+    every: int = 1,
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = _backend(backend, base)
+    chosen.compare(sums, counts, base, models, thresholds, start, every, wide)
+
+
 def divergence_sums_(
     table: Counters,
     base: Flat,

@@ -43,6 +43,10 @@ divergence_sums_: table[5, c] of chunks or rows, as chunk_sums_ counts them: "ma
     base, "exp" sums of exp(x - maximum), "divergence" KL(softmax(model) || softmax(base)) with 1e-8
     added to each probability, in doubles. Each kind reads what those before it wrote; "all" is the
     three.
+compare_: what task vectors have to do with each other: sums of segments of 65536 elements (norms,
+    products, distances), and counts, which grow (kept above thresholds, in both of a pair, of
+    opposite signs, equal, magnitudes). thresholds: of each level and model. See ComparisonArgs in
+    csrc/kernel_table.h and `pymerge.backends.comparison`.
 row_importance_: out = |model - base| D_row, rounded once; with a threshold the base, plus the delta
     where that is at least the threshold. stats[2] += 1 if an input is not finite.
 """
@@ -121,6 +125,10 @@ _SCHEMAS = {
     "divergence_sums_": (
         "(Tensor(a!) table, Tensor base, Tensor model, str kind, int columns=0, *, "
         "bool wide=False, str backend='auto') -> ()"
+    ),
+    "compare_": (
+        "(Tensor(a!) sums, Tensor(b!) counts, Tensor base, Tensor[] models, int[] thresholds, "
+        "int start=0, int every=1, *, bool wide=False, str backend='auto') -> ()"
     ),
     "row_importance_": (
         "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor model, Tensor divergences, "

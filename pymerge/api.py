@@ -276,6 +276,20 @@ def merge_by(
     return structured(first, {name: results[name] for name in leader})
 
 
+def match_tensors(
+    where: str, base: Any, models: Sequence[Any]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Return base and models as dictionaries of tensors that fit each other, by their labels, and
+    what messages call each tensor; raise RequestError listing what does not fit."""
+    inputs = {"base": named_tensors(base, f"{where}: base", base)}
+    inputs |= {
+        f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", base)
+        for k, model in enumerate(models)
+    }
+    _check_tensors(where, inputs, base)
+    return inputs, {name: _shown(name, base) for name in inputs["base"]}
+
+
 def resolve_parameters(
     spec: MethodSpec, where: str, count: int, weights: Any, given: Mapping[str, Any]
 ) -> dict[str, Any]:

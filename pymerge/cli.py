@@ -1,5 +1,5 @@
-"""The command line: `pymerge merge | plan | ada | fold | merge-adapters | extract-lora | methods |
-info`.
+"""The command line: `pymerge merge | plan | ada | analyze | fold | merge-adapters | extract-lora |
+methods | info`.
 
 Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pymerge.adapters.cli import ADAPTER_COMMANDS, add_adapter_commands
+from pymerge.analysis.command import add_arguments
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "ada": _ada,
         **{name: partial(_run_adapters, run) for name, run in ADAPTER_COMMANDS.items()},
+        "analyze": _analyze,
         "methods": _methods,
         "info": _info,
     }
@@ -121,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     add_adapter_commands(commands, _size, _integer)
+
+    analyze = commands.add_parser(
+        "analyze", help="compare task vectors before a merge: angles, sign conflicts, overlaps"
+    )
+    add_arguments(analyze)
 
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -272,6 +279,12 @@ def _run_adapters(
     if not options.quiet:
         _print_warnings(report.warnings)
         print(report.summary())
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from pymerge.analysis.command import run_analyze
+
+    run_analyze(options)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from pymerge.backends import has_kernel
 from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
+from pymerge.backends.comparison import EVERY, Comparison
 from pymerge.backends.sizes import SUM_CHUNK
 
 Inputs = tuple[torch.Tensor, list[torch.Tensor]]  # base, models
@@ -517,6 +519,26 @@ def _pcb_exp_sums(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, A
     return _sums("pcb_exp", reals=_pcb_reals(0, len(models))[: 2 * pairs])(base, models)
 
 
+def _comparison(levels: int, **more: Any) -> Case:
+    """Task vectors compared at so many levels of a trim."""
+
+    def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
+        shares = (0.9, 0.5, 0.2, 0.0, 0.7)[:levels]
+        keys = [max(key, 1) for share in shares for key in thresholds(base, models, share)]
+        return {"base": base, "models": models, "thresholds": keys, **more}
+
+    def outputs(
+        base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        shape = Comparison(len(models), levels)
+        segments = shape.segments(base.numel())
+        sums = torch.full((shape.rows, segments), float("nan"), dtype=torch.float64)
+        return {"sums": sums, "counts": torch.zeros(shape.size, dtype=torch.int64)}
+
+    name = f"compare.{levels}" + (".sampled" if more else "")
+    return Case(name, "compare_", arguments, outputs, streams_out=False, slow=True)
+
+
 CASES = [
     Case("linear", "weighted_sum_", _linear("sum"), _out),
     Case("linear_unnormalized", "weighted_sum_", _linear("one"), _out, slow=True),
@@ -599,6 +621,9 @@ CASES = [
     _divergence_case("divergence", rows=True),
     _divergence_case("all"),
     _divergence_case("all", rows=True),
+    _comparison(0),
+    _comparison(3, start=3 << 16, every=EVERY),
+    _comparison(5),
     Case("row_importance", "row_importance_", _importance(None), _out, slow=True),
     Case("arcee_fusion", "row_importance_", _importance(8e-6), _out, slow=True),
     *(
@@ -610,6 +635,9 @@ CASES = [
         for k, name in enumerate(("paper", "root", "vision", "vision_es"))
     ),
 ]
+
+# Those of ops that GPUs have kernels for.
+GPU_CASES = [case for case in CASES if has_kernel("cuda", case.op)]
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "f32": (torch.float32,),

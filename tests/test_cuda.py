@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pymerge.backends import cuda
-from tests.cases import CASES, DTYPES, Case, Inputs, make_inputs, seen
+from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
 from tests.test_cuda_host import BY_NAME, COUNTS, TILE
 from tests.test_ops import LARGE, SIZES, SLOW_SIZES, SPECIAL, reference, same
 
@@ -52,7 +52,7 @@ def run(case: Case, inputs: Inputs, result: torch.dtype, wide: bool = False) -> 
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_equal_to_reference(case: Case, dtypes: str) -> None:
     wide = dtypes == "f64"
     for numel in SIZES if not case.slow else SLOW_SIZES:
@@ -67,13 +67,13 @@ def test_equal_to_reference(case: Case, dtypes: str) -> None:
 @pytest.mark.parametrize("count", range(1, 18))
 def test_every_number_of_models(count: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for case in CASES:
+        for case in GPU_CASES:
             inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
             assert same(expected, run(case, inputs, dtype)), (case.name, dtype)
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_large(case: Case, misaligned: bool) -> None:
     for numel in (TILE, LARGE):
         inputs, expected = reference(
@@ -82,7 +82,7 @@ def test_large(case: Case, misaligned: bool) -> None:
         assert same(expected, run(case, inputs, torch.bfloat16)), numel
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_non_finite_values(case: Case) -> None:
     grid = torch.tensor(SPECIAL)
     base = grid.repeat_interleave(len(SPECIAL) ** 2)
@@ -131,7 +131,7 @@ Prepared = tuple[Case, Inputs, torch.dtype, Outputs]
 
 def calls() -> list[Prepared]:
     prepared = []
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(GPU_CASES):
         for dtype in (torch.float32, torch.bfloat16):
             for numel in (0, 3, 1000, TILE + 9):
                 inputs = make_inputs(numel, 3, [dtype], seed=str(index), misaligned=numel == 3)

@@ -17,14 +17,14 @@ import torch
 from pymerge import backends
 from pymerge.backends import cpu, cuda
 from tests import cuda_build
-from tests.cases import CASES, DTYPES, Case, Inputs, make_inputs, seen
+from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
 from tests.test_ops import SPECIAL, reference, same
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or cuda_build.compiler() is None, reason="needs g++ on Linux"
 )
 
-HERE = CASES
+HERE = GPU_CASES
 BY_NAME = {case.name: case for case in HERE}
 SIZES = [0, 1, 9, 33, 1023, 2057]
 SLOW_SIZES = [0, 33, 2057]

@@ -181,6 +181,7 @@ def test_wheel_is_one_package(distributions: tuple[Path, Path]) -> None:
     assert {name.split("/")[0] for name in names} == {"pymerge", information}
     assert {name for name in names if name.endswith(".py")} == modules_of_sources()
     assert "pymerge/py.typed" in names
+    assert "pymerge/analysis/assets/report.js" in names
     assert f"{information}/licenses/LICENSE" in names
     assert f"pymerge/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert "pymerge/_cuda.so" in names

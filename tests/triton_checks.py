@@ -24,7 +24,7 @@ from tests.models import llama
 from tests.test_methods import number_of_models, parameters_of
 from tests.test_ops import SPECIAL, same
 
-BY_NAME = {case.name: case for case in cases.CASES}
+BY_NAME = {case.name: case for case in cases.GPU_CASES}
 
 
 def begin() -> None:

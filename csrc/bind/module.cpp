@@ -491,6 +491,25 @@ void row_importance(const py::tuple& common, Address out, uintptr_t stats, uintp
   call(&KernelTable::row_importance, args, "row_importance", all.device);
 }
 
+void compare(const py::tuple& common, const std::vector<int64_t>& thresholds, int64_t start,
+             int32_t every, uintptr_t sums, int64_t num_segments, uintptr_t counts) {
+  const Common all(common);
+  ComparisonArgs args{};
+  all.fill(args);
+  const size_t models = static_cast<size_t>(args.num_models);
+  if (models == 0 || thresholds.size() % models != 0) {
+    throw std::invalid_argument("thresholds: expected one for each model and level");
+  }
+  args.thresholds = thresholds.data();
+  args.num_levels = static_cast<int32_t>(thresholds.size() / models);
+  args.every = every;
+  args.start = start;
+  args.num_segments = num_segments;
+  args.sums = pointer<double>(sums);
+  args.counts = pointer<int64_t>(counts);
+  call(&KernelTable::compare, args, "compare", all.device);
+}
+
 py::dict isa_list() {
   CpuVariant variants[3];
   const int count = cpu_variants(variants);
@@ -543,4 +562,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_weighted_sum", &row_weighted_sum);
   m.def("divergence_sums", &divergence_sums);
   m.def("row_importance", &row_importance);
+  m.def("compare", &compare);
 }

@@ -1,6 +1,7 @@
 // Every kernel of one instruction set, and its table.
 #pragma once
 
+#include "cpu/kernels_comparison.h"
 #include "cpu/kernels_divergence.h"
 #include "cpu/kernels_importance.h"
 #include "cpu/kernels_low_rank.h"
@@ -32,6 +33,7 @@ void fill_table(KernelTable& table) {
   table.divergence_sums = divergence_sums;
   table.row_importance = row_importance;
   table.low_rank = low_rank;
+  table.compare = compare;
 }
 
 }  // namespace

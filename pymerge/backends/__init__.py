@@ -237,6 +237,7 @@ def describe() -> dict[str, Any]:
         "backends": backends,
         "auto": {kind: _automatic(kind, backends) for kind in ("cpu", "cuda")},
         "methods": methods,
+        "analyze": "cpu, or reference; GPUs have no kernels for it: what is there is copied here",
     }
 
 

@@ -26,6 +26,7 @@ from pymerge.backends.arguments import (
     padded,
     sums_shape,
 )
+from pymerge.backends.cpu_comparison import compare as compare
 from pymerge.backends.sizes import HOT_CHUNK, SUM_CHUNK
 
 NAME = "cpu"

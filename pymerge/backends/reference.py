@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.backends.reference_comparison import compare
 from pymerge.backends.reference_divergence import divergence_sums, row_importance
 from pymerge.backends.reference_more import pointwise, row_ranks, row_weighted_sum, sparse_merge
 from pymerge.backends.reference_pcb import pcb_merge, pcb_scores
@@ -21,6 +22,7 @@ __all__ = [
     "NAME",
     "SUMMARY",
     "chunk_sums",
+    "compare",
     "divergence_sums",
     "magnitude_equal_counts",
     "magnitude_histogram",

@@ -1,0 +1,302 @@
+"""What an analysis found: frozen records, and their JSON.
+
+K is the number of models. Vectors have K entries, in the order of `Analysis.models`; matrices are
+K x K, lists of rows. None stands where a number is not defined: a cosine with a task vector that is
+zero, a share of nothing. `docs/analysis.md` has the formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pymerge.errors import RequestError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Analysis",
+    "Facts",
+    "Group",
+    "Histogram",
+    "Model",
+    "Quantiles",
+    "Spectrum",
+    "Tensor",
+    "Trimmed",
+]
+
+SCHEMA_VERSION = 1
+
+Vector = tuple[float | None, ...]  # [K]
+Matrix = tuple[Vector, ...]  # [K][K], symmetric
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was analysed.
+
+    label: short and unique among the models: what plots and tables call it. path: where it is, or
+    "" for tensors in memory.
+    """
+
+    label: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """What TIES' trim over the whole model keeps of a group, at one density.
+
+    density: the share of the whole task vector that is kept: its entries of largest magnitude.
+    threshold: [K] least magnitude kept, the same in all groups; entries equal to it are all kept,
+        so that a little more than `density` may be.
+    kept: [K] share of this group's entries that is kept.
+    kept_norm: [K] the kept entries' share of this group's squared norm; None if that is 0.
+    sign_conflict: [K][K] of the coordinates that both keep, the share with opposite signs; 0 on the
+        diagonal, None where they share none.
+    sign_agreement: mean over coordinates of |#positive - #negative| / #kept (1 where nothing is
+        kept), as TIES' `sign_agreement_ratio` has it.
+    overlap: [K][K] |A and B| / min(|A|, |B|) of the sets that are kept: |A and B| / k where both
+        have k; 1 on the diagonal, None where one is empty.
+    """
+
+    density: float
+    threshold: Vector
+    kept: Vector
+    kept_norm: Vector
+    sign_conflict: Matrix
+    sign_agreement: float
+    overlap: Matrix
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Quantiles of |tau| of a group, zeros included, estimated from a histogram with bins of an
+    eighth of an octave: within 7 % of the value, mostly far less.
+
+    levels: shares, ascending, e.g. 0.5 for the median. values: [K][levels].
+    """
+
+    levels: tuple[float, ...]
+    values: tuple[Vector, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often each magnitude |tau| occurs in a group.
+
+    log2_edges: [bins + 1] ascending borders in log2|tau|: 2^e times 1, 1.25, 1.5 and 1.75, so that
+        bins are not equally wide on this scale. Empty where every entry is zero.
+    counts: [K][bins] entries from edge j (inclusive) to edge j + 1. Magnitudes below 2^-48 and
+        above 2^16 are counted in the outermost bins.
+    zeros: [K] entries that are exactly 0, which are in no bin.
+    counted: how many entries of each model were looked at: all of a tensor of up to 65536, of a
+        larger one every sixteenth, at fixed places. `counts` and `zeros` are scaled up, so that
+        they add up to the group's parameters.
+    """
+
+    log2_edges: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    zeros: tuple[int, ...]
+    counted: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Statistics of the task vectors over a tensor, a layer, a module type or the whole model.
+
+    name: of the tensor, layer ("0", "1", ..., or "other") or module type. parameters, tensors: how
+        many. base_l2: norm of the base's weights.
+    l1, l2: [K] norms of the task vectors. norm_share: [K] this group's share of the task vector's
+        squared norm over the whole model; None if that is 0.
+    unchanged: [K] share of entries that are exactly 0.
+    dot, cosine: [K][K]; a cosine is None where a norm is 0.
+    l1_distance, l2_distance: [K][K] norms of the differences of two task vectors, which are those
+        of the models.
+    equal: [K][K] share of weights that are equal in both models (1 on the diagonal).
+    sign_conflict: [K][K] share of coordinates with opposite signs among those where both are not
+        0; 0 on the diagonal, None where there are none.
+    sign_agreement: mean over coordinates of |#positive - #negative| / #nonzero; 1 where all are 0.
+    trimmed: one for each of `Analysis.densities`.
+    """
+
+    name: str
+    parameters: int
+    tensors: int
+    base_l2: float
+    l1: Vector
+    l2: Vector
+    norm_share: Vector
+    unchanged: Vector
+    dot: Matrix
+    cosine: Matrix
+    l1_distance: Matrix
+    l2_distance: Matrix
+    equal: Matrix
+    sign_conflict: Matrix
+    sign_agreement: float
+    trimmed: tuple[Trimmed, ...]
+    quantiles: Quantiles
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the base, and the groups that it is counted in.
+
+    layer: name of its layer, or None where its name has no block number. dtypes: of base and
+    models, as safetensors writes them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: str | None
+    module_type: str
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values and subspaces of the task vectors of one matrix.
+
+    rank: r, how many singular vectors subspaces have. effective_rank: [K] exp of the entropy of
+        sigma / sum sigma (Roy & Vetterli 2007). stable_rank: [K] ||tau||_F^2 / sigma_1^2.
+    top_singular_values: [K][r] the largest ones. energy: [K] share of ||tau||_F^2 in these.
+    left_overlap, right_overlap: [K][K] ||A' B||_F^2 / r of the top r left (right) singular vectors:
+        1 for equal subspaces, r / n for random ones. None where a task vector is 0.
+    interference: the singular task interference ||(U'U - I) S (V'V - I)||_1 of all models' top r
+        triplets together (TSV; entrywise sum of magnitudes); None with one model.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    rank: int
+    effective_rank: Vector
+    stable_rank: Vector
+    top_singular_values: tuple[Vector, ...]
+    energy: Vector
+    left_overlap: Matrix
+    right_overlap: Matrix
+    interference: float | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How an analysis was made.
+
+    bytes_read: of all passes; passes: over the files. backend, isa: what computed. peak_anonymous:
+    highest anonymous memory of the process, in bytes. thresholds: "sampled" or "exact", see
+    `pymerge.analyze`; "none" without densities.
+    """
+
+    version: str
+    seconds: float
+    bytes_read: int
+    passes: int
+    backend: str
+    isa: str | None
+    device: str
+    threads: int
+    peak_anonymous: int
+    thresholds: str = "sampled"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `pymerge.analyze` returns.
+
+    base: label and path. models: K of them. densities: at which the trim was looked at.
+    inventory: the tensors that were analysed, by name. tensors, layers, module_types, whole: the
+    statistics; tensors in the order of `inventory`, layers by block number ("other" last: what has
+    none). spectra: of matrices, if asked for. notes: what was left out and why, and other things a
+    reader should know.
+    """
+
+    base: Model
+    models: tuple[Model, ...]
+    densities: tuple[float, ...]
+    inventory: tuple[Tensor, ...]
+    whole: Group
+    layers: tuple[Group, ...]
+    module_types: tuple[Group, ...]
+    tensors: tuple[Group, ...]
+    spectra: tuple[Spectrum, ...]
+    notes: tuple[str, ...]
+    facts: Facts
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The models' labels."""
+        return tuple(model.label for model in self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as dicts, lists and numbers, with "schema_version"."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        """Return JSON that `from_json` reads; not defined numbers are null."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Analysis:
+        """Return the analysis that `to_dict` was called on.
+
+        Raises:
+            RequestError: another schema version, or fields that are missing or not known.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RequestError(
+                f"analysis: expected schema_version {SCHEMA_VERSION}, got {version!r}"
+            )
+        rest = {key: value for key, value in data.items() if key != "schema_version"}
+        return typing.cast("Analysis", _decoded(cls, rest, "analysis"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Analysis:
+        """Return the analysis that `to_json` was called on; raises as `from_dict` does."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"analysis: not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise RequestError(f"analysis: expected an object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+
+def _decoded(kind: Any, value: Any, where: str) -> Any:
+    """Return a value of JSON as what an annotation says."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        if not isinstance(value, Mapping) or not needed <= set(value) <= set(hints):
+            got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+            raise RequestError(f"{where}: expected the fields {sorted(hints)}, got {got}")
+        fields = {key: _decoded(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        return typing.cast("type[Any]", kind)(**fields)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RequestError(f"{where}: expected a list, got {type(value).__name__}")
+        inner = typing.get_args(kind)
+        each = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(each) != len(value):
+            raise RequestError(f"{where}: expected {len(each)} entries, got {len(value)}")
+        return tuple(
+            _decoded(one, item, f"{where}[{i}]")
+            for i, (one, item) in enumerate(zip(each, value, strict=True))
+        )
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _decoded(typing.get_args(kind)[0], value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RequestError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,91 @@
+"""Writes the report of an analysis: one HTML file that opens offline, and pictures beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pymerge.analysis.records import Analysis
+from pymerge.errors import RequestError
+
+__all__ = ["HTML", "require", "write"]
+
+HTML = "report.html"
+
+
+def require() -> None:
+    """Raise a RequestError if what draws the report is not installed.
+
+    To be called before models are read, which may take long.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+        import plotly.offline  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"the report needs plotly and matplotlib ({error}): "
+            "pip install 'pymerge-kernels[analysis]'; JSON and CSV need nothing"
+        ) from None
+
+
+def write(
+    analysis: Analysis, folder: str | os.PathLike[str], *, advice: Sequence[str] = ()
+) -> list[Path]:
+    """Write `report.html` and PNG files into a folder, each complete or not at all.
+
+    The page holds plotly.js (about 5 MB), loads nothing, and is of bounded size: single tensors
+    have rows of a table, and no matrix. Files of these names are replaced.
+
+    Args:
+        analysis: what `pymerge.analyze` returned.
+        folder: is made if it is not there.
+        advice: paragraphs of plain text, shown as heuristic.
+
+    Returns:
+        what was written, the page first.
+
+    Raises:
+        RequestError: plotly or matplotlib is missing, or `folder` is a file.
+
+    Example:
+        >>> import tempfile, torch, pymerge
+        >>> base = {"w": torch.zeros(4)}
+        >>> models = [{"w": torch.ones(4)}, {"w": torch.tensor([1.0, 2.0, -1.0, 0.0])}]
+        >>> written = write(pymerge.analyze(base, models), tempfile.mkdtemp())
+        >>> written[0].name
+        'report.html'
+    """
+    require()
+    from plotly.offline import get_plotlyjs
+
+    from pymerge.analysis.page import page
+    from pymerge.analysis.pictures import pictures
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"report: expected a folder, got a file: {folder}")
+    made = {HTML: page(analysis, get_plotlyjs(), advice).encode()}
+    made.update(pictures(analysis))
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_replace(folder / name, content) for name, content in made.items()]
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's are for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return path
