@@ -158,15 +158,18 @@ def _run_tensors(
         assert base is not None
         part: Part = (0, base, models)
         targets = [trim_target(rule, density, work.numel) for density in work.parameters["density"]]
-        cuts, counted = order_statistics(
-            lambda part=part: iter((part,)),
-            targets,
-            work.numel,
-            bins=context.bins,
-            sample=context.sample,
-            wide=work.wide,
-            backend=context.backend,
-            workspace=workspace,
+        cuts, counted = context.remembered(
+            ("cuts", work.name, work.wide, *targets),
+            lambda part=part, targets=targets, work=work: order_statistics(
+                lambda: iter((part,)),
+                targets,
+                work.numel,
+                bins=context.bins,
+                sample=context.sample,
+                wide=work.wide,
+                backend=context.backend,
+                workspace=workspace,
+            ),
         )
         passes = max(passes, counted)
         zero_sign = zero_elects(rule, 0)
@@ -224,17 +227,23 @@ def _run_global(
             context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
             source.release(work.name)
 
-    samples = sample_parts(sampled, total, context.sample)
+    # Thresholds and their sample are the same for all weights and scales.
+    samples = context.remembered(
+        ("sample", wide), lambda: sample_parts(sampled, total, context.sample)
+    )
     targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
-    cuts, passes = order_statistics(
-        parts,
-        targets,
-        total,
-        bins=context.bins,
-        sample=context.sample,
-        wide=wide,
-        backend=context.backend,
-        samples=samples,
+    cuts, passes = context.remembered(
+        ("cuts", "", wide, *targets),
+        lambda: order_statistics(
+            parts,
+            targets,
+            total,
+            bins=context.bins,
+            sample=context.sample,
+            wide=wide,
+            backend=context.backend,
+            samples=samples,
+        ),
     )
 
     # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain,
