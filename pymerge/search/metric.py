@@ -94,11 +94,12 @@ class Metric:
             self._call = function
             return
         try:
-            self._call = function(**self._arguments)
+            made: Any = function(**self._arguments)
         except Exception as error:
             raise RequestError(
                 f"metric: {function.__name__}(...) raised {type(error).__name__}: {error}"
             ) from error
+        self._call = made
         self._arguments = {}
 
     def __call__(

@@ -21,6 +21,7 @@ from pymerge.engine.memory import MemorySink
 from pymerge.engine.place import choose_place
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError
+from pymerge.memory import MAX_SAMPLES, most_bins
 from pymerge.plan import MergePlan, make_plan
 from pymerge.plan.parameters import resolve_parameters
 from pymerge.runner import Runner
@@ -104,6 +105,9 @@ class Remerger:
             raise
         self.seed = seed
         self.warnings = [*self.plan.warnings, *place.warnings]
+        # The first configuration may select nothing where others do.
+        self._bins = self.plan.memory.histogram_bins or most_bins(len(self.plan.models) + 1)
+        self._sample = self.plan.memory.sample_elements or MAX_SAMPLES
         self._runner_name = place.ops or place.backend
         self._memo: dict[Hashable, Any] = {}
         self._source = _Held(self.plan.base, self.plan.models, self.plan.statistics)
@@ -186,8 +190,8 @@ class Remerger:
                 self._memo.clear()
             context = Context(
                 backend=Runner(self._runner_name),
-                bins=self.plan.memory.histogram_bins or 1,
-                sample=self.plan.memory.sample_elements or 1,
+                bins=self._bins,
+                sample=self._sample,
                 nan=nan,
                 seed=self.seed,
                 solvers=self.plan.memory.solvers,
