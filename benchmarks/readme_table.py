@@ -20,7 +20,10 @@ from benchmarks.tables import RESULTS, Table, describe_machine
 __all__ = ["fill", "latest_tables", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-_NAMES = ("README.md", "docs/benchmarks.md", "docs/adamerging.md", "docs/quality.md")
+_NAMES = (
+    *("README.md", "docs/benchmarks.md", "docs/adamerging.md"),
+    *("docs/quality.md", "docs/search.md"),
+)
 DOCUMENTS = tuple(ROOT / name for name in _NAMES)
 _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
 
