@@ -325,6 +325,10 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
         assert len(part.trials) == budget
     assert part.resumed == 17
     assert told(part.trials) == told(whole.trials)
+    less = search(tmp_path / "part", sampler="cmaes", budget=7)
+    assert told(less.trials) == told(whole.trials)[:7]
+    assert less.best is not None
+    assert less.best.number < 7
     again = run_search(study(sampler="cmaes", budget=3), tmp_path / "part", restart=True)
     assert (again.resumed, len(again.trials)) == (0, 3)
 

@@ -1,6 +1,6 @@
 """Searches PCB's coefficients on the text suite's validation data: CMA-ES, random, grid.
 
-    python -m benchmarks.quality.search [--evaluations 200] [--save]
+    python -m benchmarks.quality.search [--evaluations 200] [--longer 400] [--save]
 
 The preset pcb_es (a coefficient for each task vector, and the ratio) begins at PCB's defaults;
 random points of the same ranges, and a grid of one coefficient for all and the ratio, have the same
@@ -98,7 +98,7 @@ def merge_config(suite: Text, seed: int) -> dict[str, Any]:
 
 
 def _searches(evaluations: int) -> dict[str, dict[str, Any]]:
-    across = 10
+    across = 5
     return {
         "CMA-ES": {},
         "random": {"sampler": "random"},
@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Search three times, show and keep what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evaluations", type=int, default=200, help="of each search")
+    parser.add_argument(
+        "--longer", type=int, default=0, help="let CMA-ES go on to so many (default: it does not)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of fine-tunes and searches")
     parser.add_argument("--quick", action="store_true", help="toy sizes: a trial of the program")
     parser.add_argument("--save", action="store_true", help="keep results and plots")

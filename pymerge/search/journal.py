@@ -75,7 +75,6 @@ class Journal:
         except BaseException:
             self.close()
             raise
-        self.resumed = len(self.trials)
 
     def _check_folder(self, folder: Path) -> None:
         if not os.path.lexists(folder):

@@ -175,7 +175,7 @@ def run_search(
                 made.ordered(),
                 made.best,
                 made.elapsed(),
-                journal.resumed,
+                made.resumed,
                 finished,
                 None,
                 [*warnings, *journal.warnings],
@@ -258,14 +258,18 @@ class _Search:
         self._failed_in_a_row = 0
         self._total = settings.budget.evaluations or (len(points) or None)
         self.best: Trial | None = None
-        for number in sorted(journal.trials):
-            self._take(journal.trials[number])
+        self.resumed = len(self.ordered())
+        for trial in self.ordered():
+            self._take(trial)
 
     def elapsed(self) -> float:
         return self._before + time.perf_counter() - self._started
 
     def ordered(self) -> list[Trial]:
-        return [self._journal.trials[number] for number in sorted(self._journal.trials)]
+        """Return the trials within the budget, which may be smaller than it was."""
+        most = self._settings.budget.evaluations
+        found = (self._journal.trials[number] for number in sorted(self._journal.trials))
+        return [trial for trial in found if most is None or trial.number < most]
 
     def _take(self, trial: Trial) -> None:
         if better(self._settings, trial, self.best):
@@ -277,7 +281,7 @@ class _Search:
 
     def run(self) -> str:
         """Search until the budget is used up; return why it ended."""
-        self._progress.begin(self._total, len(self._journal.trials), self.best)
+        self._progress.begin(self._total, len(self.ordered()), self.best)
         number = 0
         scores: list[float | None] | None = None
         sign = 1.0 if self._settings.direction == "maximize" else -1.0
