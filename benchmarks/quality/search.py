@@ -36,6 +36,8 @@ __all__ = ["Accuracy", "main", "prepared"]
 PLOTS = Path(__file__).resolve().parent.parent.parent / "docs" / "images"
 _PLOTTED = {"history.png": "search-history.png", "coefficients.png": "search-coefficients.png"}
 _PLOTTED |= {"parallel.png": "search-parallel.png"}
+_MORE = ", longer"
+_LONGER = f"CMA-ES{_MORE}"
 _WEIGHTS = "models[*].parameters.weight"
 
 
@@ -138,12 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     root = suite.cache.root / ("search-quick" if options.quick else "search")
     found: dict[str, SearchResult] = {}
-    for name, own in _searches(options.evaluations).items():
+    searches = _searches(options.evaluations)
+    if options.longer > options.evaluations:
+        searches[_LONGER] = {"budget": options.longer}
+    for name, own in searches.items():
         suite.log.say(f"search by {name}")
-        out = root / f"{name.lower()}-{options.seed}"
         found[name] = run_search(
             {**common, **own},
-            out,
+            root / f"{name.removesuffix(_MORE).lower()}-{options.seed}",
             metric="benchmarks.quality.search:Accuracy",
             quiet=False,
         )
