@@ -62,10 +62,25 @@ def scribbles(tensors: Mapping[str, torch.Tensor]) -> float:
     return 0.0
 
 
+_calls = [0]
+
+
+def scribbles_and_raises(tensors: Mapping[str, torch.Tensor]) -> float:
+    """Every other time."""
+    _calls[0] += 1
+    if _calls[0] % 2:
+        next(iter(tensors.values())).zero_()
+        raise SystemExit(3)
+    return near(tensors)
+
+
 class Counts:
     """Made once; its object counts how often it was called, and by which process."""
 
+    made = 0
+
     def __init__(self, target: float) -> None:
+        Counts.made += 1
         self.target = target
         self.calls = 0
 

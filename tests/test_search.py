@@ -175,11 +175,14 @@ def test_a_function_gets_tensors_a_folder_or_the_data(tmp_path: Path) -> None:
     assert [t.value for t in folder.trials] == [t.value for t in tensors.trials]
 
 
-def test_a_class_is_made_once(tmp_path: Path) -> None:
-    found = search(
-        tmp_path / "out", metric="tests.search_metrics:Counts", arguments={"target": 1.0}
-    )
-    assert [t.named["calls"] for t in found.trials] == list(range(1, 13))
+def test_a_class_is_made_once_for_each_worker(tmp_path: Path) -> None:
+    metric, arguments = "tests.search_metrics:Counts", {"target": 1.0}
+    one = search(tmp_path / "one", metric=metric, arguments=arguments)
+    assert [t.named["calls"] for t in one.trials] == list(range(1, 13))
+    search_metrics.Counts.made = 0
+    two = search(tmp_path / "two", metric=metric, arguments=arguments, workers=2)
+    assert search_metrics.Counts.made <= 2
+    assert [t.value for t in two.trials] == [t.value for t in one.trials]
 
 
 def test_several_values(tmp_path: Path) -> None:
@@ -240,6 +243,18 @@ def test_too_many_failures_in_a_row_stop(tmp_path: Path) -> None:
 def test_a_metric_that_writes_to_the_tensors_fails(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"wrote to the merged tensor .*clone\("):
         search(tmp_path / "out", metric="tests.search_metrics:scribbles", max_failures=2)
+
+
+def test_what_a_failing_metric_wrote_is_not_used(tmp_path: Path) -> None:
+    # the tensor that is written to has the same parameters in all trials
+    weight = {"values": [0.1, 0.2, 0.3, 0.4], "shared": True, "groups": {"low": "layers"}}
+    grid: dict[str, Any] = {"sampler": "grid", "budget": None}
+    grid["parameters"] = {"models[*].parameters.weight": weight}
+    clean = search(tmp_path / "clean", **grid)
+    metric = "tests.search_metrics:scribbles_and_raises"
+    found = search(tmp_path / "out", metric=metric, **grid)
+    assert [t.state for t in found.trials] == ["failed", "complete"] * 2
+    assert [t.value for t in found.trials[1::2]] == [t.value for t in clean.trials[1::2]]
 
 
 @pytest.mark.parametrize(
@@ -396,7 +411,7 @@ def test_kill_9_loses_no_trial_that_was_done(tmp_path: Path, executor: str) -> N
     config = study(
         metric="tests.search_metrics:slow",
         sampler="cmaes",
-        budget=24,
+        budget=18,
         executor=executor,
         workers=workers,
     )
@@ -408,14 +423,14 @@ def test_kill_9_loses_no_trial_that_was_done(tmp_path: Path, executor: str) -> N
     journal = out / "study.jsonl"
     process = subprocess.Popen([*command, str(out), "--quiet"], env=environment)
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = journal.read_bytes().count(b"\n") - 1
-    assert 5 <= done < 24
+    assert 4 <= done < 18
     lines = journal.read_text().splitlines()[1 : done + 1]
     pids = {int(json.loads(line)["named"]["pid"]) for line in lines}
     assert (process.pid in pids) == (executor == "threads")

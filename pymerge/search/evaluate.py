@@ -94,6 +94,8 @@ class Evaluator:
                 self._check_untouched()
             except MetricFailure as error:
                 evaluating = time.perf_counter() - before
+                if self._merged is not None and self._merged.was_written() is not None:
+                    self._merged.forget()
                 return _failed(number, values, f"metric: {error}", merging, evaluating)
         finally:
             if folder is not None:
@@ -112,7 +114,7 @@ class Evaluator:
         merge_checkpoints(
             self._space.config(values),
             out,
-            memory=self._limits.memory,
+            memory=self._limits.memory // self._config.workers,
             threads=self._limits.threads,
             backend=self._limits.backend,
         )
@@ -121,8 +123,6 @@ class Evaluator:
     def _check_untouched(self) -> None:
         written = self._merged.was_written() if self._merged is not None else None
         if written is not None:
-            assert self._merged is not None
-            self._merged.forget()
             raise MetricFailure(
                 f"wrote to the merged tensor {written!r}, which the next merge uses again; work on "
                 "a copy (tensor.clone())"
@@ -145,6 +145,8 @@ class Workers:
     def __init__(self, config: SearchConfig, space: Space, limits: Limits) -> None:
         self._config, self._space, self._limits = config, space, limits
         self._local = threading.local()
+        self._guard = threading.Lock()
+        self._spare: list[Evaluator] = []
         self._pool: ThreadPoolExecutor | ProcessPoolExecutor | None = None
         self._remerger: Remerger | None = None
         self.processes = config.workers > 1 and config.executor == "processes"
@@ -168,6 +170,7 @@ class Workers:
             self.first = None if self.processes else self._own()
             if self.first is not None:
                 self.first.metric.prepare()
+                self._spare.append(self.first)
         except BaseException:
             self.close()
             raise
@@ -175,7 +178,11 @@ class Workers:
     def _own(self) -> Evaluator:
         found = getattr(self._local, "evaluator", None)
         if found is None:
-            found = Evaluator(self._config, self._space, self._limits, self._remerger)
+            # The one that the main thread made serves a thread too: they do not work together.
+            with self._guard:
+                found = self._spare.pop() if self._spare else None
+            if found is None:
+                found = Evaluator(self._config, self._space, self._limits, self._remerger)
             self._local.evaluator = found
         return found
 
@@ -212,8 +219,9 @@ class Workers:
         if self._pool is None and not self.processes:
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="pymerge-search")
         elif self._pool is None:
+            tensors = self._config.receives == "tensors"  # a folder's merge divides it itself
             share = Limits(
-                self._limits.memory // count,
+                self._limits.memory // (count if tensors else 1),
                 self._limits.threads or max(1, (os.cpu_count() or 1) // count),
                 self._limits.backend,
                 self._limits.scratch,

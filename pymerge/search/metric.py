@@ -36,7 +36,7 @@ def load_metric(name: str, where: str = "metric") -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a script beside the config is found
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # whatever the module itself raises: the metric is what was asked for
         raise RequestError(
             f"{where}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
@@ -95,7 +95,7 @@ class Metric:
             return
         try:
             made: Any = function(**self._arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RequestError(
                 f"metric: {function.__name__}(...) raised {type(error).__name__}: {error}"
             ) from error
@@ -115,7 +115,7 @@ class Metric:
         extra: dict[str, Any] = {"data": data} if self.takes_data else {}
         try:
             answer = self._call(model, **self._arguments, **extra)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise MetricFailure(f"raised {type(error).__name__}: {error}") from error
         return check_answer(answer, self._optimise)
 

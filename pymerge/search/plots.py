@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge.search.journal import Trial
+    from pymerge.search.space import Variable
     from pymerge.search.study import SearchResult
 
 __all__ = ["best_so_far", "html", "save_pngs"]
@@ -50,7 +51,7 @@ def save_pngs(result: SearchResult, folder: Path) -> list[Path]:
 
     def save(made: Any, name: str) -> None:
         paths.append(folder / name)
-        made.savefig(paths[-1], dpi=100)
+        made.savefig(paths[-1], dpi=75)
 
     done = _complete(result)
     numbers, values = [t.number for t in done], [t.value or 0.0 for t in done]
@@ -67,7 +68,9 @@ def save_pngs(result: SearchResult, folder: Path) -> list[Path]:
     made, axes = figure(5.0)
     for variable in variables:
         places = [variable.domain.unit(t.values[variable.name]) for t in done]
-        (line,) = axes.plot(numbers, places, linewidth=0.8, alpha=0.7, label=variable.name)
+        (line,) = axes.plot(
+            numbers, places, linewidth=0.8, alpha=0.7, label=_label(result, variable)
+        )
         best = variable.domain.unit(result.best.values[variable.name])
         axes.plot(result.best.number, best, "*", color=line.get_color(), markersize=9)
     axes.set_xlabel("trial (star: the best)")
@@ -89,15 +92,22 @@ def save_pngs(result: SearchResult, folder: Path) -> list[Path]:
         best = trial.number == result.best.number
         style: dict[str, Any] = {"color": "red", "linewidth": 2} if best else {"linewidth": 0.7}
         axes.plot(range(len(variables)), places, **{"color": colors(share), "alpha": 0.8, **style})
-    axes.set_xticks(range(len(variables)), [_tick(v.name) for v in variables], rotation=60)
+    axes.set_xticks(range(len(variables)), [_label(result, v) for v in variables], rotation=60)
     axes.set_ylabel("place within the bounds")
     axes.set_title(f"bright: high; red: the best ({result.best.value:.6g})", fontsize="small")
     save(made, "parallel.png")
     return paths
 
 
-def _tick(name: str) -> str:
-    return name.replace(".parameters.", ".").replace("parameters.", "")
+def _label(result: SearchResult, variable: Variable) -> str:
+    """Return a short name: the parameter, the model's folder, the group."""
+    parts = [variable.parameter]
+    if variable.models is not None and len(variable.models) == 1:
+        model = result.space.raw["models"][variable.models[0]]["model"]
+        folder = Path(model).name if isinstance(model, str) else ""
+        shown = f"{folder[:17]}..." if len(folder) > 20 else folder
+        parts.append(shown or f"models[{variable.models[0]}]")
+    return " ".join([*parts, *([variable.group] if variable.group else [])])
 
 
 def html(result: SearchResult) -> str:
@@ -124,7 +134,9 @@ def html(result: SearchResult) -> str:
     history.update_layout(title="Best so far", xaxis_title="trial", yaxis_title="value")
     trajectories = go.Figure(
         [
-            go.Scatter(x=numbers, y=[t.values[v.name] for t in done], name=v.name, mode="lines")
+            go.Scatter(
+                x=numbers, y=[t.values[v.name] for t in done], name=_label(result, v), mode="lines"
+            )
             for v in result.space.variables
         ]
     )
@@ -134,7 +146,7 @@ def html(result: SearchResult) -> str:
             line={"color": values, "colorscale": "Viridis", "showscale": True},
             dimensions=[
                 {
-                    "label": _tick(v.name),
+                    "label": _label(result, v),
                     "range": [v.domain.low, v.domain.high]
                     if v.domain.high > v.domain.low
                     else [v.domain.low - 0.5, v.domain.high + 0.5],
