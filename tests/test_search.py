@@ -74,7 +74,7 @@ def told(trials: list[Trial]) -> list[tuple[Any, ...]]:
 
 def test_cmaes_finds_the_best_weights_and_writes_them(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = search(out, sampler="cmaes", budget=120, merge=True, plots=True)
+    found = search(out, sampler="cmaes", budget=40, merge=True, plots=True)
     assert found.best is not None
     assert found.first is not None
     assert found.best.value == max(t.value for t in found.trials if t.value is not None)
@@ -95,7 +95,7 @@ def test_cmaes_finds_the_best_weights_and_writes_them(tmp_path: Path) -> None:
     assert kept["cost"]["seconds_merging"] > 0
     rows = list(csv.DictReader((out / "trials.csv").read_text().splitlines()))
     assert [float(row["value"]) for row in rows] == [t.value for t in found.trials]
-    assert len(json.loads((out / "trials.json").read_text())) == 120
+    assert len(json.loads((out / "trials.json").read_text())) == 40
     page = (out / "search.html").read_text()
     assert page.count("plotly-graph-div") == 3
     assert '<script src="http' not in page  # it needs no network
@@ -201,22 +201,22 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
         found = search(
             tmp_path / sampler,
             metric="tests.search_metrics:moody",
-            budget=40,
+            budget=24,
             sampler=sampler,
-            max_failures=40,
+            max_failures=24,
         )
-        assert len(found.trials) == 40
+        assert len(found.trials) == 24
         errors = " ".join(t.error or "" for t in found.trials)
         for text in ("metric: raised OSError: moody", "returned nan", "returned str, not a number"):
             assert text in errors
         assert found.best is not None
-        assert 0 < found.failures < 40
+        assert 0 < found.failures < 24
         assert told(search(tmp_path / sampler, **_moody(sampler)).trials) == told(found.trials)
 
 
 def _moody(sampler: str) -> dict[str, Any]:
     metric = "tests.search_metrics:moody"
-    return {"metric": metric, "budget": 40, "sampler": sampler, "max_failures": 40}
+    return {"metric": metric, "budget": 24, "sampler": sampler, "max_failures": 24}
 
 
 def test_a_merge_that_is_refused_is_a_failure(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from benchmarks.demo.cache import Cache
+from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
-from benchmarks.quality.suite import Part
+from benchmarks.quality.suite import Part, digest_state
 from benchmarks.quality.text import Text
 from benchmarks.tables import RESULTS, Table, save
 from pymerge.search import SearchResult, run_search
@@ -62,10 +62,20 @@ class Accuracy:
             raise ValueError(f"expected the part validation or test, got {data.name}")
         part = cast(Part, data.name)
         found = {}
+        state = dict(tensors)
         for number, task in enumerate(suite.tasks):
-            items = suite.item_scores(dict(tensors), number, part)
+            items = self._items(state, number, part)
             found[task] = 100.0 * sum(items) / len(items)
         return {"accuracy": sum(found.values()) / len(found), **found}
+
+    def _items(self, state: dict[str, torch.Tensor], task: int, part: Part) -> list[float]:
+        suite = self._suite
+        if part == "validation":  # of which the study keeps the results
+            return suite.item_scores(state, task, part)
+        recipe = {"suite": suite.recipe(), "weights": digest_state(state)}
+        recipe |= {"task": suite.tasks[task], "part": part}
+        path = suite.cache.root / "evaluations" / f"{digest(recipe)}.json"
+        return suite.cache.load(path, lambda: suite.item_scores(state, task, part))
 
 
 def _folder(suite: Text, task: int, seed: int) -> Path:
