@@ -197,3 +197,20 @@ def test_other_models_are_refused(family: Path) -> None:
         for other in (config(family, "linear", 2), config(family, "task_arithmetic", 3)):
             with pytest.raises(RequestError, match="those of the first configuration"):
                 remerger.merge(other)
+
+
+@pytest.mark.parametrize("merge", [None, "max"])
+@pytest.mark.usefixtures("no_waiting")
+def test_the_sign_of_zero_votes_is_guessed_and_verified(tmp_path: Path, merge: str | None) -> None:
+    """Weights of the other sign turn the majority around, where votes cancel."""
+    base, tuned = models.llama(3, coarse=True, **SMALL)
+    models.save_family(tmp_path, base, tuned)
+    chosen = {"semantics": "official", "density": 0.5, **({"merge": merge} if merge else {})}
+    made = [[1, 1, 1], [-1, -1, -1], [1, -1, 1], [-1, 1, -1], [1, 1, 1]]
+    configs = [config(tmp_path, "ties", 3, weights=weights, **chosen) for weights in made]
+    with Remerger(configs[0]) as remerger:
+        merged = remerger.memory_for()
+        for number, given in enumerate(configs):
+            remerger.merge(given, merged)
+            pymerge.merge_checkpoints(given, tmp_path / str(number))
+            assert_same(merged.tensors, models.load(tmp_path / str(number)))

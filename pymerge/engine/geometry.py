@@ -56,9 +56,7 @@ def run_geometry(work: Work, source: Source, sink: Sink, context: Context) -> No
     _weighted_sum(work, origin, inputs, coefficients, scale, source, sink, context)
 
 
-def _gram(
-    work: Work, origin: Flat | None, inputs: Sequence[Flat], context: Context
-) -> np.ndarray:
+def _gram(work: Work, origin: Flat | None, inputs: Sequence[Flat], context: Context) -> np.ndarray:
     return context.remembered(
         ("gram", work.name, work.wide),
         lambda: gram_matrix(origin, inputs, wide=work.wide, backend=context.backend),

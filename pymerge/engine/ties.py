@@ -251,6 +251,10 @@ def _run_global(
     merge = _Merge(source, sink, context)
     balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
     counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
+    memo = {} if context.memo is None else context.memo
+    if counts_first and "balance" in memo:
+        # With other weights it is most often the same sign, and the merge sees whether it was.
+        counts_first, balance = False, memo["balance"]
     if counts_first:
         context.progress.phase("signs", total_bytes(flat, source))
         source.announce([work.name for work in flat])
@@ -283,6 +287,7 @@ def _run_global(
         if right or not matters:
             break
         sink.restart()
+    memo["balance"] = balance
     return {"selection_passes": passes, "merge_passes": attempts, "zero_votes": undecided}
 
 
