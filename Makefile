@@ -44,8 +44,8 @@ QUALITY := text published vision llm
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-browser test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada venv clean
-.PHONY: quality quality-interference $(QUALITY:%=quality-%)
+.PHONY: help demo demo-small test test-browser test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada bench-search venv clean
+.PHONY: quality quality-interference quality-search $(QUALITY:%=quality-%)
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
@@ -62,9 +62,11 @@ help:
 	@echo "make bench           benchmarks of pymerge"
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
 	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
+	@echo "make bench-search    merging again, as a search does"
 	@echo "make quality         how good merged models are, each suite up to half an hour:"
 	@echo "                     $(QUALITY:%=make quality-%)"
 	@echo "make quality-interference   what is known before a merge, beside what it loses"
+	@echo "make quality-search  search PCB's coefficients on the text suite (an hour)"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
@@ -115,9 +117,15 @@ bench: $(DONE)/extra-bench
 bench-peers: $(DONE)/extra-bench $(PEERS)/.done/peers
 	@$(PY) -m benchmarks.peers $(ARGS)
 
+bench-search: $(DONE)/extra-bench
+	@$(PY) -m benchmarks.search $(ARGS)
+
 bench-ada: $(DONE)/extra-bench $(FUSION)/.done/fusion
 	@$(PY) -m benchmarks.adamerging $(ARGS)
 quality: $(QUALITY:%=quality-%)
+
+quality-search: $(DONE)/extra-quality $(DONE)/data-quality-text
+	@$(PY) -m benchmarks.quality.search $(ARGS)
 
 $(QUALITY:%=quality-%): quality-%: $(DONE)/extra-quality $(DONE)/data-quality-%
 	@$(PY) -m benchmarks.quality $* $(ARGS)

@@ -26,6 +26,7 @@ _NAMES = (
     "docs/adamerging.md",
     "docs/analysis.md",
     "docs/quality.md",
+    "docs/search.md",
 )
 DOCUMENTS = tuple(ROOT / name for name in _NAMES)
 _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,12 @@ __all__ = ["model_card"]
 
 
 def model_card(
-    name: str, config: MergeConfig, *, version: str, side_files: Sequence[str] = ()
+    name: str,
+    config: MergeConfig,
+    *,
+    version: str,
+    side_files: Sequence[str] = (),
+    search: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the README.md of a merged model.
 
@@ -24,6 +30,7 @@ def model_card(
         version: of pymerge.
         side_files: names of the files copied beside the weights; a config.json among them makes it
             a model of the transformers library.
+        search: what chose the coefficients; see `pymerge.search`.
     """
     method = config.method
     metadata: dict[str, object] = {}
@@ -58,7 +65,7 @@ A merge of models made with pymerge {version}.
 ## Models
 
 {models}
-
+{"" if search is None else _searched(search)}
 ## Configuration
 
 {fence}yaml
@@ -68,6 +75,22 @@ A merge of models made with pymerge {version}.
 
 def _shown_model(path: str, adapter: str | None) -> str:
     return _shown(path) if adapter is None else f"{_shown(path)}+{_shown(adapter)}"
+
+
+def _searched(search: Mapping[str, Any]) -> str:
+    data = search["data"]
+    shown = _code(data["name"])
+    if data.get("hash"):
+        shown += f" (sha256 {_code(data['hash'])})"
+    text = (
+        f"\n## Coefficients\n\nChosen by pymerge search ({_escape(search['sampler'])}, "
+        f"{search['evaluations']} evaluations, seed {search['seed']}): the best value of "
+        f"{_code(search['metric'])}, {search['value']:.6g} ({search['direction']}), on the data "
+        f"{shown}. Results on this data are no estimate of results on other data.\n"
+    )
+    if search["allow_test_split"]:
+        text += "\n`allow_test_split` was set: the data may be test data.\n"
+    return text
 
 
 def _shown(path: str) -> str:

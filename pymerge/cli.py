@@ -1,5 +1,5 @@
-"""The command line: `pymerge merge | plan | ada | analyze | fold | merge-adapters | extract-lora |
-methods | info`.
+"""The command line: `pymerge merge | plan | ada | analyze | search | fold | merge-adapters |
+extract-lora | methods | info`.
 
 Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ada": _ada,
         **{name: partial(_run_adapters, run) for name, run in ADAPTER_COMMANDS.items()},
         "analyze": _analyze,
+        "search": _search,
         "methods": _methods,
         "info": _info,
     }
@@ -129,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(analyze)
 
+    search = commands.add_parser(
+        "search", help="search the coefficients with which a metric is best (grid, random, CMA-ES)"
+    )
+    _add_search_options(search)
+
     methods = commands.add_parser("methods", help="list the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
     methods.add_argument("--json", action="store_true", help="print as JSON")
@@ -174,6 +180,28 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=_integer(0), default=0, metavar="N", help="of random masks (default: 0)"
     )
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="what is searched, and how (YAML)")
+    parser.add_argument("out", metavar="OUT", help="folder of the study; a search goes on there")
+    parser.add_argument(
+        "--metric", metavar="PACKAGE.MODULE:FUNCTION", help="the metric, instead of CONFIG's"
+    )
+    parser.add_argument("--evaluations", type=int, metavar="N", help="budget, instead of CONFIG's")
+    parser.add_argument("--seconds", type=float, metavar="S", help="budget, instead of CONFIG's")
+    parser.add_argument("--seed", type=_integer(0), metavar="N", help="instead of CONFIG's")
+    parser.add_argument("--workers", type=_integer(1), metavar="N", help="instead of CONFIG's")
+    parser.add_argument(
+        "--executor", choices=("threads", "processes"), help="what workers are (CONFIG's)"
+    )
+    parser.add_argument(
+        "--memory", type=_size, default="8GiB", metavar="SIZE", help="of all merges (default: 8GiB)"
+    )
+    parser.add_argument("--threads", type=_integer(1), metavar="N", help="of a merge")
+    parser.add_argument("--merge", action="store_true", help="write the best model to OUT/merged")
+    parser.add_argument("--restart", action="store_true", help="forget an earlier run's trials")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 class _Version(argparse.Action):
@@ -285,6 +313,34 @@ def _analyze(options: argparse.Namespace) -> None:
     from pymerge.analysis.command import run_analyze
 
     run_analyze(options)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pymerge.search import run_search
+    from pymerge.search.results import print_result
+
+    result = run_search(
+        options.config,
+        options.out,
+        metric=options.metric,
+        evaluations=options.evaluations,
+        seconds=options.seconds,
+        seed=options.seed,
+        workers=options.workers,
+        executor=options.executor,
+        memory=options.memory,
+        threads=options.threads,
+        merge=options.merge,
+        restart=options.restart,
+        quiet=options.quiet,
+    )
+    if not options.quiet:
+        _print_warnings(result.warnings)
+        print_result(result, Path(options.out))
+        if result.merged is not None:
+            print(result.merged.summary())
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ class MergeReport:
     `tensors` and `parameters` count the output's; `phases` are in order; `seconds` is the whole
     wall time; `peak_anonymous` (RssAnon: allocated memory) and `peak_resident` (VmHWM: with mapped
     inputs) are bytes. `backends` tells which ran each op, `why` the reason; `peak_device` is what
-    was taken of a GPU's memory.
+    was taken of a GPU's memory; `search` says what chose the coefficients, where a search did.
     """
 
     method: str
@@ -93,6 +93,7 @@ class MergeReport:
     backends: dict[str, str] = field(default_factory=dict)
     why: str = ""
     peak_device: int = 0
+    search: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""

@@ -154,6 +154,7 @@ def merge_checkpoints(
     force: bool = False,
     quiet: bool = True,
     checksums: bool = False,
+    search: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Merge checkpoints as a mergekit-style config says, and write a checkpoint.
 
@@ -174,6 +175,7 @@ def merge_checkpoints(
         force: replace an existing `out`.
         quiet: show no progress on stderr.
         checksums: put the SHA-256 of every input file into the report.
+        search: what chose the coefficients (`pymerge.search`), for the report and the model card.
 
     Returns:
         What was merged, from what, how, how long it took and how much memory.
@@ -226,7 +228,7 @@ def merge_checkpoints(
         with directory:
             runner = _stream(plan, directory.path, place, recorder)
             recorder.phase("finish", 0)
-            _write_side_files(plan, directory.path, Path(out).name)
+            _write_side_files(plan, directory.path, Path(out).name, search)
             result = MergeReport(
                 method=settings.method.name,
                 config=settings.raw,
@@ -252,6 +254,7 @@ def merge_checkpoints(
                 backends=dict(sorted(runner.ran.items())),
                 why=place.why,
                 peak_device=0 if place.device is None else place.device.peak(),
+                search=None if search is None else dict(search),
             )
             _write(directory.path / REPORT_NAME, result.to_json())
             directory.commit()
@@ -337,12 +340,16 @@ def _who_ran(place: Place, runner: Runner) -> str:
     return ", ".join(sorted(set(runner.ran.values()))) or "auto"
 
 
-def _write_side_files(plan: MergePlan, directory: Path, name: str) -> None:
+def _write_side_files(
+    plan: MergePlan, directory: Path, name: str, search: Mapping[str, Any] | None
+) -> None:
     dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
     copied = copy_side_files(
         plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
     )
-    card = model_card(name, plan.config, version=package_version(), side_files=copied)
+    card = model_card(
+        name, plan.config, version=package_version(), side_files=copied, search=search
+    )
     _write(directory / "README.md", card)
 
 

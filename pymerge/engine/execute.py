@@ -6,9 +6,10 @@ memory (`pymerge.merge`) and checkpoints (`merge_checkpoints`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ __all__ = ["Context", "execute", "run_task_arithmetic"]
 _CHECKED_AT_ONCE = 1 << 22
 _UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
 
+T = TypeVar("T")
+
 
 @dataclass
 class Context:
@@ -43,6 +46,7 @@ class Context:
     solvers: linear systems that may be solved at once; 0 for as many as torch has threads.
     gathers: results may be computed later than the next piece is asked for.
     stats: what merging ops count and report; on a device they are looked at from time to time.
+    memo: what was found of the same inputs before, and depends on nothing but them and its key.
     """
 
     backend: str | Runner = "auto"
@@ -56,6 +60,7 @@ class Context:
     rescaler: float = 1.0  # EMR's, of the task that is asked for
     progress: Progress = field(default_factory=lambda: no_progress)
     stats: Counters = field(default_factory=lambda: np.zeros(3, np.int64))
+    memo: MutableMapping[Hashable, Any] | None = None
     _unseen: list[tuple[int, Source, str, int, int]] = field(default_factory=list)
 
     @property
@@ -63,6 +68,14 @@ class Context:
         """What runs the ops, once `execute` has begun."""
         assert isinstance(self.backend, Runner)
         return self.backend
+
+    def remembered(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return what an earlier merge of the same inputs found under this key, or find it."""
+        if self.memo is None:
+            return compute()
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
 
     def phase(self) -> AbstractContextManager[None]:
         """Return what gathers calls that do not depend on each other, if they may be late."""

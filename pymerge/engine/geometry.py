@@ -42,18 +42,25 @@ def run_geometry(work: Work, source: Source, sink: Sink, context: Context) -> No
     if method == "passthrough":
         scale, coefficients = 1.0, [float(work.parameters["scale"][0])]
     elif method == "model_stock":
-        gram = gram_matrix(base, inputs, wide=work.wide, backend=context.backend)
+        gram = _gram(work, base, inputs, context)
         # Where an input is not finite there is no angle: the plain average then.
         finite = bool(np.isfinite(gram).all())
         scale = stock_ratio(gram, work.parameters["angle"]) if finite else 1.0
         coefficients = [1.0 / len(inputs)] * len(inputs)
     else:
-        gram = gram_matrix(origin, inputs, wide=work.wide, backend=context.backend)
+        gram = _gram(work, origin, inputs, context)
         # NaN in an input is an error that the weighted sum reports; here it must do no harm.
         scale, coefficients = 1.0, [1.0] * len(inputs)
         if np.isfinite(gram).all():
             coefficients = _coefficients(method, gram, work)
     _weighted_sum(work, origin, inputs, coefficients, scale, source, sink, context)
+
+
+def _gram(work: Work, origin: Flat | None, inputs: Sequence[Flat], context: Context) -> np.ndarray:
+    return context.remembered(
+        ("gram", work.name, work.wide),
+        lambda: gram_matrix(origin, inputs, wide=work.wide, backend=context.backend),
+    )
 
 
 def _coefficients(method: str, gram: np.ndarray, work: Work) -> list[float]:

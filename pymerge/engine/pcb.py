@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,13 +97,24 @@ class _Scope:
         """Return the numbers that the merge needs (PcbArgs.reals in csrc/kernel_table.h)."""
         if self.total == 0:
             return _Numbers(self.variant, self.count, self.weights).reals()
+        # Scores know nothing of weights, and their statistics nothing of the ratio.
+        scope = self.works[0].name, self.total, self.variant
+        numbers = self.context.remembered(("pcb", *scope, self.ratio), self._numbers)
+        return numbers.reals(self.weights)
+
+    def _numbers(self) -> _Numbers:
+        scope = self.works[0].name, self.total, self.variant
+        numbers = copy(self.context.remembered(("pcb statistics", *scope), self._statistics))
+        self._thresholds(numbers)
+        return numbers
+
+    def _statistics(self) -> _Numbers:
         numbers = _Numbers(self.variant, self.count, self.weights)
         if self.variant.code == 0:
             self._products(numbers)
         else:
             self._quantiles(numbers)
-        self._thresholds(numbers)
-        return numbers.reals()
+        return numbers
 
     def parts(self, phase: str) -> Iterator[Part]:
         """Yield the tensors of the scope in flat order."""
@@ -257,12 +269,12 @@ class _Numbers:
         self.lo, self.hi, self.inv = [0.0] * count, [0.0] * count, [0.0] * count
         self.top, self.top_inv = [0.0] * count, [0.0] * count
 
-    def reals(self) -> list[float]:
+    def reals(self, weights: Sequence[float] | None = None) -> list[float]:
         if self.variant.code == 0:
             first = [*self.pair_min, *self.pair_inv, *self.pair_norm, *self.norm, *self.q]
         else:
             first = [*self.lo, *self.hi, *self.inv, *self.q, *self.top, *self.top_inv]
-        return [*first, *self.weights, 1.0]
+        return [*first, *(self.weights if weights is None else weights), 1.0]
 
 
 def _magnitude(key: int) -> float:

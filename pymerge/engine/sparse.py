@@ -188,15 +188,18 @@ def run_breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) ->
     targets = [_largest(work.numel, work.numel - bottom) for bottom, _ in counts]
     targets += [_largest(work.numel, top) for _, top in counts]
     part: Part = (0, base, [*models, *models])
-    cuts, _ = order_statistics(
-        lambda: iter((part,)),
-        targets,
-        work.numel,
-        bins=max(1, context.bins // 2),
-        sample=context.sample,
-        wide=work.wide,
-        backend=context.backend,
-        workspace=Workspace(),
+    cuts, _ = context.remembered(
+        ("cuts", work.name, work.wide, *targets),
+        lambda: order_statistics(
+            lambda: iter((part,)),
+            targets,
+            work.numel,
+            bins=max(1, context.bins // 2),
+            sample=context.sample,
+            wide=work.wide,
+            backend=context.backend,
+            workspace=Workspace(),
+        ),
     )
     stretches = []
     for begin, end, keys in _stretches([cut.thresholds(0, work.numel) for cut in cuts], work.numel):

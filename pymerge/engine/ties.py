@@ -158,15 +158,18 @@ def _run_tensors(
         assert base is not None
         part: Part = (0, base, models)
         targets = [trim_target(rule, density, work.numel) for density in work.parameters["density"]]
-        cuts, counted = order_statistics(
-            lambda part=part: iter((part,)),
-            targets,
-            work.numel,
-            bins=context.bins,
-            sample=context.sample,
-            wide=work.wide,
-            backend=context.backend,
-            workspace=workspace,
+        cuts, counted = context.remembered(
+            ("cuts", work.name, work.wide, *targets),
+            lambda part=part, targets=targets, work=work: order_statistics(
+                lambda: iter((part,)),
+                targets,
+                work.numel,
+                bins=context.bins,
+                sample=context.sample,
+                wide=work.wide,
+                backend=context.backend,
+                workspace=workspace,
+            ),
         )
         passes = max(passes, counted)
         zero_sign = zero_elects(rule, 0)
@@ -224,17 +227,23 @@ def _run_global(
             context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
             source.release(work.name)
 
-    samples = sample_parts(sampled, total, context.sample)
+    # Thresholds and their sample are the same for all weights and scales.
+    samples = context.remembered(
+        ("sample", wide), lambda: sample_parts(sampled, total, context.sample)
+    )
     targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
-    cuts, passes = order_statistics(
-        parts,
-        targets,
-        total,
-        bins=context.bins,
-        sample=context.sample,
-        wide=wide,
-        backend=context.backend,
-        samples=samples,
+    cuts, passes = context.remembered(
+        ("cuts", "", wide, *targets),
+        lambda: order_statistics(
+            parts,
+            targets,
+            total,
+            bins=context.bins,
+            sample=context.sample,
+            wide=wide,
+            backend=context.backend,
+            samples=samples,
+        ),
     )
 
     # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain,
@@ -242,6 +251,10 @@ def _run_global(
     merge = _Merge(source, sink, context)
     balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
     counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
+    memo = {} if context.memo is None else context.memo
+    if counts_first and "balance" in memo:
+        # With other weights it is most often the same sign, and the merge sees whether it was.
+        counts_first, balance = False, memo["balance"]
     if counts_first:
         context.progress.phase("signs", total_bytes(flat, source))
         source.announce([work.name for work in flat])
@@ -274,6 +287,7 @@ def _run_global(
         if right or not matters:
             break
         sink.restart()
+    memo["balance"] = balance
     return {"selection_passes": passes, "merge_passes": attempts, "zero_votes": undecided}
 
 

@@ -1,0 +1,194 @@
+"""The record of a study, which survives being killed: a line for each trial, synced to the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pymerge.errors import MergeError, RequestError
+
+__all__ = ["JOURNAL", "Journal", "Trial", "differences"]
+
+JOURNAL = "study.jsonl"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation.
+
+    number: from 0, in the order in which they were asked for. values: of the variables. value: what
+    the metric returned, None for a failure. named: all that it returned, if it was a mapping.
+    seconds_merging, seconds_evaluating: of this trial. elapsed: seconds of searching until its end,
+    over all runs of the study.
+    """
+
+    number: int
+    values: dict[str, float]
+    state: Literal["complete", "failed"]
+    value: float | None = None
+    named: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    seconds_merging: float = 0.0
+    seconds_evaluating: float = 0.0
+    elapsed: float = 0.0
+
+
+class Journal:
+    """The file of a study; one process at a time has it.
+
+    Args:
+        folder: of the study; made if it is not there.
+        identity: what trials depend on, as plain values.
+        restart: begin anew, whatever is there.
+
+    Raises:
+        RequestError: the folder holds something else, another process has the study, or it is of
+            another configuration: the message says what differs.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path = folder / JOURNAL
+        self.trials: dict[int, Trial] = {}
+        self.warnings: list[str] = []
+        own = json.loads(_text(identity))
+        self._check_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise MergeError(f"{self.path}: cannot be written: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RequestError(f"out: {folder}: another search is using this study") from None
+            if restart:
+                os.ftruncate(self._file, 0)
+            self._read(own)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_folder(self, folder: Path) -> None:
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            raise RequestError(f"out: {folder} exists and is no folder")
+        if not (folder / JOURNAL).is_file() and any(folder.iterdir()):
+            raise RequestError(
+                f"out: {folder} exists and is no study (it has no {JOURNAL}); name another folder"
+            )
+
+    def _read(self, identity: Any) -> None:
+        size = os.fstat(self._file).st_size
+        content = os.pread(self._file, size, 0) if size else b""
+        whole = content.rfind(b"\n") + 1
+        lines = content[:whole].splitlines()
+        if whole < len(content):  # a line that was being written when the process ended
+            os.ftruncate(self._file, whole)
+            if lines:
+                self.warnings.append(f"{self.path}: the last line was incomplete and is left out")
+        if not lines:
+            self._write({"format": _FORMAT, "study": identity})
+            _sync_folder(self.path.parent)
+            return
+        header = self._parse(lines[0], 1)
+        if header.get("format") != _FORMAT or "study" not in header:
+            raise RequestError(f"{self.path}:1: expected the header of a study")
+        found = differences(header["study"], identity)
+        if found:
+            raise RequestError(
+                [
+                    f"out: {self.path.parent} is a study of another configuration; name another "
+                    "folder, or begin anew with --restart (restart=True)",
+                    *found,
+                ]
+            )
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                trial = Trial(**self._parse(line, number))
+            except TypeError as error:
+                raise RequestError(f"{self.path}:{number}: not a trial: {error}") from None
+            self.trials[trial.number] = trial
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RequestError(
+                f"{self.path}:{number}: the study is damaged: expected a JSON object; begin anew "
+                "with --restart"
+            )
+        return found
+
+    def add(self, trial: Trial) -> None:
+        """Write a trial and wait until it is on the disk.
+
+        Raises:
+            MergeError: it cannot be written.
+        """
+        self._write(asdict(trial))
+        self.trials[trial.number] = trial
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = (_text(record) + "\n").encode()
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                raise OSError(28, "the disk is full")
+            os.fsync(self._file)
+        except OSError as error:
+            raise MergeError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Return a line for each place where two plain values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*before, *now}):
+            at = f"{path}.{key}" if path else key
+            if key not in before:
+                found.append(f"{at}: the study has none, now {_short(now[key])}")
+            elif key not in now:
+                found.append(f"{at}: the study has {_short(before[key])}, now there is none")
+            else:
+                found += differences(before[key], now[key], at)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [text for n, (a, b) in pairs for text in differences(a, b, f"{path}[{n}]")]
+    if before == now:
+        return []
+    return [f"{path}: the study has {_short(before)}, now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = _text(value)
+    return text if len(text) <= 70 else text[:67] + "..."

@@ -1,0 +1,175 @@
+"""The function that a search optimises: found by name, called, and its answer checked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from pymerge.search.data import Split
+
+__all__ = ["Metric", "MetricFailure", "check_answer", "load_metric"]
+
+
+class MetricFailure(Exception):
+    """A metric raised, or its answer is no finite number."""
+
+
+def load_metric(name: str, where: str = "metric") -> Callable[..., Any]:
+    """Import `package.module:function`.
+
+    Raises:
+        RequestError: it is not written so, cannot be imported, or is not callable.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise RequestError(f"{where}: expected package.module:function, got {name!r}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a script beside the config is found
+    try:
+        found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        # whatever the module itself raises: the metric is what was asked for
+        raise RequestError(
+            f"{where}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    for part in attribute.split("."):
+        known = [known for known in dir(found) if not known.startswith("_")]
+        if not hasattr(found, part):
+            raise RequestError(
+                f"{where}: module {module!r} has no {attribute!r}{nearest(part, known)}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise RequestError(
+            f"{where}: {name} is not callable: expected a function or class, got "
+            f"{type(found).__name__}"
+        )
+    return found
+
+
+class Metric:
+    """A metric as the search calls it.
+
+    A class is made once, with `arguments`, and its object is called with the model. A function is
+    called with the model and `arguments`. Either gets `data=Split` too if it takes that name.
+
+    Args:
+        function: the function or class.
+        arguments: keyword arguments.
+        optimise: of several values, the name of that which is searched for.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any] | None = None,
+        optimise: str | None = None,
+    ) -> None:
+        self._function = function
+        self._arguments = dict(arguments or {})
+        self._optimise = optimise
+        self._call: Callable[..., Any] | None = None
+        called = function.__call__ if inspect.isclass(function) else function
+        self.takes_data = _takes(called, "data")
+
+    def prepare(self) -> None:
+        """Make the object of a class.
+
+        Raises:
+            RequestError: its constructor raised.
+        """
+        if self._call is not None:
+            return
+        function: Any = self._function
+        if not inspect.isclass(function):
+            self._call = function
+            return
+        try:
+            made: Any = function(**self._arguments)
+        except (Exception, SystemExit) as error:
+            raise RequestError(
+                f"metric: {function.__name__}(...) raised {type(error).__name__}: {error}"
+            ) from error
+        self._call = made
+        self._arguments = {}
+
+    def __call__(
+        self, model: Mapping[str, Any] | Path, data: Split | None
+    ) -> tuple[float, dict[str, float]]:
+        """Return the value that is searched for, and all values by name.
+
+        Raises:
+            MetricFailure: it raised, or the answer is no finite number.
+        """
+        self.prepare()
+        assert self._call is not None
+        extra: dict[str, Any] = {"data": data} if self.takes_data else {}
+        try:
+            answer = self._call(model, **self._arguments, **extra)
+        except (Exception, SystemExit) as error:
+            raise MetricFailure(f"raised {type(error).__name__}: {error}") from error
+        return check_answer(answer, self._optimise)
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or any_name
+
+
+def check_answer(answer: Any, optimise: str | None) -> tuple[float, dict[str, float]]:
+    """Return the value that is searched for, and all values by name, of what a metric returned.
+
+    Raises:
+        MetricFailure: what is searched for is no finite number, or is not among the values.
+    """
+    if not isinstance(answer, Mapping):
+        if optimise is not None:
+            raise MetricFailure(
+                f"returned {type(answer).__name__}, no mapping that has {optimise!r}"
+            )
+        return _number(answer, "returned"), {}
+    if not answer:
+        raise MetricFailure("returned an empty mapping")
+    chosen = next(iter(answer)) if optimise is None else optimise
+    if chosen not in answer:
+        raise MetricFailure(
+            f"returned no {chosen!r} (optimise); it has {', '.join(map(str, answer))}"
+        )
+    named = {}
+    for name, value in answer.items():
+        if name == chosen:
+            named[str(name)] = _number(value, f"returned for {name!r}")
+        else:
+            named[str(name)] = _number_or_nan(value)
+    return named[str(chosen)], named
+
+
+def _number_or_nan(value: Any) -> float:
+    """What is not searched for may be anything."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise MetricFailure(f"{what} {type(value).__name__}, not a number") from None
+    if not math.isfinite(number):
+        raise MetricFailure(f"{what} {number}")
+    return number
