@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,27 @@ def test_merges_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert merges == 4
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+    """Batches that can only be read one after the other."""
+
+    def __init__(self, batches: list[torch.Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_interrupted_run_goes_on(tmp_path: Path, streamed: bool) -> None:
     state = tmp_path / "state.safetensors"
     whole, _ = fitted(steps=12)
-    _, first = fitted(steps=6, checkpoint=state)
-    assert first.steps == 6
+    # After seven steps of two batches the loaders, of four batches each, stand in their middle.
+    _, first = fitted(steps=7, checkpoint=state)
+    assert first.steps == 7
     net, base, models = make()
     ada = AdaMerging(net, base, models)
-    # The loaders are given as they stand after six steps of two batches: at their beginning.
-    result = ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
+    again = [Stream(one) for one in loaders()] if streamed else loaders()
+    result = ada.fit(again, steps=12, checkpoint=state, progress=False)
     assert result.steps == 12
     assert len(result.history) == 12
     torch.testing.assert_close(ada.raw_coefficients, whole.raw_coefficients, rtol=0, atol=1e-7)

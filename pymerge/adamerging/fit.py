@@ -126,7 +126,10 @@ def fit(
         patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
             `min_delta` for so many steps.
         checkpoint: file that coefficients and the state of Adam are kept in, every
-            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it.
+            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it, at the
+            batch where it was: those taken before are passed over, of a list by their number, of
+            any other loader by reading it. The result is that of one run where a loader gives the
+            same batches again, i.e. where its shuffling is seeded.
         progress: show a bar with the entropy of each task (on a terminal).
 
     Raises:
@@ -210,12 +213,19 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
     return result
 
 
-def endless(loader: Iterable[Any], label: str) -> Iterator[Any]:
-    """Give the batches of a loader, again and again."""
+def endless(loader: Iterable[Any], label: str, skip: int = 0) -> Iterator[Any]:
+    """Give the batches of a loader, again and again, from number `skip` on."""
+    if isinstance(loader, Sequence) and len(loader) > 0:
+        while True:
+            yield loader[skip % len(loader)]
+            skip += 1
     while True:
         empty = True
         for batch in loader:
             empty = False
+            if skip > 0:
+                skip -= 1
+                continue
             yield batch
         if empty:
             raise RequestError(
@@ -229,7 +239,8 @@ class _Run:
         self, ada: AdaMerging, loaders: Sequence[Iterable[Any]], how: Fitting, inputs: Inputs
     ) -> None:
         self.ada, self.how, self.inputs = ada, how, inputs
-        self.batches = [endless(one, f"loaders[{k}]") for k, one in enumerate(loaders)]
+        self.loaders = loaders
+        self.batches: list[Iterator[Any]] = []
         self.optimizer = torch.optim.Adam([ada.raw_coefficients], lr=how.lr)
         self.result = FitResult()
         self.good = ada.raw_coefficients.detach().clone()  # the last that gave finite entropies
@@ -246,6 +257,10 @@ class _Run:
             if result.steps >= how.steps:
                 result.stopped = "already done"
                 return result
+        taken = result.steps * how.batches
+        self.batches = [
+            endless(one, f"loaders[{k}]", taken) for k, one in enumerate(self.loaders)
+        ]
         with FitBar(how.steps, result.steps, self.ada.names, shown=how.progress) as bar:
             while result.steps < how.steps:
                 started = time.monotonic()
