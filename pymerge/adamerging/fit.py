@@ -47,6 +47,7 @@ class Fitting:
     steps: int
     lr: float
     batches: int
+    weights: tuple[float, ...]
     entropy: str
     tokens: int | None
     autocast: torch.dtype | None
@@ -91,6 +92,7 @@ def fit(
     lr: float | None = None,
     batches_per_task: int | None = None,
     entropy: str | None = None,
+    weights: Sequence[float] | None = None,
     inputs: Inputs = batch_inputs,
     tokens: int | None = None,
     autocast: torch.dtype | None = None,
@@ -115,6 +117,8 @@ def fit(
             takes head k; without, all take the model's own output.
         steps, lr, batches_per_task, entropy: default those of the preset (official: 500, 1e-3, 2,
             "exact"; fusion_bench: 1000, 1e-3, 1, "fusion_bench").
+        weights: of the tasks' entropies in the sum, positive; default 1 each, as in the paper. As
+            entropies are up to log(classes), 1 / log(classes) lets tasks count alike.
         inputs: what to do with a batch; see `batch_inputs`.
         tokens: of a language model, so many predictions a batch, drawn at random.
         autocast: run the model in mixed precision, e.g. torch.bfloat16.
@@ -144,6 +148,7 @@ def fit(
         lr=lr,
         batches_per_task=batches_per_task,
         entropy=entropy,
+        weights=weights,
         tokens=tokens,
         autocast=autocast,
         seed=seed,
@@ -177,6 +182,13 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
     rate = preset.lr if given["lr"] is None else given["lr"]
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         problems.append(f"lr: expected a positive number, got {rate!r}")
+    weights = given["weights"]
+    count = len(loaders) if isinstance(loaders, Sequence) else 0
+    if weights is None:
+        weights = [1.0] * count
+    elif not _positive(weights) or len(weights) != count:
+        problems.append(f"weights: expected {count} positive numbers, got {weights!r:.60}")
+        weights = [1.0] * count
     kind = given["entropy"] or preset.entropy
     if kind not in ENTROPIES:
         problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
@@ -196,6 +208,7 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
         steps=integer("steps", steps, preset.steps, 0),
         lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
         batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
+        weights=tuple(map(float, weights)),
         entropy=kind,
         tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
         autocast=cast,
@@ -211,6 +224,13 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
     if problems:
         raise RequestError(problems)
     return result
+
+
+def _positive(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+        for x in values
+    )
 
 
 def endless(loader: Iterable[Any], label: str, skip: int = 0) -> Iterator[Any]:
@@ -315,6 +335,7 @@ class _Run:
                 total += float(loss.detach())
                 last = task == count - 1 and number == self.how.batches - 1
                 # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
+                loss = loss * self.how.weights[task]
                 loss.backward(retain_graph=leaves is merged and not last)
             losses.append(total / self.how.batches)
         if leaves is not merged:
