@@ -21,7 +21,7 @@ from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_folder
 from benchmarks.quality import __main__ as program
-from benchmarks.quality import corruptions, ncnn, report, text_tasks
+from benchmarks.quality import corruptions, ncnn, report, text_tasks, trials
 from benchmarks.quality.adaptation import Adaptation, Drawn
 from benchmarks.quality.methods import METHODS, SETTINGS, Method, State
 from benchmarks.quality.runner import Outcome, Run, geometry, run
@@ -389,3 +389,27 @@ def test_damaged_images_are_the_same_again() -> None:
             assert torch.equal(one, other), name
             assert one.shape == (3, 3, 64, 64)
             assert (one[:, 0] != images).any(), name
+
+
+def test_parts_add_up_to_tsv_m() -> None:
+    torch.manual_seed(0)
+    base = {"matrix": torch.randn(12, 9), "bias": torch.randn(5), "count": torch.tensor(3)}
+    tuned = [
+        {n: t + 0.1 * torch.randn(t.shape) if t.is_floating_point() else t for n, t in base.items()}
+        for _ in range(3)
+    ]
+    parts = trials.singular_parts(base, tuned)
+    expected = pymerge.merge("tsv_m", base, tuned)
+    for name in ("matrix", "bias"):
+        total = base[name] + sum(part[name] - base[name] for part in parts)
+        torch.testing.assert_close(total, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_trial_with_labels_lowers_the_loss(tmp_path: Path) -> None:
+    suite = prepared(tmp_path)
+    tuned = [suite.fine_tune(task, 0) for task in range(3)]
+    for trial in (trials.Trial("a", 20.0, labelled=True), trials.Trial("b", 50.0, singular=True)):
+        rows = trials.run_trial(suite, tuned, trial, 40, lambda: None)
+        assert [row["step"] for row in rows] == [0, 10, 20, 30, 40]
+        assert sum(rows[-1]["aim"]) < sum(rows[1]["aim"])
+        assert len(rows[0]["accuracy"]) == 3
