@@ -1,6 +1,6 @@
 """Why AdaMerging does what it does: other aims, scales and directions, on validation data.
 
-    python -m benchmarks.quality.trials [text|vision] [--steps 100] [--save]
+    python -m benchmarks.quality.trials [text|vision] [--steps 40] [--save]
 
 Layer-wise coefficients of the first seed's models are learned in several ways, and the validation
 accuracy is written down on the way. The test labels take no part in it.
@@ -31,7 +31,7 @@ from pymerge.adamerging import entropy_of_each
 __all__ = ["TRIALS", "Trial", "main", "run_trial", "singular_parts"]
 
 _REVISION = 1
-_RATE = 5e-3
+_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Trial:
 
 
 TRIALS = (
-    Trial("entropy at 20, summed", 20.0, balanced=False),
-    Trial("entropy at 50, balanced", 50.0),
-    Trial("entropy at 100, balanced", 100.0),
     Trial("cross-entropy of training labels", 50.0, labelled=True),
+    Trial("entropy at 50, balanced", 50.0),
     Trial("TSV-M's parts, entropy at 50, balanced", 50.0, singular=True),
+    Trial("entropy at 20, summed", 20.0, balanced=False),
+    Trial("entropy at 100, balanced", 100.0),
 )
 
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials of a suite; return the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.trials", description=__doc__)
     parser.add_argument("suite", nargs="?", default="text", choices=("text", "vision"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--save", action="store_true", help=f"write into {RESULTS.name}/")
     options = parser.parse_args(arguments)
     log = Log()
