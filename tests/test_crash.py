@@ -19,6 +19,7 @@ import yaml
 
 import pymerge
 from tests import models
+from tests import test_data_files as data_files
 from tests.models import State
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
@@ -285,3 +286,28 @@ def test_two_processes_write_the_same_out(scene: Scene) -> None:
     assert scene.left() == []
     assert 0 in codes, (scene.root / "stderr").read_text()
     assert set(codes) <= {0, 1, 2}
+
+
+def test_killed_while_it_merges_by_statistics(tmp_path: Path, driver: Driver) -> None:
+    """Statistics are read beside each model, and are as they were."""
+    scene = Scene(tmp_path, driver, force=False)
+    root = tmp_path / "family"
+    root.mkdir()
+    config = data_files.write(root, "fisher")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    scene.new = data_files.in_memory(root, "fisher")
+    files = sorted(root.glob("*/fisher.safetensors"))
+    before = [path.read_bytes() for path in files]
+    seen = []
+    for moment, code in moments(scene, "SIGKILL", 17):
+        assert code in (-signal.SIGKILL, DONE), (moment, code)
+        state = scene.state()
+        assert state in ("absent", "new"), moment
+        assert code != DONE or state == "new"
+        seen.append(state)
+        if state == "new":
+            scene.put_back()
+    assert seen.count("absent") > 2
+    assert scene.left() == []
+    assert len(before) == 3
+    assert [path.read_bytes() for path in files] == before

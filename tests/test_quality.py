@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import pymerge
@@ -18,7 +21,8 @@ from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_folder
 from benchmarks.quality import __main__ as program
-from benchmarks.quality import ncnn, report, text_tasks
+from benchmarks.quality import corruptions, ncnn, report, text_tasks, trials
+from benchmarks.quality.adaptation import Adaptation, Drawn
 from benchmarks.quality.methods import METHODS, SETTINGS, Method, State
 from benchmarks.quality.runner import Outcome, Run, geometry, run
 from benchmarks.quality.suite import Classifiers, Split
@@ -71,7 +75,7 @@ class Toy(Classifiers):
     """Three tasks: noisy points around the corners of a random figure each."""
 
     name = "toy"
-    adaptation = (5, 8, 1e-2)
+    adaptation = Adaptation(batch=8, rate=1e-2)
     title = "A toy"
     tasks = ("a", "b", "c")
     about = ("corners", "other corners", "more corners")
@@ -329,4 +333,83 @@ def test_the_program_writes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(program.SUITES, "toy", lambda cache, log, quick: Toy(cache, log))
     assert program.main(["toy", "--quick", "--output", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert [name.rpartition(".")[2] for name in names] == ["json", "md", "png"]
+    assert sorted(re.sub(r"-\d[\d-]*", "", name) for name in names) == [
+        "quality-toy-coefficients.png",
+        "quality-toy-entropy.png",
+        "quality-toy.json",
+        "quality-toy.md",
+        "quality-toy.png",
+    ]
+    extras = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["records"][0]["extras"]
+    study = extras["entropy"]
+    assert study["gradients"]["tasks"]["loss"] == pytest.approx([1.0] * 3)
+    for one in study["examples"]:
+        correlation = stats.spearmanr(one["entropy"], one["loss"])
+        assert one["spearman"] == pytest.approx(correlation[0], abs=0.02)
+    learned = torch.tensor(extras["coefficients"]["values"])
+    assert learned.shape == (3, 4)
+    assert (learned - 0.3).abs().max() > 1e-3
+
+
+def test_batches_of_several_sets() -> None:
+    first, second = Rows(torch.arange(10)[:, None]), Rows(torch.arange(100, 125)[:, None])
+    batches = Drawn([first, second], 5, 14, seed=3)
+    found = [batch.flatten().tolist() for batch in batches]
+    assert len(batches) == 14
+    assert sorted(itertools.chain(*found[:7])) == [*range(10), *range(100, 125)]
+    assert sorted(itertools.chain(*found[7:])) == [*range(10), *range(100, 125)]
+    assert all(len({value >= 100 for value in batch}) == 1 for batch in found)
+    shorter = [batch.flatten().tolist() for batch in Drawn([first, second], 5, 9, seed=3)]
+    assert shorter == found[:9]
+
+
+def test_coefficients_after_more_steps_go_on_from_fewer(tmp_path: Path) -> None:
+    suite = prepared(tmp_path)
+    tuned = [suite.fine_tune(task, 0) for task in range(3)]
+    how = {"granularity": "layer", "trimmed": False, "init": 0.3}
+    few = suite.learned(suite.base(), tuned, 0, steps=10, **how)
+    more = suite.learned(suite.base(), tuned, 0, steps=20, **how)
+    assert torch.equal(more.entropies[:10], few.entropies)
+    assert len(more.entropies) == 20
+    (tmp_path / "other").mkdir()
+    other = prepared(tmp_path / "other")
+    other.adaptation = Adaptation(steps=(20,), batch=8, rate=1e-2)
+    whole = other.learned(other.base(), tuned, 0, steps=20, **how)
+    torch.testing.assert_close(whole.coefficients, more.coefficients, rtol=0, atol=1e-6)
+    assert whole.groups == more.groups
+
+
+@pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="imagecorruptions is missing")
+def test_damaged_images_are_the_same_again() -> None:
+    images = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    for severity in (1, 5):
+        found = corruptions.corrupted(images, corruptions.CORRUPTIONS, severity)
+        again = corruptions.corrupted(images, corruptions.CORRUPTIONS, severity)
+        for name, one, other in zip(corruptions.CORRUPTIONS, found, again, strict=True):
+            assert torch.equal(one, other), name
+            assert one.shape == (3, 3, 64, 64)
+            assert (one[:, 0] != images).any(), name
+
+
+def test_parts_add_up_to_tsv_m() -> None:
+    torch.manual_seed(0)
+    base = {"matrix": torch.randn(12, 9), "bias": torch.randn(5), "count": torch.tensor(3)}
+    tuned = [
+        {n: t + 0.1 * torch.randn(t.shape) if t.is_floating_point() else t for n, t in base.items()}
+        for _ in range(3)
+    ]
+    parts = trials.singular_parts(base, tuned)
+    expected = pymerge.merge("tsv_m", base, tuned)
+    for name in ("matrix", "bias"):
+        total = base[name] + sum(part[name] - base[name] for part in parts)
+        torch.testing.assert_close(total, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_trial_with_labels_lowers_the_loss(tmp_path: Path) -> None:
+    suite = prepared(tmp_path)
+    tuned = [suite.fine_tune(task, 0) for task in range(3)]
+    for trial in (trials.Trial("a", 20.0, labelled=True), trials.Trial("b", 50.0, singular=True)):
+        rows = trials.run_trial(suite, tuned, trial, 40, lambda: None)
+        assert [row["step"] for row in rows] == [0, 10, 20, 30, 40]
+        assert sum(rows[-1]["aim"]) < sum(rows[1]["aim"])
+        assert len(rows[0]["accuracy"]) == 3

@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(suite: Suite, options: argparse.Namespace, results: Path, plots: Path, log: Log) -> None:
     from benchmarks.quality import report
+    from benchmarks.quality.extras import extra_plots, extra_tables
     from benchmarks.quality.runner import run
     from benchmarks.tables import save
 
@@ -94,6 +95,7 @@ def _run(suite: Suite, options: argparse.Namespace, results: Path, plots: Path, 
 
     def finished(found: Run) -> None:
         tables = report.tables(suite, found, published=suite.name == "text")
+        tables |= extra_tables(suite, found.extras)
         seeds = sorted({outcome.seed for outcome in found.outcomes})
         load = max(busy, os.getloadavg()[0])
         note = f"Seeds: {len(seeds)}."
@@ -107,6 +109,7 @@ def _run(suite: Suite, options: argparse.Namespace, results: Path, plots: Path, 
         seconds = time.perf_counter() - start
         save(f"quality-{suite.name}", tables, report.records(suite, found, seconds), results)
         report.plot(suite, found, plots / f"quality-{suite.name}.png")
+        extra_plots(suite, found.extras, plots)
 
     seeds = range(1 if options.quick or not suite.trained else options.seeds)
     run(suite, seeds, settings=2 if options.quick else None, finished=finished)

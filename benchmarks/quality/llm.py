@@ -153,7 +153,16 @@ class Languages(Suite):
     def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
         raise NotAvailable("statistics of language models in this suite")
 
-    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
+    def adapt(
+        self,
+        base: State,
+        states: Sequence[State],
+        seed: int,
+        *,
+        steps: int,
+        tasks: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> State:
         raise NotAvailable("a classifier, whose entropy AdaMerging lowers")
 
     def shown(self, mean: float) -> float:

@@ -132,7 +132,7 @@ def _regmean(models: Models, value: float) -> State:
 def _adamerging(granularity: str, trimmed: bool) -> Make:
     def make(models: Models, value: float) -> State:
         available("AdaMerging")
-        return models.adapt(granularity=granularity, trimmed=trimmed, init=value)
+        return models.adapt(granularity=granularity, trimmed=trimmed, init=0.3, steps=int(value))
 
     return make
 
@@ -145,6 +145,7 @@ _SUM = (0.1, 0.2, 0.3, 0.4, 0.6)
 # where what disagrees is left out, sums are shorter
 _ELECTED_SUM = (0.2, 0.3, 0.4, 0.6, 0.9)
 _MEAN = (0.7, 1.0, 1.4, 2.0, 2.8)
+_STEPS = (10, 20, 40, 70, 100)
 _PCB: Mapping[str, str] = {
     "paper": "PCB, paper",
     "root": "PCB, code (root)",
@@ -184,10 +185,18 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("consensus", "Consensus TA", _merged("consensus_ta"), "lambda", _SUM, 0.3),
     Method("tsv_m", "TSV-M", _tsv_m, "lambda", (0.4, 0.7, 1.0, 1.4, 2.0), 1.0),
-    Method("ada_task", "AdaMerging, tasks", _adamerging("task", False), "init", (0.3,), 0.3),
-    Method("ada_task_pp", "AdaMerging++, tasks", _adamerging("task", True), "init", (0.3,), 0.3),
-    Method("ada_layer", "AdaMerging, layers", _adamerging("layer", False), "init", (0.3,), 0.3),
-    Method("ada_layer_pp", "AdaMerging++, layers", _adamerging("layer", True), "init", (0.3,), 0.3),
+    *(
+        Method(
+            f"ada_{granularity}{'_pp' if trimmed else ''}",
+            f"AdaMerging{'++' if trimmed else ''}, {granularity}s",
+            _adamerging(granularity, trimmed),
+            "steps",
+            _STEPS,
+            _STEPS[-1],
+        )
+        for granularity in ("task", "layer")
+        for trimmed in (False, True)
+    ),
     Method("emr", "EMR", _emr, per_task=True),
     Method("tall", "TALL masks", _tall, "threshold", (0.2, 0.3, 0.4, 0.5, 0.6), 0.4, per_task=True),
 )

@@ -208,6 +208,7 @@ def records(suite: Suite, found: Run, seconds: float) -> list[dict[str, Any]]:
             "missing": found.missing,
             "geometry": found.geometry,
             "searches": found.searches,
+            "extras": found.extras,
             "outcomes": [
                 {
                     "method": outcome.method,

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.demo.cache import digest
 from benchmarks.quality.methods import METHODS, Method, Models, NotAvailable, State
-from benchmarks.quality.suite import Part, Suite, digest_state
+from benchmarks.quality.suite import Merged, Part, Suite, digest_state
 
 __all__ = ["Outcome", "Run", "run"]
 
@@ -46,13 +46,15 @@ class Run:
 
     `searches` has, for each method and seed, the validation score of each task at each setting;
     `missing` names the methods that this version of pymerge does not have; `geometry` has, for each
-    seed, the lengths of the task vectors as shares of the base's, and their pairwise cosines.
+    seed, the lengths of the task vectors as shares of the base's, and their pairwise cosines;
+    `extras` is what else a suite measures, on the first seed.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
     searches: list[dict[str, Any]] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     geometry: list[dict[str, Any]] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -85,9 +87,34 @@ def run(
         if suite.trained:
             joint = suite.fine_tune(None, seed)
             _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)
+        if seed == seeds[0]:
+            found.extras = suite.extras(_merged(suite, models, found))
         if finished is not None:
             finished(found)
     return found
+
+
+def _merged(suite: Suite, models: Models, found: Run) -> Merged:
+    by_key = {method.key: method for method in METHODS}
+    chosen = {
+        outcome.method: outcome.value
+        for outcome in found.outcomes
+        if outcome.seed == models.seed and outcome.chosen
+    }
+
+    def state(key: str) -> list[State]:
+        count = len(suite.tasks)
+        if key == "pretrained":
+            return [models.base] * count
+        if key == "individual":
+            return list(models.tuned)
+        value = chosen[key]
+        method = by_key[key]
+        merged = method.make(models, method.default if value is None else value)
+        return merged if isinstance(merged, list) else [merged] * count
+
+    values = {key: value for key, value in chosen.items() if value is not None}
+    return Merged(models.seed, models.base, models.tuned, values, state)
 
 
 def geometry(base: State, tuned: Sequence[State]) -> dict[str, list[float]]:
@@ -158,7 +185,8 @@ def _compare(
             made[value] = merged if isinstance(merged, list) else [merged] * count
         return made[value]
 
-    best = method.default
+    default = method.default if method.default in values else values[-1]
+    best = default
     searched = len(values) > 1
     total = count * ((len(values) if searched else 0) + 1)
     with suite.log.steps(f"{method.label}, seed {seed}", total) as advance:
@@ -179,8 +207,8 @@ def _compare(
                     "chosen": best,
                 }
             )
-        for chosen, value in ((False, method.default), (True, best)):
-            if chosen and value == method.default:
+        for chosen, value in ((False, default), (True, best)):
+            if chosen and value == default:
                 items = found.outcomes[-1].items
             else:
                 items = _items(suite, states(value), "test", advance)
@@ -194,6 +222,8 @@ def _compare(
 def _values(method: Method, settings: int | None) -> tuple[float, ...]:
     if settings is None or len(method.values) <= settings:
         return method.values
+    if method.symbol == "steps":  # a trial is to be short
+        return method.values[:settings]
     others = [value for value in method.values if value != method.default]
     return tuple(sorted([method.default, *others[: settings - 1]]))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,10 +16,11 @@ from torch import nn
 
 from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
+from benchmarks.quality.adaptation import Adaptation, Drawn, Learned, learn
 from benchmarks.quality.methods import Method, State, available
 from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
 
-__all__ = ["Classifiers", "Inputs", "Part", "Split", "Suite", "load_state", "save_state"]
+__all__ = ["Classifiers", "Inputs", "Merged", "Part", "Split", "Suite", "load_state", "save_state"]
 
 Part = Literal["validation", "test"]
 _WEIGHTS = "model.safetensors"
@@ -40,6 +42,21 @@ class Split:
     train: tuple[Inputs, torch.Tensor]
     validation: tuple[Inputs, torch.Tensor]
     test: tuple[Inputs, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The models of a seed, and what the methods made of them.
+
+    `state(key)` is the model that a method made with the coefficient chosen on validation data, or
+    the list of them, one for each task; "pretrained" and "individual" are there too.
+    """
+
+    seed: int
+    base: State
+    tuned: Sequence[State]
+    chosen: Mapping[str, float]
+    state: Callable[[str], list[State]]
 
 
 class Suite(ABC):
@@ -97,8 +114,21 @@ class Suite(ABC):
         """Return Fisher information ("fisher") or Gram matrices ("gram") of each task's model."""
 
     @abstractmethod
-    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
-        """Return what AdaMerging learns on the validation inputs, without their labels."""
+    def adapt(
+        self,
+        base: State,
+        states: Sequence[State],
+        seed: int,
+        *,
+        steps: int,
+        tasks: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> State:
+        """Return what AdaMerging makes of inputs without labels."""
+
+    def extras(self, merged: Merged) -> dict[str, Any]:
+        """Return what else there is to measure on the first seed; cached by the suite itself."""
+        return {}
 
     def applies(self, method: Method) -> bool:
         """Return whether there is what a method needs."""
@@ -124,8 +154,7 @@ class Classifiers(Suite):
 
     training = Training()
     evaluation_batch = 64
-    # of AdaMerging: steps, inputs of each task in a step, learning rate
-    adaptation: tuple[int, int, float] = (100, 16, 1e-2)
+    adaptation = Adaptation()
     statistics_samples = 256
 
     def __init__(self, cache: Cache, log: Log) -> None:
@@ -242,42 +271,114 @@ class Classifiers(Suite):
             )
         )
 
-    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
-        count, batch, rate = self.adaptation
+    def adapt(
+        self,
+        base: State,
+        states: Sequence[State],
+        seed: int,
+        *,
+        steps: int,
+        tasks: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> State:
+        coefficients = self.learned(base, states, seed, steps=steps, tasks=tasks, **settings)
+        table = coefficients.coefficients
+        ada = self.adamerging(base, states, tasks, **{**settings, "init": table})
+        return ada.merged_state_dict()
+
+    def learned(
+        self,
+        base: State,
+        states: Sequence[State],
+        seed: int,
+        *,
+        steps: int,
+        tasks: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Learned:
+        """Return AdaMerging's coefficients after `steps`, of all tasks or of some; cached.
+
+        It sees the inputs of the validation and of the test set, without their labels: it is a
+        method of test time, and its authors' code, too, adapts to the test set.
+        """
+        how, numbers = self.adaptation, self._numbers(tasks)
+        # which models they are is in their hashes
         recipe = {"adapt": digest([digest_state(s) for s in states]), "seed": seed, **settings}
-
-        def make() -> State:
-            ada = available("AdaMerging")(self.load(), base, states, heads=self.heads, **settings)
-            loaders = [
-                list(_endless(split.validation[0], batch, count, seed + number))
-                for number, split in enumerate(self.splits)
-            ]
-            ada.fit(
-                loaders,
-                steps=count,
-                lr=rate,
-                batches_per_task=1,
-                autocast=torch.bfloat16,
-                accumulate="gradients",
-                seed=seed,
-                progress=False,
+        recipe = {"suite": self.recipe(), "adaptation": how.recipe(), **recipe}
+        loaders = [
+            Drawn(
+                [self.splits[n].validation[0], self.splits[n].test[0]], how.batch, steps, seed + n
             )
-            return ada.merged_state_dict()
-
+            for n in numbers
+        ]
         name = f"adamerging-{settings['granularity']}{'-pp' if settings['trimmed'] else ''}-{seed}"
-        self.log.say(f"{name}, {count} steps ...")
-        return self.stage(name, {**recipe, "adaptation": list(self.adaptation)}, make)
 
+        def folder_of(count: int, build: Callable[[Path], None]) -> Path:
+            target = self.cache.path(f"{name}-{count}", {**recipe, "steps": count})
+            if not target.is_dir():
+                self.log.say(f"{name}, to step {count} ...")
+                self.cache.build(target, build)
+            return target
 
-def _endless(inputs: Inputs, batch: int, count: int, seed: int) -> Iterator[Any]:
-    """Yield `count` batches, in a new order in each round."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.long)
-    for _ in range(count):
-        while len(waiting) < batch:
-            waiting = torch.cat([waiting, torch.randperm(len(inputs), generator=generator)])
-        yield inputs[waiting[:batch]]
-        waiting = waiting[batch:]
+        classes = [self.splits[n].classes for n in numbers]
+        return learn(
+            folder_of,
+            lambda: self.adamerging(base, states, tasks, **settings),
+            loaders,
+            how,
+            steps,
+            weights=[1.0 / math.log(count) for count in classes] if how.balanced else None,
+            seed=seed,
+        )
+
+    def adamerging(
+        self,
+        base: State,
+        states: Sequence[State],
+        tasks: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads."""
+        heads = [
+            CosineHead(self.heads[n].means, self.adaptation.scale) for n in self._numbers(tasks)
+        ]
+        return available("AdaMerging")(self.load(), base, states, heads=heads, **settings)
+
+    def extras(self, merged: Merged) -> dict[str, Any]:
+        """Return the study of entropies, and the coefficients that AdaMerging has learned."""
+        if "ada_layer" not in merged.chosen:
+            return {}
+        from benchmarks.quality import entropy
+
+        recipe = {
+            "suite": self.recipe(),
+            "tuned": digest([digest_state(state) for state in merged.tuned]),
+            "scale": self.adaptation.scale,
+            "revision": entropy.REVISION,
+        }
+        learned = self.learned(
+            merged.base,
+            merged.tuned,
+            merged.seed,
+            granularity="layer",
+            trimmed=False,
+            init=0.3,
+            steps=int(merged.chosen["ada_layer"]),
+        )
+        return {
+            "entropy": self.cache.load(
+                self.cache.root / "studies" / f"entropy-{digest(recipe)}.json",
+                lambda: entropy.study(self, merged.tuned),
+            ),
+            "coefficients": {
+                "groups": learned.groups,
+                "values": learned.coefficients.clamp(0.0, 1.0).tolist(),
+                "steps": int(merged.chosen["ada_layer"]),
+            },
+        }
+
+    def _numbers(self, tasks: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self.tasks)) if tasks is None else tasks
 
 
 def digest_state(state: State) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -51,7 +52,11 @@ class Text(Classifiers):
         }
 
     def settings(self) -> dict[str, Any]:
-        return {**self.recipe(), "training": self.training.recipe(), "adaptation": self.adaptation}
+        return {
+            **self.recipe(),
+            "training": self.training.recipe(),
+            "adaptation": asdict(self.adaptation),
+        }
 
     def load(self) -> nn.Module:
         return text_model.load()

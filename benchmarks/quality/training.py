@@ -23,13 +23,14 @@ class CosineHead(nn.Module):
 
     means: torch.Tensor
 
-    def __init__(self, means: torch.Tensor) -> None:
+    def __init__(self, means: torch.Tensor, scale: float = LOGIT_SCALE) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("means", means)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        return LOGIT_SCALE * features @ self.means.T
+        return self.scale * features @ self.means.T
 
 
 @dataclass(frozen=True)

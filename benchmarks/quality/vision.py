@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.demo import image_model
-from benchmarks.demo.cache import Cache
+from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.quality import image_tasks
+from benchmarks.quality.adaptation import Adaptation
 from benchmarks.quality.debian import unpacked
 from benchmarks.quality.image_tasks import TASKS
 from benchmarks.quality.methods import Method
-from benchmarks.quality.suite import Classifiers, Split
+from benchmarks.quality.suite import Classifiers, Merged, Split, digest_state
 from benchmarks.quality.training import Training
 
 __all__ = ["Images", "Vision"]
 
 _REVISION = 1
+_EXTRAS_REVISION = 1
 _SIZES = {"train": 1500, "validation": 120, "test": 400}
 _QUICK_SIZES = {"train": 60, "validation": 10, "test": 20}
 
@@ -41,7 +44,7 @@ class Encoder(nn.Module):
 
 
 class Images:
-    """Grey images [n, size, size], uint8; batches are three equal channels in [-1, 1]."""
+    """Grey images [n, size, size], or coloured [n, 3, size, size], uint8; batches in [-1, 1]."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
@@ -50,8 +53,8 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, positions: torch.Tensor) -> torch.Tensor:
-        grey = self.images[positions].float() / 127.5 - 1.0
-        return grey[:, None].expand(-1, 3, -1, -1)
+        chosen = self.images[positions].float() / 127.5 - 1.0
+        return chosen if chosen.dim() == 4 else chosen[:, None].expand(-1, 3, -1, -1)
 
     def batches(self, size: int) -> list[torch.Tensor]:
         """Return the positions of all images in batches."""
@@ -66,7 +69,7 @@ class Vision(Classifiers):
     tasks = tuple(TASKS)
     about = tuple(about for about, _, _ in TASKS.values())
     training = Training(epochs=2, batch=50, rate=1e-3, warmup=5)
-    adaptation = (60, 16, 2e-3)
+    adaptation = Adaptation(batch=16)
     evaluation_batch = 100
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
@@ -82,11 +85,39 @@ class Vision(Classifiers):
         }
 
     def settings(self) -> dict[str, Any]:
-        return {**self.recipe(), "training": self.training.recipe(), "adaptation": self.adaptation}
+        return {
+            **self.recipe(),
+            "training": self.training.recipe(),
+            "adaptation": asdict(self.adaptation),
+        }
 
     def applies(self, method: Method) -> bool:
         # almost all layers are convolutions, of which RegMean takes the mean
         return method.key != "regmean"
+
+    def extras(self, merged: Merged) -> dict[str, Any]:
+        """Return also the accuracy on damaged images, and on tasks that were not merged."""
+        from benchmarks.quality import vision_extras
+
+        recipe = {
+            "suite": self.recipe(),
+            "tuned": digest([digest_state(state) for state in merged.tuned]),
+            "adaptation": self.adaptation.recipe(),
+            "chosen": dict(merged.chosen),
+            "rows": [vision_extras.ROBUST, vision_extras.HELD_OUT],
+            "revision": _EXTRAS_REVISION,
+        }
+        folder = self.cache.root / "studies"
+        found = super().extras(merged)
+        found["robustness"] = self.cache.load(
+            folder / f"robustness-{digest(recipe)}.json",
+            lambda: vision_extras.robustness(self, merged),
+        )
+        found["held-out"] = self.cache.load(
+            folder / f"held-out-{digest(recipe)}.json",
+            lambda: vision_extras.held_out(self, merged),
+        )
+        return found
 
     def load(self) -> nn.Module:
         target = self.cache.path("base", {"revision": _REVISION, "package": image_model.PACKAGE})

@@ -33,6 +33,7 @@ def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
         "groups": list(ada.grouping.names),
         "lr": how.lr,
         "batches_per_task": how.batches,
+        "weights": list(how.weights),
         "entropy": how.entropy,
         "tokens": how.tokens,
         "seed": how.seed,

@@ -50,6 +50,7 @@ class _Fit(BaseModel):
     lr: float | None = None
     batches_per_task: int | None = None
     entropy: StrictStr | None = None
+    weights: list[float] | None = None
     tokens: int | None = None
     autocast: StrictStr | None = None
     seed: int = 0

@@ -47,6 +47,7 @@ class Fitting:
     steps: int
     lr: float
     batches: int
+    weights: tuple[float, ...]
     entropy: str
     tokens: int | None
     autocast: torch.dtype | None
@@ -91,6 +92,7 @@ def fit(
     lr: float | None = None,
     batches_per_task: int | None = None,
     entropy: str | None = None,
+    weights: Sequence[float] | None = None,
     inputs: Inputs = batch_inputs,
     tokens: int | None = None,
     autocast: torch.dtype | None = None,
@@ -115,6 +117,8 @@ def fit(
             takes head k; without, all take the model's own output.
         steps, lr, batches_per_task, entropy: default those of the preset (official: 500, 1e-3, 2,
             "exact"; fusion_bench: 1000, 1e-3, 1, "fusion_bench").
+        weights: of the tasks' entropies in the sum, positive; default 1 each, as in the paper. As
+            entropies are up to log(classes), 1 / log(classes) lets tasks count alike.
         inputs: what to do with a batch; see `batch_inputs`.
         tokens: of a language model, so many predictions a batch, drawn at random.
         autocast: run the model in mixed precision, e.g. torch.bfloat16.
@@ -126,7 +130,10 @@ def fit(
         patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
             `min_delta` for so many steps.
         checkpoint: file that coefficients and the state of Adam are kept in, every
-            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it.
+            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it, at the
+            batch where it was: those taken before are passed over, of a list by their number, of
+            any other loader by reading it. The result is that of one run where a loader gives the
+            same batches again, i.e. where its shuffling is seeded.
         progress: show a bar with the entropy of each task (on a terminal).
 
     Raises:
@@ -141,6 +148,7 @@ def fit(
         lr=lr,
         batches_per_task=batches_per_task,
         entropy=entropy,
+        weights=weights,
         tokens=tokens,
         autocast=autocast,
         seed=seed,
@@ -174,6 +182,13 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
     rate = preset.lr if given["lr"] is None else given["lr"]
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         problems.append(f"lr: expected a positive number, got {rate!r}")
+    weights = given["weights"]
+    count = len(loaders) if isinstance(loaders, Sequence) else 0
+    if weights is None:
+        weights = [1.0] * count
+    elif not _positive(weights) or len(weights) != count:
+        problems.append(f"weights: expected {count} positive numbers, got {weights!r:.60}")
+        weights = [1.0] * count
     kind = given["entropy"] or preset.entropy
     if kind not in ENTROPIES:
         problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
@@ -193,6 +208,7 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
         steps=integer("steps", steps, preset.steps, 0),
         lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
         batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
+        weights=tuple(map(float, weights)),
         entropy=kind,
         tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
         autocast=cast,
@@ -210,12 +226,26 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
     return result
 
 
-def endless(loader: Iterable[Any], label: str) -> Iterator[Any]:
-    """Give the batches of a loader, again and again."""
+def _positive(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+        for x in values
+    )
+
+
+def endless(loader: Iterable[Any], label: str, skip: int = 0) -> Iterator[Any]:
+    """Give the batches of a loader, again and again, from number `skip` on."""
+    if isinstance(loader, Sequence) and len(loader) > 0:
+        while True:
+            yield loader[skip % len(loader)]
+            skip += 1
     while True:
         empty = True
         for batch in loader:
             empty = False
+            if skip > 0:
+                skip -= 1
+                continue
             yield batch
         if empty:
             raise RequestError(
@@ -229,7 +259,8 @@ class _Run:
         self, ada: AdaMerging, loaders: Sequence[Iterable[Any]], how: Fitting, inputs: Inputs
     ) -> None:
         self.ada, self.how, self.inputs = ada, how, inputs
-        self.batches = [endless(one, f"loaders[{k}]") for k, one in enumerate(loaders)]
+        self.loaders = loaders
+        self.batches: list[Iterator[Any]] = []
         self.optimizer = torch.optim.Adam([ada.raw_coefficients], lr=how.lr)
         self.result = FitResult()
         self.good = ada.raw_coefficients.detach().clone()  # the last that gave finite entropies
@@ -246,6 +277,10 @@ class _Run:
             if result.steps >= how.steps:
                 result.stopped = "already done"
                 return result
+        taken = result.steps * how.batches
+        self.batches = [
+            endless(one, f"loaders[{k}]", taken) for k, one in enumerate(self.loaders)
+        ]
         with FitBar(how.steps, result.steps, self.ada.names, shown=how.progress) as bar:
             while result.steps < how.steps:
                 started = time.monotonic()
@@ -300,6 +335,7 @@ class _Run:
                 total += float(loss.detach())
                 last = task == count - 1 and number == self.how.batches - 1
                 # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
+                loss = loss * self.how.weights[task]
                 loss.backward(retain_graph=leaves is merged and not last)
             losses.append(total / self.how.batches)
         if leaves is not merged:
