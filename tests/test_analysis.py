@@ -304,6 +304,20 @@ def test_odd_models() -> None:
     assert "a and b are equal" in found.notes
 
 
+@pytest.mark.parametrize("size", [1e-140, 1e-30, 1e30, 1e140])
+def test_sizes_at_which_squares_overflow(size: float) -> None:
+    base = torch.zeros(3, dtype=torch.float64)
+    tau = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64) * size
+    found = pymerge.analyze(base, [tau, 2 * tau, -tau.flip(0)], densities=[0.5])
+    assert found.whole.l2[0] == pytest.approx(5 * size)
+    assert found.whole.cosine[0][1] == pytest.approx(1.0)
+    assert found.whole.cosine[0][2] == pytest.approx(-16 / 25)
+    single = pymerge.analyze(base.float(), [torch.full((3,), 1e30)], densities=[0.5])
+    assert single.whole.l2[0] == pytest.approx(math.sqrt(3) * 1e30)
+    assert single.whole.trimmed[0].kept_norm == (None,)
+    assert Analysis.from_json(single.to_json()) == single
+
+
 def test_json_round_trip_and_versions() -> None:
     base, tuned = family((torch.bfloat16,))
     found = pymerge.analyze(base, tuned, spectra=True, rank=3)
