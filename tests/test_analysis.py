@@ -273,8 +273,8 @@ def test_sampled_thresholds_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.facts.thresholds, found.facts.passes) == ("sampled", 1)
     for near, right in zip(found.whole.trimmed, exact.whole.trimmed, strict=True):
         for k in range(3):
-            assert near.kept[k] == pytest.approx(right.kept[k], abs=0.02)
-            assert near.threshold[k] == pytest.approx(right.threshold[k], rel=0.05)
+            assert near.kept[k] == pytest.approx(right.kept[k], abs=0.04)
+            assert near.threshold[k] == pytest.approx(right.threshold[k], rel=0.15)
     again = pymerge.analyze(base, tuned, densities=DENSITIES, thresholds="exact")
     assert again.whole == exact.whole
     assert pymerge.analyze(base, tuned, densities=()).facts.thresholds == "none"
