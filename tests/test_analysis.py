@@ -273,8 +273,8 @@ def test_sampled_thresholds_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.facts.thresholds, found.facts.passes) == ("sampled", 1)
     for near, right in zip(found.whole.trimmed, exact.whole.trimmed, strict=True):
         for k in range(3):
-            assert near.kept[k] == pytest.approx(right.kept[k], abs=0.02)
-            assert near.threshold[k] == pytest.approx(right.threshold[k], rel=0.05)
+            assert near.kept[k] == pytest.approx(right.kept[k], abs=0.04)
+            assert near.threshold[k] == pytest.approx(right.threshold[k], rel=0.15)
     again = pymerge.analyze(base, tuned, densities=DENSITIES, thresholds="exact")
     assert again.whole == exact.whole
     assert pymerge.analyze(base, tuned, densities=()).facts.thresholds == "none"
@@ -302,6 +302,20 @@ def test_odd_models() -> None:
     assert whole.sign_agreement == pytest.approx(2 / 3)
     assert "same equals the base: its task vector is zero, and has no angles" in found.notes
     assert "a and b are equal" in found.notes
+
+
+@pytest.mark.parametrize("size", [1e-140, 1e-30, 1e30, 1e140])
+def test_sizes_at_which_squares_overflow(size: float) -> None:
+    base = torch.zeros(3, dtype=torch.float64)
+    tau = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64) * size
+    found = pymerge.analyze(base, [tau, 2 * tau, -tau.flip(0)], densities=[0.5])
+    assert found.whole.l2[0] == pytest.approx(5 * size)
+    assert found.whole.cosine[0][1] == pytest.approx(1.0)
+    assert found.whole.cosine[0][2] == pytest.approx(-16 / 25)
+    single = pymerge.analyze(base.float(), [torch.full((3,), 1e30)], densities=[0.5])
+    assert single.whole.l2[0] == pytest.approx(math.sqrt(3) * 1e30)
+    assert single.whole.trimmed[0].kept_norm == (None,)
+    assert Analysis.from_json(single.to_json()) == single
 
 
 def test_json_round_trip_and_versions() -> None:

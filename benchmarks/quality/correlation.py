@@ -184,6 +184,7 @@ def _intervals(
     intervals: dict[str, tuple[float | None, float | None]] = {}
     for name, column in zip(statistics, np.array(found).T, strict=False):
         known = column[np.isfinite(column)]
-        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (None, None)
-        intervals[name] = (None, None) if low is None else (float(low), float(high))
+        if len(known):
+            low, high = np.quantile(known, [0.025, 0.975])
+            intervals[name] = (float(low), float(high))
     return {name: intervals.get(name, (None, None)) for name in statistics}

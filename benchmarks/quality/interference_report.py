@@ -97,13 +97,13 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}"
 
 
-def _marked(one: Correlation) -> str:
+def _marked(one: Correlation, together: bool) -> str:
     if one.spearman is None:
         return ""
     mark = ""
     if one.p is not None and one.p < 0.05:
         mark = "*"
-    if one.p_adjusted is not None and one.p_adjusted < 0.05:
+    if together and one.p_adjusted is not None and one.p_adjusted < 0.05:
         mark = "**"
     return f"{one.spearman:+.2f}{mark}"
 
@@ -125,7 +125,7 @@ def _matrix(found: Study, outcome: str) -> Table:
     )
     for name in _names(found, outcome):
         each = [found.correlations[outcome][recipe.key].get(name) for recipe in found.recipes]
-        table.add(name, *("" if one is None else _marked(one) for one in each))
+        table.add(name, *("" if one is None else _marked(one, name != GAIN) for one in each))
     table.notes.append(
         f"* p < 0.05 by itself, ** p < 0.05 for all {len(STATISTICS)} to {len(STATISTICS) + 1}"
         " statistics of a column together (permutations of the tasks, two-sided). Not adjusted for"
@@ -325,7 +325,6 @@ def plot(found: Study, path: Path) -> None:
                         s=11,
                         marker=marker,
                         color=colour,
-                        alpha=0.75,
                         linewidths=0.8,
                         label=recipe.label if members else None,
                     )
@@ -345,7 +344,7 @@ def plot(found: Study, path: Path) -> None:
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=95, metadata={"Software": None})
+    figure.savefig(path, dpi=80, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def _x(found: Study, outcome: str, name: str, recipe: str) -> list[float] | None:

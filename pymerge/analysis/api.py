@@ -61,7 +61,7 @@ def analyze(
         thresholds: of these trims. "sampled": order statistics of 131072 magnitudes, spread over
             the model: a density of 0.2 then keeps 0.2 +- 0.004, and `Trimmed.kept` says how much.
             "exact": those of TIES (official), by another pass over the files or two. Models of up
-            to 2^20 parameters always have exact ones.
+            to 2^24 parameters always have exact ones.
         spectra: also compare singular values and subspaces of matrices, which takes long.
         rank: singular vectors of each model in a subspace, at least 1.
         nan: "error", or "skip": leave tensors with NaN or infinity out, and say so in the notes.

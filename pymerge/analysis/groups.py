@@ -97,7 +97,11 @@ class Grouper:
         return gram
 
     def _cosine(self, gram: list[list[float]], i: int, j: int) -> float | None:
-        norms = math.sqrt(gram[i][i] * gram[j][j])  # of equal ones the square itself, exactly
+        squares = gram[i][i] * gram[j][j]
+        # Of equal ones this is the root of a square, and exact.
+        norms = math.sqrt(squares)
+        if not 1e-300 < squares < 1e300:
+            norms = math.sqrt(gram[i][i]) * math.sqrt(gram[j][j])
         cosine = _ratio(gram[i][j], norms)
         return None if cosine is None else min(1.0, max(-1.0, cosine))
 

@@ -224,7 +224,8 @@ def _sections(analysis: Analysis, data: dict[str, Any]) -> list[str]:
         "gain that each model is expected to lose in base + λ (τ₁ + τ₂ + …): "
         f"(1 - c)² + {ACROSS:g} |r|² / |τ|², where c is how far the sum goes along the model's own "
         "task vector and r what is at right angles to it. A theory of second order, which assumes "
-        "a quadratic loss; it cannot compare methods, and no such rule is known to be reliable."
+        "a quadratic loss. On merges that were measured it told about how much is lost, but not "
+        "which pairs of models lose more; it cannot compare methods."
         "</p></div>",
         _figure("predicted", "Solid: the rule. Dotted: steps too short or too long alone."),
         '<h2 id="tables">Tables</h2>',

@@ -25,7 +25,7 @@ from pymerge.select import Part, magnitude_keys, order_statistics, sample_parts
 __all__ = ["SAMPLE", "Measured", "Passes"]
 
 SAMPLE = 1 << 17  # elements from which thresholds are taken
-_EXACT = 1 << 20  # task vectors up to this length always have exact thresholds
+_EXACT = 1 << 24  # task vectors up to this length have exact thresholds; a sample would be small
 _AT_ONCE = 1 << 26  # elements of a call, a multiple of HOT_CHUNK
 _FEW_AT_ONCE = 1 << 20  # where torch makes temporaries of that length
 _CHECKED = 1 << 22
