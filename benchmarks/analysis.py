@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -70,32 +69,40 @@ def check_analysis(found: Mapping[str, Any], paths: CheckpointSet) -> None:
                 "dot": float(a @ b),
                 "l1_distance": float((a - b).abs().sum()),
                 "equal": float((a == b).double().mean()),
-                "sign_conflict": int((both & (a.sign() != b.sign())).sum()) / int(both.sum()),
+                "sign_conflict": _share(both & (a.sign() != b.sign()), int(both.sum())),
             }
             for key, value in expected.items():
-                scale = own["l2"][i] * own["l2"][j] if key == "dot" else abs(value)
+                scale = own["l2"][i] * own["l2"][j] if key == "dot" else None
                 _same(name, key, [own[key][i][j]], [value], scale)
             for trimmed in own["trimmed"]:
                 limits = trimmed["threshold"]
                 kept = [t.abs() >= limit for t, limit in zip(tau, limits, strict=True)]
                 fewest = min(int(kept[i].sum()), int(kept[j].sum()))
-                overlap = int((kept[i] & kept[j]).sum()) / fewest
+                overlap = _share(kept[i] & kept[j], fewest)
                 _same(name, "overlap", [trimmed["overlap"][i][j]], [overlap])
-                norm = float((a[kept[i]] ** 2).sum() / (a @ a))
+                whole = float(a @ a)
+                norm = float((a[kept[i]] ** 2).sum()) / whole if whole > 0 else None
                 _same(name, "kept_norm", [trimmed["kept_norm"][i]], [norm])
+
+
+def _share(chosen: torch.Tensor, of: int) -> float | None:
+    return int(chosen.sum()) / of if of > 0 else None
 
 
 def _same(
     name: str,
     what: str,
-    got: Sequence[float],
-    expected: Sequence[float],
+    got: Sequence[float | None],
+    expected: Sequence[float | None],
     scale: float | None = None,
 ) -> None:
+    """Compare numbers; None is what has no value: a share of nothing."""
     for a, b in zip(got, expected, strict=True):
-        if not math.isclose(
-            a, b, rel_tol=0, abs_tol=_TOLERANCE * (abs(b) if scale is None else scale)
-        ):
+        if a is None or b is None:
+            near = a is b
+        else:
+            near = abs(a - b) <= _TOLERANCE * (abs(b) if scale is None else scale)
+        if not near:
             raise WrongResult(f"{name}: {what} is {a}, expected {b}")
 
 
