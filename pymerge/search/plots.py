@@ -59,7 +59,8 @@ def save_pngs(result: SearchResult, folder: Path) -> list[Path]:
     axes.plot(numbers, values, "o", markersize=3, alpha=0.6, label="trial")
     axes.step(*zip(*best_so_far(result), strict=True), where="post", label="best so far")
     axes.set_xlabel("trial")
-    axes.set_ylabel(_title(result))
+    axes.set_ylabel("value")
+    axes.set_title(_title(result), fontsize="small")
     axes.legend()
     save(made, "history.png")
 
