@@ -441,7 +441,7 @@ struct KernelTable {
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
   Status (*divergence_sums)(const DivergenceArgs*) = nullptr;
   Status (*row_importance)(const ImportanceArgs*) = nullptr;
-  Status (*low_rank)(const LowRankArgs*) = nullptr;  // null on CUDA
+  Status (*low_rank)(const LowRankArgs*) = nullptr;    // null on CUDA
   Status (*compare)(const ComparisonArgs*) = nullptr;  // null on CUDA
 };
 
