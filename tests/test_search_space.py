@@ -207,6 +207,16 @@ def test_expressions_and_what_the_config_says_of_the_others() -> None:
         assert got[name] == [wanted] * 3, name
 
 
+def test_values_over_the_layers_stay_for_the_others() -> None:
+    merged = merge()
+    merged["parameters"] = {**merged.get("parameters", {}), "weight": [0, 1]}
+    found = make_space(
+        merged, {"parameters.weight": {"low": 0, "high": 9, "groups": {"a": "attn"}}}, NAMES
+    )
+    clauses = found.config({found.variables[0].name: 5.0})["parameters"]["weight"]
+    assert clauses[-1] == {"value": [0, 1]}
+
+
 def test_filters_take_each_tensor_to_its_group() -> None:
     names = ["a.0.w", "b.a.0.w", "a.10.w", "a.1.w", "a.1.wide", "w"]
     groups = {"x": ["a.0.w", "a.1.w"], "y": ["b.a.0.w", "a.10.w", "a.1.wide"]}

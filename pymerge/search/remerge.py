@@ -129,8 +129,7 @@ class Remerger:
     def resolve(self, config: MergeConfig) -> list[Work]:
         """Return the tensors to merge with the parameters that a configuration gives them."""
         same = config.method.name == self.config.method.name
-        paths = [entry.path for entry in config.models], config.base_model
-        if not same or paths != ([entry.path for entry in self.config.models], self._base):
+        if not same or config.paths != self.config.paths:
             raise RequestError(
                 f"{config.where}: method and models must be those of the first configuration"
             )
@@ -150,10 +149,6 @@ class Remerger:
             )
             for tensor in self.plan.tensors.values()
         ]
-
-    @property
-    def _base(self) -> str | None:
-        return self.config.base_model
 
     def memory_for(self) -> Merged:
         """Return memory for a merged model."""

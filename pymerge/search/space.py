@@ -168,8 +168,8 @@ class Space:
         for name in self._spellings(parameter):
             if name in section:
                 value = section[name]
-                if isinstance(value, list):
-                    return list(value)
+                if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
+                    return list(value)  # filters; else values over the layers
                 return [dict(value) if isinstance(value, Mapping) else {"value": value}]
         return []
 
