@@ -278,9 +278,7 @@ class _Run:
                 result.stopped = "already done"
                 return result
         taken = result.steps * how.batches
-        self.batches = [
-            endless(one, f"loaders[{k}]", taken) for k, one in enumerate(self.loaders)
-        ]
+        self.batches = [endless(one, f"loaders[{k}]", taken) for k, one in enumerate(self.loaders)]
         with FitBar(how.steps, result.steps, self.ada.names, shown=how.progress) as bar:
             while result.steps < how.steps:
                 started = time.monotonic()
