@@ -115,7 +115,9 @@ def _held_out(suite: Suite, found: Mapping[str, Any]) -> Table:
 def extra_plots(suite: Suite, extras: Mapping[str, Any], folder: Path) -> None:
     """Draw entropies and the learned coefficients."""
     if "entropy" in extras:
-        entropy.plot(extras["entropy"], suite.tasks, folder / f"quality-{suite.name}-entropy.png")
+        path = folder / f"quality-{suite.name}-entropy.png"
+        entropy.plot(extras["entropy"], suite.tasks, path)
+        _fewer_colours(path)
     if "coefficients" in extras:
         found = extras["coefficients"]
         table = Coefficients(
@@ -125,4 +127,15 @@ def extra_plots(suite: Suite, extras: Mapping[str, Any], folder: Path) -> None:
             {name: name for name in found["groups"]},
         )
         folder.mkdir(parents=True, exist_ok=True)
-        table.save_png(folder / f"quality-{suite.name}-coefficients.png")
+        path = folder / f"quality-{suite.name}-coefficients.png"
+        table.save_png(path)
+        _fewer_colours(path)
+
+
+def _fewer_colours(path: Path) -> None:
+    """Make a picture a third as large: a palette is enough for it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(128)
+    few.save(path, optimize=True)

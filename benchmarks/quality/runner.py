@@ -72,7 +72,7 @@ def run(
         seeds: of the fine-tunes, and of what is random in a merge.
         methods: to compare.
         settings: fewer settings of each coefficient, for a trial.
-        finished: called after each seed, with what there is so far.
+        finished: called after each seed, and after the extras, with what there is so far.
     """
     found = Run()
     count = len(suite.tasks)
@@ -87,10 +87,12 @@ def run(
         if suite.trained:
             joint = suite.fine_tune(None, seed)
             _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)
-        if seed == seeds[0]:
-            found.extras = suite.extras(_merged(suite, models, found))
         if finished is not None:
             finished(found)
+        if seed == seeds[0] and (extras := suite.extras(_merged(suite, models, found))):
+            found.extras = extras
+            if finished is not None:
+                finished(found)
     return found
 
 
