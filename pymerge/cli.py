@@ -312,7 +312,8 @@ def _run_adapters(
 def _analyze(options: argparse.Namespace) -> None:
     from pymerge.analysis.command import run_analyze
 
-    run_analyze(options)
+    with _terminable():
+        run_analyze(options)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -321,21 +322,22 @@ def _search(options: argparse.Namespace) -> None:
     from pymerge.search import run_search
     from pymerge.search.results import print_result
 
-    result = run_search(
-        options.config,
-        options.out,
-        metric=options.metric,
-        evaluations=options.evaluations,
-        seconds=options.seconds,
-        seed=options.seed,
-        workers=options.workers,
-        executor=options.executor,
-        memory=options.memory,
-        threads=options.threads,
-        merge=options.merge,
-        restart=options.restart,
-        quiet=options.quiet,
-    )
+    with _terminable():
+        result = run_search(
+            options.config,
+            options.out,
+            metric=options.metric,
+            evaluations=options.evaluations,
+            seconds=options.seconds,
+            seed=options.seed,
+            workers=options.workers,
+            executor=options.executor,
+            memory=options.memory,
+            threads=options.threads,
+            merge=options.merge,
+            restart=options.restart,
+            quiet=options.quiet,
+        )
     if not options.quiet:
         _print_warnings(result.warnings)
         print_result(result, Path(options.out))
