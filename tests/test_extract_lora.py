@@ -257,7 +257,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "bf16"}, "dtype: expected one of float32, bfloat16, float16, got 'bf16'"),
     "seed": ({"seed": -1}, "seed: expected an integer in [0, 2**32), got -1"),
     "expression": ({"modules": "("}, "modules: expected names, or a regular expression, got '('"),
-    "nothing": ({"modules": ["nowhere"]}, "none of the chosen modules differs from the base"),
+    "nothing": ({"modules": ["nowhere"]}, "no module is chosen: expected matrices named "),
 }
 
 

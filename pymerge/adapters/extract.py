@@ -246,6 +246,11 @@ class _Work:
             for checkpoint in (self._base, self._model):
                 checkpoint.release(name)
             recorder.advance(info.nbytes)
+        if not self._factors and not self._report.unchanged:
+            raise RequestError(
+                f"{self._model.label}: no module is chosen: expected matrices named *.weight, but "
+                "for embeddings and heads unless 'modules' names them"
+            )
         if not self._factors:
             raise RequestError(
                 f"{self._model.label}: none of the chosen modules differs from the base; nothing "
