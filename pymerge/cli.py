@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FrameType
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "info": _info,
     }
     try:
-        commands[options.command](options)
+        with _terminable():
+            commands[options.command](options)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -247,6 +249,9 @@ def _terminable() -> Iterator[None]:
     def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
         raise _Terminated
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only that one may say what signals do
+        return
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
@@ -257,22 +262,21 @@ def _terminable() -> Iterator[None]:
 def _merge(options: argparse.Namespace) -> None:
     from pymerge import engine
 
-    with _terminable():
-        report = engine.merge_checkpoints(
-            options.config,
-            options.out,
-            device=options.device,
-            backend=options.backend,
-            memory=options.memory,
-            device_memory=options.device_memory,
-            threads=options.threads,
-            shard_size=options.shard_size,
-            seed=options.seed,
-            report=options.report,
-            force=options.force,
-            quiet=options.quiet,
-            checksums=options.checksums,
-        )
+    report = engine.merge_checkpoints(
+        options.config,
+        options.out,
+        device=options.device,
+        backend=options.backend,
+        memory=options.memory,
+        device_memory=options.device_memory,
+        threads=options.threads,
+        shard_size=options.shard_size,
+        seed=options.seed,
+        report=options.report,
+        force=options.force,
+        quiet=options.quiet,
+        checksums=options.checksums,
+    )
     if not options.quiet:
         _print_warnings(report.warnings)
         print(report.summary())
@@ -302,8 +306,7 @@ def _ada(options: argparse.Namespace) -> None:
 def _run_adapters(
     command: Callable[[argparse.Namespace], Any], options: argparse.Namespace
 ) -> None:
-    with _terminable():
-        report = command(options)
+    report = command(options)
     if not options.quiet:
         _print_warnings(report.warnings)
         print(report.summary())
@@ -312,8 +315,7 @@ def _run_adapters(
 def _analyze(options: argparse.Namespace) -> None:
     from pymerge.analysis.command import run_analyze
 
-    with _terminable():
-        run_analyze(options)
+    run_analyze(options)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -322,22 +324,21 @@ def _search(options: argparse.Namespace) -> None:
     from pymerge.search import run_search
     from pymerge.search.results import print_result
 
-    with _terminable():
-        result = run_search(
-            options.config,
-            options.out,
-            metric=options.metric,
-            evaluations=options.evaluations,
-            seconds=options.seconds,
-            seed=options.seed,
-            workers=options.workers,
-            executor=options.executor,
-            memory=options.memory,
-            threads=options.threads,
-            merge=options.merge,
-            restart=options.restart,
-            quiet=options.quiet,
-        )
+    result = run_search(
+        options.config,
+        options.out,
+        metric=options.metric,
+        evaluations=options.evaluations,
+        seconds=options.seconds,
+        seed=options.seed,
+        workers=options.workers,
+        executor=options.executor,
+        memory=options.memory,
+        threads=options.threads,
+        merge=options.merge,
+        restart=options.restart,
+        quiet=options.quiet,
+    )
     if not options.quiet:
         _print_warnings(result.warnings)
         print_result(result, Path(options.out))

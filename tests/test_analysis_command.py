@@ -153,7 +153,7 @@ def test_models_that_do_not_fit(root: Path, capsys: pytest.CaptureFixture[str]) 
         "lacks 1 tensor of base_model: 'model.norm.weight'",
         "has 1 tensor that base_model lacks: 'new'",
         "'model.norm.weight' has shape (3,), expected (64,) like base_model",
-        "no such file or directory",
+        "analyze: models[3]: no such file or directory",
     ):
         assert wanted in error
 

@@ -23,7 +23,7 @@ from pymerge.analysis.interference import predict_interference
 from pymerge.analysis.page import page
 from pymerge.analysis.pictures import pictures
 from pymerge.analysis.records import Analysis
-from pymerge.errors import RequestError
+from pymerge.errors import MergeError, RequestError
 from tests.analysis_samples import sample
 
 HOSTILE = (
@@ -226,7 +226,7 @@ def test_failed_write_leaves_the_old_report(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MergeError, match=r"report\.html: cannot be written: No space"):
         report.write(analysis, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,13 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
         del block
     assert peak.anonymous >= before.anonymous + size // 2
     assert peak.resident >= peak.anonymous // 2
+
+
+def test_commands_run_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the main thread may say what SIGTERM does."""
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run("methods", "ties")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert "elects signs" in capsys.readouterr().out

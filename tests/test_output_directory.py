@@ -403,3 +403,30 @@ def test_checking_touches_nothing(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_for_the_temporary(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"cannot be created: .*File name too long"):
         write(tmp_path / ("n" * 250))
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "table.csv"
+    replace.replace_file(target, b"old")
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(MergeError, match=r"^table: .*table\.csv: cannot be written: No space"):
+            replace.replace_file(target, b"new", "table: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert target.read_bytes() == b"old"
+    replace.replace_file(target, b"new")
+    assert target.read_bytes() == b"new"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

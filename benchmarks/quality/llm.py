@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.demo.text import DOMAINS, PACKAGE, Domain, token_blocks
-from benchmarks.quality.methods import Method, NotAvailable, State
+from benchmarks.quality.methods import Method, State
 from benchmarks.quality.suite import Part, Suite
 from benchmarks.quality.text_tasks import verses
 
@@ -149,21 +148,6 @@ class Languages(Suite):
     def item_scores(self, state: State, task: int, part: Part) -> list[float]:
         self.model.load_state_dict(state, strict=False)
         return [-loss for loss in language_model.losses(self.model, self._parts[task][part])]
-
-    def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
-        raise NotAvailable("statistics of language models in this suite")
-
-    def adapt(
-        self,
-        base: State,
-        states: Sequence[State],
-        seed: int,
-        *,
-        steps: int,
-        tasks: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> State:
-        raise NotAvailable("a classifier, whose entropy AdaMerging lowers")
 
     def shown(self, mean: float) -> float:
         return math.exp(-mean)

@@ -116,12 +116,6 @@ class Published(Suite):
             scores += _psnr(self.network(state, padded).clamp(0.0, 1.0), true)
         return scores
 
-    def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
-        raise NotAvailable("the examples that the published models were trained on")
-
-    def adapt(self, base: State, states: Sequence[State], seed: int, **settings: Any) -> State:
-        raise NotAvailable("a classifier, whose entropy AdaMerging lowers")
-
     def shown(self, mean: float) -> float:
         return mean
 

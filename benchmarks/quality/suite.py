@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.quality.adaptation import Adaptation, Drawn, Learned, learn
-from benchmarks.quality.methods import Method, State, available
+from benchmarks.quality.methods import Method, NotAvailable, State, available
 from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
 
 __all__ = ["Classifiers", "Inputs", "Merged", "Part", "Split", "Suite", "load_state", "save_state"]
@@ -109,11 +109,10 @@ class Suite(ABC):
     def item_scores(self, state: State, task: int, part: Part) -> list[float]:
         """Return the score of a model on each item of a part of a task."""
 
-    @abstractmethod
     def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
         """Return Fisher information ("fisher") or Gram matrices ("gram") of each task's model."""
+        raise NotAvailable("examples with classes")
 
-    @abstractmethod
     def adapt(
         self,
         base: State,
@@ -125,6 +124,7 @@ class Suite(ABC):
         **settings: Any,
     ) -> State:
         """Return what AdaMerging makes of inputs without labels."""
+        raise NotAvailable("a classifier, whose entropy AdaMerging lowers")
 
     def extras(self, merged: Merged) -> dict[str, Any]:
         """Return what else there is to measure on the first seed; cached by the suite itself."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
-from pymerge.errors import MergeError, RequestError
+from pymerge.errors import RequestError
+from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:
     from pymerge.adamerging.fit import Fitting
@@ -57,14 +57,7 @@ def save_state(
         "settings": json.dumps(_settings(ada, how)),
         "history": json.dumps(history),
     }
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        save_file(tensors, part, metadata)
-        os.replace(part, path)
-    except (SafetensorError, OSError) as error:
-        raise MergeError(f"checkpoint: {path}: cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, to_bytes(tensors, metadata), "checkpoint: ")
 
 
 def load_state(

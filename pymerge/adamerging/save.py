@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
-from pymerge.errors import MergeError, RequestError
+from pymerge.errors import RequestError
 from pymerge.methods.adamerging import FORMAT
+from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
@@ -37,14 +37,7 @@ def save_coefficients(ada: AdaMerging, path: Path) -> None:
         "trimmed": json.dumps(ada.trimmed),
         "density": json.dumps(ada.density),
     }
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        save_file({"coefficients": table.contiguous()}, part, metadata)
-        os.replace(part, path)
-    except (SafetensorError, OSError) as error:
-        raise MergeError(f"coefficients: {path}: cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, to_bytes({"coefficients": table.contiguous()}, metadata), "coefficients: ")
 
 
 def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | None:

@@ -231,7 +231,8 @@ def _open_files(
             "models": [
                 {"model": os.fspath(model), "parameters": {"weight": 1.0}} for model in models
             ],
-        }
+        },
+        "analyze",
     )
     inputs = open_inputs(config)
     stack.callback(inputs.close)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from pymerge.analysis.records import Analysis
 from pymerge.errors import RequestError
+from pymerge.output.replace import replace_file
 
 __all__ = ["HTML", "require", "write"]
 
@@ -49,6 +48,7 @@ def write(
 
     Raises:
         RequestError: plotly or matplotlib is missing, or `folder` is a file.
+        MergeError: a file cannot be written.
 
     Example:
         >>> import tempfile, torch, pymerge
@@ -70,22 +70,6 @@ def write(
     made = {HTML: page(analysis, get_plotlyjs(), advice).encode()}
     made.update(pictures(analysis))
     folder.mkdir(parents=True, exist_ok=True)
-    return [_replace(folder / name, content) for name, content in made.items()]
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return path
+    for name, content in made.items():
+        replace_file(folder / name, content)
+    return [folder / name for name in made]

@@ -36,27 +36,30 @@ __all__ = ["config_of", "load_config", "read_document"]
 _MAX_CONFIG_BYTES = 16 << 20
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConfig:
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], label: str = "config"
+) -> MergeConfig:
     """Read and check a merge configuration.
 
     Args:
         source: the path of a YAML file (a string is always a path), or an already parsed mapping.
+        label: what messages call a mapping; a file has its path.
 
     Raises:
         RequestError: listing everything that is wrong, each as `file:line: key: expected ..., got
             ...`.
     """
-    return config_of(*read_document(source))
+    return config_of(*read_document(source, label))
 
 
 def read_document(
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any], label: str = "config"
 ) -> tuple[LinedYaml, str]:
     """Return the YAML document of a configuration, and its text."""
     if isinstance(source, Mapping):
         data = _plain(source)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        return LinedYaml("config", data), text
+        return LinedYaml(label, data), text
     text = _read_text(Path(source))
     return load_yaml(text, os.fspath(source)), text
 

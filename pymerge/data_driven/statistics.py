@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +11,8 @@ import torch
 from pymerge._version import __version__
 from pymerge.checkpoint import open_checkpoint
 from pymerge.checkpoint.statistics import StatisticsRecord, filename_of
-from pymerge.errors import MergeError, RequestError
+from pymerge.errors import RequestError
+from pymerge.output.replace import replace_file
 
 __all__ = ["ModelStatistics", "load_statistics", "save_statistics"]
 
@@ -102,24 +101,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: ModelStatistics) -
     if problems:
         raise RequestError(problems)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in statistics.items()}
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(save(tensors, statistics.record.to_metadata()))
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
-        raise MergeError(f"{target}: cannot be written: {error.strerror or error}") from error
+    replace_file(target, save(tensors, statistics.record.to_metadata()))
     return target
 
 

@@ -1,13 +1,18 @@
-"""Renames of directories that never overwrite by accident, and swap two where Linux can."""
+"""Renames of directories that never overwrite by accident, and swap two where Linux can; files
+that are replaced as a whole."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["exchange", "rename_to_free_name"]
+from pymerge.errors import MergeError
+
+__all__ = ["exchange", "rename_to_free_name", "replace_file"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -15,6 +20,31 @@ _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def replace_file(path: Path, content: bytes, label: str = "") -> None:
+    """Write a file that is there as a whole or as it was, also after a power failure.
+
+    Args:
+        path: the file, new or replaced.
+        content: all of it.
+        label: what a message says before the path.
+
+    Raises:
+        MergeError: it cannot be written; nothing is left behind.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise MergeError(f"{label}{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def rename_to_free_name(source: Path, target: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html as text_html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:
     from pymerge.search.journal import Trial
@@ -50,8 +53,10 @@ def save_pngs(result: SearchResult, folder: Path) -> list[Path]:
     paths = []
 
     def save(made: Any, name: str) -> None:
+        picture = io.BytesIO()
+        made.savefig(picture, dpi=75, format="png")
         paths.append(folder / name)
-        made.savefig(paths[-1], dpi=75)
+        replace_file(paths[-1], picture.getvalue())
 
     done = _complete(result)
     numbers, values = [t.number for t in done], [t.value or 0.0 for t in done]

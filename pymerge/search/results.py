@@ -6,13 +6,12 @@ import csv
 import importlib.util
 import io
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pymerge.errors import MergeError
+from pymerge.output.replace import replace_file
 from pymerge.report import package_version, versions
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def write(result: SearchResult, folder: Path, *, plots: bool = True) -> None:
     Raises:
         MergeError: something cannot be written.
     """
-    _write(folder / "trials.csv", _csv(result))
+    replace_file(folder / "trials.csv", _csv(result).encode())
     trials = [
         {
             "number": t.number,
@@ -141,18 +140,18 @@ def write(result: SearchResult, folder: Path, *, plots: bool = True) -> None:
         }
         for t in result.trials
     ]
-    _write(folder / "trials.json", _json(trials))
-    _write(folder / RECORD, _json(record(result)))
+    replace_file(folder / "trials.json", _json(trials).encode())
+    replace_file(folder / RECORD, _json(record(result)).encode())
     if result.best is None:
         return
-    _write(folder / BEST, best_text(result))
+    replace_file(folder / BEST, best_text(result).encode())
     if plots:
         from pymerge.search import plots as drawn
 
         if importlib.util.find_spec("matplotlib") is not None:
             drawn.save_pngs(result, folder)
         if importlib.util.find_spec("plotly") is not None:
-            _write(folder / "search.html", drawn.html(result))
+            replace_file(folder / "search.html", drawn.html(result).encode())
 
 
 def _csv(result: SearchResult) -> str:
@@ -191,16 +190,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def print_result(result: SearchResult, folder: Path) -> None:
