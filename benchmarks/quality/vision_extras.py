@@ -18,7 +18,7 @@ __all__ = ["HELD_OUT", "ROBUST", "held_out", "robustness"]
 # the rows of the two tables
 ROBUST = ("pretrained", "individual", "task_arithmetic", "tsv_m", "ada_layer")
 HELD_OUT = ("task_arithmetic", "ties", "tsv_m", "ada_layer")
-_IMAGES = 30
+_IMAGES = 100
 # of AdaMerging where it is learned anew for each task that is left out
 _STEPS = 20
 
@@ -29,25 +29,23 @@ def robustness(suite: Vision, merged: Merged) -> dict[str, Any]:
     Of the first images of each task's test set, the mean over tasks. "clean" is that of the same
     images without damage. Coefficients are those of clean data, AdaMerging's too.
     """
-    from benchmarks.quality.vision import Images
-
     states = {key: merged.state(key) for key in ROBUST if key in _known(merged)}
     kinds = ["clean", *(f"{name} {level}" for name in CORRUPTIONS for level in SEVERITIES)]
     totals = {key: dict.fromkeys(kinds, 0.0) for key in states}
     tasks = range(len(suite.tasks))
     with suite.log.steps("damaged images", len(states) * len(suite.tasks)) as advance:
         for task in tasks:
-            images, labels = suite.splits[task].test
-            assert isinstance(images, Images)
-            few, wanted = images.images[:_IMAGES], labels[:_IMAGES]
+            kept = suite.images(task)
+            few, wanted = kept["test.images"][:_IMAGES], kept["test.labels"][:_IMAGES]
             damaged = {"clean": few}
             for level in SEVERITIES:
                 found = corrupted(few, CORRUPTIONS, level)
                 for name, one in zip(CORRUPTIONS, found, strict=True):
                     damaged[f"{name} {level}"] = one
+            maps = {kind: suite.maps(one) for kind, one in damaged.items()}
             for key, models in states.items():
-                for kind, one in damaged.items():
-                    features = suite.features(models[task], Images(one))
+                for kind, one in maps.items():
+                    features = suite.features(models[task], one)
                     right = suite.heads[task](features).argmax(dim=1) == wanted
                     totals[key][kind] += right.float().mean().item() / len(tasks)
                 advance()
