@@ -48,27 +48,22 @@ struct SparseKernel {
   // Finite numbers, at most kCheckSteps: adds to `seen`.
   template <class Io, int K, bool kBand, bool kDrawn, Election kElect>
   PM_INLINE void finite_steps(const SparseCall<F>& call, const char* const* in, char* out,
-                              int64_t begin, int64_t end, Store store, U index, F& seen) {
+                              int64_t begin, int64_t end, Store store, U index, F (&seen)[2]) {
     U even = Io::template lanes<0>() + index, odd = Io::template lanes<1>() + index;
-    F seen_a{}, seen_b{};
-    const auto point = [&](auto half, int64_t bytes, U lanes,
-                           F& seen) __attribute__((always_inline)) {
-      constexpr int kHalf = decltype(half)::value;
-      const F base = Io::template load<kHalf>(in[0] + bytes);
-      const auto load = [&](int k) { return Io::template load<kHalf>(in[k + 1] + bytes); };
-      const U mixed = kDrawn ? mask_mix(lanes) : lanes;
-      return sparse_point_by_key<K, kBand, kDrawn, kElect>(base, load, mixed, call, seen);
-    };
     for (int64_t i = begin; i < end; i += kStep) {
       const int64_t bytes = i * Io::kBytes;
       prefetch_ahead<Io, K + 1>(in, bytes);
-      const F a = point(ModelCount<0>{}, bytes, even, seen_a);
-      const F b = point(ModelCount<1>{}, bytes, odd, seen_b);
+      U mixed[2] = {even, odd};
+      if (kDrawn) mixed[0] = mask_mix(even), mixed[1] = mask_mix(odd);
+      const auto term = [&](auto half, int k, F delta) __attribute__((always_inline)) {
+        return sparse_term_by_key<kBand, kDrawn>(delta, mixed[decltype(half)::value], call, k);
+      };
+      F merged[2];
+      sparse_step<Io, K, kElect>(in, bytes, call, term, seen, merged);
       even += kStep;
       odd += kStep;
-      store_step<Io, true>(out, i, a, b, store);
+      store_step<Io, true>(out, i, merged[0], merged[1], store);
     }
-    seen = seen_a + seen_b;
   }
 
   template <class Io, int K, bool kBand, bool kDrawn, Election kElect>
@@ -80,10 +75,10 @@ struct SparseKernel {
     const uint32_t first = start + static_cast<uint32_t>(at);
     for (int64_t i = 0; i < n; i += kCheckSteps * kStep) {
       const int64_t end = n - i < kCheckSteps * kStep ? n : i + kCheckSteps * kStep;
-      F seen;
+      F seen[2]{};
       finite_steps<Io, K, kBand, kDrawn, kElect>(mine, in, out, i, end, store,
                                                  U{} + (first + static_cast<uint32_t>(i)), seen);
-      if (has_nonfinite(magnitude_key(seen))) {
+      if (has_nonfinite(magnitude_key(seen[0] + seen[1]))) {
         careful<Io, kBand, kDrawn>(streams, out, i, end, store);
       }
     }

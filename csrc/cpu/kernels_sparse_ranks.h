@@ -39,12 +39,47 @@ struct SparseNumbers {
   }
 };
 
-// Whether finite deltas give a result by sparse_point_finite. args: as the call computes.
+// Numbers that are broadcast are to be read from memory where they are used, which costs nothing,
+// instead of being kept in registers that there are too few of.
+template <class Numbers>
+PM_INLINE void read_again(Numbers& numbers) {
+  __asm__ volatile("" : "+m"(numbers));
+}
+
+// The merge of the two halves of a step, model by model, so that one need not wait for the other.
+// term(half, k, delta) gives v_k. `seen` becomes not finite where a delta is not, kept or not, or
+// where the result may be NaN; it may do so with large finite numbers, too.
+template <class Io, int K, Election kElect, class Term>
+PM_INLINE void sparse_step(const char* const* in, int64_t bytes, const SparseCall<F>& call,
+                           Term term, F (&seen)[2], F (&merged)[2]) {
+  F base[2], v[2][K], s[2]{}, all[2];
+  base[0] = Io::template load<0>(in[0] + bytes);
+  base[1] = Io::template load<1>(in[0] + bytes);
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+    const auto add = [&](auto half) __attribute__((always_inline)) {
+      constexpr int h = decltype(half)::value;
+      const F delta = Io::template load<h>(in[k + 1] + bytes) - base[h];
+      all[h] = k == 0 ? delta : all[h] + delta;
+      v[h][k] = term(half, k, delta);
+      s[h] = s[h] + v[h][k];
+    };
+    add(ModelCount<0>{});
+    add(ModelCount<1>{});
+  }
+  for (int h = 0; h < 2; ++h) {
+    seen[h] = seen[h] + (all[h] + s[h]);
+    merged[h] = sparse_merge_finite<K, kElect>(base[h], v[h], s[h], call);
+  }
+}
+
+// Whether finite deltas give a result by sparse_merge_finite. args: as the call computes.
 bool is_plain(const SparseCall<F>& call, float scale, float divisor) {
   float sum = 0;
   for (int k = 0; k < call.num_models; ++k) {
     sum += __builtin_fabsf(call.weights[k]);
     if (!__builtin_isfinite(call.factors[k])) return false;
+    if (call.per_element && call.factors[k] != 1) return false;
   }
   return __builtin_isfinite(sum) && __builtin_isfinite(scale) && scale != 0 &&
          __builtin_isfinite(divisor) && divisor != 0;
@@ -102,39 +137,32 @@ struct RankedKernel {
   void loop(const char* const* streams, char* out, int64_t n, Store store, const int32_t* ranks,
             int64_t stride) {
     SparseCall<F> mine = call;
-    const SparseNumbers<K> numbers(mine);
+    SparseNumbers<K> numbers(mine);
     const char* in[K + 1];
     const int32_t* from[K];
     for (int k = 0; k <= K; ++k) in[k] = streams[k];
-    const char* ranked[K];
-    for (int k = 0; k < K; ++k) {
-      from[k] = ranks + k * stride;
-      ranked[k] = reinterpret_cast<const char*>(from[k]);
-    }
+    for (int k = 0; k < K; ++k) from[k] = ranks + k * stride;
     const uint32_t begin = start + static_cast<uint32_t>(at);
     U even = Io::template lanes<0>() + begin, odd = Io::template lanes<1>() + begin;
-    const auto point = [&](auto half, int64_t i, U lanes, F& seen) __attribute__((always_inline)) {
-      constexpr int kHalf = decltype(half)::value;
-      const int64_t bytes = i * Io::kBytes;
-      const F base = Io::template load<kHalf>(in[0] + bytes);
-      const auto load = [&](int k) { return Io::template load<kHalf>(in[k + 1] + bytes); };
-      const auto rank = [&](int k) { return Io::template in_lanes<kHalf>(from[k] + i); };
-      const U mixed = kRule == RankRule::kBand ? lanes : mask_mix(lanes);
-      return sparse_point_by_rank<K, kRule, kElect>(base, load, rank, mixed, mine, seen);
-    };
     for (int64_t first = 0; first < n; first += kCheckSteps * kStep) {
       const int64_t end = n - first < kCheckSteps * kStep ? n : first + kCheckSteps * kStep;
-      F seen_a{}, seen_b{};
+      F seen[2]{};
       for (int64_t i = first; i < end; i += kStep) {
-        prefetch_ahead<Io, K + 1>(in, i * Io::kBytes);
-        prefetch_ahead<F32, K>(ranked, i * F32::kBytes);
-        const F a = point(ModelCount<0>{}, i, even, seen_a);
-        const F b = point(ModelCount<1>{}, i, odd, seen_b);
+        U mixed[2] = {even, odd};
+        if (kRule != RankRule::kBand) mixed[0] = mask_mix(even), mixed[1] = mask_mix(odd);
+        const auto term = [&](auto half, int k, F delta) __attribute__((always_inline)) {
+          constexpr int kHalf = decltype(half)::value;
+          const I rank = Io::template in_lanes<kHalf>(from[k] + i);
+          return sparse_term_by_rank<kRule>(delta, rank, mixed[kHalf], mine, k);
+        };
+        F merged[2];
+        sparse_step<Io, K, kElect>(in, i * Io::kBytes, mine, term, seen, merged);
+        read_again(numbers);
         even += kStep;
         odd += kStep;
-        store_step<Io, true>(out, i, a, b, store);
+        store_step<Io, true>(out, i, merged[0], merged[1], store);
       }
-      if (has_nonfinite(magnitude_key(seen_a + seen_b))) {
+      if (has_nonfinite(magnitude_key(seen[0] + seen[1]))) {
         careful<Io>(streams, out, first, end, store, ranks, stride);
       }
     }

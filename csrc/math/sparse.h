@@ -168,27 +168,43 @@ PM_INLINE F sparse_point(F base, Load load, U mixed, const SparseCall<F>& call, 
 // weights if call.divide says so.
 enum class Election { kNone, kSum, kMean };
 
-// The merge of finite numbers, K known at compile time. Factors, weights and their sum, scale and
-// divisor must be finite, scale and divisor not 0. term(k, delta, product, kept) gives the product
-// that is v_k where the mask `kept` says so; elsewhere v_k is 0 and plays no part.
-//
-// `seen` becomes not finite where a delta is not, kept or not, or where the result may be NaN; it
-// may do so with large finite numbers, too. Sums begin with +0 and so are never -0.
-template <int K, Election kElect, class F, class Load, class Term>
-PM_INLINE F sparse_point_finite(F base, Load load, Term term, const SparseCall<F>& call, F& seen) {
+// Below: finite numbers, K known at compile time. Factors, weights and their sum, scale and divisor
+// must be finite, scale and divisor not 0. A v_k is +0 where nothing is kept, and plays no part.
+
+// v_k by keys and hashes.
+template <bool kBand, bool kDrawn, class F, class U>
+PM_INLINE F sparse_term_by_key(F delta, U mixed, const SparseCall<F>& call, int k) {
+  using T = Traits<F>;
+  typename T::Mask kept;
+  if (kBand) {
+    kept =
+        T::between(magnitude_key(delta), splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
+  }
+  if (kDrawn) {
+    const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
+    const auto drawn = T::at_most(hash, U{} + call.limits[k]);
+    kept = kBand ? T::both(kept, drawn) : drawn;
+  }
+  return T::keep(splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * delta), kept);
+}
+
+// v_k by ranks; with kPerElement all factors must be 1.
+template <RankRule kRule, class F, class U>
+PM_INLINE F sparse_term_by_rank(F delta, typename Traits<F>::Bits rank, U mixed,
+                                const SparseCall<F>& call, int k) {
+  F share{};
+  const auto kept = keeps_rank<kRule>(rank, mixed, call, k, share);
+  // Where nothing is kept, the quotient may be anything.
+  const F t =
+      kRule == RankRule::kPerElement ? delta / share : splat<F>(call.factors[k]) * delta;
+  return Traits<F>::keep(splat<F>(call.weights[k]) * t, kept);
+}
+
+// The merge of v_0 .. v_K-1, whose sum is s. Sums begin with +0 and so are never -0.
+template <int K, Election kElect, class F>
+PM_INLINE F sparse_merge_finite(F base, const F (&v)[K], F s, const SparseCall<F>& call) {
   using T = Traits<F>;
   using Bits = typename T::Bits;
-  typename T::Mask kept[K];
-  F v[K];
-  F s{}, all{};
-#pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) {
-    const F delta = load(k) - base;
-    all = k == 0 ? delta : all + delta;
-    term(k, delta, v[k], kept[k]);
-    s = T::add(s, v[k], kept[k]);
-  }
-  seen = seen + (all + s);
   F merged = s;
   if (kElect != Election::kNone) {
     const Bits sign = bit_cast<Bits>(s) & T::kSignMask;
@@ -196,7 +212,7 @@ PM_INLINE F sparse_point_finite(F base, Load load, Term term, const SparseCall<F
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       const F u = bit_cast<F>(bit_cast<Bits>(v[k]) ^ sign);
-      const auto agrees = T::positive(u, kept[k]);
+      const auto agrees = T::positive(u, T::everything());
       sum = k == 0 ? T::keep(u, agrees) : T::add(sum, u, agrees);
       if (kElect == Election::kMean) {
         const F weight = splat<F>(call.weights[k]);
@@ -210,41 +226,6 @@ PM_INLINE F sparse_point_finite(F base, Load load, Term term, const SparseCall<F
   }
   if (call.divide_by_divisor) merged = merged / call.divisor;
   return sparse_finish(base, merged, call);
-}
-
-// By keys and hashes.
-template <int K, bool kBand, bool kDrawn, Election kElect, class F, class U, class Load>
-PM_INLINE F sparse_point_by_key(F base, Load load, U mixed, const SparseCall<F>& call, F& seen) {
-  using T = Traits<F>;
-  const auto term = [&](int k, F delta, F& product,
-                        typename T::Mask& kept) __attribute__((always_inline)) {
-    if (kBand) {
-      kept =
-          T::between(magnitude_key(delta), splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
-    }
-    if (kDrawn) {
-      const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
-      const auto drawn = T::at_most(hash, U{} + call.limits[k]);
-      kept = kBand ? T::both(kept, drawn) : drawn;
-    }
-    product = splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * delta);
-  };
-  return sparse_point_finite<K, kElect>(base, load, term, call, seen);
-}
-
-// By ranks; rank(k) gives them.
-template <int K, RankRule kRule, Election kElect, class F, class U, class Load, class Rank>
-PM_INLINE F sparse_point_by_rank(F base, Load load, Rank rank, U mixed, const SparseCall<F>& call,
-                                 F& seen) {
-  const auto term = [&](int k, F delta, F& product, typename Traits<F>::Mask& kept)
-                        __attribute__((always_inline)) {
-                          F share{};
-                          kept = keeps_rank<kRule>(rank(k), mixed, call, k, share);
-                          // Where nothing is kept, the quotient may be anything.
-                          const F t = kRule == RankRule::kPerElement ? delta / share : delta;
-                          product = splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * t);
-                        };
-  return sparse_point_finite<K, kElect>(base, load, term, call, seen);
 }
 
 }  // namespace pymerge
