@@ -83,7 +83,7 @@ def run(
         _test(suite, "individual", "individual fine-tunes", tuned, seed, found)
         models = _models(suite, tuned, seed)
         for method in filter(suite.applies, methods):
-            _try(suite, method, models, seed, found, settings)
+            _try(suite, suite.adjusted(method), models, seed, found, settings)
         if suite.trained:
             joint = suite.fine_tune(None, seed)
             _test(suite, "multi_task", "multi-task training", [joint] * count, seed, found)

@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -134,6 +134,10 @@ class Suite(ABC):
         """Return whether there is what a method needs."""
         return True
 
+    def adjusted(self, method: Method) -> Method:
+        """Return a method with the settings that this suite tries."""
+        return method
+
     def shown(self, mean: float) -> float:
         """Turn a mean of item scores into the unit that is shown."""
         return 100.0 * mean
@@ -170,6 +174,12 @@ class Classifiers(Suite):
     @abstractmethod
     def read(self) -> list[Split]:
         """Return the splits of all tasks."""
+
+    def adjusted(self, method: Method) -> Method:
+        if method.symbol != "steps":
+            return method
+        steps = self.adaptation.steps
+        return replace(method, values=steps, default=steps[-1])
 
     def mask(self, batch: torch.Tensor) -> torch.Tensor | None:
         """Return which positions of a batch are no padding, [inputs, positions], if any are."""

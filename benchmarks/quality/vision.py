@@ -46,7 +46,7 @@ class Vision(Classifiers):
     tasks = tuple(TASKS)
     about = tuple(about for about, _, _ in TASKS.values())
     training = Training(epochs=4, batch=50, rate=3e-4, warmup=5)
-    adaptation = Adaptation(batch=16)
+    adaptation = Adaptation(steps=(20, 40, 70, 100, 200), batch=16)
     evaluation_batch = 100
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:

@@ -20,7 +20,7 @@ ROBUST = ("pretrained", "individual", "task_arithmetic", "tsv_m", "ada_layer")
 HELD_OUT = ("task_arithmetic", "ties", "tsv_m", "ada_layer")
 _IMAGES = 100
 # of AdaMerging where it is learned anew for each task that is left out
-_STEPS = 20
+_STEPS = 100
 
 
 def robustness(suite: Vision, merged: Merged) -> dict[str, Any]:

@@ -41,6 +41,58 @@ PM_INLINE void with_point(Pointwise op, Function&& function) {
   }
 }
 
+// SCE with its mask everywhere, of finite numbers: sce_point at two thirds of its operations. The
+// variance is only compared with the threshold T, so that sum d_k^2 - (sum d_k)^2 / K - K T does;
+// it and the variance as sce_point rounds it are together not further from what is exact than 40
+// units in the last place of sum d_k^2. `unsure` becomes not zero where it is nearer to 0 than that
+// allows for, and where a delta is not finite: the elements are then done by sce_point.
+template <int K>
+struct SceEverywhere {
+  F weights[K];
+  F threshold, slack, share;  // K T, 64 units of it, -1 / K
+
+  static bool possible(Pointwise op, const float* reals) {
+    const float least = reals[1];
+    bool finite = true;
+    for (int k = 0; k < K; ++k) finite = finite && __builtin_isfinite(reals[2 + k]);
+    return op == Pointwise::kSce && reals[0] != 0 && least >= 1e-30f && least <= 1e30f && finite;
+  }
+
+  explicit SceEverywhere(const float* reals) {
+    for (int k = 0; k < K; ++k) weights[k] = splat<F>(reals[2 + k]);
+    threshold = splat<F>(static_cast<float>(K) * reals[1]);
+    slack = threshold * splat<F>(kUnits);
+    share = splat<F>(-1.0f / static_cast<float>(K));
+  }
+
+  static constexpr float kUnits = 0x1p-18f;
+
+  PM_ALWAYS F point(F base, const F (&x)[K], FloatMasks::Mask& unsure) const {
+    using T = Traits<F>;
+    F deltas[K];
+    F sum{}, apart = -threshold;
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      deltas[k] = x[k] - base;
+      sum = k == 0 ? deltas[k] : sum + deltas[k];
+      apart = T::about(deltas[k], deltas[k], apart);
+    }
+    const I sign = (I)sum & T::kSignMask;
+    F merged{}, total{};
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const auto agrees = T::positive((F)((I)deltas[k] ^ sign), T::everything());
+      merged = T::add(merged, weights[k] * deltas[k], agrees);
+      total = T::add(total, weights[k], agrees);
+    }
+    merged = merged / T::larger(splat<F>(1e-6f), total);
+    const F near = T::about(apart, splat<F>(kUnits), slack);
+    const F distance = T::about(sum * share, sum, apart);
+    unsure = T::either(unsure, T::not_less(near, (F)magnitude_key(distance)));
+    return base + T::keep(merged, T::not_less(distance, F{}));
+  }
+};
+
 struct PointwiseKernel {
   Pointwise op;
   const float* reals;
@@ -110,8 +162,41 @@ struct PointwiseKernel {
     }
   }
 
+  template <class Io, int K>
+  void sce_everywhere(const char* const* streams, char* out, int64_t n, Store store) {
+    const SceEverywhere<K> numbers(reals);
+    const char* in[K + 1];
+    for (int k = 0; k <= K; ++k) in[k] = streams[k];
+    const auto point = [&](auto half, int64_t bytes, auto& unsure) PM_ALWAYS {
+      F x[K];
+      constexpr int kHalf = decltype(half)::value;
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) x[k] = Io::template load<kHalf>(in[k + 1] + bytes);
+      return numbers.point(Io::template load<kHalf>(in[0] + bytes), x, unsure);
+    };
+    for (int64_t first = 0; first < n; first += kCheckSteps * kStep) {
+      const int64_t end = n - first < kCheckSteps * kStep ? n : first + kCheckSteps * kStep;
+      FloatMasks::Mask unsure{};
+      for (int64_t i = first; i < end; i += kStep) {
+        const int64_t bytes = i * Io::kBytes;
+        prefetch_ahead<Io, K + 1>(in, bytes);
+        const F a = point(ModelCount<0>{}, bytes, unsure);
+        const F b = point(ModelCount<1>{}, bytes, unsure);
+        store_step<Io, true>(out, i, a, b, store);
+      }
+      if (FloatMasks::any(unsure)) {
+        const auto exact = [](auto base, auto load, const auto& call)
+                               PM_ALWAYS { return sce_point(base, load, call); };
+        careful_steps<Io>(exact, streams, out, first, end, store);
+      }
+    }
+  }
+
   template <class Io>
   void run(const char* const* in, char* out, int64_t n, Store store) {
+    if (num_models == 4 && SceEverywhere<4>::possible(op, reals)) {
+      return sce_everywhere<Io, 4>(in, out, n, store);
+    }
     with_point(op, [&](auto compute) {
       switch (num_models) {
         case 1:
