@@ -249,13 +249,15 @@ def _ranks(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
     return ranks
 
 
-def _ranked(mode: str, elect: bool) -> Callable[..., dict[str, Any]]:
+def _ranked(mode: str, elect: bool, factors: bool = True) -> Callable[..., dict[str, Any]]:
     """DELLA ("chance", "per_element"), or Breadcrumbs by rows ("band")."""
 
     def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
         count, columns = len(models), _columns(base.numel())
         ranked = _sparse(mode != "band", False, elect, divide=elect)(base, models)
         ranked["ranks"] = _ranks(base, models)
+        if not factors:  # as DELLA has it where it divides by probabilities
+            ranked["factors"] = [1.0] * count
         if mode == "band":
             ranked["lo"], ranked["last"] = [columns // 3] * count, [columns - 2] * count
         else:
@@ -584,7 +586,8 @@ CASES = [
     Case("sparse_all", "sparse_merge_", _sparse(True, True, True, True, 1.5), _out, slow=True),
     Case("sparse_both", "sparse_merge_", _sparse(True, True, False), _out, slow=True),
     Case("sparse_bare", "sparse_merge_", _bare, _out, slow=True),
-    Case("della", "sparse_merge_", _ranked("per_element", True), _out, slow=True),
+    Case("della", "sparse_merge_", _ranked("per_element", True, factors=False), _out, slow=True),
+    Case("della_factors", "sparse_merge_", _ranked("per_element", True), _out, slow=True),
     Case("della_linear", "sparse_merge_", _ranked("chance", False), _out, slow=True),
     Case("breadcrumbs_rows", "sparse_merge_", _ranked("band", True), _out, slow=True),
     _sums_case("sparse", _sparse_sums),

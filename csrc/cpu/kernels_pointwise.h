@@ -83,7 +83,7 @@ struct SceEverywhere {
     for (int k = 0; k < K; ++k) {
       const auto agrees = T::positive((F)((I)deltas[k] ^ sign), T::everything());
       merged = T::add(merged, weights[k] * deltas[k], agrees);
-      total = T::add(total, weights[k], agrees);
+      total = k == 0 ? T::keep(weights[k], agrees) : T::add(total, weights[k], agrees);
     }
     merged = merged / T::larger(splat<F>(1e-6f), total);
     const F near = T::about(apart, splat<F>(kUnits), slack);
