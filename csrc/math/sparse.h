@@ -177,8 +177,7 @@ PM_INLINE F sparse_term_by_key(F delta, U mixed, const SparseCall<F>& call, int 
   using T = Traits<F>;
   typename T::Mask kept;
   if (kBand) {
-    kept =
-        T::between(magnitude_key(delta), splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
+    kept = T::between(magnitude_key(delta), splat_bits<F>(call.lo[k]), splat_bits<F>(call.last[k]));
   }
   if (kDrawn) {
     const U hash = mask_hash_of(mixed, U{} + call.seeds[2 * k], U{} + call.seeds[2 * k + 1]);
@@ -195,8 +194,7 @@ PM_INLINE F sparse_term_by_rank(F delta, typename Traits<F>::Bits rank, U mixed,
   F share{};
   const auto kept = keeps_rank<kRule>(rank, mixed, call, k, share);
   // Where nothing is kept, the quotient may be anything.
-  const F t =
-      kRule == RankRule::kPerElement ? delta / share : splat<F>(call.factors[k]) * delta;
+  const F t = kRule == RankRule::kPerElement ? delta / share : splat<F>(call.factors[k]) * delta;
   return Traits<F>::keep(splat<F>(call.weights[k]) * t, kept);
 }
 
