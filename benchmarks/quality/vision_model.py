@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 for the vision suite: images to maps of its lower blocks, and the upper part.
 
 Only the upper eleven of sixteen blocks and the last convolution are trained and merged, which is
-99 % of the parameters and a quarter of the time: what comes out of the lower ones, which work on
+98 % of the parameters and a quarter of the time: what comes out of the lower ones, which work on
 the large maps, is computed once for each image. BatchNorm keeps the statistics of the pretrained
 model everywhere, as the heads are made of its features.
 """
