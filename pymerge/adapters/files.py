@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str], label: str | None = None) -> Adapter:
     checkpoint: Checkpoint | None = None
     if found:
         try:
-            checkpoint = open_checkpoint(path / found[0], f"{label}: {found[0]}")
+            checkpoint = open_checkpoint(path / found[0], label)
         except CheckpointError as error:
             raise CheckpointError([*problems.messages(), *error.problems]) from None
     settings = None if config is None else Settings(config, problems)
