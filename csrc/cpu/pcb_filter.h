@@ -31,6 +31,7 @@
 #include <cmath>
 
 #include "cpu/elementwise.h"
+#include "cpu/lane_choice.h"
 #include "math/pcb.h"
 
 namespace pymerge {
@@ -49,8 +50,9 @@ struct PcbFilter {
   float most[kFilteredModels];    // kVision, kVisionEs: hi inv g; g^2 n^2 = 2^23 K n^2 log2 e
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
-  float limit;                    // magnitudes are large from here on
-  float large = 0;                // kPaper: no argument of exp is beyond 87 below this sum of |u|
+  float limit;                    // kPaper, kRoot: no bound holds for an element from here on
+  float large;  // kPaper: no argument of exp is beyond 87 below this sum of |u|; others: no bound
+                // holds for a block from here on
   float slope, spread;            // kPaper: b, factor of A; kVision: -, c g; kVisionEs: below
 };
 
@@ -88,12 +90,13 @@ inline bool pcb_codes_filter(const PcbCall& call, PcbFilter& filter) {
   // So that a logarithm of p, at most 2^80, and K n^2 log2 e fit the exponent of a float.
   const double most = 46;
   if (!(count * kLog2E * largest * largest <= most)) return false;
-  filter.limit = root ? static_cast<float>(most * kExponent) : 1e15f;
+  filter.limit = static_cast<float>(most * kExponent);
   const double m = largest * largest;
   // Rounding of n, of tanh and of their sums is in proportion to K^2.
   spread = spread * (1 + 1e-6) + count * count * largest * 2e-5;
   filter.spread = static_cast<float>(spread * gain);
   const bool vision = call.variant == PcbVariant::kVision;
+  filter.large = vision ? 1e15f : HUGE_VALF;
   if (!root && !vision) {
     const double t = m < 1e-3 ? 0.999 : std::tanh(m) / m * (1 - 1e-6);
     filter.slope = static_cast<float>((1 - t) / 4);
@@ -184,42 +187,64 @@ inline PcbFilter pcb_filter(const PcbCall& call) {
   return filter;
 }
 
-// The elements that some model may have a share of. largest: of what is compared with `limit`.
+// A sum that begins with its first summand: not with 0, which would be added.
+PM_INLINE F sum_of(int i, F sum, F x) { return i == 0 ? x : sum + x; }
+
+// The elements that some model may have a share of; `passing`, of 2 to 4 models: which of them may,
+// as bits. largest: of what tells of large magnitudes, as unsigned integers, so that NaN counts.
 template <PcbVariant kVariant, int K>
 PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call, const F* tau,
-                                         I& largest) {
+                                         U& largest, I& passing) {
   using T = Traits<F>;
+  constexpr bool kBits = kLookUps && K > 0;
   const int count = K > 0 ? K : call.num_models;
   const F slope = splat<F>(filter.slope), spread = splat<F>(filter.spread);
   F sizes{}, total{}, both{};
-  F n[K > 0 ? K : kFilteredModels];
+  F n[K > 0 ? K : kFilteredModels], size[K > 0 ? K : kFilteredModels];
   I y[K > 0 ? K : kFilteredModels];
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
-    const F square = splat<F>(filter.square[i]);
     if constexpr (kVariant == PcbVariant::kPaper) {
       n[i] = tau[i] * splat<F>(filter.gain[i]);
-      sizes = sizes + bit_cast<F>(magnitude_key(n[i]));
-      total = total + n[i];
+      size[i] = bit_cast<F>(magnitude_key(n[i]));
+      sizes = sum_of(i, sizes, size[i]);
+      total = sum_of(i, total, n[i]);
     } else if constexpr (kVariant == PcbVariant::kRoot) {
-      const F scaled = (tau[i] * tau[i]) * square;
+      const F scaled = (tau[i] * tau[i]) * splat<F>(filter.square[i]);
       y[i] = __builtin_convertvector(scaled, I);
-      sizes = sizes + scaled;
-      total = total + tau[i];
+      sizes = sum_of(i, sizes, scaled);
+      total = sum_of(i, total, tau[i]);
     } else {
-      const F most = splat<F>(filter.most[i]);
-      n[i] = T::smaller(most, T::larger(-most, tau[i] * splat<F>(filter.gain[i])));
+      const F scaled = tau[i] * splat<F>(filter.gain[i]);
+      n[i] = not_beyond(scaled, splat<F>(filter.most[i]));
       y[i] = __builtin_convertvector(n[i] * n[i], I);
-      const F size = bit_cast<F>(magnitude_key(tau[i]));
-      sizes = sizes + size;
-      total = total + n[i];
-      if constexpr (kVariant == PcbVariant::kVisionEs)
-        both = both + bit_cast<F>(magnitude_key(n[i]));
+      total = sum_of(i, total, n[i]);
+      if constexpr (kVariant == PcbVariant::kVision) {
+        size[i] = bit_cast<F>(magnitude_key(tau[i]));
+        sizes = sum_of(i, sizes, size[i]);
+      } else {
+        size[i] = bit_cast<F>(magnitude_key(n[i]));
+        both = sum_of(i, both, size[i]);
+        sizes = sum_of(i, sizes, scaled);
+      }
     }
   }
-  const I key = magnitude_key(sizes);
-  if constexpr (kVariant == PcbVariant::kPaper) largest = key > largest ? key : largest;
-  auto found = T::at_least(key, splat_bits<F>(bit_cast<int32_t>(filter.limit)));
+  // Sums of what may have either sign: large ones cancel, but infinity and NaN do not.
+  if constexpr (kVariant == PcbVariant::kVisionEs) sizes = bit_cast<F>(magnitude_key(sizes));
+  const U key = (U)sizes;
+  largest = key > largest ? key : largest;
+  T::Mask found{};
+  passing = I{};
+  const auto add = [&](int bits, T::Mask those) __attribute__((always_inline)) {
+    if constexpr (kBits) {
+      passing = with_bits(passing, bits, those);
+    } else {
+      found = T::either(found, those);
+    }
+  };
+  if constexpr (kVariant == PcbVariant::kPaper || kVariant == PcbVariant::kRoot) {
+    add((1 << K) - 1, T::not_less(sizes, splat<F>(filter.limit)));
+  }
   // kVisionEs: what |n| is multiplied with where n is above 0, and elsewhere; half of their sum and
   // of their difference.
   F middle{}, apart{};
@@ -233,23 +258,23 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
     if constexpr (kVariant == PcbVariant::kPaper) {
-      const F size = bit_cast<F>(magnitude_key(n[i]));
-      const F inner = T::about(size, splat<F>(filter.square[i]), shared);
-      const F bound = T::about(size, inner, n[i] * shared_slope);
-      found = T::either(found, T::not_less(bound, splat<F>(filter.least[i])));
+      const F inner = T::about(size[i], splat<F>(filter.square[i]), shared);
+      const F bound = T::about(size[i], inner, n[i] * shared_slope);
+      add(1 << i, T::not_less(bound, splat<F>(filter.least[i])));
     } else {
       F p;
       if constexpr (kVariant == PcbVariant::kRoot) {
         p = tau[i] * total;
       } else if constexpr (kVariant == PcbVariant::kVision) {
-        p = T::about(bit_cast<F>(magnitude_key(tau[i])), spread, tau[i] * total);
+        p = T::about(size[i], spread, tau[i] * total);
       } else {
-        p = T::about(bit_cast<F>(magnitude_key(n[i])), middle, n[i] * apart);
+        p = T::about(size[i], middle, n[i] * apart);
       }
       const I sum = (I)((U)p + (U)y[i]);
-      found = T::either(found, T::at_least(sum, splat_bits<F>(filter.key[i])));
+      add(1 << i, T::at_least(sum, splat_bits<F>(filter.key[i])));
     }
   }
+  if constexpr (kBits) return T::at_least(passing, splat_bits<F>(1));
   return found;
 }
 

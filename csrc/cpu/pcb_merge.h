@@ -4,56 +4,81 @@
 #include "cpu/compact.h"
 #include "cpu/pcb_filter.h"
 #include "cpu/pcb_scores.h"
+#include "cpu/pcb_single.h"
 
 namespace pymerge {
 namespace {
 
 // The merge, block by block: task vectors of the elements that may have a share, one after the
-// other; what the merge adds to these; the output. Where most elements have a share, all are
-// worked on.
+// other; what the merge adds to these, of those that several models may have a share of in a second
+// step, packed once more; the output. Where most elements have a share, all are worked on.
 struct PcbMergeKernel {
   static constexpr int kBlockSize = 1024;
   static constexpr int kStride = kBlockSize + kLanes;  // a vector may be written at the end
   static constexpr int kDenseBlocks = 15;              // until it is looked again
 
+  // Elements one after the other.
+  struct Packed {
+    float* taus;    // [num_models][kStride]
+    float* change;  // [kStride]
+
+    float* tau(int k) const { return taus + static_cast<int64_t>(k) * kStride; }
+    // A vector of zeros at the end, so that what is read there is not NaN.
+    void end_at(int64_t count, int models) const {
+      for (int k = 0; k < models; ++k) store_bits(tau(k) + count, U{});
+    }
+  };
+
   PcbCall call;
   const float* reals;
   PcbFilter filter;
-  float* taus;    // [num_models][kStride]
-  float* change;  // [kStride]
-  F* room;        // [2 * num_models]
+  PcbTables tables;
+  Packed all, several;
+  int32_t* passing;  // [kStride], of `all`: which models may have a share
+  F* room;           // [2 * num_models]
   uint32_t chosen[kBlockSize / kLanes];
   int dense = 0;       // blocks to come that are not filtered
-  bool large = false;  // whether arguments of the paper's exp may have to be clamped in a block
+  bool large = false;  // whether there are large magnitudes in a block
   I worst{};
 
   static int64_t bytes(int64_t models) {
-    return (models + 1) * kStride * 4 + 2 * models * PM_VECTOR_BYTES;
+    return (2 * models + 3) * kStride * 4 + 2 * models * PM_VECTOR_BYTES;
   }
 
   void take(char* memory) {
-    taus = reinterpret_cast<float*>(memory);
-    change = taus + static_cast<int64_t>(call.num_models) * kStride;
-    room = reinterpret_cast<F*>(change + kStride);
+    const auto floats = [&](int64_t arrays) {
+      auto* taken = reinterpret_cast<float*>(memory);
+      memory += arrays * kStride * 4;
+      return taken;
+    };
+    all = {floats(call.num_models), floats(1)};
+    several = {floats(call.num_models), floats(1)};
+    passing = reinterpret_cast<int32_t*>(floats(1));
+    room = reinterpret_cast<F*>(memory);
+    tables.take(call);
   }
 
+  template <int K>
+  static constexpr bool kSingles = kLookUps && K > 0 && K <= kSingleModels;
+
   template <class Io, int Half, PcbVariant kVariant, int K>
-  __attribute__((always_inline)) void choose(const PcbFilter& filter, const PcbCall& known,
-                                             const char* const* in, int64_t bytes, int vector,
-                                             int& count, I& largest) {
+  PM_INLINE void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
+                        int64_t bytes, uint32_t& chosen, const Packed& to, int32_t* passing,
+                        int64_t& count, U& largest) {
     const F base = Io::template load<Half>(in[0] + bytes);
     F tau[K > 0 ? K : kFilteredModels];
     PM_UNROLL
     for (int k = 0; k < known.num_models; ++k) {
       tau[k] = Io::template load<Half>(in[k + 1] + bytes) - base;
     }
-    const auto mask = pcb_survivors<kVariant, K>(filter, known, tau, largest);
-    chosen[vector] = lane_bits(mask);
+    I models;
+    // In registers: what is stored may, to the compiler, change everything in memory.
+    const uint32_t mask = lane_bits(pcb_survivors<kVariant, K>(filter, known, tau, largest, models));
+    chosen = mask;
     PM_UNROLL
-    for (int k = 0; k < known.num_models; ++k) {
-      pack(taus + k * kStride + count, tau[k], chosen[vector]);
-    }
-    count += __builtin_popcount(chosen[vector]);
+    for (int k = 0; k < known.num_models; ++k) pack(to.tau(k) + count, tau[k], mask);
+    if constexpr (kSingles<K>) pack(reinterpret_cast<float*>(passing + count), (F)models, mask);
+    count += __builtin_popcount(mask);
   }
 
   // Returns how many elements may have a share.
@@ -62,21 +87,25 @@ struct PcbMergeKernel {
     PcbKnown<kVariant, K> numbers;
     const PcbCall known = numbers.take(call, reals);
     const PcbFilter limits = filter;
-    I largest{};
-    int count = 0;
+    const Packed to = all;
+    int32_t* const models = passing;
+    U largest{};
+    int64_t count = 0;
     for (int i = 0; i < n; i += kStep) {
       const int64_t bytes = (at + i) * Io::kBytes;
-      choose<Io, 0, kVariant, K>(limits, known, in, bytes, i / kLanes, count, largest);
-      choose<Io, 1, kVariant, K>(limits, known, in, bytes, i / kLanes + 1, count, largest);
+      uint32_t* masks = chosen + i / kLanes;
+      choose<Io, 0, kVariant, K>(limits, known, in, bytes, masks[0], to, models, count, largest);
+      choose<Io, 1, kVariant, K>(limits, known, in, bytes, masks[1], to, models, count, largest);
     }
-    large = Traits<F>::any(Traits<F>::at_least(largest, I{} + bit_cast<int32_t>(limits.large)));
-    return count;
+    const U limit = (U)splat<F>(limits.large) - 1;
+    large = lane_bits(Traits<F>::at_most(largest, limit)) != lane_bits(Traits<F>::everything());
+    return static_cast<int>(count);
   }
 
   template <class Io>
   void load_all(const char* const* in, int64_t at, int n) {
     for (int k = 0; k < call.num_models; ++k) {
-      float* to = taus + static_cast<int64_t>(k) * kStride;
+      float* to = all.tau(k);
       for (int i = 0; i < n; i += kStep) {
         const char* base = in[0] + (at + i) * Io::kBytes;
         const char* model = in[k + 1] + (at + i) * Io::kBytes;
@@ -87,17 +116,19 @@ struct PcbMergeKernel {
   }
 
   template <PcbVariant kVariant, int K, bool kClamped = kVariant == PcbVariant::kPaper>
-  __attribute__((noinline)) void change_all(int n) {
+  __attribute__((noinline)) void change_all(const Packed& of, int64_t n) {
     PcbKnown<kVariant, K> numbers;
     const PcbCall known = numbers.take(call, reals);
+    const Packed packed = of;
+    packed.end_at(n, known.num_models);
     I seen = worst;
-    for (int i = 0; i < n; i += kLanes) {
+    for (int64_t i = 0; i < n; i += kLanes) {
       F own[K > 0 ? K : 1], scored[K > 0 ? K : 1];
       F* tau = K > 0 ? own : room;
       F* found = K > 0 ? scored : room + known.num_models;
       PM_UNROLL
       for (int k = 0; k < known.num_models; ++k) {
-        tau[k] = (F)load_bits(taus + k * kStride + i);
+        tau[k] = (F)load_bits(packed.tau(k) + i);
         const I key = magnitude_key(tau[k]);
         seen = key > seen ? key : seen;
       }
@@ -106,15 +137,48 @@ struct PcbMergeKernel {
       } else {
         pcb_scores(known, tau, found);
       }
-      store_bits(change + i, (U)pcb_change<F>(known, tau, found));
+      store_bits(packed.change + i, (U)pcb_change<F>(known, tau, found));
     }
     worst = seen;
+  }
+
+  // The same where nothing is large.
+  template <PcbVariant kVariant, int K>
+  __attribute__((noinline)) void change_singles(int64_t n) {
+    PcbKnown<kVariant, K> numbers;
+    const PcbCall known = numbers.take(call, reals);
+    const Packed from = all, more = several;
+    uint32_t masks[kBlockSize / kLanes];
+    int64_t count = 0;
+    from.end_at(n, K);
+    store_bits(passing + n, U{});
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F tau[K];
+      PM_UNROLL
+      for (int k = 0; k < K; ++k) tau[k] = (F)load_bits(from.tau(k) + i);
+      const I models = (I)load_bits(passing + i);
+      const uint32_t mask = lane_bits(several_bits(models));
+      masks[i / kLanes] = mask;
+      PM_UNROLL
+      for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[k], mask);
+      count += __builtin_popcount(mask);
+      store_bits(from.change + i, (U)pcb_single_change<kVariant>(known, tables, tau, models));
+    }
+    if (count == 0) return;
+    change_all<kVariant, K, false>(more, count);
+    const float* changed = more.change;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const uint32_t mask = masks[i / kLanes];
+      float* to = from.change + i;
+      store_bits(to, (U)unpack(changed, mask, (F)load_bits(to)));
+      changed += __builtin_popcount(mask);
+    }
   }
 
   template <class Io, bool kStream>
   void store_all(const char* in, char* out, int n, bool filtered) {
     const F none = splat<F>(call.scale) * F{};
-    const float* from = change;
+    const float* from = all.change;
     for (int i = 0; i < n; i += kStep) {
       const char* base = in + i * Io::kBytes;
       F low, high;
@@ -125,11 +189,21 @@ struct PcbMergeKernel {
         high = unpack(from, mask[1], none);
         from += __builtin_popcount(mask[1]);
       } else {
-        low = (F)load_bits(change + i);
-        high = (F)load_bits(change + i + kLanes);
+        low = (F)load_bits(all.change + i);
+        high = (F)load_bits(all.change + i + kLanes);
       }
       Io::template store<kStream, false>(out + i * Io::kBytes, Io::template load<0>(base) + low,
                                          Io::template load<1>(base) + high);
+    }
+  }
+
+  template <PcbVariant kVariant, int K>
+  void change(int count, bool filtered) {
+    if (!filtered || large) return change_all<kVariant, K>(all, count);
+    if constexpr (kSingles<K>) {
+      change_singles<kVariant, K>(count);
+    } else {
+      change_all<kVariant, K, false>(all, count);
     }
   }
 
@@ -143,6 +217,7 @@ struct PcbMergeKernel {
         count = choose_all<Io, kVariant, K>(in, at, size);
         filtered = count <= size * 5 / 8;
         if (!filtered) dense = kDenseBlocks;
+        if (large && kVariant != PcbVariant::kPaper) filtered = false;
       } else if (dense > 0) {
         --dense;
       }
@@ -150,14 +225,7 @@ struct PcbMergeKernel {
         load_all<Io>(in, at, size);
         count = size;
       }
-      for (int k = 0; k < call.num_models; ++k) {
-        store_bits(taus + static_cast<int64_t>(k) * kStride + count, U{});
-      }
-      if (kVariant == PcbVariant::kPaper && filtered && !large) {
-        change_all<kVariant, K, false>(count);
-      } else {
-        change_all<kVariant, K>(count);
-      }
+      change<kVariant, K>(count, filtered);
       const char* base = in[0] + at * Io::kBytes;
       char* to = out + at * Io::kBytes;
       if (store == Store::kStream) {

@@ -180,11 +180,22 @@ PM_INLINE uint32_t lane_bits(FloatMasks::Mask mask) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The chosen lanes first, zeros after them. On Zen 4 the operation waits for what its destination
+// held, even where it keeps nothing of it: here zeros that are new each time, as the compiler is
+// not told what they are.
+PM_INLINE I compressed(I values, __mmask16 mask) {
+  __m512i zeros;
+  __asm__("vpxord %0, %0, %0" : "=v"(zeros));
+  return (I)_mm512_mask_compress_epi32(zeros, mask, (__m512i)values);
+}
+#endif
+
 // Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
 // any order; returns how many there are.
 PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)values));
+  store_bits(to, (U)compressed(values, mask));
   return __builtin_popcount(mask);
 #else
   uint32_t chosen = lane_bits(mask);
