@@ -79,6 +79,17 @@ PM_INLINE F look_up(const ModelTable& table, I places) {
 #endif
 }
 
+// The low halves of one vector and the high halves of another.
+PM_INLINE U halves_of(U low, U high) {
+#if defined(__AVX512F__)
+  return (U)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
+#elif defined(__AVX2__)
+  return (U)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
+#else
+  return (low & 0xffffu) | (high & 0xffff0000u);
+#endif
+}
+
 // size with the sign of x, for size >= 0.
 PM_INLINE F with_sign(F x, F size) { return (F)((U)size | ((U)x & 0x80000000u)); }
 

@@ -6,8 +6,59 @@
 #include "cpu/pcb_scores.h"
 #include "cpu/pcb_single.h"
 
+#ifndef PM_ALWAYS
+#define PM_ALWAYS __attribute__((always_inline))
+#endif
+
 namespace pymerge {
 namespace {
+
+// How the elements that may have a share are packed, of 2 to 4 models: which models may have one,
+// as bits, and the task vectors.
+template <class Io, int K>
+struct PcbWords {
+  static constexpr int kCount = K + 1;
+  template <int Half>
+  static PM_ALWAYS void make(const char* const*, int64_t, const F (&tau)[K], I passing,
+                             F (&words)[kCount]) {
+    PM_UNROLL
+    for (int k = 0; k < K; ++k) words[k] = tau[k];
+    words[K] = (F)passing;
+  }
+  static PM_ALWAYS I read(const float* words, int64_t stride, F (&tau)[K]) {
+    PM_UNROLL
+    for (int k = 0; k < K; ++k) tau[k] = (F)load_bits(words + k * stride);
+    return (I)load_bits(words + K * stride);
+  }
+};
+
+// In bf16, what task vectors are made of, two numbers a word, is less to pack: (m_0, m_1),
+// (m_2, m_3), (bits, base), as low and high halves.
+template <int K>
+struct PcbWords<Bf16, K> {
+  static constexpr int kPairs = (K + 1) / 2, kCount = kPairs + 1;
+  template <int Half>
+  static PM_ALWAYS void make(const char* const* in, int64_t bytes, const F (&)[K], I passing,
+                             F (&words)[kCount]) {
+    PM_UNROLL
+    for (int k = 0; k < kPairs; ++k) {
+      const U first = load_bits(in[2 * k + 1] + bytes);
+      const U second = load_bits(in[2 * k + 1 < K ? 2 * k + 2 : 2 * k + 1] + bytes);
+      words[k] = (F)(Half == 0 ? halves_of(first, second << 16) : halves_of(first >> 16, second));
+    }
+    words[kPairs] = (F)((U)passing | (U)Bf16::load<Half>(in[0] + bytes));
+  }
+  static PM_ALWAYS I read(const float* words, int64_t stride, F (&tau)[K]) {
+    const U last = load_bits(words + kPairs * stride);
+    const F base = (F)(last & 0xffff0000u);
+    PM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const U pair = load_bits(words + k / 2 * stride);
+      tau[k] = (F)(k % 2 == 0 ? pair << 16 : pair & 0xffff0000u) - base;
+    }
+    return (I)(last & 0xffffu);
+  }
+};
 
 // The merge, block by block: task vectors of the elements that may have a share, one after the
 // other; what the merge adds to these, of those that several models may have a share of in a second
@@ -19,13 +70,13 @@ struct PcbMergeKernel {
 
   // Elements one after the other.
   struct Packed {
-    float* taus;    // [num_models][kStride]
+    float* taus;    // [num_models][kStride]; at first their words, one array more
     float* change;  // [kStride]
 
     float* tau(int k) const { return taus + static_cast<int64_t>(k) * kStride; }
-    // A vector of zeros at the end, so that what is read there is not NaN.
-    void end_at(int64_t count, int models) const {
-      for (int k = 0; k < models; ++k) store_bits(tau(k) + count, U{});
+    // A vector of zeros at the end of arrays, so that what is read there is not NaN.
+    void end_at(int64_t count, int arrays) const {
+      for (int k = 0; k < arrays; ++k) store_bits(tau(k) + count, U{});
     }
   };
 
@@ -34,8 +85,7 @@ struct PcbMergeKernel {
   PcbFilter filter;
   PcbTables tables;
   Packed all, several;
-  int32_t* passing;  // [kStride], of `all`: which models may have a share
-  F* room;           // [2 * num_models]
+  F* room;  // [2 * num_models]
   uint32_t chosen[kBlockSize / kLanes];
   int dense = 0;       // blocks to come that are not filtered
   bool large = false;  // whether there are large magnitudes in a block
@@ -51,9 +101,8 @@ struct PcbMergeKernel {
       memory += arrays * kStride * 4;
       return taken;
     };
-    all = {floats(call.num_models), floats(1)};
+    all = {floats(call.num_models + 1), floats(1)};
     several = {floats(call.num_models), floats(1)};
-    passing = reinterpret_cast<int32_t*>(floats(1));
     room = reinterpret_cast<F*>(memory);
     tables.take(call);
   }
@@ -61,24 +110,43 @@ struct PcbMergeKernel {
   template <int K>
   static constexpr bool kSingles = kLookUps && K > 0 && K <= kSingleModels;
 
-  template <class Io, int Half, PcbVariant kVariant, int K>
-  PM_INLINE void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
-                        int64_t bytes, uint32_t& chosen, const Packed& to, int32_t* passing,
-                        int64_t& count, U& largest) {
+  template <class Io, int Half>
+  static PM_ALWAYS void load_taus(int models, const char* const* in, int64_t bytes, F* tau) {
     const F base = Io::template load<Half>(in[0] + bytes);
-    F tau[K > 0 ? K : kFilteredModels];
     PM_UNROLL
-    for (int k = 0; k < known.num_models; ++k) {
-      tau[k] = Io::template load<Half>(in[k + 1] + bytes) - base;
-    }
-    I models;
+    for (int k = 0; k < models; ++k) tau[k] = Io::template load<Half>(in[k + 1] + bytes) - base;
+  }
+
+  // The two vectors of a step.
+  template <class Io, PcbVariant kVariant, int K>
+  static PM_ALWAYS void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
+                               int64_t bytes, uint32_t* chosen, const Packed& to, int64_t& count,
+                               U& largest) {
+    constexpr int kMost = K > 0 ? K : kFilteredModels;
+    F low_tau[kMost], high_tau[kMost];
+    I low_passing, high_passing;
+    load_taus<Io, 0>(known.num_models, in, bytes, low_tau);
+    load_taus<Io, 1>(known.num_models, in, bytes, high_tau);
     // In registers: what is stored may, to the compiler, change everything in memory.
-    const uint32_t mask = lane_bits(pcb_survivors<kVariant, K>(filter, known, tau, largest, models));
-    chosen = mask;
-    PM_UNROLL
-    for (int k = 0; k < known.num_models; ++k) pack(to.tau(k) + count, tau[k], mask);
-    if constexpr (kSingles<K>) pack(reinterpret_cast<float*>(passing + count), (F)models, mask);
-    count += __builtin_popcount(mask);
+    const uint32_t low =
+        lane_bits(pcb_survivors<kVariant, K>(filter, known, low_tau, largest, low_passing));
+    const uint32_t high =
+        lane_bits(pcb_survivors<kVariant, K>(filter, known, high_tau, largest, high_passing));
+    if constexpr (kSingles<K>) {
+      F first[PcbWords<Io, K>::kCount], second[PcbWords<Io, K>::kCount];
+      PcbWords<Io, K>::template make<0>(in, bytes, low_tau, low_passing, first);
+      PcbWords<Io, K>::template make<1>(in, bytes, high_tau, high_passing, second);
+      pack_both(to.taus + count, kStride, first, low, second, high);
+    } else {
+      PM_UNROLL
+      for (int k = 0; k < known.num_models; ++k) {
+        pack(to.tau(k) + count, low_tau[k], low);
+        pack(to.tau(k) + count + __builtin_popcount(low), high_tau[k], high);
+      }
+    }
+    chosen[0] = low;
+    chosen[1] = high;
+    count += __builtin_popcount(low) + __builtin_popcount(high);
   }
 
   // Returns how many elements may have a share.
@@ -88,14 +156,12 @@ struct PcbMergeKernel {
     const PcbCall known = numbers.take(call, reals);
     const PcbFilter limits = filter;
     const Packed to = all;
-    int32_t* const models = passing;
     U largest{};
     int64_t count = 0;
     for (int i = 0; i < n; i += kStep) {
       const int64_t bytes = (at + i) * Io::kBytes;
       uint32_t* masks = chosen + i / kLanes;
-      choose<Io, 0, kVariant, K>(limits, known, in, bytes, masks[0], to, models, count, largest);
-      choose<Io, 1, kVariant, K>(limits, known, in, bytes, masks[1], to, models, count, largest);
+      choose<Io, kVariant, K>(limits, known, in, bytes, masks, to, count, largest);
     }
     const U limit = (U)splat<F>(limits.large) - 1;
     large = lane_bits(Traits<F>::at_most(largest, limit)) != lane_bits(Traits<F>::everything());
@@ -142,27 +208,35 @@ struct PcbMergeKernel {
     worst = seen;
   }
 
+  // The same of words.
+  template <class Io, PcbVariant kVariant, int K>
+  void change_large(int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F tau[K];
+      PcbWords<Io, K>::read(all.taus + i, kStride, tau);
+      for (int k = 0; k < K; ++k) store_bits(all.tau(k) + i, (U)tau[k]);
+    }
+    change_all<kVariant, K>(all, n);
+  }
+
   // The same where nothing is large.
-  template <PcbVariant kVariant, int K>
+  template <class Io, PcbVariant kVariant, int K>
   __attribute__((noinline)) void change_singles(int64_t n) {
     PcbKnown<kVariant, K> numbers;
     const PcbCall known = numbers.take(call, reals);
     const Packed from = all, more = several;
     uint32_t masks[kBlockSize / kLanes];
     int64_t count = 0;
-    from.end_at(n, K);
-    store_bits(passing + n, U{});
+    from.end_at(n, PcbWords<Io, K>::kCount);
     for (int64_t i = 0; i < n; i += kLanes) {
       F tau[K];
-      PM_UNROLL
-      for (int k = 0; k < K; ++k) tau[k] = (F)load_bits(from.tau(k) + i);
-      const I models = (I)load_bits(passing + i);
-      const uint32_t mask = lane_bits(several_bits(models));
+      const I passing = PcbWords<Io, K>::read(from.taus + i, kStride, tau);
+      const uint32_t mask = lane_bits(several_bits(passing));
       masks[i / kLanes] = mask;
       PM_UNROLL
       for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[k], mask);
       count += __builtin_popcount(mask);
-      store_bits(from.change + i, (U)pcb_single_change<kVariant>(known, tables, tau, models));
+      store_bits(from.change + i, (U)pcb_single_change<kVariant>(known, tables, tau, passing));
     }
     if (count == 0) return;
     change_all<kVariant, K, false>(more, count);
@@ -197,12 +271,14 @@ struct PcbMergeKernel {
     }
   }
 
-  template <PcbVariant kVariant, int K>
+  template <class Io, PcbVariant kVariant, int K>
   void change(int count, bool filtered) {
-    if (!filtered || large) return change_all<kVariant, K>(all, count);
+    if (!filtered) return change_all<kVariant, K>(all, count);
     if constexpr (kSingles<K>) {
-      change_singles<kVariant, K>(count);
+      if (large) return change_large<Io, kVariant, K>(count);
+      change_singles<Io, kVariant, K>(count);
     } else {
+      if (large) return change_all<kVariant, K>(all, count);
       change_all<kVariant, K, false>(all, count);
     }
   }
@@ -225,7 +301,7 @@ struct PcbMergeKernel {
         load_all<Io>(in, at, size);
         count = size;
       }
-      change<kVariant, K>(count, filtered);
+      change<Io, kVariant, K>(count, filtered);
       const char* base = in[0] + at * Io::kBytes;
       char* to = out + at * Io::kBytes;
       if (store == Store::kStream) {
