@@ -65,7 +65,7 @@ struct PcbWords<Bf16, K> {
 // step, packed once more; the output. Where most elements have a share, all are worked on.
 struct PcbMergeKernel {
   static constexpr int kBlockSize = 1024;
-  static constexpr int kStride = kBlockSize + kLanes;  // a vector may be written at the end
+  static constexpr int kStride = kBlockSize + 2 * kLanes;  // a step may be written at the end
   static constexpr int kDenseBlocks = 15;              // until it is looked again
 
   // Elements one after the other.
@@ -74,9 +74,12 @@ struct PcbMergeKernel {
     float* change;  // [kStride]
 
     float* tau(int k) const { return taus + static_cast<int64_t>(k) * kStride; }
-    // A vector of zeros at the end of arrays, so that what is read there is not NaN.
+    // A step of zeros at the end of arrays, so that what is read there is not NaN.
     void end_at(int64_t count, int arrays) const {
-      for (int k = 0; k < arrays; ++k) store_bits(tau(k) + count, U{});
+      for (int k = 0; k < arrays; ++k) {
+        store_bits(tau(k) + count, U{});
+        store_bits(tau(k) + count + kLanes, U{});
+      }
     }
   };
 
@@ -225,18 +228,25 @@ struct PcbMergeKernel {
     PcbKnown<kVariant, K> numbers;
     const PcbCall known = numbers.take(call, reals);
     const Packed from = all, more = several;
-    uint32_t masks[kBlockSize / kLanes];
+    uint32_t masks[kStride / kLanes];
     int64_t count = 0;
     from.end_at(n, PcbWords<Io, K>::kCount);
-    for (int64_t i = 0; i < n; i += kLanes) {
-      F tau[K];
-      const I passing = PcbWords<Io, K>::read(from.taus + i, kStride, tau);
-      const uint32_t mask = lane_bits(several_bits(passing));
-      masks[i / kLanes] = mask;
+    for (int64_t i = 0; i < n; i += kStep) {
+      F tau[2][K], changes[2];
+      I passing[2];
       PM_UNROLL
-      for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[k], mask);
-      count += __builtin_popcount(mask);
-      store_bits(from.change + i, (U)pcb_single_change<kVariant>(known, tables, tau, passing));
+      for (int w = 0; w < 2; ++w) {
+        const int64_t at = i + w * kLanes;
+        passing[w] = PcbWords<Io, K>::read(from.taus + at, kStride, tau[w]);
+        const uint32_t mask = lane_bits(several_bits(passing[w]));
+        masks[at / kLanes] = mask;
+        PM_UNROLL
+        for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[w][k], mask);
+        count += __builtin_popcount(mask);
+      }
+      pcb_single_changes<kVariant>(known, tables, tau, passing, changes);
+      store_bits(from.change + i, (U)changes[0]);
+      store_bits(from.change + i + kLanes, (U)changes[1]);
     }
     if (count == 0) return;
     change_all<kVariant, K, false>(more, count);

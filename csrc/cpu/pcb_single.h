@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/lane_choice.h"
+#include "cpu/pcb_filter.h"
 #include "cpu/pcb_scores.h"
 
 namespace pymerge {
@@ -60,82 +61,149 @@ PM_INLINE F pcb_signed_normal(const PcbCall& call, F tau, int i) {
   return with_sign(tau, (pcb_magnitude(call, tau, i) - lo) * splat<F>(call.inv[i]));
 }
 
-// sum_j tanh(n n_j), n that of the lane's model, n n the largest product as a rule: by itself.
-template <int K>
-PM_INLINE F pcb_tanh_sum(const F (&normal)[K], F n, F square, I chosen) {
-  F terms[K], own[1] = {square};
-  PM_UNROLL
-  for (int j = 0; j < K; ++j) terms[j] = where_bit(chosen, 1 << j, F{}, n * normal[j]);
-  tanh32_of<K>(terms);
-  tanh32_of<1>(own);
-  F sum{};
-  PM_UNROLL
-  for (int j = 0; j < K; ++j) sum = sum + where_bit(chosen, 1 << j, own[0], terms[j]);
-  return sum;
-}
-
-// chosen: the bit of the model. Of other lanes, any number that is not a trap.
-template <PcbVariant kVariant, int K>
-PM_INLINE F pcb_single_change(const PcbCall& call, const PcbTables& tables, const F (&tau)[K],
-                              I chosen) {
+// sum_j tanh(n n_j) of W vectors, n that of the lane's model. Its square is large in many lanes, of
+// the other products as a rule one at most: those that are large share one exp.
+template <int K, int W>
+PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (&square)[W],
+                             const I (&chosen)[W], F (&sums)[W]) {
   using T = Traits<F>;
-  const I places = table_places(chosen);
-  const F many = splat<F>(static_cast<float>(K));
-  const F own = of_model(tau, chosen), q = look_up(tables.q, places);
-  F share, value = own;
-  if constexpr (kVariant == PcbVariant::kPaper) {
-    F x[K], intra[1];
+  const I limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
+  F x[W][K], found[W][K], own[W], far[2 * W];
+  T::Mask large[W][K], large_own[W], twice{}, any{};
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    I largest{};
+    T::Mask seen{};
     PM_UNROLL
     for (int j = 0; j < K; ++j) {
-      x[j] = (own * tau[j] - look_up(tables.pair_min[j], places)) *
-             look_up(tables.pair_inv[j], places);
+      x[w][j] = where_bit(chosen[w], 1 << j, F{}, n[w] * normal[w][j]);
+      const I key = magnitude_key(x[w][j]);
+      largest = j == 0 || key > largest ? key : largest;
+      large[w][j] = T::at_least(key, limit);
+      twice = T::either(twice, T::both(seen, large[w][j]));
+      seen = T::either(seen, large[w][j]);
     }
-    intra[0] = many * of_model(x, chosen);
-    exp32_of<K, false>(x);
-    exp32_of<1, false>(intra);
+    large_own[w] = T::at_least((I)square[w], limit);
+    any = T::either(any, T::either(seen, large_own[w]));
+    far[2 * w] = bit_cast<F>(largest);
+    far[2 * w + 1] = square[w];
+    tanh32_near<K>(x[w], found[w]);
+  }
+  tanh32_near<W>(square, own);
+  if (T::any(any)) {
+    tanh32_of_large<2 * W, false>(far);
+    PM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      PM_UNROLL
+      for (int j = 0; j < K; ++j) {
+        found[w][j] = where(large[w][j], with_sign(x[w][j], far[2 * w]), found[w][j]);
+      }
+      own[w] = where(large_own[w], far[2 * w + 1], own[w]);
+      if (T::any(twice)) tanh32_far<K>(x[w], found[w]);
+    }
+  }
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    F sum{};
+    PM_UNROLL
+    for (int j = 0; j < K; ++j) {
+      sum = sum_of(j, sum, where_bit(chosen[w], 1 << j, own[w], found[w][j]));
+    }
+    sums[w] = sum;
+  }
+}
+
+// score / norm_m of W vectors and the paper's variant: exp(K x_mm) times the sum of the others'.
+template <int K, int W>
+PM_INLINE void pcb_paper_scores(const PcbTables& tables, const F (&tau)[W][K], const F (&own)[W],
+                                const I (&chosen)[W], const I (&places)[W], F (&scores)[W]) {
+  const F many = splat<F>(static_cast<float>(K));
+  F x[W][K], intra[W];
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    PM_UNROLL
+    for (int j = 0; j < K; ++j) {
+      const F least = look_up(tables.pair_min[j], places[w]);
+      x[w][j] = (own[w] * tau[w][j] - least) * look_up(tables.pair_inv[j], places[w]);
+    }
+    intra[w] = many * of_model(x[w], chosen[w]);
+  }
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) exp32_of<K, false>(x[w]);
+  exp32_of<W, false>(intra);
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
     F inter{};
     PM_UNROLL
     for (int j = 0; j < K; ++j) {
-      inter = sum_of(j, inter, x[j] * look_up(tables.pair_norm[j], places));
+      inter = sum_of(j, inter, x[w][j] * look_up(tables.pair_norm[j], places[w]));
     }
-    const F score = (intra[0] * look_up(tables.norm, places)) * inter;
-    share = score >= q ? score : F{};
+    scores[w] = (intra[w] * look_up(tables.norm, places[w])) * inter;
+  }
+}
+
+// Of W vectors. chosen: the bit of the model. Of other lanes, any number.
+template <PcbVariant kVariant, int K, int W>
+PM_INLINE void pcb_single_changes(const PcbCall& call, const PcbTables& tables,
+                                  const F (&tau)[W][K], const I (&chosen)[W], F (&changes)[W]) {
+  using T = Traits<F>;
+  const F many = splat<F>(static_cast<float>(K));
+  I places[W];
+  F own[W], value[W], share[W];
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    places[w] = table_places(chosen[w]);
+    own[w] = of_model(tau[w], chosen[w]);
+  }
+  if constexpr (kVariant == PcbVariant::kPaper) {
+    F score[W];
+    pcb_paper_scores(tables, tau, own, chosen, places, score);
+    PM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      share[w] = score[w] >= look_up(tables.q, places[w]) ? score[w] : F{};
+      value[w] = own[w];
+    }
   } else {
-    const F lo = look_up(tables.lo, places);
-    F size = bit_cast<F>(magnitude_key(own));
-    size = T::larger(lo, size);
-    size = T::smaller(look_up(tables.hi, places), size);
-    value = with_sign(own, size);
-    const F n = (size - lo) * look_up(tables.inv, places), square = n * n;
-    F intra[1] = {many * square}, inter[1];
-    if constexpr (kVariant == PcbVariant::kRoot) {
+    F n[W], square[W], intra[W], inter[W], normal[W][K];
+    PM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      const F lo = look_up(tables.lo, places[w]);
+      F size = bit_cast<F>(magnitude_key(own[w]));
+      size = T::larger(lo, size);
+      size = T::smaller(look_up(tables.hi, places[w]), size);
+      value[w] = with_sign(own[w], size);
+      n[w] = (size - lo) * look_up(tables.inv, places[w]);
+      square[w] = n[w] * n[w];
+      intra[w] = many * square[w];
+      n[w] = with_sign(own[w], n[w]);
       F total{};
       PM_UNROLL
-      for (int j = 0; j < K; ++j) total = sum_of(j, total, tau[j]);
-      inter[0] = own * total;
-      tanh32_of<1>(inter);
-    } else {
-      F normal[K];
-      PM_UNROLL
-      for (int j = 0; j < K; ++j) normal[j] = pcb_signed_normal(call, tau[j], j);
-      if constexpr (kVariant == PcbVariant::kVision) {
-        F total{};
-        PM_UNROLL
-        for (int j = 0; j < K; ++j) total = sum_of(j, total, normal[j]);
-        inter[0] = own * total;
-        tanh32_of<1>(inter);
-      } else {
-        inter[0] = pcb_tanh_sum(normal, with_sign(own, n), square, chosen);
+      for (int j = 0; j < K; ++j) {
+        if (kVariant != PcbVariant::kRoot) normal[w][j] = pcb_signed_normal(call, tau[w][j], j);
+        total = sum_of(j, total, kVariant == PcbVariant::kRoot ? tau[w][j] : normal[w][j]);
       }
+      inter[w] = own[w] * total;
     }
-    exp32_of<1, false>(intra);
-    F b = T::larger(q, intra[0] * inter[0]);
-    b = T::smaller(look_up(tables.top, places), b);
-    share = (b - q) * look_up(tables.top_inv, places);
+    exp32_of<W, false>(intra);
+    if constexpr (kVariant == PcbVariant::kVisionEs) {
+      pcb_tanh_sums(normal, n, square, chosen, inter);
+    } else {
+      tanh32_of<W>(inter);
+    }
+    PM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      const F q = look_up(tables.q, places[w]);
+      F b = T::larger(q, intra[w] * inter[w]);
+      b = T::smaller(look_up(tables.top, places[w]), b);
+      share[w] = (b - q) * look_up(tables.top_inv, places[w]);
+    }
   }
   const F least = splat<F>(1e-12f);
-  const F sum = F{} + (look_up(tables.weight, places) * value) * share;
-  return splat<F>(call.scale) * (sum / (share < least ? least : share));
+  PM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    const F sum = F{} + (look_up(tables.weight, places[w]) * value[w]) * share[w];
+    changes[w] = splat<F>(call.scale) * (sum / (share[w] < least ? least : share[w]));
+  }
 }
 
 }  // namespace

@@ -80,23 +80,49 @@ PM_INLINE F exp32(F x) {
   return x;
 }
 
-// What tanh is of large magnitudes: with x's sign. NaN counts as large.
+// tanh of N numbers of 0.625 and more.
+template <int N, bool kClamped = true, class F>
+PM_INLINE void tanh32_of_large(F* x) {
+  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = two * x[i];
+  exp32_of<N, kClamped>(x);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = one - two / (x[i] + one);
+}
+
+// Where magnitudes are large, what tanh is of them, with x's sign. NaN counts as large.
 template <int N, class F>
 PM_INLINE void tanh32_far(const F* x, F* near) {
   using Bits = typename Traits<F>::Bits;
-  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
   F far[N];
   PM_UNROLL
-  for (int i = 0; i < N; ++i) far[i] = two * bit_cast<F>(magnitude_key(x[i]));
-  exp32_of<N>(far);
+  for (int i = 0; i < N; ++i) far[i] = bit_cast<F>(magnitude_key(x[i]));
+  tanh32_of_large<N>(far);
   PM_UNROLL
   for (int i = 0; i < N; ++i) {
-    far[i] = one - two / (far[i] + one);
     const F with_sign =
         bit_cast<F>(bit_cast<Bits>(far[i]) | (bit_cast<Bits>(x[i]) & Traits<F>::kSignMask));
     const F size = bit_cast<F>(magnitude_key(x[i]));
     near[i] = size < splat<F>(0.625f) ? near[i] : with_sign;
   }
+}
+
+// tanh of N numbers below 0.625 in magnitude.
+template <int N, class F>
+PM_INLINE void tanh32_near(const F* x, F* p) {
+  F z[N];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) z[i] = x[i] * x[i];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    p[i] = splat<F>(-5.70498872745e-3f) * z[i] + splat<F>(2.06390887954e-2f);
+  }
+  step_of<N>(p, z, -5.37397155531e-2f);
+  step_of<N>(p, z, 1.33314422036e-1f);
+  step_of<N>(p, z, -3.33332819422e-1f);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] * x[i] + x[i];
 }
 
 // tanh of N numbers, in step. Small arguments are the rule, and large ones cost several times as
@@ -120,18 +146,8 @@ PM_INLINE void tanh32_of(F* x) {
       return;
     }
   }
-  F z[N], p[N];
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) z[i] = x[i] * x[i];
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) {
-    p[i] = splat<F>(-5.70498872745e-3f) * z[i] + splat<F>(2.06390887954e-2f);
-  }
-  step_of<N>(p, z, -5.37397155531e-2f);
-  step_of<N>(p, z, 1.33314422036e-1f);
-  step_of<N>(p, z, -3.33332819422e-1f);
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] * x[i] + x[i];
+  F p[N];
+  tanh32_near<N>(x, p);
   const Bits limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
   if (Traits<F>::any(Traits<F>::at_least(largest, limit))) {
     if constexpr (kRare) {
