@@ -64,7 +64,7 @@ struct PcbWords<Bf16, K> {
 // other; what the merge adds to these, of those that several models may have a share of in a second
 // step, packed once more; the output. Where most elements have a share, all are worked on.
 struct PcbMergeKernel {
-  static constexpr int kBlockSize = 1024;
+  static constexpr int kBlockSize = 4096;
   static constexpr int kStride = kBlockSize + 2 * kLanes;  // a step may be written at the end
   static constexpr int kDenseBlocks = 15;              // until it is looked again
 

@@ -91,7 +91,7 @@ PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (
   }
   tanh32_near<W>(square, own);
   if (T::any(any)) {
-    tanh32_of_large<2 * W, false>(far);
+    tanh32_of_large<2 * W, false, true>(far);
     PM_UNROLL
     for (int w = 0; w < W; ++w) {
       PM_UNROLL
@@ -129,8 +129,8 @@ PM_INLINE void pcb_paper_scores(const PcbTables& tables, const F (&tau)[W][K], c
     intra[w] = many * of_model(x[w], chosen[w]);
   }
   PM_UNROLL
-  for (int w = 0; w < W; ++w) exp32_of<K, false>(x[w]);
-  exp32_of<W, false>(intra);
+  for (int w = 0; w < W; ++w) exp32_of<K, false, true>(x[w]);
+  exp32_of<W, false, true>(intra);
   PM_UNROLL
   for (int w = 0; w < W; ++w) {
     F inter{};
@@ -184,7 +184,7 @@ PM_INLINE void pcb_single_changes(const PcbCall& call, const PcbTables& tables,
       }
       inter[w] = own[w] * total;
     }
-    exp32_of<W, false>(intra);
+    exp32_of<W, false, true>(intra);
     if constexpr (kVariant == PcbVariant::kVisionEs) {
       pcb_tanh_sums(normal, n, square, chosen, inter);
     } else {

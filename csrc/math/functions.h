@@ -30,6 +30,24 @@ PM_INLINE F times_power(F y, F, F shifted, long) {
   return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
 }
 
+// y * 2^n, where neither is what the exponent has no room for, nor NaN: n is added to the exponent.
+template <class F>
+PM_INLINE F add_power(F y, F shifted) {
+  using Bits = typename Traits<F>::Bits;
+  return bit_cast<F>(bit_cast<Bits>(y) + to_exponent(bit_cast<Bits>(shifted)));
+}
+
+// x - n c, where n c is exact: one rounding with or without it. Where the processor has a fused
+// operation, Traits have it.
+template <class F>
+PM_INLINE auto less_exact(F x, F n, F c, int) -> decltype(Traits<F>::less_exact(x, n, c)) {
+  return Traits<F>::less_exact(x, n, c);
+}
+template <class F>
+PM_INLINE F less_exact(F x, F n, F c, long) {
+  return x - n * c;
+}
+
 // p[i] x[i] + c
 template <int N, class F>
 PM_INLINE void step_of(F* p, const F* x, float c) {
@@ -39,8 +57,8 @@ PM_INLINE void step_of(F* p, const F* x, float c) {
 
 // e^x for |x| <= 87; x beyond is clamped, unless it is known that there is none. Of N numbers, in
 // step: each operation waits for the one before it, so one number alone leaves most of a processor
-// idle.
-template <int N, bool kClamped = true, class F>
+// idle. kFinite: none is NaN or infinite.
+template <int N, bool kClamped = true, bool kFinite = false, class F>
 PM_INLINE void exp32_of(F* x) {
   const F top = splat<F>(87.0f);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
@@ -58,7 +76,7 @@ PM_INLINE void exp32_of(F* x) {
   PM_UNROLL
   for (int i = 0; i < N; ++i) {
     n[i] = shifted[i] - magic;
-    x[i] = x[i] - n[i] * splat<F>(0.693359375f);
+    x[i] = less_exact(x[i], n[i], splat<F>(0.693359375f), 0);  // 7 bits times 9
     x[i] = x[i] - n[i] * splat<F>(-2.12194440e-4f);
   }
   PM_UNROLL
@@ -70,7 +88,11 @@ PM_INLINE void exp32_of(F* x) {
   PM_UNROLL
   for (int i = 0; i < N; ++i) {
     const F y = p[i] * (x[i] * x[i]) + x[i] + splat<F>(1.0f);
-    x[i] = times_power(y, n[i], shifted[i], 0);
+    if constexpr (kFinite && !kClamped) {
+      x[i] = add_power(y, shifted[i]);
+    } else {
+      x[i] = times_power(y, n[i], shifted[i], 0);
+    }
   }
 }
 
@@ -80,13 +102,13 @@ PM_INLINE F exp32(F x) {
   return x;
 }
 
-// tanh of N numbers of 0.625 and more.
-template <int N, bool kClamped = true, class F>
+// tanh of N numbers of 0.625 and more. Not clamped, finite: of exp's arguments, twice as large.
+template <int N, bool kClamped = true, bool kFinite = false, class F>
 PM_INLINE void tanh32_of_large(F* x) {
   const F one = splat<F>(1.0f), two = splat<F>(2.0f);
   PM_UNROLL
   for (int i = 0; i < N; ++i) x[i] = two * x[i];
-  exp32_of<N, kClamped>(x);
+  exp32_of<N, kClamped, kFinite>(x);
   PM_UNROLL
   for (int i = 0; i < N; ++i) x[i] = one - two / (x[i] + one);
 }
