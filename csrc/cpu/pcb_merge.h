@@ -234,17 +234,21 @@ struct PcbMergeKernel {
     for (int64_t i = 0; i < n; i += kStep) {
       F tau[2][K], changes[2];
       I passing[2];
+      FloatMasks::Mask again[2];
       PM_UNROLL
       for (int w = 0; w < 2; ++w) {
-        const int64_t at = i + w * kLanes;
-        passing[w] = PcbWords<Io, K>::read(from.taus + at, kStride, tau[w]);
-        const uint32_t mask = lane_bits(several_bits(passing[w]));
-        masks[at / kLanes] = mask;
+        passing[w] = PcbWords<Io, K>::read(from.taus + i + w * kLanes, kStride, tau[w]);
+        again[w] = several_bits(passing[w]);
+      }
+      pcb_single_changes<kVariant>(known, tables, tau, passing, changes, again);
+      PM_UNROLL
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t mask = lane_bits(again[w]);
+        masks[i / kLanes + w] = mask;
         PM_UNROLL
         for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[w][k], mask);
         count += __builtin_popcount(mask);
       }
-      pcb_single_changes<kVariant>(known, tables, tau, passing, changes);
       store_bits(from.change + i, (U)changes[0]);
       store_bits(from.change + i + kLanes, (U)changes[1]);
     }

@@ -62,14 +62,15 @@ PM_INLINE F pcb_signed_normal(const PcbCall& call, F tau, int i) {
 }
 
 // sum_j tanh(n n_j) of W vectors, n that of the lane's model. Its square is large in many lanes, of
-// the other products as a rule one at most: those that are large share one exp.
+// the other products as a rule one at most, so these share one exp. `again`: lanes with several.
 template <int K, int W>
 PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (&square)[W],
-                             const I (&chosen)[W], F (&sums)[W]) {
+                             const I (&chosen)[W], F (&sums)[W],
+                             FloatMasks::Mask (&again)[W]) {
   using T = Traits<F>;
   const I limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
   F x[W][K], found[W][K], own[W], far[2 * W];
-  T::Mask large[W][K], large_own[W], twice{}, any{};
+  T::Mask large[W][K], large_own[W], any{};
   PM_UNROLL
   for (int w = 0; w < W; ++w) {
     I largest{};
@@ -80,7 +81,7 @@ PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (
       const I key = magnitude_key(x[w][j]);
       largest = j == 0 || key > largest ? key : largest;
       large[w][j] = T::at_least(key, limit);
-      twice = T::either(twice, T::both(seen, large[w][j]));
+      again[w] = T::either(again[w], T::both(seen, large[w][j]));
       seen = T::either(seen, large[w][j]);
     }
     large_own[w] = T::at_least((I)square[w], limit);
@@ -99,7 +100,6 @@ PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (
         found[w][j] = where(large[w][j], with_sign(x[w][j], far[2 * w]), found[w][j]);
       }
       own[w] = where(large_own[w], far[2 * w + 1], own[w]);
-      if (T::any(twice)) tanh32_far<K>(x[w], found[w]);
     }
   }
   PM_UNROLL
@@ -142,10 +142,12 @@ PM_INLINE void pcb_paper_scores(const PcbTables& tables, const F (&tau)[W][K], c
   }
 }
 
-// Of W vectors. chosen: the bit of the model. Of other lanes, any number.
+// Of W vectors. chosen: the bit of the model; in lanes with none or several, anything comes.
+// again: lanes of which anything comes, too.
 template <PcbVariant kVariant, int K, int W>
 PM_INLINE void pcb_single_changes(const PcbCall& call, const PcbTables& tables,
-                                  const F (&tau)[W][K], const I (&chosen)[W], F (&changes)[W]) {
+                                  const F (&tau)[W][K], const I (&chosen)[W], F (&changes)[W],
+                                  FloatMasks::Mask (&again)[W]) {
   using T = Traits<F>;
   const F many = splat<F>(static_cast<float>(K));
   I places[W];
@@ -186,7 +188,7 @@ PM_INLINE void pcb_single_changes(const PcbCall& call, const PcbTables& tables,
     }
     exp32_of<W, false, true>(intra);
     if constexpr (kVariant == PcbVariant::kVisionEs) {
-      pcb_tanh_sums(normal, n, square, chosen, inter);
+      pcb_tanh_sums(normal, n, square, chosen, inter, again);
     } else {
       tanh32_of<W>(inter);
     }
