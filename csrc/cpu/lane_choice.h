@@ -21,15 +21,6 @@ PM_INLINE I with_bits(I chosen, int bits, FloatMasks::Mask mask) {
 #endif
 }
 
-// a in the lanes of a mask, else b.
-PM_INLINE F where(FloatMasks::Mask mask, F a, F b) {
-#if defined(__AVX512F__)
-  return (F)_mm512_mask_mov_ps((__m512)b, mask, (__m512)a);
-#else
-  return mask ? a : b;
-#endif
-}
-
 // a where a lane has the bit, else b.
 PM_INLINE F where_bit(I chosen, int bit, F a, F b) {
 #if defined(__AVX512F__)
@@ -40,14 +31,23 @@ PM_INLINE F where_bit(I chosen, int bit, F a, F b) {
 #endif
 }
 
-// Lanes that have more than one bit.
-PM_INLINE FloatMasks::Mask several_bits(I chosen) {
+// Lanes that have one bit or none.
+PM_INLINE FloatMasks::Mask one_bit(I chosen) {
 #if defined(__AVX512F__)
   const __m512i less = _mm512_sub_epi32((__m512i)chosen, _mm512_set1_epi32(1));
-  return _mm512_test_epi32_mask((__m512i)chosen, less);
+  return _mm512_testn_epi32_mask((__m512i)chosen, less);
 #else
-  return (chosen & (chosen - 1)) != 0;
+  return (chosen & (chosen - 1)) == 0;
 #endif
+}
+
+// Of K vectors, in each lane that of its model.
+template <int K>
+PM_INLINE F of_model(const F (&values)[K], I chosen) {
+  F found = values[K - 1];
+  PM_UNROLL
+  for (int j = 0; j < K - 1; ++j) found = where_bit(chosen, 1 << j, values[j], found);
+  return found;
 }
 
 // A table of one number a model, from which each lane takes that of the only bit it has. Where a
@@ -102,12 +102,21 @@ PM_INLINE U halves_of(U low, U high) {
 // size with the sign of x, for size >= 0.
 PM_INLINE F with_sign(F x, F size) { return (F)((U)size | ((U)x & 0x80000000u)); }
 
-// x, but not beyond `most` on either side; NaN becomes any number.
+// x with a magnitude of `most` at most; NaN becomes any number.
 PM_INLINE F not_beyond(F x, F most) {
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)most, 2);
 #else
   return Traits<F>::smaller(most, Traits<F>::larger(-most, x));
+#endif
+}
+
+// x with a magnitude of `least` at least; NaN becomes any number.
+PM_INLINE F not_within(F x, F least) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)least, 3);
+#else
+  return with_sign(x, Traits<F>::larger(least, bit_cast<F>(magnitude_key(x))));
 #endif
 }
 

@@ -145,7 +145,7 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     logarithm[i] += std::log2(sum);
   }
   // |d_ij| <= cross A^2 / 4: two magnitudes that add up to A.
-  double slope = 0, spread = 0, limit = 1e3;
+  double slope = 0, spread = 0, limit = count > 4 ? 1e3 : 2;  // pcb_single.h needs it small
   if (count > 1) {
     slope = (least + most) / 2;
     spread = (most - least) / 2 + 0.2975 * most;
@@ -190,13 +190,12 @@ inline PcbFilter pcb_filter(const PcbCall& call) {
 // A sum that begins with its first summand: not with 0, which would be added.
 PM_INLINE F sum_of(int i, F sum, F x) { return i == 0 ? x : sum + x; }
 
-// The elements that some model may have a share of; `passing`, of 2 to 4 models: which of them may,
-// as bits. largest: of what tells of large magnitudes, as unsigned integers, so that NaN counts.
-template <PcbVariant kVariant, int K>
+// The elements that some model may have a share of. kBits: `passing` gets which of K models may, as
+// bits. largest: of what tells of large magnitudes, as unsigned integers, so that NaN counts.
+template <PcbVariant kVariant, int K, bool kBits>
 PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call, const F* tau,
                                          U& largest, I& passing) {
   using T = Traits<F>;
-  constexpr bool kBits = kLookUps && K > 0;
   const int count = K > 0 ? K : call.num_models;
   const F slope = splat<F>(filter.slope), spread = splat<F>(filter.spread);
   F sizes{}, total{}, both{};

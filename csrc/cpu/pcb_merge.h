@@ -6,40 +6,19 @@
 #include "cpu/pcb_scores.h"
 #include "cpu/pcb_single.h"
 
-#ifndef PM_ALWAYS
-#define PM_ALWAYS __attribute__((always_inline))
-#endif
-
 namespace pymerge {
 namespace {
 
-// How the elements that may have a share are packed, of 2 to 4 models: which models may have one,
-// as bits, and the task vectors.
-template <class Io, int K>
-struct PcbWords {
-  static constexpr int kCount = K + 1;
-  template <int Half>
-  static PM_ALWAYS void make(const char* const*, int64_t, const F (&tau)[K], I passing,
-                             F (&words)[kCount]) {
-    PM_UNROLL
-    for (int k = 0; k < K; ++k) words[k] = tau[k];
-    words[K] = (F)passing;
-  }
-  static PM_ALWAYS I read(const float* words, int64_t stride, F (&tau)[K]) {
-    PM_UNROLL
-    for (int k = 0; k < K; ++k) tau[k] = (F)load_bits(words + k * stride);
-    return (I)load_bits(words + K * stride);
-  }
-};
-
-// In bf16, what task vectors are made of, two numbers a word, is less to pack: (m_0, m_1),
-// (m_2, m_3), (bits, base), as low and high halves.
+// How elements that may have a share are packed where their models are told, in bf16: what the task
+// vectors are made of, two numbers a word, which is less to pack. (m_0, m_1), (m_2, m_3), and
+// (bits of the models, base), as low and high halves.
 template <int K>
-struct PcbWords<Bf16, K> {
+struct PcbWords {
   static constexpr int kPairs = (K + 1) / 2, kCount = kPairs + 1;
+
   template <int Half>
-  static PM_ALWAYS void make(const char* const* in, int64_t bytes, const F (&)[K], I passing,
-                             F (&words)[kCount]) {
+  __attribute__((always_inline)) static void make(const char* const* in, int64_t bytes, I passing,
+                                                  F (&words)[kCount]) {
     PM_UNROLL
     for (int k = 0; k < kPairs; ++k) {
       const U first = load_bits(in[2 * k + 1] + bytes);
@@ -48,9 +27,10 @@ struct PcbWords<Bf16, K> {
     }
     words[kPairs] = (F)((U)passing | (U)Bf16::load<Half>(in[0] + bytes));
   }
-  static PM_ALWAYS I read(const float* words, int64_t stride, F (&tau)[K]) {
+  __attribute__((always_inline)) static I read(const float* words, int64_t stride, F& base,
+                                               F (&tau)[K]) {
     const U last = load_bits(words + kPairs * stride);
-    const F base = (F)(last & 0xffff0000u);
+    base = (F)(last & 0xffff0000u);
     PM_UNROLL
     for (int k = 0; k < K; ++k) {
       const U pair = load_bits(words + k / 2 * stride);
@@ -61,11 +41,12 @@ struct PcbWords<Bf16, K> {
 };
 
 // The merge, block by block: task vectors of the elements that may have a share, one after the
-// other; what the merge adds to these, of those that several models may have a share of in a second
-// step, packed once more; the output. Where most elements have a share, all are worked on.
+// other; what the merge adds to these; the output. Where most elements have a share, all are worked
+// on. In bf16 what is added is told for most elements without their scores (pcb_single.h); the rest
+// is packed once more.
 struct PcbMergeKernel {
   static constexpr int kBlockSize = 4096;
-  static constexpr int kStride = kBlockSize + 2 * kLanes;  // a step may be written at the end
+  static constexpr int kStride = kBlockSize + kLanes;  // a vector may be written at the end
   static constexpr int kDenseBlocks = 15;              // until it is looked again
 
   // Elements one after the other.
@@ -74,20 +55,18 @@ struct PcbMergeKernel {
     float* change;  // [kStride]
 
     float* tau(int k) const { return taus + static_cast<int64_t>(k) * kStride; }
-    // A step of zeros at the end of arrays, so that what is read there is not NaN.
+    // A vector of zeros at the end, so that what is read there is not NaN.
     void end_at(int64_t count, int arrays) const {
-      for (int k = 0; k < arrays; ++k) {
-        store_bits(tau(k) + count, U{});
-        store_bits(tau(k) + count + kLanes, U{});
-      }
+      for (int k = 0; k < arrays; ++k) store_bits(tau(k) + count, U{});
     }
   };
 
   PcbCall call;
   const float* reals;
   PcbFilter filter;
-  PcbTables tables;
-  Packed all, several;
+  PcbSingles singles;
+  Packed all;   // that may have a share
+  Packed rest;  // whose scores matter
   F* room;  // [2 * num_models]
   uint32_t chosen[kBlockSize / kLanes];
   int dense = 0;       // blocks to come that are not filtered
@@ -105,16 +84,14 @@ struct PcbMergeKernel {
       return taken;
     };
     all = {floats(call.num_models + 1), floats(1)};
-    several = {floats(call.num_models), floats(1)};
+    rest = {floats(call.num_models), floats(1)};
     room = reinterpret_cast<F*>(memory);
-    tables.take(call);
+    filter = pcb_filter(call);
+    singles = pcb_singles(call, filter);
   }
 
-  template <int K>
-  static constexpr bool kSingles = kLookUps && K > 0 && K <= kSingleModels;
-
   template <class Io, int Half>
-  static PM_ALWAYS void load_taus(int models, const char* const* in, int64_t bytes, F* tau) {
+  static __attribute__((always_inline)) void load_taus(int models, const char* const* in, int64_t bytes, F* tau) {
     const F base = Io::template load<Half>(in[0] + bytes);
     PM_UNROLL
     for (int k = 0; k < models; ++k) tau[k] = Io::template load<Half>(in[k + 1] + bytes) - base;
@@ -122,7 +99,7 @@ struct PcbMergeKernel {
 
   // The two vectors of a step.
   template <class Io, PcbVariant kVariant, int K>
-  static PM_ALWAYS void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
+  static __attribute__((always_inline)) void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
                                int64_t bytes, uint32_t* chosen, const Packed& to, int64_t& count,
                                U& largest) {
     constexpr int kMost = K > 0 ? K : kFilteredModels;
@@ -130,15 +107,16 @@ struct PcbMergeKernel {
     I low_passing, high_passing;
     load_taus<Io, 0>(known.num_models, in, bytes, low_tau);
     load_taus<Io, 1>(known.num_models, in, bytes, high_tau);
+    constexpr bool kBits = kSingles<Io, K>;
     // In registers: what is stored may, to the compiler, change everything in memory.
     const uint32_t low =
-        lane_bits(pcb_survivors<kVariant, K>(filter, known, low_tau, largest, low_passing));
-    const uint32_t high =
-        lane_bits(pcb_survivors<kVariant, K>(filter, known, high_tau, largest, high_passing));
-    if constexpr (kSingles<K>) {
-      F first[PcbWords<Io, K>::kCount], second[PcbWords<Io, K>::kCount];
-      PcbWords<Io, K>::template make<0>(in, bytes, low_tau, low_passing, first);
-      PcbWords<Io, K>::template make<1>(in, bytes, high_tau, high_passing, second);
+        lane_bits(pcb_survivors<kVariant, K, kBits>(filter, known, low_tau, largest, low_passing));
+    const uint32_t high = lane_bits(
+        pcb_survivors<kVariant, K, kBits>(filter, known, high_tau, largest, high_passing));
+    if constexpr (kBits) {
+      F first[PcbWords<K>::kCount], second[PcbWords<K>::kCount];
+      PcbWords<K>::template make<0>(in, bytes, low_passing, first);
+      PcbWords<K>::template make<1>(in, bytes, high_passing, second);
       pack_both(to.taus + count, kStride, first, low, second, high);
     } else {
       PM_UNROLL
@@ -212,47 +190,37 @@ struct PcbMergeKernel {
   }
 
   // The same of words.
-  template <class Io, PcbVariant kVariant, int K>
-  void change_large(int64_t n) {
+  template <PcbVariant kVariant, int K>
+  void change_words(int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
-      F tau[K];
-      PcbWords<Io, K>::read(all.taus + i, kStride, tau);
+      F base, tau[K];
+      PcbWords<K>::read(all.taus + i, kStride, base, tau);
       for (int k = 0; k < K; ++k) store_bits(all.tau(k) + i, (U)tau[k]);
     }
     change_all<kVariant, K>(all, n);
   }
 
-  // The same where nothing is large.
-  template <class Io, PcbVariant kVariant, int K>
+  // The same where nothing is large, without the scores that do not matter.
+  template <PcbVariant kVariant, int K>
   __attribute__((noinline)) void change_singles(int64_t n) {
     PcbKnown<kVariant, K> numbers;
     const PcbCall known = numbers.take(call, reals);
-    const Packed from = all, more = several;
+    const Packed from = all, more = rest;
     uint32_t masks[kStride / kLanes];
     int64_t count = 0;
-    from.end_at(n, PcbWords<Io, K>::kCount);
-    for (int64_t i = 0; i < n; i += kStep) {
-      F tau[2][K], changes[2];
-      I passing[2];
-      FloatMasks::Mask again[2];
+    from.end_at(n, PcbWords<K>::kCount);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F base, tau[K], change;
+      const I passing = PcbWords<K>::read(from.taus + i, kStride, base, tau);
+      const uint32_t told = lane_bits(
+          pcb_single_change<kVariant>(known, singles, base, tau, passing, change));
+      const uint32_t mask = told ^ lane_bits(FloatMasks::at_least(I{}, I{}));
+      masks[i / kLanes] = mask;
       PM_UNROLL
-      for (int w = 0; w < 2; ++w) {
-        passing[w] = PcbWords<Io, K>::read(from.taus + i + w * kLanes, kStride, tau[w]);
-        again[w] = several_bits(passing[w]);
-      }
-      pcb_single_changes<kVariant>(known, tables, tau, passing, changes, again);
-      PM_UNROLL
-      for (int w = 0; w < 2; ++w) {
-        const uint32_t mask = lane_bits(again[w]);
-        masks[i / kLanes + w] = mask;
-        PM_UNROLL
-        for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[w][k], mask);
-        count += __builtin_popcount(mask);
-      }
-      store_bits(from.change + i, (U)changes[0]);
-      store_bits(from.change + i + kLanes, (U)changes[1]);
+      for (int k = 0; k < K; ++k) pack(more.tau(k) + count, tau[k], mask);
+      count += __builtin_popcount(mask);
+      store_bits(from.change + i, (U)change);
     }
-    if (count == 0) return;
     change_all<kVariant, K, false>(more, count);
     const float* changed = more.change;
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -287,14 +255,12 @@ struct PcbMergeKernel {
 
   template <class Io, PcbVariant kVariant, int K>
   void change(int count, bool filtered) {
-    if (!filtered) return change_all<kVariant, K>(all, count);
-    if constexpr (kSingles<K>) {
-      if (large) return change_large<Io, kVariant, K>(count);
-      change_singles<Io, kVariant, K>(count);
-    } else {
-      if (large) return change_all<kVariant, K>(all, count);
-      change_all<kVariant, K, false>(all, count);
+    if constexpr (kSingles<Io, K>) {
+      if (filtered && !large && singles.usable) return change_singles<kVariant, K>(count);
+      if (filtered) return change_words<kVariant, K>(count);
     }
+    if (filtered && !large) return change_all<kVariant, K, false>(all, count);
+    change_all<kVariant, K>(all, count);
   }
 
   template <PcbVariant kVariant, int K, class Io>

@@ -1,211 +1,171 @@
-// PCB-Merging: what is added to elements that one model only may have a share of, most of those
-// that the filter leaves. A lane takes its model's numbers from tables, and only this model's score
-// is computed: of the paper's K (K + 3) / 2 exp, K + 1.
+// PCB-Merging in bf16: elements that one model only has a share of, most of those that the filter
+// (pcb_filter.h) leaves. Such a share s cancels but for rounding: what is added is
+//   scale ((w v s) / s), v the task vector's element, clipped in the authors' variants.
+// With t = scale w v it is within 6 |t| 2^-24 of t, so wherever base + t is not next to the middle
+// between two numbers in bf16, s need not be known: only that the score reaches its threshold for
+// certain, told by a lower bound. All others are computed as ever.
 //
-// Only for calls and blocks that the filter holds for. There the other models' shares are +0, and
-// what they add is +-0, which changes no sum: none is -0. The same operations in the same order as
-// pcb_score and pcb_change, without what only chooses between +0 and -0 of a score below q > 0.
+// The lower bounds, of the score of model i:
+//
+// kPaper   ln of the sum of Z_j e^d_j (as in pcb_filter.h) is convex in the d_j, so it lies above
+//          its tangent at 0: ln score >= ln(z_i S_i) + K c_ii + sum_j (K [j = i] + Z_j / S_i) d_j.
+// others   e^(K n^2) = (e^y)^8 with y = K n^2 / 8 >= 0, and e^y >= 1 + y + y^2 / 2 + y^3 / 6.
+//          tanh p >= p (1 - p^2 / 3) for p >= 0, and where p < 0 the score is not above 0 either.
+//          kVisionEs: an odd polynomial, within 6e-5 of tanh x for |x| <= 1.01.
+//
+// Scores as they are computed are within 1e-4 of themselves, which the thresholds' factor covers.
 #pragma once
 
-#include "cpu/lane_choice.h"
 #include "cpu/pcb_filter.h"
-#include "cpu/pcb_scores.h"
 
 namespace pymerge {
 namespace {
 
 constexpr int kSingleModels = 4;
 
-struct PcbTables {
-  ModelTable q, weight;
-  ModelTable norm, pair_min[kSingleModels], pair_inv[kSingleModels], pair_norm[kSingleModels];
-  ModelTable lo, hi, inv, top, top_inv;
+template <class Io, int K>
+constexpr bool kSingles = kLookUps && Io::kDtype == Dtype::kBF16 && K > 0 && K <= kSingleModels;
 
-  void take(const PcbCall& call) {
-    const int count = call.num_models;
-    if (count > kSingleModels) return;
-    for (int m = 0; m < count; ++m) {
-      q.set(m, call.q[m]);
-      weight.set(m, call.weights[m]);
-      if (call.variant == PcbVariant::kPaper) {
-        norm.set(m, call.norm[m]);
-        for (int j = 0; j < count; ++j) {
-          const int pair = pcb_pair(m, j, count);
-          pair_min[j].set(m, call.pair_min[pair]);
-          pair_inv[j].set(m, call.pair_inv[pair]);
-          pair_norm[j].set(m, call.pair_norm[pair]);
-        }
-      } else {
-        lo.set(m, call.lo[m]);
-        hi.set(m, call.hi[m]);
-        inv.set(m, call.inv[m]);
-        top.set(m, call.top[m]);
-        top_inv.set(m, call.top_inv[m]);
-      }
-    }
-  }
+// Models' numbers, for lanes to take those of their model.
+struct PcbSingles {
+  bool usable = false;
+  ModelTable factor;                // scale w
+  ModelTable least;                 // of the bound
+  ModelTable slope[kSingleModels];  // kPaper: of d_j
+  ModelTable lo, hi, inv, lowest;   // others; lowest: lo inv
 };
 
-// Of K vectors, in each lane that of its model.
-template <int K>
-PM_INLINE F of_model(const F (&values)[K], I chosen) {
-  F found = values[K - 1];
-  PM_UNROLL
-  for (int j = 0; j < K - 1; ++j) found = where_bit(chosen, 1 << j, values[j], found);
-  return found;
+inline bool pcb_single_numbers(const PcbCall& call, int i, PcbSingles& singles) {
+  // So that no product with a share or a score overflows, and subnormal ones change t by less than
+  // 2^-100.
+  const double factor = static_cast<double>(call.scale) * call.weights[i];
+  if (!in_range(call.scale, -1e6, 1e6) || !in_range(call.weights[i], -1e6, 1e6)) return false;
+  singles.factor.set(i, static_cast<float>(factor));
+  const int count = call.num_models;
+  const double q = call.q[i];
+  if (call.variant == PcbVariant::kPaper) {
+    double sum = 0, z[kSingleModels];
+    for (int j = 0; j < count; ++j) {
+      const int pair = pcb_pair(i, j, count);
+      const double centre = -static_cast<double>(call.pair_min[pair]) * call.pair_inv[pair];
+      if (!in_range(call.pair_norm[pair], 1e-6, 1e6) || !in_range(centre, -1, 1)) return false;
+      z[j] = call.pair_norm[pair] * std::exp(centre);
+      sum += z[j];
+    }
+    const int own = pcb_pair(i, i, count);
+    const double inv = call.pair_inv[own], centre = -call.pair_min[own] * inv;
+    if (!in_range(call.norm[i], 1e-6, 1e6) || !in_range(q, 1e-9, 1e30) || !(inv >= 1e-12)) {
+      return false;
+    }
+    for (int j = 0; j < count; ++j) {
+      const double slope = (i == j ? count : 0) + z[j] / sum;
+      singles.slope[j].set(i, static_cast<float>(slope * call.pair_inv[pcb_pair(i, j, count)]));
+    }
+    const double known = std::log(call.norm[i] * sum) + count * centre;
+    singles.least.set(i, static_cast<float>(std::log(q) - known + 1e-3));
+    return true;
+  }
+  const double lo = call.lo[i], hi = call.hi[i], inv = call.inv[i], top = call.top[i];
+  // n up to 1, and a share that is not tiny where the score is above the threshold by its factor.
+  if (!((hi - lo) * inv <= 1.001 && hi * inv <= 16)) return false;
+  const double share = std::fmin(q / 2048, top - q) * call.top_inv[i];
+  if (!(share >= 1e-9 && (top - q) * call.top_inv[i] <= 1e6)) return false;
+  singles.lo.set(i, call.lo[i]);
+  singles.hi.set(i, call.hi[i]);
+  singles.inv.set(i, call.inv[i]);
+  singles.lowest.set(i, static_cast<float>(lo * inv));
+  singles.least.set(i, static_cast<float>(q * (1 + 1.0 / 1024)));
+  return true;
 }
 
-// sgn(tau) n without the choice of +0 where tau is -0.
-PM_INLINE F pcb_signed_normal(const PcbCall& call, F tau, int i) {
-  const F lo = splat<F>(call.lo[i]);
-  return with_sign(tau, (pcb_magnitude(call, tau, i) - lo) * splat<F>(call.inv[i]));
+inline PcbSingles pcb_singles(const PcbCall& call, const PcbFilter& filter) {
+  PcbSingles singles;
+  if (!filter.usable || call.num_models > kSingleModels) return singles;
+  singles.usable = true;
+  for (int i = 0; i < call.num_models && singles.usable; ++i) {
+    singles.usable = pcb_single_numbers(call, i, singles);
+  }
+  return singles;
 }
 
-// sum_j tanh(n n_j) of W vectors, n that of the lane's model. Its square is large in many lanes, of
-// the other products as a rule one at most, so these share one exp. `again`: lanes with several.
-template <int K, int W>
-PM_INLINE void pcb_tanh_sums(const F (&normal)[W][K], const F (&n)[W], const F (&square)[W],
-                             const I (&chosen)[W], F (&sums)[W],
-                             FloatMasks::Mask (&again)[W]) {
+// sgn(tau) n, rounded otherwise than in the score: within 4e-6.
+PM_INLINE F pcb_near_normal(F clipped, F inv, F lowest) {
+  return Traits<F>::about(clipped, inv, -with_sign(clipped, lowest));
+}
+
+// Lower bounds of scores, and what is weighted with their shares. chosen: the bit of the model.
+template <PcbVariant kVariant, int K>
+PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, const F (&tau)[K],
+                               I chosen, I places, F& value) {
   using T = Traits<F>;
-  const I limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
-  F x[W][K], found[W][K], own[W], far[2 * W];
-  T::Mask large[W][K], large_own[W], any{};
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    I largest{};
-    T::Mask seen{};
-    PM_UNROLL
-    for (int j = 0; j < K; ++j) {
-      x[w][j] = where_bit(chosen[w], 1 << j, F{}, n[w] * normal[w][j]);
-      const I key = magnitude_key(x[w][j]);
-      largest = j == 0 || key > largest ? key : largest;
-      large[w][j] = T::at_least(key, limit);
-      again[w] = T::either(again[w], T::both(seen, large[w][j]));
-      seen = T::either(seen, large[w][j]);
-    }
-    large_own[w] = T::at_least((I)square[w], limit);
-    any = T::either(any, T::either(seen, large_own[w]));
-    far[2 * w] = bit_cast<F>(largest);
-    far[2 * w + 1] = square[w];
-    tanh32_near<K>(x[w], found[w]);
-  }
-  tanh32_near<W>(square, own);
-  if (T::any(any)) {
-    tanh32_of_large<2 * W, false, true>(far);
-    PM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      PM_UNROLL
-      for (int j = 0; j < K; ++j) {
-        found[w][j] = where(large[w][j], with_sign(x[w][j], far[2 * w]), found[w][j]);
-      }
-      own[w] = where(large_own[w], far[2 * w + 1], own[w]);
-    }
-  }
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    F sum{};
-    PM_UNROLL
-    for (int j = 0; j < K; ++j) {
-      sum = sum_of(j, sum, where_bit(chosen[w], 1 << j, own[w], found[w][j]));
-    }
-    sums[w] = sum;
-  }
-}
-
-// score / norm_m of W vectors and the paper's variant: exp(K x_mm) times the sum of the others'.
-template <int K, int W>
-PM_INLINE void pcb_paper_scores(const PcbTables& tables, const F (&tau)[W][K], const F (&own)[W],
-                                const I (&chosen)[W], const I (&places)[W], F (&scores)[W]) {
-  const F many = splat<F>(static_cast<float>(K));
-  F x[W][K], intra[W];
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    PM_UNROLL
-    for (int j = 0; j < K; ++j) {
-      const F least = look_up(tables.pair_min[j], places[w]);
-      x[w][j] = (own[w] * tau[w][j] - least) * look_up(tables.pair_inv[j], places[w]);
-    }
-    intra[w] = many * of_model(x[w], chosen[w]);
-  }
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) exp32_of<K, false, true>(x[w]);
-  exp32_of<W, false, true>(intra);
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    F inter{};
-    PM_UNROLL
-    for (int j = 0; j < K; ++j) {
-      inter = sum_of(j, inter, x[w][j] * look_up(tables.pair_norm[j], places[w]));
-    }
-    scores[w] = (intra[w] * look_up(tables.norm, places[w])) * inter;
-  }
-}
-
-// Of W vectors. chosen: the bit of the model; in lanes with none or several, anything comes.
-// again: lanes of which anything comes, too.
-template <PcbVariant kVariant, int K, int W>
-PM_INLINE void pcb_single_changes(const PcbCall& call, const PcbTables& tables,
-                                  const F (&tau)[W][K], const I (&chosen)[W], F (&changes)[W],
-                                  FloatMasks::Mask (&again)[W]) {
-  using T = Traits<F>;
-  const F many = splat<F>(static_cast<float>(K));
-  I places[W];
-  F own[W], value[W], share[W];
-  PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    places[w] = table_places(chosen[w]);
-    own[w] = of_model(tau[w], chosen[w]);
-  }
+  const F own = of_model(tau, chosen);
   if constexpr (kVariant == PcbVariant::kPaper) {
-    F score[W];
-    pcb_paper_scores(tables, tau, own, chosen, places, score);
+    value = own;
+    F sum = look_up(singles.slope[0], places) * tau[0];
     PM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      share[w] = score[w] >= look_up(tables.q, places[w]) ? score[w] : F{};
-      value[w] = own[w];
-    }
-  } else {
-    F n[W], square[W], intra[W], inter[W], normal[W][K];
-    PM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      const F lo = look_up(tables.lo, places[w]);
-      F size = bit_cast<F>(magnitude_key(own[w]));
-      size = T::larger(lo, size);
-      size = T::smaller(look_up(tables.hi, places[w]), size);
-      value[w] = with_sign(own[w], size);
-      n[w] = (size - lo) * look_up(tables.inv, places[w]);
-      square[w] = n[w] * n[w];
-      intra[w] = many * square[w];
-      n[w] = with_sign(own[w], n[w]);
-      F total{};
-      PM_UNROLL
-      for (int j = 0; j < K; ++j) {
-        if (kVariant != PcbVariant::kRoot) normal[w][j] = pcb_signed_normal(call, tau[w][j], j);
-        total = sum_of(j, total, kVariant == PcbVariant::kRoot ? tau[w][j] : normal[w][j]);
-      }
-      inter[w] = own[w] * total;
-    }
-    exp32_of<W, false, true>(intra);
-    if constexpr (kVariant == PcbVariant::kVisionEs) {
-      pcb_tanh_sums(normal, n, square, chosen, inter, again);
-    } else {
-      tanh32_of<W>(inter);
-    }
-    PM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      const F q = look_up(tables.q, places[w]);
-      F b = T::larger(q, intra[w] * inter[w]);
-      b = T::smaller(look_up(tables.top, places[w]), b);
-      share[w] = (b - q) * look_up(tables.top_inv, places[w]);
-    }
+    for (int j = 1; j < K; ++j) sum = T::about(look_up(singles.slope[j], places), tau[j], sum);
+    return own * sum;
   }
-  const F least = splat<F>(1e-12f);
+  value = not_beyond(not_within(own, look_up(singles.lo, places)), look_up(singles.hi, places));
+  const F n =
+      pcb_near_normal(value, look_up(singles.inv, places), look_up(singles.lowest, places));
+  const F y = (n * n) * splat<F>(static_cast<float>(K) / 8);
+  F power = T::about(y, splat<F>(1.0f / 6), splat<F>(0.5f));
+  power = T::about(power, y, splat<F>(1.0f));
+  power = T::about(power, y, splat<F>(1.0f));
+  power = power * power;
+  power = power * power;
+  power = power * power;
+  F normal[K], total{};
   PM_UNROLL
-  for (int w = 0; w < W; ++w) {
-    const F sum = F{} + (look_up(tables.weight, places[w]) * value[w]) * share[w];
-    changes[w] = splat<F>(call.scale) * (sum / (share[w] < least ? least : share[w]));
+  for (int j = 0; j < K; ++j) {
+    if constexpr (kVariant == PcbVariant::kRoot) {
+      normal[j] = tau[j];
+    } else {
+      const F lo = splat<F>(call.lo[j]), inv = splat<F>(call.inv[j]);
+      const F clipped = not_beyond(not_within(tau[j], lo), splat<F>(call.hi[j]));
+      normal[j] = pcb_near_normal(clipped, inv, lo * inv);
+    }
+    total = sum_of(j, total, normal[j]);
   }
+  if constexpr (kVariant == PcbVariant::kVisionEs) {
+    F sum = splat<F>(-1e-4f * K);
+    PM_UNROLL
+    for (int j = 0; j < K; ++j) {
+      const F x = n * normal[j], z = x * x;
+      F p = T::about(z, splat<F>(-0.0243205f), splat<F>(0.1149157f));
+      p = T::about(p, z, splat<F>(-0.3286866f));
+      p = T::about(p, z, splat<F>(0.9996737f));
+      sum = T::about(p, x, sum);
+    }
+    return power * sum;
+  }
+  F p = own * total;
+  if constexpr (kVariant == PcbVariant::kVision) {
+    p = T::about(bit_cast<F>(magnitude_key(own)), splat<F>(-1e-4f), p);
+  }
+  const F less = T::about(p * p, splat<F>(-1.0f / 3), splat<F>(1.0f));
+  return power * (p * T::larger(less, F{}));
+}
+
+// What is added to the base where the mask tells so: in lanes with one bit.
+template <PcbVariant kVariant, int K>
+PM_INLINE FloatMasks::Mask pcb_single_change(const PcbCall& call, const PcbSingles& singles, F base,
+                                             const F (&tau)[K], I chosen, F& change) {
+  using T = Traits<F>;
+  const I places = table_places(chosen);
+  F value;
+  const F bound = pcb_score_at_least<kVariant>(call, singles, tau, chosen, places, value);
+  change = look_up(singles.factor, places) * value;
+  const F sum = base + change;
+  // Where |t| is at most 8 |base + t|, 6 |t| 2^-24 are at most 48 of the 2^16 steps that base + t
+  // has between two numbers in bf16; the middle is at 2^15.
+  const I steps = (I)((U)sum + 0x8040u) & 0xffff;
+  const I eighth = magnitude_key(change) - (3 << 23), tiny = splat_bits<F>(0x21800000);
+  const auto clear = T::both(T::at_least(steps, splat_bits<F>(0x80)),
+                             T::at_least(magnitude_key(sum), eighth > tiny ? eighth : tiny));
+  const auto certain = T::greater(bound, look_up(singles.least, places));
+  return T::both(T::both(clear, certain), one_bit(chosen));
 }
 
 }  // namespace

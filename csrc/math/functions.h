@@ -30,15 +30,8 @@ PM_INLINE F times_power(F y, F, F shifted, long) {
   return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
 }
 
-// y * 2^n, where neither is what the exponent has no room for, nor NaN: n is added to the exponent.
-template <class F>
-PM_INLINE F add_power(F y, F shifted) {
-  using Bits = typename Traits<F>::Bits;
-  return bit_cast<F>(bit_cast<Bits>(y) + to_exponent(bit_cast<Bits>(shifted)));
-}
-
-// x - n c, where n c is exact: one rounding with or without it. Where the processor has a fused
-// operation, Traits have it.
+// x - n c, where n c is exact: the same bits with a fused operation. Where the processor has one,
+// Traits have it.
 template <class F>
 PM_INLINE auto less_exact(F x, F n, F c, int) -> decltype(Traits<F>::less_exact(x, n, c)) {
   return Traits<F>::less_exact(x, n, c);
@@ -57,8 +50,8 @@ PM_INLINE void step_of(F* p, const F* x, float c) {
 
 // e^x for |x| <= 87; x beyond is clamped, unless it is known that there is none. Of N numbers, in
 // step: each operation waits for the one before it, so one number alone leaves most of a processor
-// idle. kFinite: none is NaN or infinite.
-template <int N, bool kClamped = true, bool kFinite = false, class F>
+// idle.
+template <int N, bool kClamped = true, class F>
 PM_INLINE void exp32_of(F* x) {
   const F top = splat<F>(87.0f);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
@@ -88,11 +81,7 @@ PM_INLINE void exp32_of(F* x) {
   PM_UNROLL
   for (int i = 0; i < N; ++i) {
     const F y = p[i] * (x[i] * x[i]) + x[i] + splat<F>(1.0f);
-    if constexpr (kFinite && !kClamped) {
-      x[i] = add_power(y, shifted[i]);
-    } else {
-      x[i] = times_power(y, n[i], shifted[i], 0);
-    }
+    x[i] = times_power(y, n[i], shifted[i], 0);
   }
 }
 
@@ -102,49 +91,23 @@ PM_INLINE F exp32(F x) {
   return x;
 }
 
-// tanh of N numbers of 0.625 and more. Not clamped, finite: of exp's arguments, twice as large.
-template <int N, bool kClamped = true, bool kFinite = false, class F>
-PM_INLINE void tanh32_of_large(F* x) {
-  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) x[i] = two * x[i];
-  exp32_of<N, kClamped, kFinite>(x);
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) x[i] = one - two / (x[i] + one);
-}
-
-// Where magnitudes are large, what tanh is of them, with x's sign. NaN counts as large.
+// What tanh is of large magnitudes: with x's sign. NaN counts as large.
 template <int N, class F>
 PM_INLINE void tanh32_far(const F* x, F* near) {
   using Bits = typename Traits<F>::Bits;
+  const F one = splat<F>(1.0f), two = splat<F>(2.0f);
   F far[N];
   PM_UNROLL
-  for (int i = 0; i < N; ++i) far[i] = bit_cast<F>(magnitude_key(x[i]));
-  tanh32_of_large<N>(far);
+  for (int i = 0; i < N; ++i) far[i] = two * bit_cast<F>(magnitude_key(x[i]));
+  exp32_of<N>(far);
   PM_UNROLL
   for (int i = 0; i < N; ++i) {
+    far[i] = one - two / (far[i] + one);
     const F with_sign =
         bit_cast<F>(bit_cast<Bits>(far[i]) | (bit_cast<Bits>(x[i]) & Traits<F>::kSignMask));
     const F size = bit_cast<F>(magnitude_key(x[i]));
     near[i] = size < splat<F>(0.625f) ? near[i] : with_sign;
   }
-}
-
-// tanh of N numbers below 0.625 in magnitude.
-template <int N, class F>
-PM_INLINE void tanh32_near(const F* x, F* p) {
-  F z[N];
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) z[i] = x[i] * x[i];
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) {
-    p[i] = splat<F>(-5.70498872745e-3f) * z[i] + splat<F>(2.06390887954e-2f);
-  }
-  step_of<N>(p, z, -5.37397155531e-2f);
-  step_of<N>(p, z, 1.33314422036e-1f);
-  step_of<N>(p, z, -3.33332819422e-1f);
-  PM_UNROLL
-  for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] * x[i] + x[i];
 }
 
 // tanh of N numbers, in step. Small arguments are the rule, and large ones cost several times as
@@ -168,8 +131,18 @@ PM_INLINE void tanh32_of(F* x) {
       return;
     }
   }
-  F p[N];
-  tanh32_near<N>(x, p);
+  F z[N], p[N];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) z[i] = x[i] * x[i];
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    p[i] = splat<F>(-5.70498872745e-3f) * z[i] + splat<F>(2.06390887954e-2f);
+  }
+  step_of<N>(p, z, -5.37397155531e-2f);
+  step_of<N>(p, z, 1.33314422036e-1f);
+  step_of<N>(p, z, -3.33332819422e-1f);
+  PM_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] * x[i] + x[i];
   const Bits limit = splat_bits<F>(bit_cast<int32_t>(0.625f));
   if (Traits<F>::any(Traits<F>::at_least(largest, limit))) {
     if constexpr (kRare) {
