@@ -21,6 +21,15 @@ PM_INLINE I with_bits(I chosen, int bits, FloatMasks::Mask mask) {
 #endif
 }
 
+// a in the lanes of a mask, else b.
+PM_INLINE F where(FloatMasks::Mask mask, F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_mask_mov_ps((__m512)b, mask, (__m512)a);
+#else
+  return mask ? a : b;
+#endif
+}
+
 // a where a lane has the bit, else b.
 PM_INLINE F where_bit(I chosen, int bit, F a, F b) {
 #if defined(__AVX512F__)

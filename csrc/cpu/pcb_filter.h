@@ -18,11 +18,12 @@
 //                  sum. A logarithm lies below its tangent, here at S_i:
 //                  log2 score <= log2(z_i S_i) + K log2 e (c_ii + d_ii)
 //                                + sum_j Z_ij (e^d_ij - 1) / (S_i ln 2),
-//                  and e^d - 1 <= d + 0.2975 |d| where |d| <= 1/2, and <= d (e^f - 1) / f
-//                  where 0 <= d <= f. With u_i = tau_i sqrt(inv_ii), all b_ij = Z_ij inv_ij / (S_i
-//                  ln 2 sqrt(inv_ii inv_jj)) near their mean b, at most h away: the sum over j != i
-//                  is at most b u_i (T - u_i) + (h + 0.2975 (b + h)) |u_i| (A - |u_i|), with T the
-//                  sum of the u_j and A that of their magnitudes.
+//                  and e^d - 1 <= d + 0.595 d^2 where |d| <= 1/2, and <= d (e^f - 1) / f
+//                  where 0 <= d <= f. With u_i = tau_i sqrt(inv_ii), d_ij = r_ij u_i u_j, r the
+//                  largest r_ij, all b_ij = Z_ij r_ij / (S_i ln 2) near their mean b, at most h
+//                  away, and |u_i u_j| <= (u_i^2 + u_j^2) / 2: the sum over j != i is at most
+//                  b u_i (T - u_i) + h / 2 ((K - 2) u_i^2 + Q) + 0.595 (b + h) r u_i^2 Q, with T
+//                  the sum of the u_j and Q that of their squares.
 //
 // Rounding of scores and bounds, at most 1e-4 of a logarithm, is covered by kSlack. Elements whose
 // magnitudes are large, infinite or NaN are never filtered out.
@@ -51,9 +52,10 @@ struct PcbFilter {
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
   float limit;                    // kPaper, kRoot: no bound holds for an element from here on
-  float large;  // kPaper: no argument of exp is beyond 87 below this sum of |u|; others: no bound
-                // holds for a block from here on
-  float slope, spread;            // kPaper: b, factor of A; kVision: -, c g; kVisionEs: below
+  float large;  // kPaper: no argument of exp is beyond 87 below this Q; others: no bound holds for a
+                // block from here on
+  float slope, spread;            // kPaper: b, h / 2; kVision: -, c g; kVisionEs: below
+  float curve;                    // kPaper: factor of u^2 Q
 };
 
 inline bool in_range(double x, double low, double high) { return x >= low && x <= high; }
@@ -144,33 +146,35 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     }
     logarithm[i] += std::log2(sum);
   }
-  // |d_ij| <= cross A^2 / 4: two magnitudes that add up to A.
-  double slope = 0, spread = 0, limit = count > 4 ? 1e3 : 2;  // pcb_single.h needs it small
+  // |d_ij| <= cross Q / 2, here at most 1/2. Few models: pcb_single.h relies on d_ii <= 4.
+  double slope = 0, half = 0, curve = 0, limit = count > 4 ? 1e6 : 4;
   if (count > 1) {
     slope = (least + most) / 2;
-    spread = (most - least) / 2 + 0.2975 * most;
-    limit = std::fmin(limit, std::sqrt(2 / std::fmax(cross, 1e-12)) * (1 - 1e-6));
+    half = (most - least) / 4;
+    curve = 0.595 * most * cross;
+    limit = std::fmin(limit, 1 / std::fmax(cross, 1e-12) * (1 - 1e-6));
   }
+  const double others = slope * std::sqrt((count - 1) * limit);  // b |T - u| is not larger
   for (int i = 0; i < count; ++i) {
     const double q = std::log2(static_cast<double>(call.q[i])) - logarithm[i] - kSlack;
     // Up to d_ii = far. Where it is larger what is told does not hold, but is above the threshold.
     bool found = false;
     for (double far = 0.25; far <= 1 && !found; far *= 2) {
-      const double square = count * kLog2E + own[i] * (std::exp(far) - 1) / far - slope - spread;
-      const double u = std::sqrt(far), less = limit * std::fmax(slope - spread, 0);
-      const double told = u * (u * (square + 2 * slope) - less);
+      const double square =
+          count * kLog2E + own[i] * (std::exp(far) - 1) / far - slope + half * (count - 2);
+      const double u = std::sqrt(far), told = u * (u * (square + slope) - others);
       filter.square[i] = static_cast<float>(square);
-      found = u * (square + 2 * slope) >= less && told >= q + 0.1;
+      found = u * (square + slope) >= others && told >= q + 0.1;
     }
     if (!found) return false;
     filter.least[i] = static_cast<float>(q);
   }
   filter.slope = static_cast<float>(slope);
-  filter.spread = static_cast<float>(spread);
+  filter.spread = static_cast<float>(half);
+  filter.curve = static_cast<float>(curve);
   filter.limit = static_cast<float>(limit);
   // What is added to K c_ii and c_ij, which are not beyond 40: K d_ii, and d_ij.
-  const double most_added = std::fmax(count, cross / 4);
-  filter.large = static_cast<float>(std::sqrt(40 / most_added));
+  filter.large = static_cast<float>(40 / std::fmax(count, cross / 2));
   return true;
 }
 
@@ -205,7 +209,7 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
   for (int i = 0; i < count; ++i) {
     if constexpr (kVariant == PcbVariant::kPaper) {
       n[i] = tau[i] * splat<F>(filter.gain[i]);
-      size[i] = bit_cast<F>(magnitude_key(n[i]));
+      size[i] = n[i] * n[i];
       sizes = sum_of(i, sizes, size[i]);
       total = sum_of(i, total, n[i]);
     } else if constexpr (kVariant == PcbVariant::kRoot) {
@@ -257,8 +261,8 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
     if constexpr (kVariant == PcbVariant::kPaper) {
-      const F inner = T::about(size[i], splat<F>(filter.square[i]), shared);
-      const F bound = T::about(size[i], inner, n[i] * shared_slope);
+      const F square = T::about(sizes, splat<F>(filter.curve), splat<F>(filter.square[i]));
+      const F bound = T::about(size[i], square, T::about(n[i], shared_slope, shared));
       add(1 << i, T::not_less(bound, splat<F>(filter.least[i])));
     } else {
       F p;

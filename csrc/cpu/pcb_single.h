@@ -93,10 +93,11 @@ PM_INLINE F pcb_near_normal(F clipped, F inv, F lowest) {
   return Traits<F>::about(clipped, inv, -with_sign(clipped, lowest));
 }
 
-// Lower bounds of scores, and what is weighted with their shares. chosen: the bit of the model.
+// Lower bounds of scores, and what is weighted with their shares. kVisionEs: `lost` gets lanes whose
+// scores are below their thresholds for certain. chosen: the bit of the model.
 template <PcbVariant kVariant, int K>
 PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, const F (&tau)[K],
-                               I chosen, I places, F& value) {
+                               I chosen, I places, F& value, FloatMasks::Mask& lost) {
   using T = Traits<F>;
   const F own = of_model(tau, chosen);
   if constexpr (kVariant == PcbVariant::kPaper) {
@@ -138,6 +139,9 @@ PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, c
       p = T::about(p, z, splat<F>(0.9996737f));
       sum = T::about(p, x, sum);
     }
+    // y <= 0.502: the powers of e^y are at most 1.022 times what is here.
+    const F least = look_up(singles.least, places) * splat<F>(0.974f);
+    lost = T::greater(least, power * (sum + splat<F>(2e-4f * K)));
     return power * sum;
   }
   F p = own * total;
@@ -155,7 +159,8 @@ PM_INLINE FloatMasks::Mask pcb_single_change(const PcbCall& call, const PcbSingl
   using T = Traits<F>;
   const I places = table_places(chosen);
   F value;
-  const F bound = pcb_score_at_least<kVariant>(call, singles, tau, chosen, places, value);
+  T::Mask lost{};
+  const F bound = pcb_score_at_least<kVariant>(call, singles, tau, chosen, places, value, lost);
   change = look_up(singles.factor, places) * value;
   const F sum = base + change;
   // Where |t| is at most 8 |base + t|, 6 |t| 2^-24 are at most 48 of the 2^16 steps that base + t
@@ -164,8 +169,12 @@ PM_INLINE FloatMasks::Mask pcb_single_change(const PcbCall& call, const PcbSingl
   const I eighth = magnitude_key(change) - (3 << 23), tiny = splat_bits<F>(0x21800000);
   const auto clear = T::both(T::at_least(steps, splat_bits<F>(0x80)),
                              T::at_least(magnitude_key(sum), eighth > tiny ? eighth : tiny));
-  const auto certain = T::greater(bound, look_up(singles.least, places));
-  return T::both(T::both(clear, certain), one_bit(chosen));
+  auto certain = T::both(clear, T::greater(bound, look_up(singles.least, places)));
+  if constexpr (kVariant == PcbVariant::kVisionEs) {
+    change = where(lost, splat<F>(call.scale) * F{}, change);
+    certain = T::either(certain, lost);
+  }
+  return T::both(certain, one_bit(chosen));
 }
 
 }  // namespace
