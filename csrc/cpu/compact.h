@@ -51,32 +51,6 @@ PM_INLINE void pack(float* to, F values, uint32_t chosen) {
 #endif
 }
 
-// The chosen lanes of two vectors, one after the other, for each of N arrays that begin `stride`
-// apart. Most often they fit one vector: half as many stores, most of which cross cache lines.
-template <int N>
-PM_INLINE void pack_both(float* to, int64_t stride, const F (&low)[N], uint32_t low_chosen,
-                         const F (&high)[N], uint32_t high_chosen) {
-  const int count = __builtin_popcount(low_chosen);
-#if defined(__AVX512F__)
-  if (__builtin_expect(count + __builtin_popcount(high_chosen) <= kLanes, 1)) {
-    const auto behind = static_cast<__mmask16>(0xffffu << count);
-    PM_UNROLL
-    for (int k = 0; k < N; ++k) {
-      const I first = compressed((I)low[k], static_cast<__mmask16>(low_chosen));
-      const I second = compressed((I)high[k], static_cast<__mmask16>(high_chosen));
-      store_bits(to + k * stride,
-                 (U)_mm512_mask_expand_epi32((__m512i)first, behind, (__m512i)second));
-    }
-    return;
-  }
-#endif
-  PM_UNROLL
-  for (int k = 0; k < N; ++k) {
-    pack(to + k * stride, low[k], low_chosen);
-    pack(to + k * stride + count, high[k], high_chosen);
-  }
-}
-
 // The first of `from`, which has a whole vector to read, in the chosen lanes; `others` in the rest.
 PM_INLINE F unpack(const float* from, uint32_t chosen, F others) {
 #if defined(__AVX512F__)

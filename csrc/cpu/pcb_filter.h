@@ -101,8 +101,8 @@ inline bool pcb_codes_filter(const PcbCall& call, PcbFilter& filter) {
   filter.large = vision ? 1e15f : HUGE_VALF;
   if (!root && !vision) {
     const double t = m < 1e-3 ? 0.999 : std::tanh(m) / m * (1 - 1e-6);
-    filter.slope = static_cast<float>((1 - t) / 4);
-    filter.spread = static_cast<float>(t * spread * gain / 2);
+    filter.slope = static_cast<float>((1 - t) / 2);
+    filter.spread = static_cast<float>(t * spread * gain);
   }
   return pcb_keys(call, root ? 1 : vision ? gain : gain * gain, filter);
 }
@@ -248,14 +248,12 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
   if constexpr (kVariant == PcbVariant::kPaper || kVariant == PcbVariant::kRoot) {
     add((1 << K) - 1, T::not_less(sizes, splat<F>(filter.limit)));
   }
-  // kVisionEs: what |n| is multiplied with where n is above 0, and elsewhere; half of their sum and
-  // of their difference.
+  // kVisionEs: of what |v| is multiplied with where v is above 0 and elsewhere, half the sum (it
+  // comes with |v|) and half the difference (with v).
   F middle{}, apart{};
   if constexpr (kVariant == PcbVariant::kVisionEs) {
-    const F same = T::about(both, slope, spread), other = total * (splat<F>(0.5f) - slope);
-    const F up = T::larger(same + other, F{}), down = T::larger(same - other, F{});
-    middle = up + down;
-    apart = up - down;
+    middle = T::about(both, slope, spread);
+    apart = total * (splat<F>(1.0f) - slope);
   }
   const F shared_slope = total * slope, shared = sizes * spread;
   PM_UNROLL

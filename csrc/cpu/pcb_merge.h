@@ -113,21 +113,26 @@ struct PcbMergeKernel {
         lane_bits(pcb_survivors<kVariant, K, kBits>(filter, known, low_tau, largest, low_passing));
     const uint32_t high = lane_bits(
         pcb_survivors<kVariant, K, kBits>(filter, known, high_tau, largest, high_passing));
+    const int64_t middle = count + __builtin_popcount(low);
     if constexpr (kBits) {
       F first[PcbWords<K>::kCount], second[PcbWords<K>::kCount];
       PcbWords<K>::template make<0>(in, bytes, low_passing, first);
       PcbWords<K>::template make<1>(in, bytes, high_passing, second);
-      pack_both(to.taus + count, kStride, first, low, second, high);
+      PM_UNROLL
+      for (int k = 0; k < PcbWords<K>::kCount; ++k) {
+        pack(to.tau(k) + count, first[k], low);
+        pack(to.tau(k) + middle, second[k], high);
+      }
     } else {
       PM_UNROLL
       for (int k = 0; k < known.num_models; ++k) {
         pack(to.tau(k) + count, low_tau[k], low);
-        pack(to.tau(k) + count + __builtin_popcount(low), high_tau[k], high);
+        pack(to.tau(k) + middle, high_tau[k], high);
       }
     }
     chosen[0] = low;
     chosen[1] = high;
-    count += __builtin_popcount(low) + __builtin_popcount(high);
+    count = middle + __builtin_popcount(high);
   }
 
   // Returns how many elements may have a share.
