@@ -45,7 +45,7 @@ struct PcbWords {
 // on. In bf16 what is added is told for most elements without their scores (pcb_single.h); the rest
 // is packed once more.
 struct PcbMergeKernel {
-  static constexpr int kBlockSize = 4096;
+  static constexpr int kBlockSize = 2048;
   static constexpr int kStride = kBlockSize + kLanes;  // a vector may be written at the end
   static constexpr int kDenseBlocks = 15;              // until it is looked again
 
@@ -147,6 +147,7 @@ struct PcbMergeKernel {
     for (int i = 0; i < n; i += kStep) {
       const int64_t bytes = (at + i) * Io::kBytes;
       uint32_t* masks = chosen + i / kLanes;
+      if constexpr (K > 0) prefetch_ahead<Io, K + 1>(in, bytes);
       choose<Io, kVariant, K>(limits, known, in, bytes, masks, to, count, largest);
     }
     const U limit = (U)splat<F>(limits.large) - 1;
