@@ -162,6 +162,7 @@ struct PcbMergeKernel {
       for (int i = 0; i < n; i += kStep) {
         const char* base = in[0] + (at + i) * Io::kBytes;
         const char* model = in[k + 1] + (at + i) * Io::kBytes;
+        prefetch_ahead<Io, 1>(&model, 0);
         store_bits(to + i, (U)(Io::template load<0>(model) - Io::template load<0>(base)));
         store_bits(to + i + kLanes, (U)(Io::template load<1>(model) - Io::template load<1>(base)));
       }
