@@ -80,7 +80,7 @@ PM_INLINE I table_places(I chosen) {
   return chosen;
 #else
   // Of a float 2^m, the lowest bits of the exponent are m + 3 modulo 4.
-  return (I)((U)__builtin_convertvector(chosen, F) >> 23);
+  return (I)((U) __builtin_convertvector(chosen, F) >> 23);
 #endif
 }
 

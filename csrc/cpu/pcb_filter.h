@@ -52,10 +52,10 @@ struct PcbFilter {
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
   float limit;                    // kPaper, kRoot: no bound holds for an element from here on
-  float large;  // kPaper: no argument of exp is beyond 87 below this Q; others: no bound holds for a
-                // block from here on
-  float slope, spread;            // kPaper: b, h / 2; kVision: -, c g; kVisionEs: below
-  float curve;                    // kPaper: factor of u^2 Q
+  float large;  // kPaper: no argument of exp is beyond 87 below this Q; others: no bound holds for
+                // a block from here on
+  float slope, spread;  // kPaper: b, h / 2; kVision: -, c g; kVisionEs: below
+  float curve;          // kPaper: factor of u^2 Q
 };
 
 inline bool in_range(double x, double low, double high) { return x >= low && x <= high; }

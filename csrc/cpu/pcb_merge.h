@@ -67,7 +67,7 @@ struct PcbMergeKernel {
   PcbSingles singles;
   Packed all;   // that may have a share
   Packed rest;  // whose scores matter
-  F* room;  // [2 * num_models]
+  F* room;      // [2 * num_models]
   uint32_t chosen[kBlockSize / kLanes];
   int dense = 0;       // blocks to come that are not filtered
   bool large = false;  // whether there are large magnitudes in a block
@@ -91,7 +91,8 @@ struct PcbMergeKernel {
   }
 
   template <class Io, int Half>
-  static __attribute__((always_inline)) void load_taus(int models, const char* const* in, int64_t bytes, F* tau) {
+  static __attribute__((always_inline)) void load_taus(int models, const char* const* in,
+                                                       int64_t bytes, F* tau) {
     const F base = Io::template load<Half>(in[0] + bytes);
     PM_UNROLL
     for (int k = 0; k < models; ++k) tau[k] = Io::template load<Half>(in[k + 1] + bytes) - base;
@@ -99,9 +100,10 @@ struct PcbMergeKernel {
 
   // The two vectors of a step.
   template <class Io, PcbVariant kVariant, int K>
-  static __attribute__((always_inline)) void choose(const PcbFilter& filter, const PcbCall& known, const char* const* in,
-                               int64_t bytes, uint32_t* chosen, const Packed& to, int64_t& count,
-                               U& largest) {
+  static __attribute__((always_inline)) void choose(const PcbFilter& filter, const PcbCall& known,
+                                                    const char* const* in, int64_t bytes,
+                                                    uint32_t* chosen, const Packed& to,
+                                                    int64_t& count, U& largest) {
     constexpr int kMost = K > 0 ? K : kFilteredModels;
     F low_tau[kMost], high_tau[kMost];
     I low_passing, high_passing;
@@ -219,8 +221,8 @@ struct PcbMergeKernel {
     for (int64_t i = 0; i < n; i += kLanes) {
       F base, tau[K], change;
       const I passing = PcbWords<K>::read(from.taus + i, kStride, base, tau);
-      const uint32_t told = lane_bits(
-          pcb_single_change<kVariant>(known, singles, base, tau, passing, change));
+      const uint32_t told =
+          lane_bits(pcb_single_change<kVariant>(known, singles, base, tau, passing, change));
       const uint32_t mask = told ^ lane_bits(FloatMasks::at_least(I{}, I{}));
       masks[i / kLanes] = mask;
       PM_UNROLL

@@ -93,8 +93,8 @@ PM_INLINE F pcb_near_normal(F clipped, F inv, F lowest) {
   return Traits<F>::about(clipped, inv, -with_sign(clipped, lowest));
 }
 
-// Lower bounds of scores, and what is weighted with their shares. kVisionEs: `lost` gets lanes whose
-// scores are below their thresholds for certain. chosen: the bit of the model.
+// Lower bounds of scores, and what is weighted with their shares. kVisionEs: `lost` gets lanes
+// whose scores are below their thresholds for certain. chosen: the bit of the model.
 template <PcbVariant kVariant, int K>
 PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, const F (&tau)[K],
                                I chosen, I places, F& value, FloatMasks::Mask& lost) {
@@ -108,8 +108,7 @@ PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, c
     return own * sum;
   }
   value = not_beyond(not_within(own, look_up(singles.lo, places)), look_up(singles.hi, places));
-  const F n =
-      pcb_near_normal(value, look_up(singles.inv, places), look_up(singles.lowest, places));
+  const F n = pcb_near_normal(value, look_up(singles.inv, places), look_up(singles.lowest, places));
   const F y = (n * n) * splat<F>(static_cast<float>(K) / 8);
   F power = T::about(y, splat<F>(1.0f / 6), splat<F>(0.5f));
   power = T::about(power, y, splat<F>(1.0f));
