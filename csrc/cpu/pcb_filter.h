@@ -46,7 +46,7 @@ constexpr double kExponent = 8388608.0;  // 2^23
 
 struct PcbFilter {
   bool usable = false;
-  float square[kFilteredModels];  // kPaper: factor of u^2; kRoot: 2^23 K inv^2 log2 e
+  float square[kFilteredModels];  // kPaper: factor of u^2, first; kRoot: 2^23 K inv^2 log2 e
   float gain[kFilteredModels];    // kPaper: sqrt(inv_ii); kVision, kVisionEs: inv g
   float most[kFilteredModels];    // kVision, kVisionEs: hi inv g; g^2 n^2 = 2^23 K n^2 log2 e
   float least[kFilteredModels];   // kPaper: the threshold
@@ -169,6 +169,8 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     if (!found) return false;
     filter.least[i] = static_cast<float>(q);
   }
+  // They differ by little: the largest serves all models.
+  for (int i = 1; i < count; ++i) filter.square[0] = std::fmax(filter.square[0], filter.square[i]);
   filter.slope = static_cast<float>(slope);
   filter.spread = static_cast<float>(half);
   filter.curve = static_cast<float>(curve);
@@ -256,10 +258,10 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
     apart = total * (splat<F>(1.0f) - slope);
   }
   const F shared_slope = total * slope, shared = sizes * spread;
+  const F square = T::about(sizes, splat<F>(filter.curve), splat<F>(filter.square[0]));
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
     if constexpr (kVariant == PcbVariant::kPaper) {
-      const F square = T::about(sizes, splat<F>(filter.curve), splat<F>(filter.square[i]));
       const F bound = T::about(size[i], square, T::about(n[i], shared_slope, shared));
       add(1 << i, T::not_less(bound, splat<F>(filter.least[i])));
     } else {
