@@ -38,7 +38,7 @@ PM_INLINE F permuted(F values, const uint64_t& order) {
 PM_INLINE void pack(float* to, F values, uint32_t chosen) {
 #if defined(__AVX512F__)
   // In a register: storing lanes of it directly is slow on some processors.
-  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(chosen), (__m512)values));
+  store_bits(to, (U)compressed((I)values, static_cast<__mmask16>(chosen)));
 #elif defined(__AVX2__)
   store_bits(to, (U)permuted(values, kLaneTable.pack[chosen]));
 #else

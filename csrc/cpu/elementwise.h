@@ -20,6 +20,18 @@ inline bool has_nonfinite(I worst) {
 
 inline void set_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
+// Asks for what a step some way ahead will read. A kernel that computes fills the reorder buffer
+// with few steps, too few to keep the memory busy by themselves.
+template <class Io, int kStreams>
+PM_INLINE void prefetch_ahead(const char* const* in, int64_t at) {
+#pragma GCC unroll 17
+  for (int i = 0; i < kStreams; ++i) {
+    for (int line = 0; line < kStep * Io::kBytes; line += kLine) {
+      __builtin_prefetch(in[i] + at + kPrefetchBytes + line);
+    }
+  }
+}
+
 enum class Store { kCached, kStream, kNone };
 
 // The operands of one call: stream 0 is the base if there is one, then the models.

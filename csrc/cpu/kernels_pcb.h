@@ -74,7 +74,6 @@ void pcb_range(void* opaque, int64_t begin, int64_t end, int) {
     PcbMergeKernel kernel;
     kernel.call = call;
     kernel.reals = args.reals;
-    kernel.filter = pcb_filter(call);
     kernel.take(memory);
     Dtype dtype;
     if (!streams.uniform(&dtype) || dtype == Dtype::kF16) {

@@ -21,18 +21,6 @@ PM_INLINE void store_step(char* out, int64_t i, F a, F b, Store store) {
 // input.
 constexpr int64_t kCheckSteps = 128;
 
-// Asks for what a step some way ahead will read. A kernel that computes fills the reorder buffer
-// with few steps, too few to keep the memory busy by themselves.
-template <class Io, int kStreams>
-PM_INLINE void prefetch_ahead(const char* const* in, int64_t at) {
-#pragma GCC unroll 17
-  for (int i = 0; i < kStreams; ++i) {
-    for (int line = 0; line < kStep * Io::kBytes; line += kLine) {
-      __builtin_prefetch(in[i] + at + kPrefetchBytes + line);
-    }
-  }
-}
-
 constexpr int kUnrolledModels = 16;
 
 template <int K>

@@ -18,11 +18,12 @@
 //                  sum. A logarithm lies below its tangent, here at S_i:
 //                  log2 score <= log2(z_i S_i) + K log2 e (c_ii + d_ii)
 //                                + sum_j Z_ij (e^d_ij - 1) / (S_i ln 2),
-//                  and e^d - 1 <= d + 0.2975 |d| where |d| <= 1/2, and <= d (e^f - 1) / f
-//                  where 0 <= d <= f. With u_i = tau_i sqrt(inv_ii), all b_ij = Z_ij inv_ij / (S_i
-//                  ln 2 sqrt(inv_ii inv_jj)) near their mean b, at most h away: the sum over j != i
-//                  is at most b u_i (T - u_i) + (h + 0.2975 (b + h)) |u_i| (A - |u_i|), with T the
-//                  sum of the u_j and A that of their magnitudes.
+//                  and e^d - 1 <= d + 0.595 d^2 where |d| <= 1/2, and <= d (e^f - 1) / f
+//                  where 0 <= d <= f. With u_i = tau_i sqrt(inv_ii), d_ij = r_ij u_i u_j, r the
+//                  largest r_ij, all b_ij = Z_ij r_ij / (S_i ln 2) near their mean b, at most h
+//                  away, and |u_i u_j| <= (u_i^2 + u_j^2) / 2: the sum over j != i is at most
+//                  b u_i (T - u_i) + h / 2 ((K - 2) u_i^2 + Q) + 0.595 (b + h) r u_i^2 Q, with T
+//                  the sum of the u_j and Q that of their squares.
 //
 // Rounding of scores and bounds, at most 1e-4 of a logarithm, is covered by kSlack. Elements whose
 // magnitudes are large, infinite or NaN are never filtered out.
@@ -31,6 +32,7 @@
 #include <cmath>
 
 #include "cpu/elementwise.h"
+#include "cpu/lane_choice.h"
 #include "math/pcb.h"
 
 namespace pymerge {
@@ -44,14 +46,16 @@ constexpr double kExponent = 8388608.0;  // 2^23
 
 struct PcbFilter {
   bool usable = false;
-  float square[kFilteredModels];  // kPaper: factor of u^2; kRoot: 2^23 K inv^2 log2 e
+  float square[kFilteredModels];  // kPaper: factor of u^2, first; kRoot: 2^23 K inv^2 log2 e
   float gain[kFilteredModels];    // kPaper: sqrt(inv_ii); kVision, kVisionEs: inv g
   float most[kFilteredModels];    // kVision, kVisionEs: hi inv g; g^2 n^2 = 2^23 K n^2 log2 e
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
-  float limit;                    // magnitudes are large from here on
-  float large = 0;                // kPaper: no argument of exp is beyond 87 below this sum of |u|
-  float slope, spread;            // kPaper: b, factor of A; kVision: -, c g; kVisionEs: below
+  float limit;                    // kPaper, kRoot: no bound holds for an element from here on
+  float large;  // kPaper: no argument of exp is beyond 87 below this Q; others: no bound holds for
+                // a block from here on
+  float slope, spread;  // kPaper: b, h / 2; kVision: -, c g; kVisionEs: below
+  float curve;          // kPaper: factor of u^2 Q
 };
 
 inline bool in_range(double x, double low, double high) { return x >= low && x <= high; }
@@ -88,16 +92,17 @@ inline bool pcb_codes_filter(const PcbCall& call, PcbFilter& filter) {
   // So that a logarithm of p, at most 2^80, and K n^2 log2 e fit the exponent of a float.
   const double most = 46;
   if (!(count * kLog2E * largest * largest <= most)) return false;
-  filter.limit = root ? static_cast<float>(most * kExponent) : 1e15f;
+  filter.limit = static_cast<float>(most * kExponent);
   const double m = largest * largest;
   // Rounding of n, of tanh and of their sums is in proportion to K^2.
   spread = spread * (1 + 1e-6) + count * count * largest * 2e-5;
   filter.spread = static_cast<float>(spread * gain);
   const bool vision = call.variant == PcbVariant::kVision;
+  filter.large = vision ? 1e15f : HUGE_VALF;
   if (!root && !vision) {
     const double t = m < 1e-3 ? 0.999 : std::tanh(m) / m * (1 - 1e-6);
-    filter.slope = static_cast<float>((1 - t) / 4);
-    filter.spread = static_cast<float>(t * spread * gain / 2);
+    filter.slope = static_cast<float>((1 - t) / 2);
+    filter.spread = static_cast<float>(t * spread * gain);
   }
   return pcb_keys(call, root ? 1 : vision ? gain : gain * gain, filter);
 }
@@ -141,33 +146,37 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     }
     logarithm[i] += std::log2(sum);
   }
-  // |d_ij| <= cross A^2 / 4: two magnitudes that add up to A.
-  double slope = 0, spread = 0, limit = 1e3;
+  // |d_ij| <= cross Q / 2, here at most 1/2. Few models: pcb_single.h relies on d_ii <= 4.
+  double slope = 0, half = 0, curve = 0, limit = count > 4 ? 1e6 : 4;
   if (count > 1) {
     slope = (least + most) / 2;
-    spread = (most - least) / 2 + 0.2975 * most;
-    limit = std::fmin(limit, std::sqrt(2 / std::fmax(cross, 1e-12)) * (1 - 1e-6));
+    half = (most - least) / 4;
+    curve = 0.595 * most * cross;
+    limit = std::fmin(limit, 1 / std::fmax(cross, 1e-12) * (1 - 1e-6));
   }
+  const double others = slope * std::sqrt((count - 1) * limit);  // b |T - u| is not larger
   for (int i = 0; i < count; ++i) {
     const double q = std::log2(static_cast<double>(call.q[i])) - logarithm[i] - kSlack;
     // Up to d_ii = far. Where it is larger what is told does not hold, but is above the threshold.
     bool found = false;
     for (double far = 0.25; far <= 1 && !found; far *= 2) {
-      const double square = count * kLog2E + own[i] * (std::exp(far) - 1) / far - slope - spread;
-      const double u = std::sqrt(far), less = limit * std::fmax(slope - spread, 0);
-      const double told = u * (u * (square + 2 * slope) - less);
+      const double square =
+          count * kLog2E + own[i] * (std::exp(far) - 1) / far - slope + half * (count - 2);
+      const double u = std::sqrt(far), told = u * (u * (square + slope) - others);
       filter.square[i] = static_cast<float>(square);
-      found = u * (square + 2 * slope) >= less && told >= q + 0.1;
+      found = u * (square + slope) >= others && told >= q + 0.1;
     }
     if (!found) return false;
     filter.least[i] = static_cast<float>(q);
   }
+  // They differ by little: the largest serves all models.
+  for (int i = 1; i < count; ++i) filter.square[0] = std::fmax(filter.square[0], filter.square[i]);
   filter.slope = static_cast<float>(slope);
-  filter.spread = static_cast<float>(spread);
+  filter.spread = static_cast<float>(half);
+  filter.curve = static_cast<float>(curve);
   filter.limit = static_cast<float>(limit);
   // What is added to K c_ii and c_ij, which are not beyond 40: K d_ii, and d_ij.
-  const double most_added = std::fmax(count, cross / 4);
-  filter.large = static_cast<float>(std::sqrt(40 / most_added));
+  filter.large = static_cast<float>(40 / std::fmax(count, cross / 2));
   return true;
 }
 
@@ -184,72 +193,91 @@ inline PcbFilter pcb_filter(const PcbCall& call) {
   return filter;
 }
 
-// The elements that some model may have a share of. largest: of what is compared with `limit`.
-template <PcbVariant kVariant, int K>
+// A sum that begins with its first summand: not with 0, which would be added.
+PM_INLINE F sum_of(int i, F sum, F x) { return i == 0 ? x : sum + x; }
+
+// The elements that some model may have a share of. kBits: `passing` gets which of K models may, as
+// bits. largest: of what tells of large magnitudes, as unsigned integers, so that NaN counts.
+template <PcbVariant kVariant, int K, bool kBits>
 PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call, const F* tau,
-                                         I& largest) {
+                                         U& largest, I& passing) {
   using T = Traits<F>;
   const int count = K > 0 ? K : call.num_models;
   const F slope = splat<F>(filter.slope), spread = splat<F>(filter.spread);
   F sizes{}, total{}, both{};
-  F n[K > 0 ? K : kFilteredModels];
+  F n[K > 0 ? K : kFilteredModels], size[K > 0 ? K : kFilteredModels];
   I y[K > 0 ? K : kFilteredModels];
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
-    const F square = splat<F>(filter.square[i]);
     if constexpr (kVariant == PcbVariant::kPaper) {
       n[i] = tau[i] * splat<F>(filter.gain[i]);
-      sizes = sizes + bit_cast<F>(magnitude_key(n[i]));
-      total = total + n[i];
+      size[i] = n[i] * n[i];
+      sizes = sum_of(i, sizes, size[i]);
+      total = sum_of(i, total, n[i]);
     } else if constexpr (kVariant == PcbVariant::kRoot) {
-      const F scaled = (tau[i] * tau[i]) * square;
+      const F scaled = (tau[i] * tau[i]) * splat<F>(filter.square[i]);
       y[i] = __builtin_convertvector(scaled, I);
-      sizes = sizes + scaled;
-      total = total + tau[i];
+      sizes = sum_of(i, sizes, scaled);
+      total = sum_of(i, total, tau[i]);
     } else {
-      const F most = splat<F>(filter.most[i]);
-      n[i] = T::smaller(most, T::larger(-most, tau[i] * splat<F>(filter.gain[i])));
+      const F scaled = tau[i] * splat<F>(filter.gain[i]);
+      n[i] = not_beyond(scaled, splat<F>(filter.most[i]));
       y[i] = __builtin_convertvector(n[i] * n[i], I);
-      const F size = bit_cast<F>(magnitude_key(tau[i]));
-      sizes = sizes + size;
-      total = total + n[i];
-      if constexpr (kVariant == PcbVariant::kVisionEs)
-        both = both + bit_cast<F>(magnitude_key(n[i]));
+      total = sum_of(i, total, n[i]);
+      if constexpr (kVariant == PcbVariant::kVision) {
+        size[i] = bit_cast<F>(magnitude_key(tau[i]));
+        sizes = sum_of(i, sizes, size[i]);
+      } else {
+        size[i] = bit_cast<F>(magnitude_key(n[i]));
+        both = sum_of(i, both, size[i]);
+        sizes = sum_of(i, sizes, scaled);
+      }
     }
   }
-  const I key = magnitude_key(sizes);
-  if constexpr (kVariant == PcbVariant::kPaper) largest = key > largest ? key : largest;
-  auto found = T::at_least(key, splat_bits<F>(bit_cast<int32_t>(filter.limit)));
-  // kVisionEs: what |n| is multiplied with where n is above 0, and elsewhere; half of their sum and
-  // of their difference.
+  // Sums of what may have either sign: large ones cancel, but infinity and NaN do not.
+  if constexpr (kVariant == PcbVariant::kVisionEs) sizes = bit_cast<F>(magnitude_key(sizes));
+  const U key = (U)sizes;
+  largest = key > largest ? key : largest;
+  T::Mask found{};
+  passing = I{};
+  const auto add = [&](int bits, T::Mask those) __attribute__((always_inline)) {
+    if constexpr (kBits) {
+      passing = with_bits(passing, bits, those);
+    } else {
+      found = T::either(found, those);
+    }
+  };
+  if constexpr (kVariant == PcbVariant::kPaper || kVariant == PcbVariant::kRoot) {
+    add((1 << K) - 1, T::not_less(sizes, splat<F>(filter.limit)));
+  }
+  // kVisionEs: of what |v| is multiplied with where v is above 0 and elsewhere, half the sum (it
+  // comes with |v|) and half the difference (with v).
   F middle{}, apart{};
   if constexpr (kVariant == PcbVariant::kVisionEs) {
-    const F same = T::about(both, slope, spread), other = total * (splat<F>(0.5f) - slope);
-    const F up = T::larger(same + other, F{}), down = T::larger(same - other, F{});
-    middle = up + down;
-    apart = up - down;
+    middle = T::about(both, slope, spread);
+    apart = total * (splat<F>(1.0f) - slope);
   }
   const F shared_slope = total * slope, shared = sizes * spread;
+  const F square = T::about(sizes, splat<F>(filter.curve), splat<F>(filter.square[0]));
   PM_UNROLL
   for (int i = 0; i < count; ++i) {
     if constexpr (kVariant == PcbVariant::kPaper) {
-      const F size = bit_cast<F>(magnitude_key(n[i]));
-      const F inner = T::about(size, splat<F>(filter.square[i]), shared);
-      const F bound = T::about(size, inner, n[i] * shared_slope);
-      found = T::either(found, T::not_less(bound, splat<F>(filter.least[i])));
+      const F bound = T::about(size[i], square, T::about(n[i], shared_slope, shared));
+      add(1 << i, T::not_less(bound, splat<F>(filter.least[i])));
     } else {
       F p;
       if constexpr (kVariant == PcbVariant::kRoot) {
         p = tau[i] * total;
       } else if constexpr (kVariant == PcbVariant::kVision) {
-        p = T::about(bit_cast<F>(magnitude_key(tau[i])), spread, tau[i] * total);
+        p = T::about(size[i], spread, tau[i] * total);
       } else {
-        p = T::about(bit_cast<F>(magnitude_key(n[i])), middle, n[i] * apart);
+        p = T::about(size[i], middle, n[i] * apart);
       }
       const I sum = (I)((U)p + (U)y[i]);
-      found = T::either(found, T::at_least(sum, splat_bits<F>(filter.key[i])));
+      add(1 << i, T::at_least(sum, splat_bits<F>(filter.key[i])));
     }
   }
+  if constexpr (kBits) return T::at_least(passing, splat_bits<F>(1));
   return found;
 }
 

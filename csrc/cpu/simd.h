@@ -64,6 +64,9 @@ struct FloatMasks {
   PM_INLINE F larger(F a, F b) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE F smaller(F a, F b) { return (F)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
   PM_INLINE F about(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  PM_INLINE F less_exact(F x, F n, F c) {
+    return (F)_mm512_fnmadd_ps((__m512)n, (__m512)c, (__m512)x);
+  }
   PM_INLINE F times_power(F y, F n) {
     return (F)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
   }
@@ -84,7 +87,14 @@ struct FloatMasks : VectorMasks<F, I> {
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
   // a * b + c, rounded once or twice: for bounds, and nothing that is part of a result.
+#if defined(__FMA__)
+  PM_INLINE F about(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  PM_INLINE F less_exact(F x, F n, F c) {
+    return (F)_mm256_fnmadd_ps((__m256)n, (__m256)c, (__m256)x);
+  }
+#else
   PM_INLINE F about(F a, F b, F c) { return a * b + c; }
+#endif
   // x >= y, or one is NaN
   PM_INLINE Mask not_less(F x, F y) { return ~(x < y); }
   PM_INLINE Mask at_most(U a, U b) { return a <= b; }
@@ -180,11 +190,22 @@ PM_INLINE uint32_t lane_bits(FloatMasks::Mask mask) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The chosen lanes first, zeros after them. On Zen 4 the operation waits for what its destination
+// held, even where it keeps nothing of it: here zeros that are new each time, as the compiler is
+// not told what they are.
+PM_INLINE I compressed(I values, __mmask16 mask) {
+  __m512i zeros;
+  __asm__("vpxord %0, %0, %0" : "=v"(zeros));
+  return (I)_mm512_mask_compress_epi32(zeros, mask, (__m512i)values);
+}
+#endif
+
 // Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
 // any order; returns how many there are.
 PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)values));
+  store_bits(to, (U)compressed(values, mask));
   return __builtin_popcount(mask);
 #else
   uint32_t chosen = lane_bits(mask);
