@@ -28,7 +28,7 @@ from benchmarks.quality.vit_training import PreTraining
 __all__ = ["Tokens", "Vit"]
 
 _REVISION = 1
-_SIZES = {"train": 1500, "validation": 200, "test": 800}
+_SIZES = {"train": 1500, "validation": 200, "test": 750}
 _QUICK_SIZES = {"train": 60, "validation": 10, "test": 20}
 _PRE_TRAINING = PreTraining()
 _QUICK_PRE_TRAINING = PreTraining(steps=20, batch=32, warmup=5)
@@ -62,12 +62,12 @@ class Vit(Classifiers):
     training = Training(epochs=4, batch=50, rate=5e-4, warmup=10)
     adaptation = Adaptation(batch=16)
     evaluation_batch = 100
+    shape = Shape()
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
         super().__init__(cache, log)
         self.sizes = _QUICK_SIZES if quick else _SIZES
         self.pre_training = _QUICK_PRE_TRAINING if quick else _PRE_TRAINING
-        self.shape = Shape()
         self._weights: dict[str, dict[str, torch.Tensor]] | None = None
 
     def recipe(self) -> dict[str, Any]:
@@ -153,12 +153,15 @@ class Vit(Classifiers):
             for part, (images, labels) in drawn.items():
                 kept[f"{part}.tokens"] = self._tokens(images, advance)
                 kept[f"{part}.labels"] = labels
+        # a head needs an example of each class
+        if drawn["train"][1].unique().numel() != int(found.labels.max()) + 1:
+            raise SystemExit(f"task {name}: a class has no image for training")
         save_file(kept, folder / "tokens.safetensors")
 
     @torch.inference_mode()
     def _tokens(self, images: torch.Tensor, advance: Advance) -> torch.Tensor:
         """Return what the lower blocks make of images: [n, tokens, width], bfloat16."""
-        lower = Lower(self.shape)
+        lower = Lower(self.shape).eval()
         lower.load_state_dict(self._pre_trained()["lower"])
         compute = compute_dtype()
         found = []

@@ -19,19 +19,17 @@ __all__ = ["Lower", "Shape", "Upper"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the transformer: pixels of an image's side and of a patch's, and the blocks."""
+    """Sizes: pixels of an image's side; width of a token; attention's heads; blocks."""
 
-    image: int = 48
-    patch: int = 8
+    image: int = 32
     width: int = 192
     heads: int = 3
-    lower: int = 3
-    upper: int = 3
+    blocks: int = 3
 
     @property
     def tokens(self) -> int:
-        """Patches of an image."""
-        return (self.image // self.patch) ** 2
+        """Patches of an image, 8 x 8 pixels each."""
+        return (self.image // 8) ** 2
 
 
 class Block(nn.Module):
@@ -61,27 +59,28 @@ class Block(nn.Module):
 
 
 class Lower(nn.Module):
-    """Images [n, 3, image, image] in [-1, 1] -> tokens [n, tokens, width] of the lower blocks."""
+    """Images [n, 3, image, image] in [-1, 1] -> tokens [n, tokens, width], by convolutions.
+
+    Each stage halves the image and then adds to it what a second convolution finds in it.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.stem = _stem(shape)
+        before = 3
+        self.halve, self.refine = nn.ModuleList(), nn.ModuleList()
+        for wide in (shape.width // 6, shape.width // 3, shape.width * 2 // 3):
+            self.halve.append(_convolution(before, wide, 2))
+            self.refine.append(_convolution(wide, wide, 1))
+            before = wide
+        self.patches = nn.Conv2d(before, shape.width, 1)
         self.places = nn.Parameter(0.02 * torch.randn(shape.tokens, shape.width))
-        self.blocks = _blocks(shape, shape.lower)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the tokens."""
-        return self.through(self.embed(images))
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what goes into the first block."""
-        return self.stem(images).flatten(2).transpose(1, 2) + self.places
-
-    def through(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens after the blocks."""
-        for block in self.blocks:
-            tokens = block(tokens)
-        return tokens
+        for halve, refine in zip(self.halve, self.refine, strict=True):
+            images = halve(images)
+            images = images + refine(images)
+        return self.patches(images).flatten(2).transpose(1, 2) + self.places
 
 
 class Upper(nn.Module):
@@ -92,7 +91,9 @@ class Upper(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.blocks = _blocks(shape, shape.upper)
+        self.blocks = nn.ModuleList(
+            Block(shape.width, shape.heads) for _ in range(shape.blocks)
+        )
         self.norm = nn.LayerNorm(shape.width)
         self._compute = compute_dtype()
 
@@ -109,19 +110,10 @@ class Upper(nn.Module):
         return self.norm(tokens.float()).mean(dim=1)
 
 
-def _stem(shape: Shape) -> nn.Sequential:
-    """Return convolutions that halve the image until a pixel is a patch (arXiv 2106.14881)."""
-    layers: list[nn.Module] = []
-    before = 3
-    for wide in (shape.width // 6, shape.width // 3, shape.width * 2 // 3):
-        layers += [
-            nn.Conv2d(before, wide, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.GELU(),
-        ]
-        before = wide
-    return nn.Sequential(*layers, nn.Conv2d(before, shape.width, 1))
+def _convolution(before: int, wide: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, wide, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.GELU(),
+    )
 
-
-def _blocks(shape: Shape, count: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(shape.width, shape.heads) for _ in range(count))

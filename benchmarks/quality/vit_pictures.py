@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.quality.image_tasks import SCRIPTS
 
-__all__ = ["DEBIAN", "SIDE", "Pictures", "drawn", "pictures", "typefaces"]
+__all__ = ["DEBIAN", "SIDE", "Pictures", "clip_art", "drawn", "pictures", "typefaces"]
 
 SIDE = 64
 DEBIAN = ("openclipart-png", "fonts-aenigma", "fonts-noto-core")
@@ -30,7 +30,8 @@ _SHARES = {"pre-training": 0.45, "letters": 0.4, "typefaces": 0.15}
 _PER_CATEGORY = 150
 _FEWEST = 12
 _MOST_PIXELS = 3_000_000
-_PER_SCRIPT = 16
+_PER_SCRIPT = 6
+_LEAST_INK = 60
 _SEED = 0
 
 Folders = Mapping[str, Path]
@@ -66,24 +67,29 @@ def typefaces(folders: Folders) -> dict[str, list[Path]]:
 
 
 def drawn(path: Path, text: str, height: int = 46) -> np.ndarray | None:
-    """Return a text in a typeface in the middle of [SIDE, SIDE], or None where it has no ink."""
-    font = _font(path, 64)
-    box = font.getbbox(text)
-    largest = max(box[2] - box[0], box[3] - box[1])
-    if largest < 1:
-        return None
-    font = _font(path, max(8, min(200, round(64 * height / largest))))
-    left, top, right, bottom = font.getbbox(text)
-    image = Image.new("L", (SIDE, SIDE), 0)
-    place = ((SIDE - left - right) / 2, (SIDE - top - bottom) / 2)
-    ImageDraw.Draw(image).text(place, text, 255, font)
-    found = np.array(image)
-    return found if int((found > 127).sum()) > 25 else None
+    """Return a text in a typeface in the middle of [SIDE, SIDE], or None where it has no ink.
 
-
-def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    Args:
+        path: of the font.
+        text: a character.
+        height: or width, the larger of them, in pixels.
+    """
     # the other engine is not everywhere, and knows no way with some of the scripts
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(path, 72, layout_engine=ImageFont.Layout.BASIC)
+    large = Image.new("L", (288, 288), 0)
+    ImageDraw.Draw(large).text((96, 96), text, 255, font)
+    box = large.getbbox()
+    if box is None or (box[2] - box[0]) * (box[3] - box[1]) < _LEAST_INK:
+        return None
+    ink = large.crop(box)
+    scale = height / max(ink.size)
+    small = ink.resize(
+        (max(1, round(ink.width * scale)), max(1, round(ink.height * scale))),
+        Image.Resampling.BILINEAR,
+    )
+    image = Image.new("L", (SIDE, SIDE), 0)
+    image.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return np.array(image)
 
 
 def pictures(folders: Folders) -> Pictures:
@@ -91,7 +97,7 @@ def pictures(folders: Folders) -> Pictures:
     images: list[np.ndarray] = []
     labels: list[int] = []
     sources: list[int] = []
-    for source, groups in enumerate((_clip_art(folders), _letters(folders), _glyphs(folders))):
+    for source, groups in enumerate((clip_art(folders), _letters(folders), _glyphs(folders))):
         for group in groups:
             number = labels[-1] + 1 if labels else 0
             images += group
@@ -101,7 +107,8 @@ def pictures(folders: Folders) -> Pictures:
     return Pictures(stacked, torch.tensor(labels), torch.tensor(sources))
 
 
-def _clip_art(folders: Folders) -> Iterator[Sequence[np.ndarray]]:
+def clip_art(folders: Folders) -> Iterator[Sequence[np.ndarray]]:
+    """Return the pictures of each category of openclipart-png."""
     top = folders["openclipart-png"] / "usr/share/openclipart/png"
     categories: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(top.rglob("*.png")):

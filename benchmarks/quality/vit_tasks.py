@@ -17,7 +17,7 @@ from benchmarks.quality import image_tasks, vit_pictures
 from benchmarks.quality.image_tasks import ImageSet
 from benchmarks.quality.vit_pictures import SIDE
 
-__all__ = ["DEBIAN", "TASKS", "resized"]
+__all__ = ["DEBIAN", "TASKS", "resized", "units"]
 
 DEBIAN = (
     *image_tasks.DEBIAN,
@@ -80,7 +80,7 @@ def _typefaces(folders: Folders) -> ImageSet:
     return _set(images, labels, groups)
 
 
-def _units(folders: Folders) -> ImageSet:
+def units(folders: Folders) -> ImageSet:
     """Which unit of a game a frame shows. The frames of one animation are one group."""
     top = next((folders["wesnoth-1.16-data"] / "usr/share/games/wesnoth").iterdir())
     frames: dict[str, list[tuple[str, Path]]] = defaultdict(list)
@@ -168,6 +168,6 @@ TASKS: dict[str, tuple[str, Callable[[Folders], ImageSet]]] = {
     **{name: (about, make) for name, (about, _, make) in image_tasks.TASKS.items()},
     "letters": ("letters A to J; split by typeface", _letters),
     "typefaces": ("20 typefaces; split by character", _typefaces),
-    "units": ("units of a game (Battle for Wesnoth); split by animation", _units),
+    "units": ("units of a game (Battle for Wesnoth); split by animation", units),
     "emoji": ("8 groups of emoji; split by emoji", _emoji),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from benchmarks.quality.methods import State
 from benchmarks.quality.vit_model import Lower, Shape, Upper
 from benchmarks.quality.vit_pictures import Pictures
 
-__all__ = ["PreTraining", "augmented", "pre_train"]
+__all__ = ["Network", "PreTraining", "augmented", "pre_train"]
 
 _SCALE = 20.0
-_SAVE_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,32 @@ class PreTraining:
     Attributes:
         steps: batches.
         batch: pictures in one.
-        rate: the highest learning rate.
+        rate: the highest learning rate of AdamW.
+        matrix_rate: of Muon.
         decay: weight decay.
         warmup: steps.
         shares: of the sources in a batch.
         smoothing: of labels.
         seed: of everything random.
+        save_every: after so many steps an interrupted run goes on.
     """
 
-    steps: int = 1000
+    steps: int = 600
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 2e-3
+    matrix_rate: float = 8e-3
     decay: float = 0.05
-    warmup: int = 50
-    shares: tuple[float, ...] = (0.4, 0.25, 0.35)
-    smoothing: float = 0.1
+    warmup: int = 20
+    shares: tuple[float, ...] = (0.3, 0.4, 0.3)
+    smoothing: float = 0.0
     seed: int = 0
+    save_every: int = 50
 
     def recipe(self) -> dict[str, Any]:
         """Return what the result depends on."""
-        return {**asdict(self), "scale": _SCALE, "compute": str(compute_dtype())}
+        found = asdict(self)
+        del found["save_every"]
+        return {**found, "scale": _SCALE, "compute": str(compute_dtype())}
 
 
 def augmented(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -64,12 +70,12 @@ def augmented(images: torch.Tensor, size: int, generator: torch.Generator) -> to
     def chance(*shape: int) -> torch.Tensor:
         return torch.rand(len(images), *shape, generator=generator)
 
-    angle = (chance() - 0.5) * 0.7
-    zoom = 0.8 + 0.6 * chance()
-    stretch = (chance() - 0.5).mul(0.4).exp()
-    shear = (chance() - 0.5) * 0.4
+    angle = (chance() - 0.5) * 0.4
+    zoom = 0.85 + 0.4 * chance()
+    stretch = (chance() - 0.5).mul(0.2).exp()
+    shear = (chance() - 0.5) * 0.2
     cos, sin = angle.cos(), angle.sin()
-    moved = (chance(2) - 0.5) * 0.4
+    moved = (chance(2) - 0.5) * 0.25
     rows = torch.stack([cos * zoom * stretch, -sin * zoom + shear, moved[:, 0]], 1)
     others = torch.stack([sin * zoom, cos * zoom / stretch, moved[:, 1]], 1)
     grid = F.affine_grid(
@@ -77,20 +83,22 @@ def augmented(images: torch.Tensor, size: int, generator: torch.Generator) -> to
     )
     pixels = images.float() / 255.0
     alpha = pixels[:, 3:]
-    seen = F.grid_sample(torch.cat([pixels[:, :3] * alpha, alpha], 1), grid, align_corners=False)
+    # made smaller first: sampling alone would lose thin lines
+    small = F.adaptive_avg_pool2d(torch.cat([pixels[:, :3] * alpha, alpha], 1), size)
+    seen = F.grid_sample(small, grid, align_corners=False)
     # a grey background for half of them
     ground = torch.where(chance(1) < 0.5, chance(1).expand(-1, 3), chance(3))
     # what is all white gets a colour, too, and must be seen
-    tint = torch.where(chance(1) < 0.5, torch.ones(()), 0.4 + 0.6 * chance(3))
+    tint = torch.where(chance(1) < 0.6, torch.ones(()), 0.4 + 0.6 * chance(3))
     hidden = (ground - tint).abs().mean(1, keepdim=True) < 0.3
-    ground = torch.where(hidden | (chance(1) < 0.3), torch.zeros(()), ground)[..., None, None]
+    ground = torch.where(hidden | (chance(1) < 0.5), torch.zeros(()), ground)[..., None, None]
     tint = tint[..., None, None]
     found = seen[:, :3] * tint + (1.0 - seen[:, 3:]) * ground
     found = found * 2.0 - 1.0
-    found = torch.where(chance(1, 1, 1) < 0.25, -found, found)
-    found = torch.where(chance(1, 1, 1) < 0.25, found.mean(1, keepdim=True), found)
-    found = found * (0.6 + 0.6 * chance(1, 1, 1)) + (chance(1, 1, 1) - 0.5) * 0.4
-    noise = torch.randn(found.shape, generator=generator) * 0.1 * chance(1, 1, 1)
+    found = torch.where(chance(1, 1, 1) < 0.15, -found, found)
+    found = torch.where(chance(1, 1, 1) < 0.15, found.mean(1, keepdim=True), found)
+    found = found * (0.75 + 0.4 * chance(1, 1, 1)) + (chance(1, 1, 1) - 0.5) * 0.2
+    noise = torch.randn(found.shape, generator=generator) * 0.08 * chance(1, 1, 1)
     return (found + noise).clamp(-1.0, 1.0)
 
 
@@ -102,15 +110,11 @@ class Network(nn.Module):
         self.lower, self.upper = Lower(shape), Upper(shape)
         # without it all features stay near one direction, and nothing is learned for long
         self.centre = nn.BatchNorm1d(shape.width, affine=False)
-        self.classes = nn.Parameter(torch.randn(classes, shape.width))
+        self.classes = nn.Parameter(0.02 * torch.randn(classes, shape.width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits: scaled cosines."""
-        compute = compute_dtype()
-        # some convolutions' backward is ten times slower in bfloat16
-        patches = self.lower.embed(images)
-        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
-            tokens = self.lower.through(patches)
+        tokens = self.lower(images)
         features = F.normalize(self.centre(self.upper.pooled(tokens)), dim=1)
         return _SCALE * features @ F.normalize(self.classes, dim=1).T
 
@@ -140,19 +144,13 @@ def pre_train(
     """
     torch.manual_seed(how.seed)
     network = Network(shape, int(found.labels.max()) + 1)
-    matrices = [weight for weight in network.parameters() if weight.dim() >= 2]
-    rest = [weight for weight in network.parameters() if weight.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": how.decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=how.rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = _optimizers(network, how)
     first = 0
     if kept.is_file():
         saved = torch.load(kept, weights_only=True)
         network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         first = saved["step"]
         log.say(f"pre-training goes on after step {first}")
     where = [(found.sources == source).nonzero()[:, 0] for source in range(len(how.shares))]
@@ -160,8 +158,9 @@ def pre_train(
     with log.steps("pre-training", how.steps - first) as advance:
         for step in range(first, how.steps):
             warm = min(1.0, (step + 1) / how.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = how.rate * warm * 0.5 * (1 + math.cos(math.pi * step / how.steps))
+            pace = warm * 0.5 * (1 + math.cos(math.pi * step / how.steps))
+            for group in (group for one in optimizers for group in one.param_groups):
+                group["lr"] = group["initial_lr"] * pace
             generator = torch.Generator().manual_seed(how.seed * how.steps + step)
             chosen = torch.cat(
                 [
@@ -173,22 +172,40 @@ def pre_train(
             labels = found.labels[chosen]
             logits = network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=how.smoothing)
-            optimizer.zero_grad()
+            network.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % _SAVE_EVERY == 0:
-                _save(kept, network, optimizer, step + 1)
+            for optimizer in optimizers:
+                optimizer.step()
+            if (step + 1) % how.save_every == 0:
+                _save(kept, network, optimizers, step + 1)
             right = (logits.argmax(1) == labels).float().mean().item()
             advance(f"loss {loss.item():.2f}, {100 * right:.0f} % right")
     return network.states()
 
 
-def _save(kept: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _optimizers(network: Network, how: PreTraining) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks, and AdamW for everything else."""
+    matrices, rest = [], []
+    for name, weight in network.named_parameters():
+        (matrices if ".blocks." in name and weight.dim() == 2 else rest).append(weight)
+    muon = torch.optim.Muon(
+        matrices, lr=how.matrix_rate, weight_decay=how.decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(rest, lr=how.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    found: list[torch.optim.Optimizer] = [muon, adam]
+    for group in (group for one in found for group in one.param_groups):
+        group["initial_lr"] = group["lr"]
+    return found
+
+
+def _save(
+    kept: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_name(f".{kept.name}.tmp")
+    states = [optimizer.state_dict() for optimizer in optimizers]
     torch.save(
-        {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+        {"network": network.state_dict(), "optimizers": states, "step": step},
         temporary,
     )
     temporary.replace(kept)
