@@ -1,7 +1,7 @@
-"""The Vision Transformer of the vit suite: images to tokens of its lower blocks, and the upper ones.
+"""The vit suite's network: convolutions that make tokens of images, and a transformer on these.
 
-Only the upper blocks are trained for tasks and merged, as the upper layers of the text suite are:
-what comes out of the lower ones is computed once for each image.
+Only the transformer is trained for tasks and merged, as the upper layers of the text suite are:
+what comes out of the convolutions is computed once for each image.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ class Upper(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(shape.width, shape.heads) for _ in range(shape.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.blocks))
         self.norm = nn.LayerNorm(shape.width)
         self._compute = compute_dtype()
 
@@ -116,4 +114,3 @@ def _convolution(before: int, wide: int, stride: int) -> nn.Sequential:
         nn.BatchNorm2d(wide),
         nn.GELU(),
     )
-

@@ -123,7 +123,8 @@ class Network(nn.Module):
         """Return both halves' states; the last LayerNorm centres and scales as `centre` does."""
         lower = {name: t.clone() for name, t in self.lower.state_dict().items()}
         upper = {name: t.clone() for name, t in self.upper.state_dict().items()}
-        assert self.centre.running_mean is not None and self.centre.running_var is not None
+        assert self.centre.running_mean is not None
+        assert self.centre.running_var is not None
         scale = (self.centre.running_var + self.centre.eps).rsqrt()
         upper["norm.weight"] *= scale
         upper["norm.bias"] = (upper["norm.bias"] - self.centre.running_mean) * scale
