@@ -13,7 +13,6 @@ from torch import nn
 
 from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Advance, Log
-from benchmarks.demo.language_model import compute_dtype
 from benchmarks.demo.packages import package_version
 from benchmarks.quality import image_tasks, vit_pictures, vit_tasks, vit_training
 from benchmarks.quality.adaptation import Adaptation
@@ -36,7 +35,7 @@ _BATCH = 100
 
 
 class Tokens:
-    """What the lower blocks make of images, [n, tokens, width]; batches of it in float32."""
+    """What the lower part makes of images, [n, tokens, width]; batches of it in float32."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         self.tokens = tokens
@@ -149,7 +148,7 @@ class Vit(Classifiers):
         drawn = image_tasks.split_by_group(found, self.sizes, 0)
         kept: dict[str, torch.Tensor] = {}
         total = sum(-(-len(labels) // _BATCH) for _, labels in drawn.values())
-        with self.log.steps(f"lower blocks on {name}", total) as advance:
+        with self.log.steps(f"lower part on {name}", total) as advance:
             for part, (images, labels) in drawn.items():
                 kept[f"{part}.tokens"] = self._tokens(images, advance)
                 kept[f"{part}.labels"] = labels
@@ -160,15 +159,13 @@ class Vit(Classifiers):
 
     @torch.inference_mode()
     def _tokens(self, images: torch.Tensor, advance: Advance) -> torch.Tensor:
-        """Return what the lower blocks make of images: [n, tokens, width], bfloat16."""
+        """Return what the lower part makes of images: [n, tokens, width], bfloat16."""
         lower = Lower(self.shape).eval()
         lower.load_state_dict(self._pre_trained()["lower"])
-        compute = compute_dtype()
         found = []
         for batch in images.split(_BATCH):
             pixels = vit_tasks.resized(batch, self.shape.image).float() / 127.5 - 1.0
             pixels = pixels if pixels.dim() == 4 else pixels[:, None].expand(-1, 3, -1, -1)
-            with torch.autocast("cpu", compute, enabled=compute != torch.float32):
-                found.append(lower(pixels).to(torch.bfloat16))
+            found.append(lower(pixels).to(torch.bfloat16))
             advance()
         return torch.cat(found)
