@@ -23,6 +23,7 @@ from benchmarks.demo.console import Log  # noqa: E402
 from benchmarks.quality import __main__ as program  # noqa: E402
 from benchmarks.quality import vit, vit_pictures, vit_tasks, vit_training  # noqa: E402
 from benchmarks.quality.image_tasks import ImageSet  # noqa: E402
+from benchmarks.quality.training import CosineHead, centred_means  # noqa: E402
 from benchmarks.quality.vit_model import Shape, Upper  # noqa: E402
 from benchmarks.quality.vit_pictures import Pictures  # noqa: E402
 from benchmarks.quality.vit_training import PreTraining  # noqa: E402
@@ -176,6 +177,20 @@ def test_the_last_norm_centres_the_features() -> None:
         torch.testing.assert_close(upper.pooled(tokens), expected, rtol=1e-4, atol=1e-5)
         lengths = upper(tokens).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(7))
+
+
+def test_centred_heads_do_not_see_a_common_shift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator) + 3, dim=1)
+    labels = torch.arange(40) % 4
+    head = CosineHead(centred_means(features, labels, 4), centred=True)
+    shift = torch.randn(6, generator=generator)
+    torch.testing.assert_close(head(features + shift), head(features), rtol=1e-4, atol=1e-4)
+    fixed = head.at(features.mean(dim=0))
+    torch.testing.assert_close(fixed(features[:3]), head(features)[:3])
+    torch.testing.assert_close(head.scaled(50.0)(features), 2.5 * head(features))
+    plain = CosineHead(head.means)
+    assert (plain(features + shift) - plain(features)).abs().max() > 1
 
 
 def _toy_task(seed: int, colour: bool) -> Callable[[Mapping[str, Path]], ImageSet]:

@@ -17,8 +17,9 @@ from benchmarks.demo.packages import package_version
 from benchmarks.quality import image_tasks, vit_pictures, vit_tasks, vit_training
 from benchmarks.quality.adaptation import Adaptation
 from benchmarks.quality.debian import unpacked
+from benchmarks.quality.methods import State
 from benchmarks.quality.suite import Classifiers, Split
-from benchmarks.quality.training import Training
+from benchmarks.quality.training import CosineHead, Training
 from benchmarks.quality.vit_model import Lower, Shape, Upper
 from benchmarks.quality.vit_pictures import Pictures
 from benchmarks.quality.vit_tasks import TASKS
@@ -27,7 +28,7 @@ from benchmarks.quality.vit_training import PreTraining
 __all__ = ["Tokens", "Vit"]
 
 _REVISION = 1
-_SIZES = {"train": 1500, "validation": 200, "test": 750}
+_SIZES = {"train": 1500, "validation": 200, "test": 600}
 _QUICK_SIZES = {"train": 60, "validation": 10, "test": 20}
 _PRE_TRAINING = PreTraining()
 _QUICK_PRE_TRAINING = PreTraining(steps=20, batch=32, warmup=5)
@@ -58,10 +59,11 @@ class Vit(Classifiers):
     title = "a small ViT pre-trained here, eight image tasks"
     tasks = tuple(TASKS)
     about = tuple(about for about, _ in TASKS.values())
-    training = Training(epochs=4, batch=50, rate=5e-4, warmup=10)
+    training = Training(epochs=6, batch=50, rate=7e-4, warmup=10)
     adaptation = Adaptation(batch=16)
     evaluation_batch = 100
     shape = Shape()
+    centred = True
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
         super().__init__(cache, log)
@@ -74,6 +76,7 @@ class Vit(Classifiers):
             "revision": _REVISION,
             "packages": [package_version(name) for name in ("mlxtend", "pillow")],
             "sizes": self.sizes,
+            "head": "centred at each model's mean",
             "shape": asdict(self.shape),
             "pre-training": self.pre_training.recipe(),
         }
@@ -90,12 +93,23 @@ class Vit(Classifiers):
         model.load_state_dict(self._pre_trained()["upper"])
         return model.eval()
 
+    def head_of(self, task: int, state: State) -> CosineHead:
+        """Return the head centred at the model's mean feature of the validation inputs.
+
+        No label takes part. A merge moves all features of a task together, by as much as they
+        differ, which would hide all else that it does to them.
+        """
+        return self.heads[task].at(
+            self.features(state, self.splits[task].validation[0]).mean(dim=0)
+        )
+
     def read(self) -> list[Split]:
         return [self._read(name) for name in self.tasks]
 
     def _pre_trained(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         if self._weights is None:
-            recipe = {key: value for key, value in self.recipe().items() if key != "sizes"}
+            of_tasks = ("sizes", "head")
+            recipe = {key: value for key, value in self.recipe().items() if key not in of_tasks}
             target = self.cache.path("base", recipe)
             if not target.is_dir():
                 # beside the folder, and not inside, as that is removed when a run is stopped
