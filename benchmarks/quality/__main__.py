@@ -1,4 +1,4 @@
-"""Run the quality benchmark: `python -m benchmarks.quality text|published|vision|vit|llm [...]`."""
+"""Run the quality benchmark: `python -m benchmarks.quality text|published|vision|llm [...]`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,6 @@ def _vision(cache: Cache, log: Log, quick: bool) -> Suite:
     return Vision(cache, log, quick=quick)
 
 
-def _vit(cache: Cache, log: Log, quick: bool) -> Suite:
-    from benchmarks.quality.vit import Vit
-
-    return Vit(cache, log, quick=quick)
-
-
 def _llm(cache: Cache, log: Log, quick: bool) -> Suite:
     from benchmarks.quality.llm import Languages
 
@@ -54,7 +48,6 @@ SUITES: dict[str, Callable[[Cache, Log, bool], Suite]] = {
     "text": _text,
     "published": _published,
     "vision": _vision,
-    "vit": _vit,
     "llm": _llm,
 }
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks.demo.packages import package_file
 
-__all__ = ["DEBIAN", "SCRIPTS", "SIZE", "TASKS", "ImageSet", "split_by_group"]
+__all__ = ["DEBIAN", "SIZE", "TASKS", "ImageSet", "split_by_group"]
 
 SIZE = 64
 _SEED = 0
@@ -31,7 +31,7 @@ DEBIAN = (
     *(f"asterisk-core-sounds-{language}-wav" for language in _VOICES),
 )
 # A writing system: the font, and its first and last letter.
-SCRIPTS: Mapping[str, tuple[str, int, int]] = {
+_SCRIPTS: Mapping[str, tuple[str, int, int]] = {
     "Arabic": ("NotoSansArabic", 0x0621, 0x064A),
     "Armenian": ("NotoSansArmenian", 0x0531, 0x0586),
     "Bengali": ("NotoSansBengali", 0x0985, 0x09B9),
@@ -128,7 +128,7 @@ def _scripts(folders: Folders) -> ImageSet:
     folder = folders["fonts-noto-core"] / "usr/share/fonts/truetype/noto"
     chosen = random.Random(_SEED)
     images, labels, groups = [], [], []
-    for label, (font, first, last) in enumerate(SCRIPTS.values()):
+    for label, (font, first, last) in enumerate(_SCRIPTS.values()):
         path = folder / f"{font}-Regular.ttf"
         known = TTFont(path).getBestCmap() or {}
         letters = [chr(code) for code in range(first, last + 1) if code in known]

@@ -18,14 +18,7 @@ from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.quality.adaptation import Adaptation, Drawn, Learned, learn
 from benchmarks.quality.methods import Method, NotAvailable, State, available
-from benchmarks.quality.training import (
-    CosineHead,
-    Training,
-    centred_means,
-    class_means,
-    fine_tune,
-    steps,
-)
+from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
 
 __all__ = ["Classifiers", "Inputs", "Merged", "Part", "Split", "Suite", "load_state", "save_state"]
 
@@ -163,8 +156,6 @@ class Classifiers(Suite):
     evaluation_batch = 64
     adaptation = Adaptation()
     statistics_samples = 256
-    # whether heads look at features less their mean over the inputs of a task
-    centred = False
 
     def __init__(self, cache: Cache, log: Log) -> None:
         super().__init__(cache, log)
@@ -184,10 +175,6 @@ class Classifiers(Suite):
         """Return which positions of a batch are no padding, [inputs, positions], if any are."""
         return None
 
-    def head_of(self, task: int, state: State) -> CosineHead:
-        """Return the head under which a model is measured on a task."""
-        return self.heads[task]
-
     def prepare(self) -> None:
         """Read the data and make the heads."""
         self._model = self.load()
@@ -197,11 +184,9 @@ class Classifiers(Suite):
 
             def make(split: Split = split) -> State:
                 features = self.features(self._base, split.train[0])
-                means = centred_means if self.centred else class_means
-                return {"means": means(features, split.train[1], split.classes)}
+                return {"means": class_means(features, split.train[1], split.classes)}
 
-            kept = self.stage(f"head-{name}", {"head": name}, make)
-            self.heads.append(CosineHead(kept["means"], centred=self.centred))
+            self.heads.append(CosineHead(self.stage(f"head-{name}", {"head": name}, make)["means"]))
             self.log.say(
                 f"task [bold]{name}[/]: {about} ({split.classes} classes;"
                 f" {len(split.train[1])} train, {len(split.validation[1])} validation,"
@@ -245,8 +230,7 @@ class Classifiers(Suite):
 
     def item_scores(self, state: State, task: int, part: Part) -> list[float]:
         inputs, labels = getattr(self.splits[task], part)
-        head = self.head_of(task, state)
-        chosen = head(self.features(state, inputs)).argmax(dim=1)
+        chosen = self.heads[task](self.features(state, inputs)).argmax(dim=1)
         return (chosen == labels).float().tolist()
 
     def statistics(self, kind: str, states: Sequence[State]) -> list[Any]:
@@ -272,8 +256,7 @@ class Classifiers(Suite):
         inputs, labels = self.splits[task].train
         size = min(self.statistics_samples, len(labels))
         loader = [inputs[positions] for positions in torch.arange(size).split(32)]
-        head = self.head_of(task, state)
-        model = self.model(state)
+        model, head = self.model(state), self.heads[task]
         if kind == "gram":
             return dict(available("collect_gram")(model, loader, samples=size, mask=self.mask))
         # expected over all labels it would take a backward pass for each of them
@@ -356,7 +339,9 @@ class Classifiers(Suite):
         **settings: Any,
     ) -> Any:
         """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads."""
-        heads = [self.heads[n].scaled(self.adaptation.scale) for n in self._numbers(tasks)]
+        heads = [
+            CosineHead(self.heads[n].means, self.adaptation.scale) for n in self._numbers(tasks)
+        ]
         return available("AdaMerging")(self.load(), base, states, heads=heads, **settings)
 
     def extras(self, merged: Merged) -> dict[str, Any]:

@@ -12,60 +12,25 @@ from torch import nn
 
 from benchmarks.demo.console import Advance
 
-__all__ = [
-    "LOGIT_SCALE",
-    "CosineHead",
-    "Training",
-    "centred_means",
-    "class_means",
-    "fine_tune",
-    "steps",
-]
+__all__ = ["LOGIT_SCALE", "CosineHead", "Training", "class_means", "fine_tune", "steps"]
 
 # Cosines lie in [-1, 1]; the loss needs logits with some spread.
 LOGIT_SCALE = 20.0
 
 
 class CosineHead(nn.Module):
-    """Unit features [n, width] -> logits [n, classes]: scaled cosines with fixed unit vectors.
-
-    Args:
-        means: the unit vectors, [classes, width].
-        scale: of the cosines.
-        centred: cosines are of features less their mean over the batch, or less `centre`.
-        centre: [width].
-    """
+    """Unit features [n, width] -> logits [n, classes]: scaled cosines with fixed unit vectors."""
 
     means: torch.Tensor
-    centre: torch.Tensor | None
 
-    def __init__(
-        self,
-        means: torch.Tensor,
-        scale: float = LOGIT_SCALE,
-        *,
-        centred: bool = False,
-        centre: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, means: torch.Tensor, scale: float = LOGIT_SCALE) -> None:
         super().__init__()
-        self.scale, self.centred = scale, centred
+        self.scale = scale
         self.register_buffer("means", means)
-        self.register_buffer("centre", centre)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        if self.centred:
-            centre = features.mean(dim=0) if self.centre is None else self.centre
-            features = F.normalize(features - centre, dim=1)
         return self.scale * features @ self.means.T
-
-    def scaled(self, scale: float) -> CosineHead:
-        """Return the same with another scale."""
-        return CosineHead(self.means, scale, centred=self.centred, centre=self.centre)
-
-    def at(self, centre: torch.Tensor) -> CosineHead:
-        """Return the same, centred at a fixed point."""
-        return CosineHead(self.means, self.scale, centred=True, centre=centre)
 
 
 @dataclass(frozen=True)
@@ -92,12 +57,6 @@ def class_means(features: torch.Tensor, labels: torch.Tensor, classes: int) -> t
     """Return the mean feature of each class, unit length: [classes, width]."""
     means = [features[labels == number].mean(dim=0) for number in range(classes)]
     return F.normalize(torch.stack(means), dim=1)
-
-
-def centred_means(features: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return the directions of the classes' mean features from the mean of those: unit length."""
-    means = torch.stack([features[labels == number].mean(dim=0) for number in range(classes)])
-    return F.normalize(means - means.mean(dim=0), dim=1)
 
 
 def fine_tune(
