@@ -2,6 +2,7 @@
 // the number of elements that equal one key, chunk by chunk.
 #pragma once
 
+#include "cpu/compact.h"
 #include "cpu/elementwise.h"
 
 namespace pymerge {

@@ -190,37 +190,6 @@ PM_INLINE uint32_t lane_bits(FloatMasks::Mask mask) {
 #endif
 }
 
-#if defined(__AVX512F__)
-// The chosen lanes first, zeros after them. On Zen 4 the operation waits for what its destination
-// held, even where it keeps nothing of it: here zeros that are new each time, as the compiler is
-// not told what they are.
-PM_INLINE I compressed(I values, __mmask16 mask) {
-  __m512i zeros;
-  __asm__("vpxord %0, %0, %0" : "=v"(zeros));
-  return (I)_mm512_mask_compress_epi32(zeros, mask, (__m512i)values);
-}
-#endif
-
-// Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
-// any order; returns how many there are.
-PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
-#if defined(__AVX512F__)
-  store_bits(to, (U)compressed(values, mask));
-  return __builtin_popcount(mask);
-#else
-  uint32_t chosen = lane_bits(mask);
-  if (__builtin_expect(chosen == 0, 1)) return 0;
-  alignas(PM_VECTOR_BYTES) int32_t lanes[kLanes];
-  store_bits(lanes, (U)values);
-  int count = 0;
-  do {
-    to[count++] = lanes[__builtin_ctz(chosen)];
-    chosen &= chosen - 1;
-  } while (chosen != 0);
-  return count;
-#endif
-}
-
 // fp32 -> bf16 in the high half of each lane, round to nearest even. NaN stays NaN, unless kFinite
 // says that there is none.
 template <bool kFinite>
