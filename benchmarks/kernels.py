@@ -430,11 +430,13 @@ def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> T
     table = Table(
         f"Kernels of the methods, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}, "
         f"{isa}, {threads} threads",
-        ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming"],
+        ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming", "loop, GB/s"],
         notes=[
             "The kernel that writes the result, given thresholds, sums and ranks; below, those "
             "that find these. Ranks are counted among the bytes (4 for each element of each "
-            "model). Measured and checked as above."
+            "model). Measured and checked as above. Loop: what the streaming loop beside it did, "
+            "which differs where other users of the machine's memory come and go; the share of a "
+            "kernel that computes is larger where the memory is slow."
         ],
     )
     for name, m in measured.items():
@@ -446,6 +448,7 @@ def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> T
             f"{m.rate / 1e9:.1f}",
             f"{m.nbytes / m.elements:g}",
             f"{m.share:.0%}",
+            f"{m.rate / m.share / 1e9:.0f}",
         )
     return table
 
