@@ -76,8 +76,8 @@ GATHERING_CASES = {
     "gradient times task vectors": "sums_dots",
     "least, largest, L1, L2": "sums_statistics",
     "ranks in rows": "row_ranks",
-    "an analysis, three densities": "compare.3.sampled",
-    "an analysis, no densities": "compare.0",
+    "an analysis, three densities, some magnitudes": "compare.3.sampled",
+    "an analysis, no densities, all magnitudes": "compare.0",
 }
 MODELS = 4
 # Elements for each thread that are worth a thread and stay in its core's cache.

@@ -91,6 +91,14 @@ NATIVE = [f"cpu-{isa}" for isa in cpu.supported_isas()]
 BACKEND_IDS = ["reference", *NATIVE]
 
 
+def check_same(found: torch.Tensor, expected: torch.Tensor, label: str) -> None:
+    """Compare numbers and their signs, of zeros too; NaN is NaN. Tells the first difference."""
+    wrong = ~((found == expected) & (found.signbit() == expected.signbit()))
+    wrong &= ~(found.isnan() & expected.isnan())
+    first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
+    assert first < 0, (label, first, float(found[first]), float(expected[first]))
+
+
 @pytest.fixture
 def use_backend() -> Iterator[object]:
     """Return a function that turns an id of BACKEND_IDS into a backend name, choosing the

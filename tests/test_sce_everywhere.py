@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
-from tests.conftest import NATIVE
+from tests.conftest import NATIVE, check_same
 
 NUMEL = 3 * 4096 + 77  # pieces that the kernel checks at once, and a tail
 WEIGHTS = [0.2, 0.3, 0.15, 0.35]
@@ -29,11 +29,7 @@ def run(method: str, inputs: Inputs, reals: list[float], backend: str) -> torch.
 def check(inputs: Inputs, reals: list[float], use_backend: Callable[[str], str]) -> torch.Tensor:
     expected = run("sce", inputs, reals, "reference")
     for identifier in NATIVE:
-        found = run("sce", inputs, reals, use_backend(identifier))
-        wrong = ~((found == expected) & (found.signbit() == expected.signbit()))
-        wrong &= ~(found.isnan() & expected.isnan())
-        first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
-        assert first < 0, (identifier, first, float(found[first]), float(expected[first]))
+        check_same(run("sce", inputs, reals, use_backend(identifier)), expected, identifier)
     return expected
 
 

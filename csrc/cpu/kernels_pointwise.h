@@ -52,6 +52,9 @@ struct SceEverywhere {
   F threshold, slack, share;  // K T, 64 units of it, -1 / K
 
   static bool possible(Pointwise op, const float* reals) {
+#if !defined(__FMA__)
+    return false;  // a square that is rounded by itself may overflow where the distance does not
+#endif
     const float least = reals[1];
     bool finite = true;
     for (int k = 0; k < K; ++k) finite = finite && __builtin_isfinite(reals[2 + k]);
