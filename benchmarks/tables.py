@@ -62,13 +62,19 @@ class Table:
 
 
 def _cpu_model() -> str:
+    """Return the processor's name, on x86 with its family and model: names leave the core out."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return platform.processor() or platform.machine()
+    said: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        said.setdefault(key.strip(), value.strip())
+    name = said.get("model name", platform.machine())
+    if "cpu family" in said and "model" in said:
+        name += f" (family {said['cpu family']}, model {said['model']})"
+    return name
 
 
 def machine() -> dict[str, Any]:
