@@ -126,9 +126,10 @@ def fine_tune(
     load_tokenizer(base).save_pretrained(target)
 
 
-def load(checkpoint: Path) -> Any:
-    """Return a checkpoint's model for evaluation, in `compute_dtype()`."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=compute_dtype()).eval()
+def load(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
+    """Return a checkpoint's model for evaluation, in `compute_dtype()` or another dtype."""
+    chosen = compute_dtype() if dtype is None else dtype
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen).eval()
 
 
 @torch.inference_mode()

