@@ -55,9 +55,10 @@ def write_analysis(
     """
     check_output(out, html=html, force=force, inputs=_inputs(analysis))
     directory = OutputDirectory(Path(out), force=force, inputs=_inputs(analysis))
+    texts = _texts(analysis)
     with directory:
         try:
-            for name, text in _texts(analysis).items():
+            for name, text in texts.items():
                 (directory.path / name).write_bytes(text.encode())
         except OSError as error:
             raise MergeError(f"out ({out}): cannot be written: {error}") from error
@@ -66,8 +67,8 @@ def write_analysis(
 
             report.write(analysis, directory.path, advice=advice)
         directory.commit()
-    first = list(_texts(analysis))
-    return first + sorted(path.name for path in Path(out).iterdir() if path.name not in first)
+    others = {path.name for path in Path(out).iterdir()} - set(texts)
+    return [*texts, *sorted(others)]
 
 
 def check_output(
