@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from pymerge.errors import RequestError
@@ -30,10 +31,11 @@ class StatisticsRecord:
 
     Attributes:
         kind: "fisher" (a diagonal for each parameter, of its shape) or "gram" (X^T X of the inputs
-            of a linear layer, [in, in], by the name of its weight).
+            of a linear layer or a convolution, [in, in], by the name of its weight).
         estimator: how they were estimated, e.g. "exact, expected labels".
         examples: how many.
-        tokens: rows of X; 0 for Fisher information.
+        tokens: rows of X of the layer that saw the most (of a convolution, patches); 0 for Fisher
+            information.
         transposed: weights of shape [in, out] (transformers' Conv1D), not [out, in].
         aliases: {other name of a shared parameter: the name that the tensor has}.
         model_tensors: names of all tensors of the model.
@@ -130,9 +132,11 @@ def shape_problem(
         if tuple(shape) != tuple(wanted):
             return f"has shape {tuple(shape)}, expected {tuple(wanted)} like the tensor"
         return None
-    if len(wanted) != 2:
+    across = name in record.transposed
+    if len(wanted) < 2 or (across and len(wanted) > 2):
         return f"is a Gram matrix, but the tensor has shape {tuple(wanted)}, which is no matrix"
-    inputs = wanted[0 if name in record.transposed else 1]
+    # A convolution's weight [out, in, *kernel] is that of a linear layer on patches.
+    inputs = wanted[0] if across else prod(wanted[1:])
     if tuple(shape) != (inputs, inputs):
         return (
             f"has shape {tuple(shape)}, expected {(inputs, inputs)} for the weight {tuple(wanted)}"
