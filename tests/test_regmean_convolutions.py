@@ -1,4 +1,4 @@
-"""RegMean of convolutions: their Gram matrices are those of the patches that kernels are laid on."""
+"""RegMean of convolutions: their Gram matrices are those of the patches below the kernels."""
 
 from __future__ import annotations
 

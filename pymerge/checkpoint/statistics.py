@@ -40,6 +40,7 @@ class StatisticsRecord:
         aliases: {other name of a shared parameter: the name that the tensor has}.
         model_tensors: names of all tensors of the model.
         made_by: the version of pymerge.
+        settings: all that `pymerge collect` was told, as JSON has it; empty otherwise.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class StatisticsRecord:
     aliases: Mapping[str, str] = field(default_factory=dict)
     model_tensors: tuple[str, ...] = ()
     made_by: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def name_of(self, tensor: str, names: Iterable[str] | Mapping[str, Any]) -> str | None:
         """Return the name under which the statistics of a model's tensor are kept, or None."""
@@ -70,6 +72,7 @@ class StatisticsRecord:
             "aliases": dict(self.aliases),
             "model_tensors": list(self.model_tensors),
             "made_by": self.made_by,
+            **({"settings": dict(self.settings)} if self.settings else {}),
         }
         return {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True)}
 
@@ -104,6 +107,7 @@ class StatisticsRecord:
                 aliases={str(key): str(name) for key, name in dict(values["aliases"]).items()},
                 model_tensors=tuple(_texts(values["model_tensors"])),
                 made_by=str(values["made_by"]),
+                settings=dict(values.get("settings", {})),
             )
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, RequestError):

@@ -30,7 +30,7 @@ from pymerge.data_driven.convolutions import (
 from pymerge.data_driven.statistics import ModelStatistics, make_record
 from pymerge.errors import RequestError
 
-__all__ = ["GramCollector", "collect_gram", "is_conv1d", "linear_layers"]
+__all__ = ["GramCollector", "check_options", "collect_gram", "is_conv1d", "linear_layers"]
 
 Tensor = torch.Tensor
 _WHERE = "collect_gram"
@@ -83,12 +83,7 @@ def collect_gram(
             [1., 2.]])
     """
     check_module(model, f"{_WHERE}: model")
-    check_count(samples, "samples", _WHERE)
-    if accumulate not in (torch.float64, torch.float32):
-        raise RequestError(
-            f"{_WHERE}: accumulate: expected torch.float64 or torch.float32, got {accumulate}"
-        )
-    check_convolutions(convolutions, _WHERE)
+    check_options(samples=samples, accumulate=accumulate, convolutions=convolutions)
     layers = linear_layers(model, _WHERE, convolutions)
     collector = GramCollector(model, layers, accumulate, _WHERE, convolutions)
     examples = 0
@@ -102,6 +97,22 @@ def collect_gram(
         what = "linear layer or convolution" if convolutions else "linear layer"
         raise RequestError(f"{_WHERE}: no example reached any {what}")
     return found
+
+
+def check_options(
+    *, samples: Any = 256, accumulate: Any = torch.float64, convolutions: Any = False
+) -> None:
+    """Refuse what `collect_gram` does not take, whatever the model.
+
+    Raises:
+        RequestError: names the first such argument.
+    """
+    check_count(samples, "samples", _WHERE)
+    if accumulate not in (torch.float64, torch.float32):
+        raise RequestError(
+            f"{_WHERE}: accumulate: expected torch.float64 or torch.float32, got {accumulate}"
+        )
+    check_convolutions(convolutions, _WHERE)
 
 
 def attention_mask(batch: Any) -> Tensor | None:

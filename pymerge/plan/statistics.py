@@ -98,7 +98,7 @@ def open_statistics(config: MergeConfig, inputs: Inputs) -> StatisticsInputs:
                 complete = False
                 found.problems.append(
                     f"{entry.where}: 'statistics' is missing under 'parameters'; {kind} statistics "
-                    f"of the model are needed (pymerge.collect_{kind}, pymerge.save_statistics)"
+                    f"of the model are needed (`pymerge collect`, pymerge.collect_{kind})"
                 )
                 continue
             name = f"{entry.name}.statistics"
