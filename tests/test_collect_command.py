@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,95 +16,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import pymerge
 from pymerge.cli import main
-from pymerge.data_driven.command import CollectSetup, run_collect
+from pymerge.data_driven.command import run_collect
+from tests import collect_entries as entries
 from tests import models
+from tests.collect_entries import HERE, Tied, config, data, nets
 
+folder = entries.folder
 no_waiting = models.no_waiting
 pytestmark = pytest.mark.usefixtures("no_waiting")
-
-Tensor = torch.Tensor
-HERE = "tests.test_collect_command"
-
-
-class Net(nn.Module):
-    """A convolution, a buffer of either kind, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(2, 3, 3, padding=1)
-        self.norm = nn.BatchNorm1d(3)
-        self.head = nn.Linear(3, 4)
-        self.register_buffer("scale", torch.full((3,), 2.0), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.scale, Tensor)
-        return self.head(torch.tanh(self.norm(self.conv(x))).mean(2) * self.scale)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(4, 3)
-        self.inner = nn.Linear(3, 3)
-        self.head = nn.Linear(3, 4, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(self.embed(ids))))
-
-
-def data(seed: int, batches: int = 3) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(4, 2, 5, generator=generator), torch.randint(4, (4,), generator=generator))
-        for _ in range(batches)
-    ]
-
-
-def setup(count: int = 2, form: str = "list", **more: Any) -> Any:
-    """The entry point of most tests."""
-    torch.manual_seed(9)
-    loaders: Any = [data(k) for k in range(count)]
-    if form == "names":
-        loaders = {f"m{k}": loader for k, loader in enumerate(loaders)}
-    return {"model": Net(), "loaders": loaders, **more}
-
-
-def nets(count: int = 2) -> list[Net]:
-    made = []
-    for k in range(count):
-        torch.manual_seed(20 + k)
-        net = Net()
-        with torch.no_grad():
-            net.norm.weight.add_(0.1 * (k + 1))
-        net.norm.running_mean = torch.randn(3)
-        made.append(net.eval())
-    return made
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for k, net in enumerate(nets()):
-        (tmp_path / f"m{k}").mkdir()
-        save_file(dict(net.state_dict()), tmp_path / f"m{k}" / "model.safetensors")
-    return tmp_path
-
-
-def config(folder: Path, **more: Any) -> Path:
-    """Write a configuration; None leaves a key out."""
-    values = {
-        "kind": "fisher",
-        "models": [str(folder / "m0"), str(folder / "m1")],
-        "entry": f"{HERE}:setup",
-    } | more
-    path = folder / "collect.yml"
-    kept = {key: value for key, value in values.items() if value is not None}
-    path.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def merge_config(folder: Path, method: str, statistics: list[Path], **more: Any) -> Path:
@@ -214,10 +135,6 @@ def test_a_file_with_other_settings_is_not_taken_for_done(
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
 
 
-def other() -> Any:
-    return setup()
-
-
 def test_a_file_of_other_weights_or_another_kind_is_not_taken_for_done(folder: Path) -> None:
     file = config(folder)
     run_collect(file)
@@ -316,198 +233,7 @@ def test_models_that_are_files_or_have_adapters(tmp_path: Path) -> None:
     assert run_collect(own)[0].file == lora / "fisher.safetensors"
 
 
-def tied(count: int = 3) -> CollectSetup:
-    return CollectSetup(Tied(), [[torch.arange(4)]] * count)
-
-
-# ------------------------------------------------------------------ what is refused
-
-
-def refused(file: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
-    assert main(["collect", str(file), *more]) == 2
-    left = [path for path in file.parent.glob("m*/*") if path.name != "model.safetensors"]
-    assert left == []
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": None}, "collect.yml: kind: is missing"),
-        ({"kind": "hessian"}, r":1: kind: expected fisher or gram, got 'hessian'"),
-        ({"modles": []}, r":6: modles: unknown key; did you mean 'models'"),
-        ({"models": []}, r":2: models: expected a list of at least one model"),
-        ({"models": [3]}, r":3: models\[0\]: expected a path, or \{model: "),
-        ({"models": [{"model": "m", "nmae": "x"}]}, r"models\[0\].nmae: unknown key; did you mean"),
-        ({"models": [{"model": "m", "name": "a/b"}]}, "a name without slashes, got 'a/b'"),
-        ({"models": ["no/such"]}, r":3: models\[0\] \(no/such\): no such file or directory"),
-        ({"arguments": [1]}, r":6: arguments: expected a mapping, got a list"),
-        ({"options": {"sample": 3}}, r":7: options.sample: unknown option; did you mean 'samples'"),
-        ({"options": {"samples": 0}}, r":7: options.samples: expected an integer >= 1, got 0"),
-        ({"options": {"samples": "many"}}, r":7: options.samples: .* got 'many'"),
-        ({"options": {"labels": "tru"}}, r":7: options.labels: .*did you mean 'true'"),
-        ({"options": {"estimator": [1]}}, r":7: options.estimator: expected one of exact, batch"),
-        ({"options": {"parameters": 3}}, r":7: options.parameters: expected names, a regular"),
-        ({"options": {"vectorize": "yes"}}, r":7: options.vectorize: expected True, False or None"),
-        ({"options": {"seed": 1.5}}, r":7: options.seed: expected an integer of 64 bits"),
-        ({"options": {"logits": "f"}}, r":7: options.logits: is a function: the entry point"),
-        ({"options": {"accumulate": "float32"}}, r"options.accumulate: is of kind gram, not fish"),
-        (
-            {"kind": "gram", "options": {"accumulate": "float16"}},
-            r":7: options.accumulate: expected torch.float64 or torch.float32, got float16",
-        ),
-        (
-            {"kind": "gram", "options": {"convolutions": "some"}},
-            r":7: options.convolutions: expected False, True or 'pointwise'",
-        ),
-        (
-            {"options": {"parameters": ["haed"]}},
-            r":\d+: options.parameters: 'haed' is no parameter",
-        ),
-    ],
-)
-def test_a_bad_configuration(
-    change: dict[str, Any], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert re.search(message, refused(config(folder, **change), capsys))
-
-
-def entry_of(what: str) -> Any:
-    """An entry point that is wrong in one way or another."""
-    good = setup()
-    nan = torch.full((4, 2, 5), torch.nan)
-    headless = Net()
-    headless.head = nn.Linear(3, 5)
-    headless.extra = nn.Linear(1, 1)
-    made: dict[str, Any] = {
-        "nothing": None,
-        "module": Net(),
-        "no loaders": {"model": Net()},
-        "odd key": {**good, "loader": []},
-        "no module": {**good, "model": "net"},
-        "no parameters": {**good, "model": nn.Tanh()},
-        "meta": {**good, "model": Net().to("meta")},
-        "one loader": {**good, "loaders": good["loaders"][:1]},
-        "tensor": {**good, "loaders": torch.zeros(2, 3)},
-        "names": {**good, "loaders": {"m0": [], "x": []}},
-        "no function": {**good, "logits": 3},
-        "few functions": {**good, "logits": [len]},
-        "no functions": {**good, "logits": [len, 3]},
-        "empty": {**good, "loaders": [[], []]},
-        "no batches": {**good, "loaders": [good["loaders"][0][0][0]] * 2},
-        "no tensors": {**good, "loaders": [[{"x": 3}]] * 2},
-        "nan": {**good, "loaders": [[nan]] * 2},
-        "bad shape": {**good, "loaders": [[torch.zeros(4, 3, 5)]] * 2},
-        "misfit": {**good, "model": headless},
-        "frozen": {**good, "model": Net().requires_grad_(False)},
-    }
-    if what == "raises":
-        raise KeyError("the data are gone")
-    return made[what]
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("setup", "entry: expected package.module:function, got 'setup'"),
-        ("no_such_module:f", "entry: module 'no_such_module' cannot be imported"),
-        (f"{HERE}:setpu", "has no 'setpu'; did you mean 'setup'"),
-        (f"{HERE}:HERE", "is not callable"),
-        (f"{HERE}:entry_of", r"arguments: .*entry_of: missing a required argument: 'what'"),
-    ],
-)
-def test_a_bad_entry_point(
-    entry: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shown = refused(config(folder, entry=entry), capsys)
-    assert re.search(message, shown)
-    assert re.search(r"collect.yml:\d+: (entry|arguments)", shown)
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("nothing", "must return a CollectSetup or a dictionary of model, loaders.*got NoneType"),
-        ("module", "got Net"),
-        ("no loaders", "a dictionary with model and loaders.*got the keys model"),
-        ("odd key", "got the keys model, loaders, loader"),
-        ("no module", "model: expected a torch.nn.Module, got str"),
-        ("no parameters", "model: expected a module with parameters, got none"),
-        ("meta", "model: expected a module in memory"),
-        ("one loader", "loaders: expected 2, one for each model; got 1"),
-        ("tensor", "loaders: expected a list with one for each of 2 models"),
-        ("names", "loaders: has none for the model 'm1'; it has 'm0', 'x'"),
-        ("no function", "logits: expected a list .*got int"),
-        ("few functions", "logits: expected 2, one for each model; got 1"),
-        ("no functions", "logits: expected functions, got int"),
-        ("raises", "entry_of raised KeyError: 'the data are gone'"),
-        ("empty", r"models\[0\] .*loader: is empty; expected at least one example"),
-        ("no batches", r"models\[0\] .*loader: expected batches .*got Tensor"),
-        ("no tensors", r"batch 0: expected a tensor in it"),
-        ("nan", r"models\[0\] .*batch 0: the logits hold NaN or infinity"),
-        ("bad shape", r"models\[0\] .*the model or its data raised RuntimeError: .*channels"),
-        ("frozen", r"models\[0\] .*no parameter requires gradients"),
-    ],
-)
-def test_an_entry_point_that_returns_something_else(
-    what: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = config(folder, entry=f"{HERE}:entry_of", arguments={"what": what})
-    shown = refused(file, capsys)
-    assert re.search(message, shown), shown
-    assert re.search(r"collect.yml:5: entry|models\[0\]", shown)
-
-
-def test_models_that_do_not_fit_are_one_error(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = load_file(folder / "m1" / "model.safetensors")
-    state["hed.bias"] = state.pop("head.bias")
-    state["norm.num_batches_tracked"] = torch.tensor(1.0)
-    save_file(state, folder / "m1" / "model.safetensors")
-    file = config(folder, entry=f"{HERE}:entry_of", arguments={"what": "misfit"})
-    for more in ([], ["--dry-run"]):
-        shown = refused(file, capsys, *more)
-        assert re.search(r"models\[0\] .*lacks 'extra.weight', 'extra.bias' of its 11 t", shown)
-        assert "'head.weight': expected shape (5, 3) like the architecture, got (4, 3)" in shown
-        assert re.search(r"models\[1\] .*lacks 'head.bias', 'extra.*; did you mean 'hed.b", shown)
-        assert re.search(r"models\[1\] .*which has no 'hed.bias' \(1 of 9 tensors\)", shown)
-        assert re.search(r"'norm.num_batches_tracked': expected torch.int64 like .*got F32", shown)
-
-
-def test_devices_and_folders_that_are_not_there(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = config(folder)
-    run_collect(file, device="cpu", dry_run=True)
-    with pytest.raises(SystemExit):
-        main(["collect", str(file), "--device", "tpu"])
-    for device in ("cuda:99", "tpu", "cuda:x"):
-        with pytest.raises(pymerge.RequestError, match="device: "):
-            run_collect(file, device=device)
-    capsys.readouterr()
-    assert "is no folder" in refused(file, capsys, "--out", str(file))
-    both = config(folder, models=[str(folder / "m0")] * 2)
-    assert "give them names" in refused(both, capsys, "--out", str(folder / "out"))
-    assert "cannot be read" in refused(folder / "none.yml", capsys)
-
-
 # ------------------------------------------------------------------ interruptions
-
-
-def slow(stop: str, folder: str) -> Any:
-    """The second model's data never come."""
-
-    def waiting() -> Iterator[Any]:
-        yield data(1)[0]
-        if stop == "raise":
-            raise KeyboardInterrupt
-        Path(folder, "waits").touch()
-        while not Path(folder, "go").exists():
-            time.sleep(0.02)
-        yield data(1)[1]
-
-    return {"model": Net(), "loaders": [data(0), waiting()]}
 
 
 def test_an_interrupted_run_leaves_whole_files_and_goes_on(
@@ -561,25 +287,6 @@ def test_nothing_of_one_model_is_left_in_the_next(folder: Path) -> None:
     run_collect(one, force=True)
     models.assert_same(load_file(folder / "m1" / "gram.safetensors"), both[1])
     assert not torch.equal(both[0]["head.weight"], both[1]["head.weight"])
-
-
-def second() -> Any:
-    torch.manual_seed(77)
-    return {"model": Net(), "loaders": [data(1)]}
-
-
-def with_functions(kind: str) -> CollectSetup:
-    """Functions of both kinds, for all models, by position and by name."""
-
-    def logits(model: nn.Module, batch: Any) -> Tensor:
-        return model(batch["x"])[:, :3]
-
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        return model(2 * batch["x"])
-
-    loaders = {f"m{k}": [{"x": x} for x, _ in data(k)] for k in (0, 1)}
-    own: Any = {"m0": forward, "m1": None} if kind == "names" else forward
-    return CollectSetup(Net(), loaders, logits=[logits, logits], forward=own, mask=lambda _: None)
 
 
 def test_functions_of_the_entry_point_are_used(folder: Path) -> None:
