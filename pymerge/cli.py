@@ -1,5 +1,5 @@
-"""The command line: `pymerge merge | plan | ada | analyze | search | fold | merge-adapters |
-extract-lora | methods | info`.
+"""The command line: `pymerge merge | plan | ada | collect | analyze | search | fold |
+merge-adapters | extract-lora | methods | info`.
 
 Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O); 2 a bad request,
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from pymerge.adapters.cli import ADAPTER_COMMANDS, add_adapter_commands
 from pymerge.analysis.command import add_arguments
+from pymerge.data_driven import cli as collect
 from pymerge.errors import MergeError, RequestError
 from pymerge.sizes import parse_size
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "merge": _merge,
         "plan": _plan,
         "ada": _ada,
+        "collect": collect.run,
         **{name: partial(_run_adapters, run) for name, run in ADAPTER_COMMANDS.items()},
         "analyze": _analyze,
         "search": _search,
@@ -125,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     ada.add_argument("--force", action="store_true", help="replace OUT if it exists")
     ada.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
+    collect.add_collect_command(commands, _device)
     add_adapter_commands(commands, _size, _integer)
 
     analyze = commands.add_parser(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from pymerge.errors import RequestError
@@ -30,14 +31,16 @@ class StatisticsRecord:
 
     Attributes:
         kind: "fisher" (a diagonal for each parameter, of its shape) or "gram" (X^T X of the inputs
-            of a linear layer, [in, in], by the name of its weight).
+            of a linear layer or a convolution, [in, in], by the name of its weight).
         estimator: how they were estimated, e.g. "exact, expected labels".
         examples: how many.
-        tokens: rows of X; 0 for Fisher information.
+        tokens: rows of X of the layer that saw the most (of a convolution, patches); 0 for Fisher
+            information.
         transposed: weights of shape [in, out] (transformers' Conv1D), not [out, in].
         aliases: {other name of a shared parameter: the name that the tensor has}.
         model_tensors: names of all tensors of the model.
         made_by: the version of pymerge.
+        settings: all that `pymerge collect` was told, as JSON has it; empty otherwise.
     """
 
     kind: str
@@ -48,6 +51,7 @@ class StatisticsRecord:
     aliases: Mapping[str, str] = field(default_factory=dict)
     model_tensors: tuple[str, ...] = ()
     made_by: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def name_of(self, tensor: str, names: Iterable[str] | Mapping[str, Any]) -> str | None:
         """Return the name under which the statistics of a model's tensor are kept, or None."""
@@ -68,6 +72,7 @@ class StatisticsRecord:
             "aliases": dict(self.aliases),
             "model_tensors": list(self.model_tensors),
             "made_by": self.made_by,
+            **({"settings": dict(self.settings)} if self.settings else {}),
         }
         return {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True)}
 
@@ -102,6 +107,7 @@ class StatisticsRecord:
                 aliases={str(key): str(name) for key, name in dict(values["aliases"]).items()},
                 model_tensors=tuple(_texts(values["model_tensors"])),
                 made_by=str(values["made_by"]),
+                settings=dict(values.get("settings", {})),
             )
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, RequestError):
@@ -130,9 +136,11 @@ def shape_problem(
         if tuple(shape) != tuple(wanted):
             return f"has shape {tuple(shape)}, expected {tuple(wanted)} like the tensor"
         return None
-    if len(wanted) != 2:
+    across = name in record.transposed
+    if len(wanted) < 2 or (across and len(wanted) > 2):
         return f"is a Gram matrix, but the tensor has shape {tuple(wanted)}, which is no matrix"
-    inputs = wanted[0 if name in record.transposed else 1]
+    # A convolution's weight [out, in, *kernel] is that of a linear layer on patches.
+    inputs = wanted[0] if across else prod(wanted[1:])
     if tuple(shape) != (inputs, inputs):
         return (
             f"has shape {tuple(shape)}, expected {(inputs, inputs)} for the weight {tuple(wanted)}"

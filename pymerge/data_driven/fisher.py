@@ -30,7 +30,7 @@ from pymerge.data_driven.batches import (
 from pymerge.data_driven.statistics import ModelStatistics, make_record
 from pymerge.errors import RequestError, nearest
 
-__all__ = ["collect_fisher"]
+__all__ = ["check_options", "collect_fisher"]
 
 Tensor = torch.Tensor
 Gradients = dict[str, Tensor]
@@ -95,17 +95,15 @@ def collect_fisher(
             [1.]])
     """
     check_module(model, f"{_WHERE}: model")
-    check_count(samples, "samples", _WHERE)
+    check_options(
+        estimator=estimator,
+        labels=labels,
+        samples=samples,
+        parameters=parameters,
+        vectorize=vectorize,
+        seed=seed,
+    )
     labels = "true" if labels == "empirical" else labels
-    for name, value, known in (
-        ("estimator", estimator, ("exact", "batch")),
-        ("labels", labels, ("expected", "sampled", "true")),
-    ):
-        if value not in known:
-            raise RequestError(
-                f"{_WHERE}: {name}: expected one of {', '.join(known)}; got {value!r}"
-                f"{nearest(str(value), known)}"
-            )
     chosen = _chosen(model, parameters)
     call = _Call(model, logits or default_forward)
     how = _How(call, chosen, labels, torch.Generator().manual_seed(seed), vectorize)
@@ -132,6 +130,43 @@ def collect_fisher(
     aliases = {alias: name for alias, name in shared_names(model).items() if name in tensors}
     what = f"{estimator}, {labels} labels"
     return ModelStatistics(tensors, make_record("fisher", what, model, examples, aliases=aliases))
+
+
+def check_options(
+    *,
+    estimator: Any = "exact",
+    labels: Any = "expected",
+    samples: Any = 256,
+    parameters: Any = None,
+    vectorize: Any = None,
+    seed: Any = 0,
+) -> None:
+    """Refuse what `collect_fisher` does not take, whatever the model.
+
+    Raises:
+        RequestError: names the first such argument.
+    """
+    check_count(samples, "samples", _WHERE)
+    for name, value, known in (
+        ("estimator", estimator, ("exact", "batch")),
+        ("labels", "true" if labels == "empirical" else labels, ("expected", "sampled", "true")),
+    ):
+        if value not in known:
+            raise RequestError(
+                f"{_WHERE}: {name}: expected one of {', '.join(known)}; got {value!r}"
+                f"{nearest(str(value), known)}"
+            )
+    if not isinstance(parameters, str | None):
+        named = isinstance(parameters, Sequence) and all(isinstance(n, str) for n in parameters)
+        if not named:
+            raise RequestError(
+                f"{_WHERE}: parameters: expected names, a regular expression or None, got "
+                f"{parameters!r}"
+            )
+    if not isinstance(vectorize, bool | None):
+        raise RequestError(f"{_WHERE}: vectorize: expected True, False or None, got {vectorize!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise RequestError(f"{_WHERE}: seed: expected an integer of 64 bits, got {seed!r}")
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:

@@ -92,19 +92,22 @@ def regmean_merge(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> T:
-    """Merge linear layers so that they act on each model's inputs as that model does.
+    """Merge linear layers so that they act on each model's inputs as that model does; convolutions
+    too, where they were asked for.
 
     W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k,  G_k = X_k^T X_k    (Jin et al. 2023)
 
-    W is [in, out], the transpose of `nn.Linear.weight`. It minimises sum_k w_k |X_k W - X_k W_k|^2,
-    X_k^T X_k being a mean over rows. Parameters without a Gram matrix (biases, embeddings, norms)
-    are averaged by `weights`.
+    W is [in, out], the transpose of `nn.Linear.weight`; the weight of a convolution, [out, in,
+    *kernel], is taken for one of [out, in * prod(kernel)], X being the patches of its input. It
+    minimises sum_k w_k |X_k W - X_k W_k|^2, X_k^T X_k being a mean over rows. Parameters without a
+    Gram matrix (biases, embeddings, norms) are averaged by `weights`.
 
     Args:
         models: as in `fisher_merge`.
         grams: for each model what `collect_gram` or `load_statistics` gave, or a dictionary of
-            symmetric matrices [in, in] by the name of the weight. `nn.Linear`'s [out, in] is taken
-            for granted in a dictionary; what `collect_gram` gives knows of transformers' Conv1D.
+            symmetric matrices [in, in] by the name of the weight, of any that has two dimensions or
+            more. `nn.Linear`'s [out, in] is taken for granted in a dictionary; what `collect_gram`
+            gives knows of transformers' Conv1D.
         weights: one for each model, or one for all, not negative; default 1.
         semantics: "official", "mergelm" or "fusionbench"; gives the default of `off_diagonal`.
         off_diagonal: factor of the elements off the diagonal, in [0, 1]; 0 leaves the diagonal.

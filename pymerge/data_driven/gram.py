@@ -1,9 +1,9 @@
-"""Gram matrices of the inputs of linear layers: what RegMean weighs by."""
+"""Gram matrices of the inputs of linear layers and convolutions: what RegMean weighs by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,17 @@ from pymerge.data_driven.batches import (
     evaluating,
     shared_names,
 )
+from pymerge.data_driven.convolutions import (
+    Convolutions,
+    Patches,
+    WatchConvolutions,
+    check_convolutions,
+    is_convolution,
+)
 from pymerge.data_driven.statistics import ModelStatistics, make_record
 from pymerge.errors import RequestError
 
-__all__ = ["GramCollector", "collect_gram", "is_conv1d", "linear_layers"]
+__all__ = ["GramCollector", "check_options", "collect_gram", "is_conv1d", "linear_layers"]
 
 Tensor = torch.Tensor
 _WHERE = "collect_gram"
@@ -37,6 +44,7 @@ def collect_gram(
     forward: Forward | None = None,
     mask: Callable[[Any], Tensor | None] | None = None,
     accumulate: torch.dtype = torch.float64,
+    convolutions: Convolutions = False,
 ) -> ModelStatistics:
     """Collect X^T X / rows of the inputs X of every linear layer (Jin et al. 2023).
 
@@ -46,31 +54,38 @@ def collect_gram(
     expert that is never chosen, has none, and its matrix is 0: in a merge it says nothing. A weight
     that an embedding shares gets no matrix (it is averaged in a merge, as in the authors' code).
 
+    A convolution is a linear layer on the patches that its kernel is laid on: its rows are these,
+    of in_channels * prod(kernel) elements in the order of the weight, padding included. The paper
+    is about linear layers only, so convolutions are for the asking.
+
     Args:
         model, loader, samples: as in `collect_fisher`; labels are not needed.
         forward: `forward(model, batch)` runs the model; by default as in `collect_fisher`.
         mask: `mask(batch)` gives a mask [examples, positions] of what is no padding; by default
             batch["attention_mask"] where it is of that shape. Rows of padding do not count (they
             do in the authors' code); they do where an input has another shape. `mask=lambda _:
-            None` counts all.
+            None` counts all. Of convolutions it counts for those of one dimension whose output has
+            as many positions.
         accumulate: dtype of the sums over batches, float64 or float32.
+        convolutions: True takes nn.Conv1d, Conv2d and Conv3d too, "pointwise" those of them whose
+            kernel has size 1. Not those with groups, nor those that compute their kernel from the
+            weight: they are averaged in a merge.
 
-    Returns: symmetric float32 matrices [in, in] by the name of the weight, on the CPU.
+    Returns: symmetric float32 matrices [in, in] by the name of the weight, on the CPU; in is
+        in_channels * prod(kernel) for a convolution.
 
     Raises:
-        RequestError: no examples, no linear layers, NaN or infinity in an input.
+        RequestError: no examples, no such layers, NaN or infinity in an input, `convolutions` is
+            something else.
 
     >>> collect_gram(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 0.0], [1.0, 2.0]])])["weight"]
     tensor([[1., 1.],
             [1., 2.]])
     """
     check_module(model, f"{_WHERE}: model")
-    check_count(samples, "samples", _WHERE)
-    if accumulate not in (torch.float64, torch.float32):
-        raise RequestError(
-            f"{_WHERE}: accumulate: expected torch.float64 or torch.float32, got {accumulate}"
-        )
-    collector = GramCollector(model, linear_layers(model, _WHERE), accumulate, _WHERE)
+    check_options(samples=samples, accumulate=accumulate, convolutions=convolutions)
+    layers = linear_layers(model, _WHERE, convolutions)
+    collector = GramCollector(model, layers, accumulate, _WHERE, convolutions)
     examples = 0
     with evaluating(model), torch.no_grad(), collector.hooked():
         for number, batch, size in batches(loader, samples, device_of(model), _WHERE):
@@ -79,8 +94,25 @@ def collect_gram(
             examples += size
     found = collector.statistics(model, examples)
     if not found.record.tokens:
-        raise RequestError(f"{_WHERE}: no example reached any linear layer")
+        what = "linear layer or convolution" if convolutions else "linear layer"
+        raise RequestError(f"{_WHERE}: no example reached any {what}")
     return found
+
+
+def check_options(
+    *, samples: Any = 256, accumulate: Any = torch.float64, convolutions: Any = False
+) -> None:
+    """Refuse what `collect_gram` does not take, whatever the model.
+
+    Raises:
+        RequestError: names the first such argument.
+    """
+    check_count(samples, "samples", _WHERE)
+    if accumulate not in (torch.float64, torch.float32):
+        raise RequestError(
+            f"{_WHERE}: accumulate: expected torch.float64 or torch.float32, got {accumulate}"
+        )
+    check_convolutions(convolutions, _WHERE)
 
 
 def attention_mask(batch: Any) -> Tensor | None:
@@ -98,19 +130,32 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def linear_layers(model: nn.Module, where: str) -> dict[str, list[nn.Module]]:
-    """Return the linear layers by the name of their weight, without those of embeddings."""
+def linear_layers(
+    model: nn.Module, where: str, convolutions: Convolutions = False
+) -> dict[str, list[nn.Module]]:
+    """Return the linear layers by the name of their weight, without those of embeddings.
+
+    Args:
+        convolutions: return these too; see `collect_gram`.
+    """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if not linear and not is_convolution(module, convolutions):
             continue
         if id(weight) in names and id(weight) not in embedded:
             found.setdefault(names[id(weight)], []).append(module)
     if not found:
-        raise RequestError(f"{where}: model: has no linear layers (nn.Linear, Conv1D)")
+        what, hint = "nn.Linear, Conv1D", ""
+        if convolutions:
+            what += ", nn.Conv1d, Conv2d or Conv3d without groups"
+            what += " and with a kernel of size 1" if convolutions == "pointwise" else ""
+        elif any(is_convolution(module, True) for module in model.modules()):
+            hint = "; convolutions=True takes its convolutions"
+        raise RequestError(f"{where}: model: has no linear layers ({what}){hint}")
     return found
 
 
@@ -124,16 +169,19 @@ class _Sum:
 class GramCollector:
     """Adds up X^T X of layers while a model runs.
 
-    layers: by the name of their weight.
+    layers: linear layers and convolutions by the name of their weight. convolutions: which of them
+    were asked for.
     """
 
     model: nn.Module
     layers: Mapping[str, list[nn.Module]]
     accumulate: torch.dtype
     where: str
+    convolutions: Convolutions = False
     sums: dict[str, _Sum] = field(default_factory=dict)
     _mask: Tensor | None = None
     _number: int = 0
+    _kernels: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
     def begin(self, batch: Any, size: int, mask: Tensor | None, number: int) -> None:
         """Tell that the model is about to run on a batch."""
@@ -149,21 +197,39 @@ class GramCollector:
     def hooked(self) -> Iterator[None]:
         """Watch the layers."""
         handles = []
+        watch = WatchConvolutions(self._is_kernel, self._add_patches)
         try:
-            for name, modules in self.layers.items():
-                for module in modules:
-                    hook = self._hook(name)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+            with watch if self.convolutions else nullcontext():
+                for name, modules in self.layers.items():
+                    for module in modules:
+                        hook = self._hook(name, is_convolution(module, True))
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                yield
         finally:
+            self._kernels.clear()
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str, convolution: bool) -> Callable[..., None]:
         def watch(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._add(name, inputs[0] if inputs else next(iter(named.values())))
+            if convolution:
+                # Now is when the module has the weight that it computes with.
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                self._kernels[id(weight)] = weight, name
+            else:
+                self._add(name, inputs[0] if inputs else next(iter(named.values())))
 
         return watch
+
+    def _is_kernel(self, weight: Tensor) -> bool:
+        return id(weight) in self._kernels
+
+    def _add_patches(self, weight: Tensor, patches: Patches) -> None:
+        mask = self._mask
+        counts = mask is not None and patches.positions == tuple(mask.shape)
+        for rows in patches.rows(mask.to(weight.device) if mask is not None and counts else None):
+            self._add_rows(self._kernels[id(weight)][1], rows)
 
     def _add(self, name: str, given: Tensor) -> None:
         given = given.detach()
@@ -171,6 +237,9 @@ class GramCollector:
         mask = self._mask
         if mask is not None and given.dim() == 3 and given.shape[:2] == mask.shape:
             rows = rows[mask.to(rows.device).reshape(-1)]
+        self._add_rows(name, rows)
+
+    def _add_rows(self, name: str, rows: Tensor) -> None:
         wide = rows if rows.dtype == torch.float64 else rows.float()
         if name not in self.sums:
             size = rows.shape[1]
@@ -197,7 +266,7 @@ class GramCollector:
                 continue
             weight = modules[0].weight
             assert isinstance(weight, Tensor)
-            size = weight.shape[0 if is_conv1d(modules[0]) else 1]
+            size = len(weight) if is_conv1d(modules[0]) else weight.shape[1:].numel()
             found[name] = torch.zeros(size, size)
         return found
 
@@ -205,9 +274,13 @@ class GramCollector:
         """Return what was collected."""
         found = self.grams()
         aliases = {alias: name for alias, name in shared_names(model).items() if name in found}
+        what = f"mean of x x^T over rows, summed in {str(self.accumulate).removeprefix('torch.')}"
+        if self.convolutions:
+            kind = "pointwise convolutions" if self.convolutions == "pointwise" else "convolutions"
+            what += f", {kind} too"
         record = make_record(
             "gram",
-            f"mean of x x^T over rows, summed in {str(self.accumulate).removeprefix('torch.')}",
+            what,
             model,
             examples,
             max((own.rows for own in self.sums.values()), default=0),

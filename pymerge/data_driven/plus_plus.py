@@ -23,6 +23,7 @@ from pymerge.data_driven.batches import (
     evaluating,
     shared_names,
 )
+from pymerge.data_driven.convolutions import Convolutions, check_convolutions
 from pymerge.data_driven.functions import regmean_merge
 from pymerge.data_driven.gram import GramCollector, attention_mask, linear_layers
 from pymerge.data_driven.statistics import ModelStatistics
@@ -50,6 +51,7 @@ def regmean_plus_plus(
     samples: int = 256,
     forward: Forward | None = None,
     mask: Callable[[Any], Tensor | None] | None = None,
+    convolutions: Convolutions = False,
 ) -> State:
     """Merge models by RegMean++: each layer's Gram matrices come from the layers merged before it.
 
@@ -64,10 +66,11 @@ def regmean_plus_plus(
             iterator that ends.
         layers: names of the modules that are merged as one, such as the blocks of a transformer. By
             default the items of `nn.ModuleList`s that hold linear layers, and every linear layer
-            outside of them.
+            outside of them (or convolution, where they are asked for).
         off_diagonal: as in `regmean_merge`; default 0.95, the authors'.
         ridge, weights: as in `regmean_merge`.
-        samples, forward, mask: as in `collect_gram`.
+        samples, forward, mask, convolutions: as in `collect_gram`. Convolutions that are not asked
+            for are averaged before, like all that is outside the layers.
 
     A layer is run up to its end where the first batches call it once each, else the whole model.
 
@@ -86,11 +89,19 @@ def regmean_plus_plus(
     models, loaders = list(models), list(loaders)
     _check(models, loaders)
     check_count(samples, "samples", _WHERE)
+    check_convolutions(convolutions, _WHERE)
     states = [{n: t.detach() for n, t in model.state_dict().items()} for model in models]
     merged = copy.deepcopy(models[0])
     current: State = linear(states, weights=weights)
     merged.load_state_dict(current)
-    run = _Run(merged, loaders, samples, forward or default_forward, mask or attention_mask)
+    run = _Run(
+        merged,
+        loaders,
+        samples,
+        forward or default_forward,
+        mask or attention_mask,
+        convolutions,
+    )
     with evaluating(merged), torch.no_grad():
         for layer in run.order(layers):
             own = _names_of(merged, layer, run.linear)
@@ -145,12 +156,13 @@ class _Run:
     samples: int
     forward: Forward
     mask: Callable[[Any], Tensor | None]
+    convolutions: Convolutions
     linear: dict[str, list[nn.Module]] = field(default_factory=dict)
     once: set[str] = field(default_factory=set)
 
     def order(self, layers: Sequence[str] | None) -> list[str]:
         """Return the names of the layers in the order in which they run first."""
-        self.linear = linear_layers(self.model, _WHERE)
+        self.linear = linear_layers(self.model, _WHERE, self.convolutions)
         modules = dict(self.model.named_modules())
         chosen = self._default() if layers is None else list(layers)
         unknown = [name for name in chosen if name not in modules]
@@ -214,7 +226,7 @@ class _Run:
             if name in own and (inside := [m for m in modules if id(m) in mine])
         }
         where = f"{_WHERE}: loaders[{task}]"
-        collector = GramCollector(self.model, watched, torch.float64, where)
+        collector = GramCollector(self.model, watched, torch.float64, where, self.convolutions)
         call = _Call(self.model, self.forward)
         aliases = shared_names(self.model)
         given = {f"model.{n}": tensor for n, tensor in own.items() if n not in aliases}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pymerge._calls import call
@@ -248,7 +249,8 @@ def _run_regmean(
     from pymerge.backends.data_driven import RegMean, Singular
 
     _, flats = source.load(work.name)
-    rows, columns = work.shape
+    # A convolution's weight [out, in, *kernel] is that of a linear layer on patches.
+    rows, columns = work.shape[0], prod(work.shape[1:])
     models = [as_tensor(flat).reshape(rows, columns) for flat in flats]
     finite = all(_is_finite(model) for model in models)
     inputs, outputs = (rows, columns) if statistics.transposed else (columns, rows)

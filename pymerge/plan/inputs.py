@@ -20,6 +20,7 @@ __all__ = [
     "header",
     "listed",
     "open_inputs",
+    "open_model",
 ]
 
 # Floats from narrow to wide; a merge of two is at least as wide as both.
@@ -124,13 +125,22 @@ def _open(
         return None
     label = f"{name} ({path if adapter is None else f'{path}+{adapter}'})"
     try:
-        checkpoint = open_checkpoint(path, label)
-        return checkpoint if adapter is None else _adapted(checkpoint, adapter, label)
+        return open_model(path, adapter, label)
     except RequestError as error:
         inputs.problems += error.problems
     except OSError as error:
         inputs.problems.append(f"{label}: cannot read: {error.strerror or error}")
     return None
+
+
+def open_model(path: str, adapter: str | None, label: str) -> Checkpoint:
+    """Open a checkpoint, with an adapter folded in where one is given; headers only.
+
+    Raises:
+        CheckpointError: what is wrong with them.
+    """
+    checkpoint = open_checkpoint(path, label)
+    return checkpoint if adapter is None else _adapted(checkpoint, adapter, label)
 
 
 def _adapted(base: Checkpoint, path: str, label: str) -> Checkpoint:

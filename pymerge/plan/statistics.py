@@ -98,7 +98,7 @@ def open_statistics(config: MergeConfig, inputs: Inputs) -> StatisticsInputs:
                 complete = False
                 found.problems.append(
                     f"{entry.where}: 'statistics' is missing under 'parameters'; {kind} statistics "
-                    f"of the model are needed (pymerge.collect_{kind}, pymerge.save_statistics)"
+                    f"of the model are needed (`pymerge collect`, pymerge.collect_{kind})"
                 )
                 continue
             name = f"{entry.name}.statistics"
@@ -220,7 +220,7 @@ def largest_system(
     systems: list[tuple[int, int]] = []
     for name, info in inputs.reference.tensors.items():
         gram = found.models[0].info(name)
-        if gram is not None and len(info.shape) == 2 and len(gram.shape) == 2 and gram.shape[0]:
+        if gram is not None and len(info.shape) >= 2 and len(gram.shape) == 2 and gram.shape[0]:
             systems.append((gram.shape[0], prod(info.shape) // gram.shape[0]))
     return max(systems, key=lambda shape: matrix_bytes(shape[0], shape[1], 1), default=None)
 
