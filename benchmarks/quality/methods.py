@@ -29,7 +29,7 @@ class NotAvailable(Exception):
 class Models:
     """What there is to merge.
 
-    `statistics(kind)` gives the Fisher information ("fisher") or the Gram matrices ("gram") of the
+    `ridge` is RegMean's, above 0 where inputs of a layer are 0 in every example. `statistics(kind)` gives the Fisher information ("fisher") or the Gram matrices ("gram") of the
     models, `adapt(**settings)` the state that AdaMerging learns; both are costly and cached. `kept`
     is for what a method needs again.
     """
@@ -39,6 +39,7 @@ class Models:
     statistics: Statistics
     adapt: Callable[..., State]
     seed: int = 0
+    ridge: float = 0.0
     kept: dict[str, State] = field(default_factory=dict)
 
 
@@ -126,7 +127,8 @@ def _regmean(models: Models, value: float) -> State:
     # 1, no reduction at all, is not among the settings: the rows that a layer sees come out of a
     # LayerNorm, whose outputs are linearly dependent
     merge = available("regmean_merge")
-    return merge(models.tuned, models.statistics("gram"), off_diagonal=value)
+    grams = models.statistics("gram")
+    return merge(models.tuned, grams, off_diagonal=value, ridge=models.ridge)
 
 
 def _adamerging(granularity: str, trimmed: bool) -> Make:

@@ -151,7 +151,7 @@ def _models(suite: Suite, tuned: list[State], seed: int) -> Models:
     def adapt(**settings: Any) -> State:
         return suite.adapt(suite.base(), tuned, seed, **settings)
 
-    return Models(suite.base(), tuned, statistics, adapt, seed)
+    return Models(suite.base(), tuned, statistics, adapt, seed, suite.ridge)
 
 
 def _test(

@@ -71,6 +71,7 @@ class Suite(ABC):
         unit: of the scores that are shown.
         notes: for the document.
         trained: whether there are fine-tunes, which seeds differ in.
+        ridge: of RegMean.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Suite(ABC):
     unit: str = "accuracy in per cent"
     notes: Sequence[str] = ()
     trained: bool = True
+    ridge: float = 0.0
 
     def __init__(self, cache: Cache, log: Log) -> None:
         self.cache, self.log = cache, log
@@ -160,6 +162,7 @@ class Classifiers(Suite):
     training = Training()
     evaluation_batch = 64
     statistics_batch = 32
+    convolutions = False  # whether RegMean solves for them
     adaptation = Adaptation()
     statistics_samples = 256
 
@@ -284,7 +287,9 @@ class Classifiers(Suite):
         loader = [inputs[positions] for positions in torch.arange(size).split(step)]
         model, head = self.model(state), self.heads[task]
         if kind == "gram":
-            return dict(available("collect_gram")(model, loader, samples=size, mask=self.mask))
+            collect = available("collect_gram")
+            how = {"mask": self.mask, "convolutions": self.convolutions}
+            return dict(collect(model, loader, samples=size, **how))
         # expected over all labels it would take a backward pass for each of them
         return dict(
             available("collect_fisher")(

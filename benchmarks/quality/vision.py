@@ -18,7 +18,7 @@ from benchmarks.quality import image_tasks, vision_model
 from benchmarks.quality.adaptation import Adaptation
 from benchmarks.quality.debian import unpacked
 from benchmarks.quality.image_tasks import TASKS
-from benchmarks.quality.methods import Method, State
+from benchmarks.quality.methods import State
 from benchmarks.quality.suite import (
     Classifiers,
     Merged,
@@ -48,6 +48,8 @@ class Vision(Classifiers):
     training = Training(epochs=4, batch=50, rate=3e-4, warmup=5)
     adaptation = Adaptation(steps=(20, 40, 70, 100, 200), batch=16)
     evaluation_batch = 100
+    convolutions = True  # all but the depthwise ones; there is no other linear layer
+    ridge = 1e-6  # some channels are 0 in every image
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
         super().__init__(cache, log)
@@ -68,10 +70,6 @@ class Vision(Classifiers):
             "training": self.training.recipe(),
             "adaptation": asdict(self.adaptation),
         }
-
-    def applies(self, method: Method) -> bool:
-        # almost all layers are convolutions, of which RegMean takes the mean
-        return method.key != "regmean"
 
     def extras(self, merged: Merged) -> dict[str, Any]:
         """Return also the accuracy on damaged images, and on tasks that were not merged."""
