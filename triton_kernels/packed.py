@@ -72,21 +72,21 @@ def _load_words(mask: tl.tensor, at: tl.tensor, there: tl.tensor):
 
 @triton.jit
 def _add_kept(
-    total: tl.tensor, origin: tl.tensor, lane: tl.tensor, mask: tl.tensor, chunk: tl.tensor,
-    left: tl.tensor, values: tl.tuple | tl.tensor, masks: tl.tuple | None,
-    offsets: tl.tuple | None, weight: tl.tensor, k: int, MODELS: tl.constexpr, F: tl.constexpr,
+    total: tl.tensor, origin: tl.tensor, mask: tl.tensor, chunk: tl.tensor, left: tl.tensor,
+    values: tl.tuple | tl.tensor, masks: tl.tuple | None, offsets: tl.tuple | None,
+    weight: tl.tensor, k: int, MODELS: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """total, and what model k adds to it. total, origin: [words, 32]. left: elements from here."""
     own, bits, starts = _model(values, masks, offsets, k, 0, MODELS)
     ROWS: tl.constexpr = total.shape[0]
     row = tl.arange(0, ROWS)
-    words = _load_words(bits + chunk * WORDS, row, row * WORD < left)
+    there = row * WORD < left
+    words = _load_words(bits + chunk * WORDS, row, there)
     counts = bits_in(words)
     # How many are kept in the words before, of the same chunk.
     in_chunks = tl.reshape(counts, [ROWS // WORDS, WORDS])
     before = tl.reshape(tl.cumsum(in_chunks, axis=1) - in_chunks, [ROWS])
-    here = row * WORD < left
-    first = tl.load(starts + chunk + row // WORDS, mask=here, other=0)
+    first = tl.load(starts + chunk + row // WORDS, mask=there, other=0)
     word = words[:, None]
     bit = tl.arange(0, WORD).to(tl.uint32)[None, :]
     kept = (((word >> bit) & 1) != 0) & mask
@@ -125,13 +125,13 @@ def packed_sum_kernel(
     if MODELS > 0:
         for k in tl.static_range(MODELS):
             total = _add_kept(
-                total, origin, lane, mask, chunk, left, values, masks, offsets,
+                total, origin, mask, chunk, left, values, masks, offsets,
                 tl.load(numbers + k), k, MODELS, F,
             )  # fmt: skip
     else:
         for k in range(count):
             total = _add_kept(
-                total, origin, lane, mask, chunk, left, values, masks, offsets,
+                total, origin, mask, chunk, left, values, masks, offsets,
                 tl.load(numbers + k), k, MODELS, F,
             )  # fmt: skip
     store(out + start, lane, mask, origin + total)
