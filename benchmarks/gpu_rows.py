@@ -52,6 +52,8 @@ REST = (
     "sums_gram",
     "sums_gram.rows",
     "sums_dots",
+    "packed_sum",
+    "packed_dots",
     "sums_statistics",
     "sums_statistics.rows",
     "sums_ram_counts",
@@ -161,6 +163,8 @@ class Bench:
         """Return a case's arguments, thresholds from a sample; tensors that are as long as the
         inputs on the device."""
         torch, base, models = self.torch, self.base, self.models
+        if case.op.startswith("packed"):  # nothing in them is taken from a sample
+            return case.arguments(base, models)
         sample = slice(0, SAMPLE)
         given = case.arguments(base[sample].cpu(), [model[sample].cpu() for model in models])
         if given.get("base") is not None:
@@ -199,7 +203,10 @@ class Bench:
         torch, base, count = self.torch, self.base, len(self.models)
         numel = base.numel()
         made = case.outputs(base[:SAMPLE].cpu(), [m[:1].cpu() for m in self.models], base.dtype)
-        if "partials" in made:
+        if "masks" in given and "partials" in made:
+            shape = sums_shape("dots", count + 1, numel, 0)
+            made["partials"] = torch.zeros(shape, dtype=torch.float64)
+        elif "partials" in made:
             models = len(given["models"])
             shape = sums_shape(given["kind"], models, numel, given.get("columns", 0))
             made["partials"] = torch.zeros(shape, dtype=torch.float64)
@@ -223,8 +230,11 @@ class Bench:
         case.call(outputs, given, backend)
         self.check(case, given, outputs)
         seconds, spread = self.time(lambda: case.call(outputs, given, backend))
-        read = [given[key] for key in ("base", "model", "ranks", "weights") if key in given]
-        tensors = [t for t in [*read, *given.get("models", [])] if hasattr(t, "nbytes")]
+        names = ("base", "model", "ranks", "weights", "gradient")
+        read = [given[key] for key in names if key in given]
+        for key in ("models", "masks", "values", "offsets"):
+            read += given.get(key, [])
+        tensors = [t for t in read if hasattr(t, "nbytes")]
         long = [outputs[key] for key in ("out", "scores", "ranks") if key in outputs]
         nbytes = sum(tensor.nbytes for tensor in [*tensors, *long])
         self.note(name, dtype, backend, seconds, spread, nbytes)
@@ -259,7 +269,7 @@ class Bench:
         for start in sorted(starts):
             part = slice(start, start + STRETCH)
             own = self.part(given, part)
-            models = own["models"] if "models" in own else [own["model"]]
+            models = [own["model"]] if "model" in own else own.get("models", own.get("values"))
             expected = case.outputs(self.base[part].cpu(), models, self.base.dtype)
             if "partials" in expected:
                 shape = STRETCH // (given.get("columns") or 1024)
@@ -279,10 +289,15 @@ class Bench:
 
     def part(self, given: dict[str, Any], part: slice) -> dict[str, Any]:
         """Return the arguments of a stretch of the inputs, on the processor."""
+        from tests.packing import part_of
+
         own = dict(given)
-        for name in ("base", "model"):
+        for name in ("base", "model", "gradient"):
             if own.get(name) is not None:
                 own[name] = own[name][part].cpu()
+        if "masks" in own:
+            kept = part_of(own, part.start, part.stop)
+            own |= {key: [tensor.cpu() for tensor in tensors] for key, tensors in kept.items()}
         if "models" in own:
             own["models"] = [model[part].cpu() for model in own["models"]]
         if "ranks" in own:

@@ -30,6 +30,8 @@ from pymerge.backends.reference import HOT_CHUNK
 from pymerge.methods import METHODS
 from pymerge.sizes import parse_size
 from tests.cases import CASES, CHUNK, Case, Inputs
+from tests.packing import CHUNK as PACKED_CHUNK
+from tests.packing import part_of
 
 __all__ = ["DEFAULT_CASES", "Measurement", "measure_case", "run", "tables"]
 
@@ -106,6 +108,8 @@ def make_arrays(elements: int, seed: int = 0) -> Inputs:
 def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Return the case's arguments over the whole arrays, with thresholds from their first part."""
     base, models = inputs
+    if case.op.startswith("packed"):  # nothing in them is taken from a sample
+        return case.arguments(base, models)
     arguments = case.arguments(base[:_SAMPLE], [model[:_SAMPLE] for model in models])
     whole: dict[str, Any] = {"base": base, "model": models[0]}
     # Some take one model, and dot products a gradient more.
@@ -124,9 +128,11 @@ def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
 
 def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     part = dict(arguments)
-    for name in ("base", "model"):
+    for name in ("base", "model", "gradient"):
         if part.get(name) is not None:
             part[name] = part[name][start:stop]
+    if "masks" in part:
+        part |= part_of(part, start, stop)
     if "start" in part:  # the hash of a random mask sees the index
         part["start"] += start
     if "models" in part:
@@ -164,13 +170,16 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
 
     expected = Expected([], {})
     if case.streams_out:
-        unit = arguments.get("columns", 1)  # whole rows
+        # Whole rows, or whole chunks.
+        unit = arguments.get("columns", PACKED_CHUNK if "masks" in arguments else 1)
         stretch = max(unit, STRETCH // unit * unit)
         places = range(0, max(0, numel - stretch) + 1, unit)
         drawn = random.Random(seed).sample(places, min(STRETCHES - 2, len(places)))
         for start in sorted({0, places[-1], *drawn}):
             stop = min(start + stretch, numel)
             expected.stretches.append((start, reference(start, stop)["out"]))
+    if "masks" in arguments and case.streams_out:
+        return expected
     if case.streams_out and not arguments.get("want_signs"):
         expected.counters["stats"] = torch.zeros(3, dtype=torch.int64)
         return expected
@@ -233,6 +242,13 @@ class Measurement:
         return self.nbytes / self.seconds
 
 
+def packed_bytes(arguments: dict[str, Any]) -> int:
+    """Return the bytes that a kernel reads of trimmed task vectors, base and gradient."""
+    whole = [arguments[name] for name in ("base", "gradient") if name in arguments]
+    parts = [one for name in ("masks", "values", "offsets") for one in arguments[name]]
+    return sum(tensor.nbytes for tensor in (*whole, *parts))
+
+
 def measure_case(
     case: Case,
     inputs: Inputs,
@@ -256,10 +272,14 @@ def measure_case(
         outputs["counts"] = outputs["counts"].new_zeros(shape)
     out = outputs["out"] if case.streams_out else torch.empty_like(base)
     floor_base = arguments.get("base")
-    floor_models = arguments["models"] if "models" in arguments else [arguments["model"]]
+    # The loop reads whole models where the kernel reads what they keep.
+    floor_models = arguments.get("models", models)
+    if "model" in arguments:
+        floor_models = [arguments["model"]]
     read = [*floor_models, *([] if floor_base is None else [floor_base])]
     read_bytes = sum(tensor.nbytes for tensor in read)
-    nbytes = read_bytes + (out.nbytes if case.streams_out else 0)
+    nbytes = packed_bytes(arguments) if "masks" in arguments else read_bytes
+    nbytes += out.nbytes if case.streams_out else 0
     # Ranks are read, or written, beside them.
     nbytes += sum(t.nbytes for t in (arguments.get("ranks"), outputs.get("ranks")) if t is not None)
     op = getattr(torch.ops.pymerge, case.op)

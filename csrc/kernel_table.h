@@ -436,7 +436,7 @@ struct KernelTable {
   Status (*pointwise)(const PointwiseArgs*) = nullptr;
   Status (*chunk_sums)(const SumsArgs*) = nullptr;
   Status (*pcb)(const PcbArgs*) = nullptr;
-  Status (*packed)(const PackedArgs*) = nullptr;  // null on CUDA
+  Status (*packed)(const PackedArgs*) = nullptr;
   Status (*row_ranks)(const RanksArgs*) = nullptr;
   Status (*row_weighted_sum)(const RowSumArgs*) = nullptr;
   Status (*divergence_sums)(const DivergenceArgs*) = nullptr;

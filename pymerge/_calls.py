@@ -395,6 +395,35 @@ def divergence_sums_(
     _backend(backend, base).divergence_sums(table, base, model, kind, columns, wide)
 
 
+def packed_sum_(
+    out: Flat,
+    base: Flat,
+    masks: Sequence[Any],
+    values: Sequence[Flat],
+    offsets: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    _backend(backend, out).packed_sum(out, base, masks, values, offsets, weights, wide)
+
+
+def packed_dots_(
+    partials: Counters,
+    gradient: Flat,
+    base: Flat,
+    masks: Sequence[Any],
+    values: Sequence[Flat],
+    offsets: Sequence[Any],
+    *,
+    wide: bool = False,
+    backend: str = "auto",
+) -> None:
+    chosen = _backend(backend, base)
+    chosen.packed_dots(partials, gradient, base, masks, values, offsets, wide)
+
+
 def row_importance_(
     out: Flat,
     stats: Counters,

@@ -47,6 +47,11 @@ compare_: what task vectors have to do with each other: sums of segments of 6553
     products, distances), and counts, which grow (kept above thresholds, in both of a pair, of
     opposite signs, equal, magnitudes). thresholds: of each level and model. See ComparisonArgs in
     csrc/kernel_table.h and `pymerge.backends.comparison`.
+packed_sum_: out = base + sum_k weights[k] t_k, t_k trimmed task vectors: bit i of masks[k][j] says
+    whether model k keeps element 32 j + i; values[k] are what it keeps, its own numbers in its own
+    dtype; offsets[k] how many of them are before each chunk of 1024 elements, and how many there
+    are. t_k = values[k] - base there, and nothing elsewhere.
+packed_dots_: partials[k, c] = <gradient, t_k> over chunk c, as dots of chunk_sums_.
 row_importance_: out = |model - base| D_row, rounded once; with a threshold the base, plus the delta
     where that is at least the threshold. stats[2] += 1 if an input is not finite.
 """
@@ -129,6 +134,14 @@ _SCHEMAS = {
     "compare_": (
         "(Tensor(a!) sums, Tensor(b!) counts, Tensor base, Tensor[] models, int[] thresholds, "
         "int start=0, int every=1, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "packed_sum_": (
+        "(Tensor(a!) out, Tensor base, Tensor[] masks, Tensor[] values, Tensor[] offsets, "
+        "float[] weights, *, bool wide=False, str backend='auto') -> ()"
+    ),
+    "packed_dots_": (
+        "(Tensor(a!) partials, Tensor gradient, Tensor base, Tensor[] masks, Tensor[] values, "
+        "Tensor[] offsets, *, bool wide=False, str backend='auto') -> ()"
     ),
     "row_importance_": (
         "(Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor model, Tensor divergences, "

@@ -14,6 +14,7 @@ from pymerge.backends import has_kernel
 from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
 from pymerge.backends.comparison import EVERY, Comparison
 from pymerge.backends.sizes import SUM_CHUNK
+from tests.packing import pack
 
 Inputs = tuple[torch.Tensor, list[torch.Tensor]]  # base, models
 
@@ -541,6 +542,41 @@ def _comparison(levels: int, **more: Any) -> Case:
     return Case(name, "compare_", arguments, outputs, streams_out=False, slow=True)
 
 
+# What is kept of each model in turn: a share as trims have it, or also nothing, all and a half.
+_TRIMMED, _ANY = (0.2,), (0.2, 0.0, 1.0, 0.5)
+
+
+def _packed(
+    shares: Sequence[float], base: torch.Tensor, models: list[torch.Tensor]
+) -> dict[str, Any]:
+    kept = pack(models, [shares[k % len(shares)] for k in range(len(models))])
+    return {"base": base, **kept}
+
+
+def _packed_sum(shares: Sequence[float]) -> Callable[..., dict[str, Any]]:
+    return lambda base, models: {
+        **_packed(shares, base, models),
+        "weights": _weights(len(models)),
+    }
+
+
+def _packed_dots(shares: Sequence[float]) -> Callable[..., dict[str, Any]]:
+    return lambda base, models: {"gradient": models[0], **_packed(shares, base, models)}
+
+
+def _only_out(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    return {"out": torch.full(base.shape, float("nan"), dtype=dtype)}
+
+
+def _dots_of_all(
+    base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    shape = sums_shape("dots", len(models) + 1, base.numel(), 0)
+    return {"partials": torch.full(shape, 7.0, dtype=torch.float64)}
+
+
 CASES = [
     Case("linear", "weighted_sum_", _linear("sum"), _out),
     Case("linear_unnormalized", "weighted_sum_", _linear("one"), _out, slow=True),
@@ -603,6 +639,10 @@ CASES = [
     _sums_case("sce", _sce_sums),
     _sums_case("pcb_extremes", _sums("pcb_extremes")),
     _sums_case("pcb_exp", _pcb_exp_sums),
+    Case("packed_sum", "packed_sum_", _packed_sum(_TRIMMED), _only_out),
+    Case("packed_sum.any", "packed_sum_", _packed_sum(_ANY), _only_out, slow=True),
+    Case("packed_dots", "packed_dots_", _packed_dots(_TRIMMED), _dots_of_all, False, slow=True),
+    Case("packed_dots.any", "packed_dots_", _packed_dots(_ANY), _dots_of_all, False, slow=True),
     _pointwise("nearswap", 0.005, 1e-6, models=1),
     _pointwise("ram", 0.004),
     _pointwise("magmax", 0.7),

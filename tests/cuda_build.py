@@ -27,6 +27,7 @@ PTX = (
     "chunk_sums",
     "divergence",
     "magnitudes",
+    "packed",
     "pcb_codes",
     "pcb_paper",
     "pointwise_f32",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import pymerge
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import merged_layer, merged_packed_layer, pack_trimmed
-from pymerge.adamerging.ops import unpack
+from pymerge.backends.reference_packed import unpack
 from tests.oracles import official_delta
 
 State = dict[str, torch.Tensor]

@@ -260,6 +260,8 @@ def bench(tmp_path: Path) -> gpu_rows.Bench:
         "della",
         "sums_gram.rows",
         "sums_dots",
+        "packed_sum",
+        "packed_dots",
         "pcb_root_scores",
         "row_ranks",
         "divergence_all.rows",

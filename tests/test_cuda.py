@@ -10,6 +10,7 @@ import torch
 
 from pymerge.backends import cuda
 from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
+from tests.packed_checks import CHECKS, differing
 from tests.test_cuda_host import BY_NAME, COUNTS, TILE
 from tests.test_ops import LARGE, SIZES, SLOW_SIZES, SPECIAL, reference, same
 
@@ -70,6 +71,16 @@ def test_every_number_of_models(count: int) -> None:
         for case in GPU_CASES:
             inputs, expected = reference(case.name, 777, count, (dtype,), dtype)
             assert same(expected, run(case, inputs, dtype)), (case.name, dtype)
+
+
+def test_packed_at_random() -> None:
+    assert differing("cuda", range(100), 20_000, moved) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("check", CHECKS)
+def test_layers_of_packed_task_vectors(check: str) -> None:
+    assert CHECKS[check]("cuda")
 
 
 @pytest.mark.parametrize("misaligned", [False, True])

@@ -121,6 +121,8 @@ def of_points(reports: dict[str, Report]) -> dict[tuple[int, str], Report]:
         ("divergence_kernel", 5 * 3, 80),
         ("importance_kernel", 5 * 2, 80),
         ("terms_kernel", 5 * 7, 80),
+        ("packed_sum_kernel", 5, 80),
+        ("packed_dots_kernel", 5, 80),
         ("pcb_kernel", 4 * 2 * (POINTS + 1), 80),
         # A sum for each pair of models: they take the registers that they take.
         ("pairs_kernel", 3 * (3 * POINTS + 5), 255),
@@ -155,11 +157,11 @@ def test_arithmetic_is_exact(built: tuple[Path, dict[str, Report]], name: str) -
     quotients = 14 * 2 * 4 if name == "ties_f32" else 0
     assert counts == [4 * quotients, quotients, quotients, quotients]
     fused = len(re.findall(r"\bfma\.", code))
-    if name in ("chunk_pairs", "chunk_sums"):
+    if name in ("chunk_pairs", "chunk_sums", "packed"):
         assert fused == len(re.findall(r"\bfma\.rn\.f64\b", code)) > 0
     else:
         assert fused == counts[0]
-    vectors = name in ("magnitudes", "sums") or name.endswith("f32")
+    vectors = name in ("magnitudes", "packed", "sums") or name.endswith("f32")
     assert ("ld.global.nc.L1::no_allocate.v4" in code) == vectors
 
 

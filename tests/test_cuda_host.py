@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from pymerge import backends
+from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
 from pymerge.backends import cpu, cuda
 from tests import cuda_build
 from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
+from tests.packed_checks import CHECKS, differing
+from tests.packing import pack
 from tests.test_ops import SPECIAL, reference, same
 
 pytestmark = pytest.mark.skipif(
@@ -263,6 +266,38 @@ def test_addresses_between_elements() -> None:
         expected, stats, base, models, [0.5, 0.25], 2.0, 3.0, backend="reference"
     )
     assert torch.equal(out[1:].view(torch.uint8).clone().view(torch.float32), expected)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_packed_at_random(first: int) -> None:
+    assert differing("cuda", range(first, first + 20), 20_000, lambda tensor: tensor) == []
+
+
+# torch's own tracer makes an instance of the function, which torch warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("check", CHECKS)
+def test_layers_of_packed_task_vectors(check: str, launches: Callable[[], int]) -> None:
+    before = launches()
+    assert CHECKS[check]("cpu")
+    assert launches() > before, "they ran somewhere else"
+
+
+def test_a_layer_of_too_many_models_is_merged_elsewhere(launches: Callable[[], int]) -> None:
+    base, models = make_inputs(100, 200, [torch.float32])
+    kept = pack(models, [0.5] * 200)
+    packed = [Packed(*one) for one in zip(*kept.values(), strict=True)]
+    at = torch.full((200,), 0.01, requires_grad=True)
+    before = launches()
+    merged, dense = merged_packed_layer(at, base, packed), merged_layer(at, base, models)
+    (merged.sum() + dense.sum()).backward()
+    assert launches() == before
+    assert at.grad is not None
+    assert bool(torch.isfinite(at.grad).all())
+    with pytest.raises(ValueError, match="refused its arguments: more models than a launch"):
+        torch.ops.pymerge.packed_sum_(
+            base.clone(), base, **kept, weights=[1.0] * 200, backend="cuda"
+        )
 
 
 @pytest.mark.usefixtures("launches")

@@ -27,6 +27,9 @@ def test_every_backend_has_every_op_that_it_says() -> None:
 
     for name in ("reference", "cpu"):
         assert all(has_kernel(name, op) for op in NAMES), name
+    for name in BACKENDS:
+        assert has_kernel(name, "packed_sum_"), name
+        assert has_kernel(name, "packed_dots_"), name
     assert not has_kernel("cpu", "fisher_")
 
 

@@ -29,16 +29,19 @@ from pymerge.methods import METHODS
 from tests.cases import DTYPES
 from tests.conftest import REQUIRED
 from tests.models import NEED_FILES
+from tests.packed_checks import CHECKS
 from tests.triton_checks import (
     BY_NAME,
     begin,
     choice,
     differing_dialects,
     differing_method,
+    differing_packed,
     differing_shapes,
     differing_specials,
     large_differences,
     merged,
+    packed_layer,
     refusals,
     tuned,
     wrong_roundings,
@@ -159,6 +162,18 @@ def test_many_rows(case: str, kernels: Callable[..., Any]) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("first", range(0, 24, 4))
+def test_packed_at_random(first: int, kernels: Callable[..., Any]) -> None:
+    assert kernels(differing_packed, range(first, first + 4), 2100) == []
+
+
+@needs_triton
+@pytest.mark.parametrize("check", CHECKS)
+def test_layers_of_packed_task_vectors(check: str, kernels: Callable[..., Any]) -> None:
+    assert kernels(packed_layer, check)
+
+
+@needs_triton
 @pytest.mark.parametrize("case", BY_NAME)
 def test_non_finite_values(case: str, kernels: Callable[..., Any]) -> None:
     assert kernels(differing_specials, case) == []
@@ -192,6 +207,9 @@ def test_kernels_refuse_what_they_cannot_take(kernels: Callable[..., Any]) -> No
         "magmax: expected 1 numbers for 1 models, got 0",
         "tall: expected a model from 0 to 0, got 1.0",
         "partials of shape (4, 1), got (1, 1)",
+        "a mask of 62 words and 3 offsets do not fit 2000",
+        "counters must be contiguous torch.int32",
+        "expected 1 weights, one for each model, got 0",
     )
     for message, part in zip(said, expected, strict=True):
         assert part in message

@@ -69,6 +69,8 @@ MODES = [
     "sums_emr",
     "sums_sce",
     "sums_pcb_extremes",
+    "packed_sum",
+    "packed_dots",
     "divergence_maxima",
     "divergence_exp",
     "divergence_divergence",
@@ -76,6 +78,7 @@ MODES = [
     "row_importance",
     "arcee_fusion",
 ]
+AMD = [*CASES, "pcb_paper", "sums_gram", "sums_statistics", "packed_sum", "packed_dots"]
 DIVIDES = {
     "linear",
     "ties_mean_signs",
@@ -251,6 +254,8 @@ def test_code_of_pairs(case: str, count: int, compiler: Callable[..., Any]) -> N
         ("sparse_all", 17, "bf16"),
         ("consensus", 17, "f32"),
         ("row_task_arithmetic", 17, "bf16"),
+        ("packed_sum", 4, "f64"),
+        ("packed_dots", 4, "f64"),
         ("sums_gram", 4, "f64"),
         ("sums_gram", 9, "bf16"),
         ("sums_pcb_exp", 9, "bf16"),
@@ -268,6 +273,23 @@ def test_other_code_for_hopper(
     if count == 17:  # one wide load of models of each dtype
         assert len(re.findall(r"ld\.global\.v[24]", built["code"])) >= 4
     check_arithmetic(built["code"], case, dtype)
+
+
+@pytest.mark.parametrize("count", [2, 8, 9])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_code_of_packed(count: int, dtype: str, compiler: Callable[..., Any]) -> None:
+    """What is as long as the tensor is read and written 16 bytes at a time; places are counted by
+    the threads of a warp."""
+    for case in ("packed_sum", "packed_dots"):
+        built = compiler(case, count, dtype, "sm_90")
+        assert built["spilled"] == 0
+        assert built["registers"] <= 96
+        check_arithmetic(built["code"], case, dtype)
+    wide = 1 if dtype == "bf16" else 2
+    code = compiler("packed_sum", count, dtype, "sm_90")["code"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", code)) == wide
+    assert len(re.findall(r"st\.global\.v4\.b32", code)) == wide
+    assert "bar.sync" not in code
 
 
 def test_looping_kernels_are_told_of_alignment() -> None:
@@ -290,6 +312,8 @@ def test_other_generations(target: str, compiler: Callable[..., Any]) -> None:
         "ties_mean_signs",
         "magnitude_histogram",
         "sparse_all",
+        "packed_sum",
+        "packed_dots",
         "pcb_paper",
         "sums_gram",
     ):
@@ -301,7 +325,7 @@ def test_other_generations(target: str, compiler: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *((case, "bf16") for case in (*CASES, "pcb_paper", "sums_gram", "sums_statistics")),
+        *((case, "bf16") for case in AMD),
         ("ties_mean_signs", "f32"),
     ],
 )

@@ -11,16 +11,20 @@ import itertools
 import os
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import pymerge
+from pymerge.adamerging import ops
 from pymerge.backends import resolve
 from pymerge.methods import METHODS
 from tests import cases
 from tests.cases import DTYPES, Case, Inputs, make_inputs
 from tests.models import llama
+from tests.packed_checks import CHECKS, differing
+from tests.packing import pack
 from tests.test_methods import number_of_models, parameters_of
 from tests.test_ops import SPECIAL, same
 
@@ -236,7 +240,29 @@ def refusals(device: str) -> list[str]:
         with pytest.raises(ValueError, match="backend 'triton'") as caught:
             getattr(torch.ops.pymerge, op)(*arguments, backend="triton")
         said.append(str(caught.value))
+    kept = pack([torch.ones(2000)], [0.5])
+    kept = {name: [tensor.to(device) for tensor in own] for name, own in kept.items()}
+    at = torch.zeros(2000, device=device)
+    for change, more in (
+        ({"masks": [kept["masks"][0][:-1]]}, {}),
+        ({"masks": [kept["masks"][0].long()]}, {}),
+        ({}, {"weights": []}),
+    ):
+        how = {"weights": [1.0], **kept, **change, **more, "backend": "triton"}
+        with pytest.raises(ValueError, match="backend 'triton'") as caught:
+            torch.ops.pymerge.packed_sum_(at.clone(), at, **how)
+        said.append(str(caught.value))
     return said
+
+
+def differing_packed(device: str, seeds: range, most: int) -> list[Any]:
+    return differing("triton", seeds, most, functools.partial(moved, device=device))
+
+
+def packed_layer(device: str, check: str) -> bool:
+    """Check merged layers of trimmed task vectors, which Triton computes."""
+    with mock.patch.object(ops, "choose", return_value="triton"):
+        return bool(CHECKS[check](device))
 
 
 def merged(device: str, backend: str, semantics: str) -> torch.Tensor:

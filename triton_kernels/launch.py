@@ -15,10 +15,11 @@ import torch
 
 from .divergence import divergence_sums_kernel, row_importance_kernel
 from .magnitude import magnitude_equal_counts_kernel, magnitude_histogram_kernel
+from .packed import packed_dots_kernel, packed_sum_kernel
 from .pcb import pcb_kernel
 from .pointwise import pointwise_kernel
 from .sparse import sparse_merge_kernel
-from .sums import chunk_sums_kernel
+from .sums import SUM_CHUNK, chunk_sums_kernel
 from .ties import ties_kernel
 from .value import CODES, INTERPRETED, ROW
 from .weighted_sum import row_weighted_sum_kernel, weighted_sum_kernel
@@ -37,11 +38,15 @@ KERNELS: dict[str, Any] = {
     "row_weighted_sum": row_weighted_sum_kernel,
     "divergence_sums": divergence_sums_kernel,
     "row_importance": row_importance_kernel,
+    "packed_sum": packed_sum_kernel,
+    "packed_dots": packed_dots_kernel,
 }
-_BY_CHUNKS = ("chunk_sums", "divergence_sums")  # a block is whole chunks
+_BY_CHUNKS = ("chunk_sums", "divergence_sums", "packed_dots")  # a block is whole chunks
 _KEEPING = ("ties", "sparse_merge", "pointwise")  # what they load of each model
 _PAIRWISE = ("pcb", "chunk_sums")  # their code grows with the square of the number of models
+_PACKED = ("packed_sum", "packed_dots")  # their code for each model is long
 
+_CHUNK = int(SUM_CHUNK.value)
 # Below so many elements a call is over before a better configuration could pay.
 _WORTH_TUNING = 1 << 20
 _REPETITIONS = 5
@@ -68,7 +73,7 @@ _CANDIDATES = [
 
 def unrolled(kernel: str) -> int:
     """Return up to how many models a kernel is compiled for their number; beyond, it loops."""
-    return 8 if kernel in _PAIRWISE else 16
+    return 8 if kernel in (*_PAIRWISE, *_PACKED) else 16
 
 
 @dataclass
@@ -113,6 +118,8 @@ def default_config(launch: Launch) -> Config:
         return Config(16384 if launch.kernel in _BY_CHUNKS else 2048, 4)
     if launch.kernel in _BY_CHUNKS:
         return Config(4096, 2)  # chunks of 1024, of each of which 16 elements at a time
+    if launch.kernel == "packed_sum":
+        return Config(_CHUNK, 4)
     if launch.kernel.startswith("magnitude"):
         return Config(2048, 8)  # each program adds to the same few counters
     width = max(dtype.itemsize for dtype in launch.dtypes)
@@ -133,7 +140,8 @@ def candidates(launch: Launch) -> list[Config]:
     # More elements a thread than these would only spill registers.
     keeps = launch.kernel == "pcb" or (launch.kernel in _KEEPING and launch.models > 4)
     most = 4 if keeps else 16
-    others = [c for c in _CANDIDATES if c != first and c.block <= most * 32 * c.warps]
+    least = _CHUNK if launch.kernel == "packed_sum" else 0  # whole chunks
+    others = [c for c in _CANDIDATES if c != first and least <= c.block <= most * 32 * c.warps]
     return [first, *others]
 
 

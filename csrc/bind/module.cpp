@@ -398,26 +398,21 @@ void pcb(const py::tuple& common, Address out, uintptr_t stats, uintptr_t scores
   call(&KernelTable::pcb, args, "pcb", all.device);
 }
 
-// With partials their dot products with the gradient, else their weighted sum.
-void packed(Address base, const std::vector<Address>& values, const std::vector<uintptr_t>& masks,
-            const std::vector<uintptr_t>& offsets, int64_t numel, int32_t compute, Address out,
-            const std::vector<double>& weights, Address gradient, uintptr_t partials,
-            int64_t num_chunks) {
-  const std::vector<Operand> kept = operands(values);
-  require_size("masks", masks.size(), kept.size());
-  require_size("offsets", offsets.size(), kept.size());
-  if (partials == 0) require_size("weights", weights.size(), kept.size());
+// Trimmed task vectors; the models of `common` are the values that they keep. With partials their
+// dot products with the gradient, else their weighted sum.
+void packed(const py::tuple& common, const std::vector<uintptr_t>& masks,
+            const std::vector<uintptr_t>& offsets, Address out, const std::vector<double>& weights,
+            Address gradient, uintptr_t partials, int64_t num_chunks) {
+  const Common all(common);
+  require_size("masks", masks.size(), all.inputs.size());
+  require_size("offsets", offsets.size(), all.inputs.size());
+  if (partials == 0) require_size("weights", weights.size(), all.inputs.size());
   std::vector<const uint32_t*> words;
   std::vector<const int64_t*> starts;
   for (uintptr_t mask : masks) words.push_back(pointer<uint32_t>(mask));
   for (uintptr_t offset : offsets) starts.push_back(pointer<int64_t>(offset));
   PackedArgs args{};
-  args.execution = execution(0, -1, 0);
-  args.compute = static_cast<Dtype>(compute);
-  args.num_models = static_cast<int32_t>(kept.size());
-  args.numel = numel;
-  args.base = operand(base);
-  args.models = kept.data();
+  all.fill(args);
   args.masks = words.data();
   args.offsets = starts.data();
   args.gradient = operand(gradient);
@@ -425,7 +420,7 @@ void packed(Address base, const std::vector<Address>& values, const std::vector<
   args.weights = weights.data();
   args.num_chunks = num_chunks;
   args.partials = pointer<double>(partials);
-  call(&KernelTable::packed, args, "packed", -1);
+  call(&KernelTable::packed, args, "packed", all.device);
 }
 
 void low_rank(Address out, Address base, uintptr_t b, uintptr_t a, double scale, int64_t rows,

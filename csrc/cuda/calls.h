@@ -11,6 +11,7 @@ Status pointwise(const PointwiseArgs* args);
 Status pcb(const PcbArgs* args);
 Status row_weighted_sum(const RowSumArgs* args);
 Status chunk_sums(const SumsArgs* args);
+Status packed(const PackedArgs* args);
 Status divergence_sums(const DivergenceArgs* args);
 Status row_importance(const ImportanceArgs* args);
 

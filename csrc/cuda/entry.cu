@@ -220,6 +220,7 @@ KernelTable make_table() {
   table.pointwise = pointwise;
   table.chunk_sums = chunk_sums;
   table.pcb = pcb;
+  table.packed = packed;
   table.row_weighted_sum = row_weighted_sum;
   table.divergence_sums = divergence_sums;
   table.row_importance = row_importance;

@@ -103,6 +103,18 @@ struct RankedModel : SparseModel {
   float chance32, spread32;
 };
 
+// Trimmed task vectors, of which `data` are the values that are kept: PackedArgs says how they lie.
+struct PackedHead : RowsHead {
+  const void* gradient;
+  int32_t gradient_dtype;
+  int32_t reserved;
+};
+
+struct PackedModel : Model {
+  const uint32_t* mask;
+  const int64_t* offsets;
+};
+
 // Blocks of one record: for each chunk in turn, one for each model.
 struct MagnitudeHead {
   int32_t first_block;
@@ -127,6 +139,7 @@ struct MagnitudeModel {
 static_assert(sizeof(Head) % 16 == 0 && sizeof(Model) % 16 == 0, "records stay aligned");
 static_assert(sizeof(MagnitudeHead) % 16 == 0 && sizeof(MagnitudeModel) % 16 == 0, "the same");
 static_assert(sizeof(RowsHead) % 16 == 0 && sizeof(SparseModel) % 16 == 0, "the same");
+static_assert(sizeof(PackedHead) % 16 == 0 && sizeof(PackedModel) % 16 == 0, "the same");
 static_assert(sizeof(RankedModel) % 16 == 0 && sizeof(RowSumHead) % 16 == 0, "the same");
 
 // Numbers in the precision that a kernel computes in.

@@ -8,15 +8,14 @@ Trimmed task vectors (AdaMerging++) come as bit masks and values, see `pymerge.a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from pymerge import _ops as _ops  # declares the in-place ops that these run on
-from pymerge.backends import resolve
+from pymerge.backends import choose, takes_fewer_models
 from pymerge.backends.arguments import sums_shape
-from pymerge.backends.cpu_packed import packed_dots, packed_sum
 from pymerge.backends.sizes import SUM_CHUNK
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["merged_layer", "merged_packed_layer"]
 
 Tensor = torch.Tensor
+Result = TypeVar("Result")
 
 # Functional twins of the in-place ops, so that torch.compile can trace them.
 _LIBRARY = torch.library.Library("pymerge", "FRAGMENT")
@@ -61,54 +61,50 @@ def _counters(count: tuple[int, ...], dtype: torch.dtype, like: Tensor, backend:
     return torch.zeros(count, dtype=dtype, device=device)
 
 
+def _run(op: str, device: torch.device, call: Callable[[str], Result]) -> Result:
+    """Call an op of `pymerge._ops` with the fastest backend on the device that takes it."""
+    refused: list[str] = []
+    while True:
+        backend = choose(op, None, device, refused)
+        try:
+            return call(backend)
+        except ValueError as error:
+            if not takes_fewer_models(error):
+                raise
+            refused.append(backend)
+
+
 def _forward(
     coefficients: Tensor, base: Tensor, models: list[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    backend = resolve(None, base.device).NAME
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    if base.numel() > 0:
+    weights, own, others = coefficients.detach().tolist(), _flat(base), [_flat(m) for m in models]
+    wide = _wide(coefficients, base, *models)
+
+    def call(backend: str) -> None:
+        stats = _counters((3,), torch.int64, base, backend)
         torch.ops.pymerge.task_arithmetic_(
-            out.view(-1),
-            _counters((3,), torch.int64, base, backend),
-            _flat(base),
-            [_flat(model) for model in models],
-            coefficients.detach().tolist(),
-            1.0,
-            1.0,
-            wide=_wide(coefficients, base, *models),
-            backend=backend,
+            out.view(-1), stats, own, others, weights, 1.0, 1.0, wide=wide, backend=backend
         )
+
+    if base.numel() > 0:
+        _run("task_arithmetic_", base.device, call)
     return out
 
 
 def _dots(gradient: Tensor, base: Tensor, models: list[Tensor]) -> Tensor:
-    backend = resolve(None, base.device).NAME
     if base.numel() == 0:
         return torch.zeros(len(models), dtype=torch.float64)
     tensors = [*(_flat(model) for model in models), _flat(gradient)]
     shape = sums_shape("dots", len(tensors), base.numel(), 0)
-    partials = _counters(shape, torch.float64, base, backend)
-    torch.ops.pymerge.chunk_sums_(
-        partials, _flat(base), tensors, "dots", wide=_wide(base, *tensors), backend=backend
-    )
-    return partials.sum(dim=1).cpu()
+    own, wide = _flat(base), _wide(base, *tensors)
 
+    def call(backend: str) -> Tensor:
+        partials = _counters(shape, torch.float64, base, backend)
+        torch.ops.pymerge.chunk_sums_(partials, own, tensors, "dots", wide=wide, backend=backend)
+        return partials
 
-def unpack(mask: Tensor, values: Tensor, base: Tensor) -> Tensor:
-    """Return a trimmed task vector as a dense one, in float32 (float64 if an input is).
-
-    Args:
-        mask: int32 words [ceil(n / 32)], bit i of word j says whether element 32 j + i is kept.
-        values: the model's own numbers where the mask says so, [kept].
-        base: of any shape, n elements.
-    """
-    wide = torch.float64 if _wide(values, base) else torch.float32
-    bits = torch.arange(32, dtype=torch.int32, device=mask.device)
-    kept = ((mask.unsqueeze(-1) >> bits) & 1).view(-1)[: base.numel()].bool()
-    flat = base.detach().reshape(-1)
-    dense = torch.zeros(base.numel(), dtype=wide, device=base.device)
-    dense[kept] = values.to(wide) - flat[kept].to(wide)
-    return dense.view(base.shape)
+    return _run("chunk_sums_", base.device, call).sum(dim=1).cpu()
 
 
 def _forward_packed(
@@ -119,19 +115,18 @@ def _forward_packed(
     offsets: list[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    weights, own = coefficients.detach().tolist(), _flat(base)
     wide = _wide(coefficients, base, *values)
-    weights = coefficients.detach().tolist()
-    if resolve(None, base.device).NAME == "cpu":
-        out = torch.empty(base.shape, dtype=dtype, device=base.device)
-        if base.numel() > 0:
-            packed_sum(out.view(-1), _flat(base), masks, values, offsets, weights, wide)
-        return out
-    kind = torch.float64 if wide else torch.float32
-    total = torch.zeros(base.shape, dtype=kind, device=base.device)
-    for weight, mask, own in zip(weights, masks, values, strict=True):
-        # One product and one sum an element, in the order of the models, as the kernels do it.
-        total = total + unpack(mask, own, base).to(kind) * torch.tensor(weight, dtype=kind)
-    return (base.detach().to(kind) + total).to(dtype)
+
+    def call(backend: str) -> None:
+        torch.ops.pymerge.packed_sum_(
+            out.view(-1), own, masks, values, offsets, weights, wide=wide, backend=backend
+        )
+
+    if base.numel() > 0:
+        _run("packed_sum_", base.device, call)
+    return out
 
 
 def _dots_packed(
@@ -141,18 +136,18 @@ def _dots_packed(
     values: list[Tensor],
     offsets: list[Tensor],
 ) -> Tensor:
-    result = torch.zeros(len(masks), dtype=torch.float64)
     if base.numel() == 0:
-        return result
-    if resolve(None, base.device).NAME == "cpu":
-        partials = torch.zeros(len(masks), -(-base.numel() // SUM_CHUNK), dtype=torch.float64)
-        wide = _wide(gradient, base, *values)
-        packed_dots(partials, _flat(gradient), _flat(base), masks, values, offsets, wide)
-        return partials.sum(dim=1)
-    for k, (mask, own) in enumerate(zip(masks, values, strict=True)):
-        delta = unpack(mask, own, base).double()
-        result[k] = torch.dot(delta.reshape(-1), gradient.detach().double().reshape(-1)).cpu()
-    return result
+        return torch.zeros(len(masks), dtype=torch.float64)
+    shape = len(masks), -(-base.numel() // SUM_CHUNK)
+    arguments = _flat(gradient), _flat(base), masks, values, offsets
+    wide = _wide(gradient, base, *values)
+
+    def call(backend: str) -> Tensor:
+        partials = _counters(shape, torch.float64, base, backend)
+        torch.ops.pymerge.packed_dots_(partials, *arguments, wide=wide, backend=backend)
+        return partials
+
+    return _run("packed_dots_", base.device, call).sum(dim=1).cpu()
 
 
 _LIBRARY.impl("merged_layer", _forward, "CompositeExplicitAutograd")

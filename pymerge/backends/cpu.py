@@ -27,6 +27,8 @@ from pymerge.backends.arguments import (
     sums_shape,
 )
 from pymerge.backends.cpu_comparison import compare as compare
+from pymerge.backends.cpu_packed import packed_dots as packed_dots
+from pymerge.backends.cpu_packed import packed_sum as packed_sum
 from pymerge.backends.sizes import HOT_CHUNK, SUM_CHUNK
 
 NAME = "cpu"

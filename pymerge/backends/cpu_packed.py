@@ -1,4 +1,4 @@
-"""Trimmed task vectors as bit masks and values, by the CPU's kernels: kernels_packed.h."""
+"""The CPU's `packed_sum_` and `packed_dots_`: csrc/cpu/kernels_packed.h."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymerge.array import Flat
-from pymerge.backends.cpu import _NOTHING, _address, _counters, _native
-from pymerge.backends.sizes import SUM_CHUNK
+from pymerge.backends.packed import check_packed, check_partials
 
 __all__ = ["packed_dots", "packed_sum"]
 
@@ -22,7 +21,10 @@ def packed_sum(
     wide: bool,
 ) -> None:
     """out = base + sum_k weights[k] t_k."""
-    _call(base, masks, values, offsets, wide, _address(out, base.numel()), weights, _NOTHING, 0)
+    from pymerge.backends.cpu import _NOTHING, _address, _native
+
+    told, chunks = _told(base, masks, values, offsets, wide)
+    _native().packed(*told, _address(out, base.numel()), weights, _NOTHING, 0, chunks)
 
 
 def packed_dots(
@@ -35,40 +37,25 @@ def packed_dots(
     wide: bool,
 ) -> None:
     """partials[k, c] = <gradient, t_k> over chunk c."""
-    address = _address(gradient, base.numel())
-    counters = _counters(partials, "float64")
-    _call(base, masks, values, offsets, wide, _NOTHING, [], address, counters)
+    from pymerge.backends.cpu import _NOTHING, _address, _counters, _native
+
+    told, chunks = _told(base, masks, values, offsets, wide)
+    check_partials(partials, len(masks), chunks, "cpu")
+    if chunks == 0:
+        return
+    address, counters = _address(gradient, base.numel()), _counters(partials, "float64")
+    _native().packed(*told, _NOTHING, [], address, counters, chunks)
 
 
-def _call(
-    base: Flat,
-    masks: Sequence[Any],
-    values: Sequence[Flat],
-    offsets: Sequence[Any],
-    wide: bool,
-    out: tuple[int, int],
-    weights: Sequence[float],
-    gradient: tuple[int, int],
-    partials: int,
-) -> None:
+def _told(
+    base: Flat, masks: Sequence[Any], values: Sequence[Flat], offsets: Sequence[Any], wide: bool
+) -> tuple[tuple[Any, ...], int]:
+    """Return what both calls begin with, and the number of chunks."""
+    from pymerge.backends.cpu import _address, _counters
+
     numel = base.numel()
-    chunks = -(-numel // SUM_CHUNK)
-    for mask, offset in zip(masks, offsets, strict=True):
-        if mask.numel() < -(-numel // 32) or offset.numel() != chunks + 1:
-            raise ValueError(
-                f"backend 'cpu': a mask of {mask.numel()} words and {offset.numel()} offsets do "
-                f"not fit {numel} elements"
-            )
-    _native().packed(
-        _address(base, numel),
-        [_address(own, own.numel()) for own in values],
-        [_counters(mask, "int32") for mask in masks],
-        [_counters(offset, "int64") for offset in offsets],
-        numel,
-        3 if wide else 0,
-        out,
-        weights,
-        gradient,
-        partials,
-        chunks,
-    )
+    chunks = check_packed(masks, values, offsets, numel, "cpu")
+    kept = [_address(own, own.numel()) for own in values]
+    common = _address(base, numel), kept, numel, 3 if wide else 0, 0
+    words = [_counters(mask, "int32") for mask in masks]
+    return (common, words, [_counters(offset, "int64") for offset in offsets]), chunks

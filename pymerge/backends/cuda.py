@@ -26,6 +26,8 @@ from pymerge.backends.arguments import (
     padded,
     sums_shape,
 )
+from pymerge.backends.cuda_packed import packed_dots as packed_dots
+from pymerge.backends.cuda_packed import packed_sum as packed_sum
 from pymerge.backends.sizes import HOT_CHUNK
 
 if TYPE_CHECKING:
@@ -119,14 +121,18 @@ class _Call:
         self.device = first.device
         self.numel = first.numel()
 
-    def address(self, tensor: torch.Tensor | None) -> tuple[int, int]:
-        """Return address and dtype of an operand; (0, 0) where there is none."""
+    def address(self, tensor: torch.Tensor | None, elements: int | None = None) -> tuple[int, int]:
+        """Return address and dtype of an operand; (0, 0) where there is none.
+
+        elements: how many it has, where that is not what the first tensor of the call has.
+        """
         if tensor is None:
             return _NOTHING
         self._keep(tensor)
-        if tensor.numel() != self.numel or not tensor.is_contiguous():
+        expected = self.numel if elements is None else elements
+        if tensor.numel() != expected or not tensor.is_contiguous():
             raise ValueError(
-                f"backend 'cuda': expected contiguous tensors of {self.numel} elements, got "
+                f"backend 'cuda': expected contiguous tensors of {expected} elements, got "
                 f"{tensor.numel()} with strides {tuple(tensor.stride())}"
             )
         if str(tensor.dtype) not in _DTYPES:

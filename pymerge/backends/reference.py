@@ -14,6 +14,7 @@ import torch
 from pymerge.backends.reference_comparison import compare
 from pymerge.backends.reference_divergence import divergence_sums, row_importance
 from pymerge.backends.reference_more import pointwise, row_ranks, row_weighted_sum, sparse_merge
+from pymerge.backends.reference_packed import packed_dots, packed_sum
 from pymerge.backends.reference_pcb import pcb_merge, pcb_scores
 from pymerge.backends.reference_sums import chunk_sums
 from pymerge.backends.sizes import HOT_CHUNK
@@ -26,6 +27,8 @@ __all__ = [
     "divergence_sums",
     "magnitude_equal_counts",
     "magnitude_histogram",
+    "packed_dots",
+    "packed_sum",
     "pcb_merge",
     "pcb_scores",
     "pointwise",

@@ -28,6 +28,7 @@ from pymerge.backends.triton_more import (
     row_weighted_sum,
     sparse_merge,
 )
+from pymerge.backends.triton_packed import packed_dots, packed_sum
 
 __all__ = [
     "NAME",
@@ -38,6 +39,8 @@ __all__ = [
     "interprets",
     "magnitude_equal_counts",
     "magnitude_histogram",
+    "packed_dots",
+    "packed_sum",
     "pcb_merge",
     "pcb_scores",
     "pointwise",

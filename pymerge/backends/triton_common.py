@@ -27,6 +27,7 @@ __all__ = [
     "largest",
     "loops_over",
     "reason",
+    "row_of",
     "run",
     "tables",
 ]
@@ -137,7 +138,7 @@ def run(
     module = kernels()
     loops = loops_over(kernel, models)
     where, numel = models[0].device, models[0].numel()
-    rows = [number for model in models for number in _row(model)] if loops else []
+    rows = [number for model in models for number in row_of(model)] if loops else []
     head, rest, floats = tables(where, integers, rows, numbers, wide)
     told = {
         "base": base,
@@ -165,7 +166,7 @@ def run(
     )
 
 
-def _row(model: torch.Tensor) -> tuple[int, int]:
+def row_of(model: torch.Tensor) -> tuple[int, int]:
     """Return a model's row in the table of a kernel that loops over them."""
     return model.data_ptr(), kernels().CODES[str(model.dtype).removeprefix("torch.")]
 

@@ -61,9 +61,9 @@ extern char dynamic_shared[48 << 10];
 cudaError_t run_grid(void (*function)(void*), void* context, dim3 grid, dim3 block, size_t shared);
 
 // Waits until all threads of the warp or the block have come to the same place; the sum of what
-// they bring.
-enum class Place { kBarrier, kBlockOr, kWarpSum };
-int32_t meet(Place place, int32_t value);
+// they bring, or what thread `source` of the warp brings.
+enum class Place { kBarrier, kBlockOr, kWarpSum, kWarpRead };
+int32_t meet(Place place, int32_t value, int source = 0);
 
 // A mistake that hardware would punish. Does not return.
 [[noreturn]] void mistake(const char* what);
@@ -89,6 +89,9 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameter), dim3 grid, dim3 block, v
 
 inline void __syncthreads() { shim::meet(shim::Place::kBarrier, 0); }
 inline int __syncthreads_or(int x) { return shim::meet(shim::Place::kBlockOr, x != 0) != 0; }
+inline int __shfl_sync(unsigned, int x, int lane) {
+  return shim::meet(shim::Place::kWarpRead, x, lane & 31);
+}
 inline int __reduce_add_sync(unsigned, int x) { return shim::meet(shim::Place::kWarpSum, x); }
 
 template <class T>

@@ -26,6 +26,7 @@ struct Fiber {
   State state = State::kReady;
   Place place = Place::kBarrier;
   int32_t value = 0;
+  unsigned source = 0;
 };
 
 std::deque<Fiber> fibers;  // a context must not move
@@ -61,8 +62,10 @@ bool release(unsigned begin, unsigned end, Place place) {
     if (fibers[i].state != State::kWaiting || fibers[i].place != place) return false;
     sum += fibers[i].value;
   }
+  int32_t brought[kWarp];
+  for (unsigned i = 0; i < kWarp; ++i) brought[i] = fibers[begin + i].value;
   for (unsigned i = begin; i < end; ++i) {
-    fibers[i].value = sum;
+    fibers[i].value = place == Place::kWarpRead ? brought[fibers[i].source] : sum;
     fibers[i].state = State::kReady;
   }
   return true;
@@ -78,7 +81,8 @@ bool run_warp(unsigned begin, bool descending) {
       swapcontext(&scheduler, &fibers[current].context);
       if (mistaken) return false;
     }
-  } while (release(begin, begin + kWarp, Place::kWarpSum));
+  } while (release(begin, begin + kWarp, Place::kWarpSum) ||
+           release(begin, begin + kWarp, Place::kWarpRead));
   return true;
 }
 
@@ -100,11 +104,12 @@ bool run_block(unsigned count, bool descending) {
 
 }  // namespace
 
-int32_t meet(Place place, int32_t value) {
+int32_t meet(Place place, int32_t value, int source) {
   Fiber& fiber = fibers[current];
   fiber.state = State::kWaiting;
   fiber.place = place;
   fiber.value = value;
+  fiber.source = static_cast<unsigned>(source);
   swapcontext(&fiber.context, &scheduler);
   return fiber.value;
 }

@@ -89,6 +89,10 @@ PM_DEVICE int forget(int x) {
 
 PM_DEVICE int32_t* dynamic_shared() { return reinterpret_cast<int32_t*>(shim::dynamic_shared); }
 
+PM_DEVICE int bits_in(uint32_t x) { return __builtin_popcount(x); }
+
+PM_DEVICE int32_t warp_read(int32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
 PM_DEVICE int32_t warp_sum(int32_t x) { return __reduce_add_sync(0xffffffffu, x); }
 
 }  // namespace cuda
