@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import entropy
+from benchmarks.quality import entropy, llm_entropy
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.suite import Suite
 from benchmarks.tables import Table
@@ -27,6 +27,7 @@ def extra_tables(suite: Suite, extras: Mapping[str, Any]) -> dict[str, Table]:
     """Return the tables of what is there, by the names of their markers in docs/quality.md."""
     makers: dict[str, Callable[[Suite, Any], Table]] = {
         "entropy": _entropy,
+        "entropy-line": llm_entropy.table,
         "robustness": _robustness,
         "held-out": _held_out,
     }

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.demo import language_model
-from benchmarks.demo.cache import Cache
+from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.demo.text import DOMAINS, PACKAGE, Domain, token_blocks
@@ -31,6 +31,7 @@ from benchmarks.quality.suite import (
     Merged,
     Part,
     Split,
+    digest_state,
     load_state,
     save_state,
 )
@@ -149,7 +150,22 @@ class Languages(Classifiers):
         return [-loss for loss in llm_model.losses(self._output, hidden, labels)]
 
     def extras(self, merged: Merged) -> dict[str, Any]:
-        return {"coefficients": self.coefficients(merged)} if "ada_layer" in merged.chosen else {}
+        if "ada_layer" not in merged.chosen:
+            return {}
+        from benchmarks.quality import llm_entropy
+
+        recipe = {
+            "suite": self.recipe(),
+            "tuned": digest([digest_state(state) for state in merged.tuned]),
+            "revision": llm_entropy.REVISION,
+        }
+        return {
+            "entropy-line": self.cache.load(
+                self.cache.root / "studies" / f"entropy-{digest(recipe)}.json",
+                lambda: llm_entropy.study(self, merged.tuned),
+            ),
+            "coefficients": self.coefficients(merged),
+        }
 
     def shown(self, mean: float) -> float:
         return math.exp(-mean)

@@ -29,9 +29,10 @@ class NotAvailable(Exception):
 class Models:
     """What there is to merge.
 
-    `ridge` is RegMean's, above 0 where inputs of a layer are 0 in every example. `statistics(kind)` gives the Fisher information ("fisher") or the Gram matrices ("gram") of the
-    models, `adapt(**settings)` the state that AdaMerging learns; both are costly and cached. `kept`
-    is for what a method needs again.
+    `statistics(kind)` gives the Fisher information ("fisher") or the Gram matrices ("gram") of the
+    models, `adapt(**settings)` the state that AdaMerging learns; both are costly and cached.
+    `ridge` is RegMean's, above 0 where inputs of a layer are 0 in every example. `kept` is for what
+    a method needs again.
     """
 
     base: State
