@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pymerge.backends import cpu, cuda
+from pymerge.backends import cpu_native, cuda
 from tests import cuda_build
 
 ARCH = "90"
@@ -176,7 +176,7 @@ def test_only_the_table_is_exported(built: tuple[Path, dict[str, Report]]) -> No
 
 
 def test_library_loads_with_and_without_a_gpu(built: tuple[Path, dict[str, Report]]) -> None:
-    native, error = cpu._load()
+    native, error = cpu_native.load()
     if native is None:
         pytest.skip(f"the native library is not there: {error}")
     native.load_cuda(str(built[0]))
@@ -189,7 +189,7 @@ def test_library_loads_with_and_without_a_gpu(built: tuple[Path, dict[str, Repor
 
 
 def test_another_library_is_refused() -> None:
-    native, error = cpu._load()
+    native, error = cpu_native.load()
     if native is None:
         pytest.skip(f"the native library is not there: {error}")
     assert native.__file__ is not None
@@ -258,7 +258,7 @@ def test_reason_names_what_is_missing() -> None:
 
 def test_table_of_the_library(built: tuple[Path, dict[str, Report]]) -> None:
     """Its first words are the version and the size of the struct that _C expects."""
-    native, _ = cpu._load()
+    native, _ = cpu_native.load()
     library = ctypes.CDLL(str(built[0]))
     library.pymerge_cuda_table.restype = ctypes.POINTER(ctypes.c_uint32)
     version = library.pymerge_cuda_table()[0]

@@ -16,7 +16,7 @@ import torch
 
 from pymerge import backends
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
-from pymerge.backends import cpu, cuda
+from pymerge.backends import cpu_native, cuda
 from tests import cuda_build
 from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
 from tests.packed_checks import CHECKS, differing
@@ -36,7 +36,7 @@ TILE = 1 << 14  # elements of a block
 
 
 def native() -> ModuleType:
-    module, error = cpu._load()
+    module, error = cpu_native.load()
     if module is None:
         pytest.skip(f"the native library is not there: {error}")
     return module
