@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pymerge.backends import cpu_native, cuda
+from pymerge.backends import cpu_native, cuda, cuda_native
 from tests import cuda_build
 
 ARCH = "90"
@@ -185,7 +185,7 @@ def test_library_loads_with_and_without_a_gpu(built: tuple[Path, dict[str, Repor
     except RuntimeError as error:
         assert re.search(r"the device failed: .*\(cudaError\w+\)", str(error))
     finally:
-        native.load_cuda("" if cuda.reason() else str(cuda.LIBRARY))
+        native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
 
 
 def test_another_library_is_refused() -> None:
@@ -200,7 +200,7 @@ def test_another_library_is_refused() -> None:
         native.load_cuda("/nowhere/_cuda.so")
     with pytest.raises(RuntimeError, match="the CUDA library is not loaded"):
         native.begin(0, 0)
-    native.load_cuda("" if cuda.reason() else str(cuda.LIBRARY))
+    native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
 
 
 @pytest.fixture(name="module")
@@ -249,7 +249,7 @@ def test_what_the_compiler_says_is_shown(module: SimpleNamespace, tmp_path: Path
 
 def test_reason_names_what_is_missing() -> None:
     reason = cuda.reason()
-    if cuda.LIBRARY.is_file():
+    if cuda_native.LIBRARY.is_file():
         assert reason is None or "CUDA" in reason
     else:
         assert reason is not None

@@ -16,7 +16,7 @@ import torch
 
 from pymerge import backends
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
-from pymerge.backends import cpu_native, cuda
+from pymerge.backends import cpu_native, cuda, cuda_native
 from tests import cuda_build
 from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
 from tests.packed_checks import CHECKS, differing
@@ -51,10 +51,10 @@ def library() -> ctypes.CDLL:
 @pytest.fixture
 def launches(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Let backend 'cuda' compute on the processor; return how to count launches."""
-    real = "" if cuda.reason() else str(cuda.LIBRARY)
-    monkeypatch.setattr(cuda, "_load", lambda: (native(), None))
-    monkeypatch.setattr(cuda, "_KIND", "cpu")
-    monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
+    real = "" if cuda.reason() else str(cuda_native.LIBRARY)
+    monkeypatch.setattr(cuda_native, "load", lambda: (native(), None))
+    monkeypatch.setattr(cuda_native, "_KIND", "cpu")
+    monkeypatch.setattr(cuda_native, "_place", lambda device: (0, 0))
     monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
     native().load_cuda(library._name)
     yield library.pymerge_shim_launches
