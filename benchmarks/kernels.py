@@ -29,7 +29,9 @@ from pymerge.backends import cpu
 from pymerge.backends.reference import HOT_CHUNK
 from pymerge.methods import METHODS
 from pymerge.sizes import parse_size
-from tests.cases import CASES, CHUNK, Case, Inputs
+from tests.case import Case, Inputs
+from tests.case_sums import CHUNK
+from tests.cases import CASES
 from tests.packing import CHUNK as PACKED_CHUNK
 from tests.packing import part_of
 

@@ -19,7 +19,8 @@ from benchmarks.measure import Timing, WrongResult, interleave, run_process
 from benchmarks.tables import Table, save
 from pymerge import merge_checkpoints
 from pymerge.backends import cpu
-from tests.cases import CASES, GPU_CASES, Case, Inputs
+from tests.case import Case, Inputs
+from tests.cases import CASES, GPU_CASES
 
 NAMES = {case.name: case for case in CASES}
 

@@ -18,7 +18,8 @@ from pymerge import backends
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
 from pymerge.backends import cpu_native, cuda, cuda_native
 from tests import cuda_build
-from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
+from tests.case import DTYPES, Case, Inputs, make_inputs, seen
+from tests.cases import GPU_CASES
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack
 from tests.test_ops import SPECIAL, reference, same
