@@ -83,7 +83,7 @@ test: $(DONE)/extra-test
 test-compile: $(DONE)/extra-test
 	$(PY) -m pytest -q -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
 	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py \
-	  tests/test_device.py $(ARGS)
+	  tests/test_device.py tests/test_device_memory.py $(ARGS)
 
 # Debian and Ubuntu: apt-get install chromium chromium-driver
 test-browser: $(DONE)/extra-browser

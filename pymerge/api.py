@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,13 +18,19 @@ from pymerge.memory import most_bins
 from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
 from pymerge.methods.ties import TiesRule
 from pymerge.runner import Runner
+from pymerge.structures import (
+    FLOATS,
+    Tensors,
+    check_tensors,
+    named_tensors,
+    shown_name,
+    structured,
+    tied_names,
+)
 
 __all__ = ["Tensors", "linear", "merge", "task_arithmetic", "ties_merge"]
 
-Tensors = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 T = TypeVar("T", bound=Tensors)
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def merge(
@@ -227,9 +233,9 @@ def merge_by(
         f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", first)
         for k, model in enumerate(models)
     }
-    _check_tensors(where, inputs, first)
+    check_tensors(where, inputs, first)
     statistics = match_statistics(spec, where, inputs, first, collected, names)
-    if dtype is not None and dtype not in _FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise RequestError(
             f"{where}: dtype: expected float32, float16, bfloat16 or float64; got {dtype}"
         )
@@ -239,7 +245,7 @@ def merge_by(
     resolved = resolve_parameters(spec, where, len(models), weights, parameters)
 
     leader = next(iter(inputs.values()))
-    tied = _tied_names(inputs)
+    tied = tied_names(inputs)
     works, results = [], {}
     for name, tensor in leader.items():
         if name in tied:
@@ -264,7 +270,7 @@ def merge_by(
         [f"{where}: {label}" for label in inputs],
         inputs["base"] if has_base else None,
         [tensors for label, tensors in inputs.items() if label != "base"],
-        {name: _shown(name, first) for name in leader},
+        {name: shown_name(name, first) for name in leader},
         statistics,
     )
     bins = most_bins(len(inputs))
@@ -274,20 +280,6 @@ def merge_by(
     for name, kept in tied.items():
         results[name] = results[kept]
     return structured(first, {name: results[name] for name in leader})
-
-
-def match_tensors(
-    where: str, base: Any, models: Sequence[Any]
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Return base and models as dictionaries of tensors that fit each other, by their labels, and
-    what messages call each tensor; raise RequestError listing what does not fit."""
-    inputs = {"base": named_tensors(base, f"{where}: base", base)}
-    inputs |= {
-        f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", base)
-        for k, model in enumerate(models)
-    }
-    _check_tensors(where, inputs, base)
-    return inputs, {name: _shown(name, base) for name in inputs["base"]}
 
 
 def resolve_parameters(
@@ -380,127 +372,3 @@ def _check_models(spec: MethodSpec, where: str, base: Any, models: Any) -> list[
     if spec.needs_base and base is None:
         raise RequestError(f"{where}: base: {spec.name} needs a base model, got None")
     return list(models)
-
-
-def named_tensors(value: Any, where: str, like: Any) -> dict[str, torch.Tensor]:
-    """Return a structure as a dictionary of tensors; lists get names whose order is the list's."""
-    kinds = {torch.Tensor: "a tensor", Mapping: "a state dict", Sequence: "a list of tensors"}
-    kind = next((k for k in kinds if isinstance(value, k)), None)
-    expected = next((k for k in kinds if isinstance(like, k)), None)
-    if kind is None or isinstance(value, str):
-        raise RequestError(
-            f"{where}: expected a tensor, a list of tensors or a state dict, got "
-            f"{type(value).__name__}"
-        )
-    if kind is not expected and expected is not None:
-        raise RequestError(f"{where}: expected {kinds[expected]} like the first, got {kinds[kind]}")
-    if kind is torch.Tensor:
-        items = {"": value}
-    elif kind is Mapping:
-        items = dict(value)
-    else:
-        items = {f"{index:012d}": tensor for index, tensor in enumerate(value)}
-    for name, tensor in items.items():
-        if not isinstance(name, str):
-            raise RequestError(f"{where}: keys must be strings, got {name!r}")
-        if not isinstance(tensor, torch.Tensor):
-            raise RequestError(
-                f"{where}{_suffix(name, value)}: expected a tensor, got {type(tensor).__name__}"
-            )
-    return items
-
-
-def _suffix(name: str, like: Any) -> str:
-    if isinstance(like, torch.Tensor):
-        return ""
-    return f"[{name!r}]" if isinstance(like, Mapping) else f"[{int(name)}]"
-
-
-def _shown(name: str, like: Any) -> str:
-    return f"tensor{_suffix(name, like)}" if _suffix(name, like) else "the tensor"
-
-
-def _check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], like: Any) -> None:
-    labels = list(inputs)
-    leader, first = labels[0], inputs[labels[0]]
-    problems = []
-
-    def suffix(name: str) -> str:
-        return _suffix(name, like)
-
-    for label in labels:
-        for name, tensor in inputs[label].items():
-            reason = _refusal(tensor)
-            if reason is not None:
-                problems.append(f"{where}: {label}{suffix(name)}: {reason}")
-    for label in labels[1:]:
-        tensors = inputs[label]
-        for name in first.keys() - tensors.keys():
-            problems.append(f"{where}: {label} lacks {suffix(name) or 'the tensor'} of {leader}")
-        for name in tensors.keys() - first.keys():
-            problems.append(f"{where}: {label}{suffix(name)} is not in {leader}")
-        for name in first.keys() & tensors.keys():
-            mine, tensor = first[name], tensors[name]
-            shown = f"{where}: {label}{suffix(name)}"
-            if mine.shape != tensor.shape:
-                problems.append(
-                    f"{shown} has shape {tuple(tensor.shape)}, expected {tuple(mine.shape)} like "
-                    f"{leader}"
-                )
-            floats = mine.is_floating_point(), tensor.is_floating_point()
-            if floats[0] != floats[1] or (not floats[0] and mine.dtype != tensor.dtype):
-                problems.append(
-                    f"{shown} has dtype {tensor.dtype}, expected {mine.dtype} like {leader}"
-                )
-            if mine.device != tensor.device:
-                problems.append(
-                    f"{shown} is on {tensor.device}, expected {mine.device} like {leader}"
-                )
-    if problems:
-        raise RequestError(sorted(problems))
-
-
-def _refusal(tensor: torch.Tensor) -> str | None:
-    """Say why a tensor cannot be merged, or return None."""
-    if tensor.layout != torch.strided:
-        return f"layout {tensor.layout} cannot be merged; make it dense"
-    unknown = tensor.is_floating_point() and tensor.dtype not in _FLOATS
-    if unknown or tensor.is_complex() or tensor.is_quantized:
-        return f"dtype {tensor.dtype} cannot be merged; convert it"
-    return None
-
-
-def _tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """Return {name: the earlier name it shares its memory with in the first input and equals in
-    all}."""
-    seen: dict[tuple[Any, ...], str] = {}
-    tied: dict[str, str] = {}
-    first, *others = inputs.values()
-    for name, tensor in first.items():
-        if tensor.numel() == 0 or tensor.is_meta:
-            continue
-        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        earlier = seen.setdefault(memory, name)
-        if earlier == name:
-            continue
-        if all(
-            other[name].data_ptr() == other[earlier].data_ptr()
-            or torch.equal(other[name], other[earlier])
-            for other in others
-        ):
-            tied[name] = earlier
-    return tied
-
-
-def structured(like: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(like, torch.Tensor):
-        return tensors[""]
-    if isinstance(like, Mapping):
-        if type(like) is dict:
-            return tensors
-        try:
-            return cast(Any, type(like))(tensors)
-        except TypeError:
-            return tensors
-    values = [tensors[name] for name in sorted(tensors)]
-    return tuple(values) if isinstance(like, tuple) else values

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pymerge.api import Tensors, linear, named_tensors, structured, task_arithmetic
+from pymerge.api import linear, task_arithmetic
 from pymerge.errors import RequestError, nearest
+from pymerge.structures import Tensors, named_tensors, structured
 
 if TYPE_CHECKING:
     from pymerge.report import MergeReport

@@ -13,7 +13,7 @@ import torch
 from pymerge import AdaMerging
 from pymerge.adamerging import Packed, merged_packed_layer, pack_trimmed
 from pymerge.adamerging.ops import merged_layer
-from tests.cases import DTYPES, make_inputs
+from tests.case import DTYPES, make_inputs
 from tests.packing import CHUNK, pack
 from tests.test_adamerging import make
 

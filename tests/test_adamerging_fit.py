@@ -1,8 +1,7 @@
-"""AdaMerging: learning the coefficients, what is saved, the command."""
+"""AdaMerging: learning the coefficients, and how entropy and loss go together."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
-import pymerge
 from pymerge import AdaMerging, MergeError, RequestError
 from pymerge.adamerging import entropy, entropy_of_each
-from pymerge.cli import main
-from tests.test_adamerging import Net, State, make
+from tests.test_adamerging import State, make
 
 
 def loaders(count: int = 3, batches: int = 4) -> list[list[torch.Tensor]]:
@@ -319,9 +316,6 @@ def test_a_diverging_run_keeps_the_last_good_coefficients(tmp_path: Path) -> Non
     assert str(tmp_path) in str(caught.value)
 
 
-# ------------------------------------------------------------------ statistics and pictures
-
-
 def test_correlations_are_those_of_scipy() -> None:
     net, base, models = make()
     ada = AdaMerging(net, base, models, names=["a", "b", "c"])
@@ -342,178 +336,3 @@ def test_correlations_are_those_of_scipy() -> None:
         ada.correlations([[]])
     with pytest.raises(RequestError, match="labels: expected batches"):
         ada.correlations([[torch.randn(2, 8)]])
-
-
-def test_table_and_heat_maps(tmp_path: Path) -> None:
-    net, base, models = make()
-    ada = AdaMerging(net, base, models, names=["<a>", "b", "c"], init=[0.1, 0.2, 0.3])
-    table = ada.coefficients
-    assert table.of("second.bias") == pytest.approx([0.1, 0.2, 0.3])
-    assert table.to_dict()["b"]["first.weight"] == pytest.approx(0.2)
-    assert "first.weight" in str(table)
-    assert "0.3000" in str(table)
-    table.save_png(tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    table.save_html(tmp_path / "map.html")
-    page = (tmp_path / "map.html").read_text()
-    assert "&lt;a&gt;" in page
-    assert "0.3000" in page
-    assert "<script" not in page
-    with pytest.raises(RequestError, match=r"layer: there is no merged tensor 'second.bia'"):
-        table.of("second.bia")
-
-
-# ------------------------------------------------------------------ saving
-
-
-def checkpoints(folder: Path) -> tuple[Net, str, list[str]]:
-    net, base, models = make(dtype=torch.float32)
-    paths = []
-    for name, state in [("base", base), *((f"m{k}", m) for k, m in enumerate(models))]:
-        (folder / name).mkdir()
-        kept = {n: t.bfloat16().contiguous() for n, t in state.items() if n != "tied.weight"}
-        save_file(kept, folder / name / "model.safetensors")
-        paths.append(str(folder / name))
-    return net, paths[0], paths[1:]
-
-
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_saving_checkpoints_streams_the_same_bytes(tmp_path: Path, trimmed: bool) -> None:
-    net, base, models = checkpoints(tmp_path)
-    ada = AdaMerging(net, base, models, trimmed=trimmed, dtype=torch.bfloat16, fixed="base")
-    with torch.no_grad():
-        ada.raw_coefficients.uniform_(-0.2, 1.3, generator=torch.Generator().manual_seed(0))
-    report = ada.save(tmp_path / "out")
-    assert report is not None
-    assert report.method == "adamerging"
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    state = ada.merged_state_dict()
-    assert set(written) == set(state) - {"tied.weight"}
-    for name, tensor in written.items():
-        assert torch.equal(tensor, state[name]), name
-    # The coefficients alone repeat the merge.
-    config = {
-        "merge_method": "adamerging",
-        "base_model": base,
-        "models": [{"model": path} for path in models],
-        "parameters": {"coefficients": str(tmp_path / "out.coefficients.safetensors")},
-    }
-    pymerge.merge_checkpoints(config, tmp_path / "again")
-    again = (tmp_path / "again" / "model.safetensors").read_bytes()
-    assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
-
-
-def test_saving_tensors(tmp_path: Path) -> None:
-    net, base, models = make()
-    ada = AdaMerging(net, base, models)
-    assert ada.save(tmp_path / "out") is None
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    state = ada.merged_state_dict()
-    assert set(written) == set(state) - {"tied.weight"}
-    assert all(torch.equal(written[name], state[name]) for name in written)
-    with pytest.raises(RequestError, match="out"):
-        ada.save(tmp_path / "out")
-    with pytest.raises(RequestError, match="save: memory: has no effect"):
-        ada.save(tmp_path / "other", memory="1GiB")
-
-
-def test_coefficients_of_something_else(tmp_path: Path) -> None:
-    net, base, models = checkpoints(tmp_path)
-    ada = AdaMerging(net, base, models, fixed="base")
-    path = tmp_path / "lam.safetensors"
-    ada.save_coefficients(path)
-    config: dict[str, Any] = {
-        "merge_method": "adamerging",
-        "base_model": base,
-        "models": [{"model": models[0]}],
-        "parameters": {"coefficients": str(path)},
-    }
-    with pytest.raises(RequestError, match=r"has those of 3 models .*but 1 are given"):
-        pymerge.merge_checkpoints(config, tmp_path / "out")
-    config["parameters"]["coefficients"] = str(tmp_path / "none.safetensors")
-    with pytest.raises(RequestError, match=r"none.safetensors: cannot be read"):
-        pymerge.merge_checkpoints(config, tmp_path / "out")
-    config["parameters"]["coefficients"] = str(Path(base) / "model.safetensors")
-    with pytest.raises(RequestError, match=r"expected a file of AdaMerging.save_coefficients"):
-        pymerge.merge_checkpoints(config, tmp_path / "out")
-    state = dict(zip("ab", ({"w": torch.ones(2)}, {"w": torch.ones(2)}), strict=True))
-    with pytest.raises(RequestError, match="has none for tensor 'w'"):
-        pymerge.merge("adamerging", state["a"], [state["b"]] * 3, coefficients=str(path))
-
-
-# ------------------------------------------------------------------ the command
-
-_ENTRY = """
-import torch
-from tests.test_adamerging import Net
-def setup(width):
-    torch.manual_seed(5)
-    y = torch.randint(0, 5, (6,))
-    x = [[(torch.randn(6, width) + k, y) for _ in range(3)] for k in range(3)]
-    return {"model": Net(width), "loaders": x, "labelled": x}
-"""
-
-
-def ada_config(folder: Path, **more: Any) -> Path:
-    _, base, models = checkpoints(folder)
-    config = {
-        "base_model": base,
-        "models": [models[0], {"model": models[1], "name": "second"}, models[2]],
-        "entry": "ada_entry:setup",
-        "arguments": {"width": 8},
-        "fixed": "base",
-        "fit": {"steps": 5, "lr": 0.01},
-    } | more
-    path = folder / "ada.yml"
-    path.write_text(json.dumps(config))
-    return path
-
-
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "ada_entry.py").write_text(_ENTRY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    config, out = ada_config(tmp_path), tmp_path / "out"
-    assert main(["ada", str(config), str(out)]) == 0
-    assert "5 steps: mean entropy" in capsys.readouterr().out
-    side = tmp_path / "out.ada"
-    assert len(json.loads((side / "history.json").read_text())) == 5
-    assert list(json.loads((side / "coefficients.json").read_text())) == ["m0", "second", "m2"]
-    assert len(json.loads((side / "correlations.json").read_text())) == 3
-    assert {"coefficients.html", "coefficients.png", "state.safetensors"} <= {
-        p.name for p in side.iterdir()
-    }
-    assert "first.weight" in load_file(out / "model.safetensors")
-    assert main(["ada", str(config), str(out), "--quiet"]) == 2  # OUT is there
-    assert main(["ada", str(config), str(out), "--quiet", "--force"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"entry": "nothing"}, "entry: expected package.module:function"),
-        ({"entry": "no_such_module_at_all:f"}, "module 'no_such_module_at_all' cannot be imported"),
-        ({"entry": "ada_entry:setpu"}, "has no function 'setpu'"),
-        ({"entry": "builtins:dict"}, "must return a dictionary with model and loaders"),
-        ({"steps": 3}, "steps: unknown key"),
-        ({"fit": {"step": 3}}, "fit.step: unknown key.*steps"),
-        ({"fit": {"autocast": "int8"}}, "fit.autocast: expected one of bfloat16"),
-        ({"models": []}, "models: "),
-        ({"base_model": 3}, "base_model: "),
-    ],
-)
-def test_command_with_a_bad_config(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    more: dict[str, Any],
-    message: str,
-) -> None:
-    (tmp_path / "ada_entry.py").write_text(_ENTRY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(["ada", str(ada_config(tmp_path, **more)), str(tmp_path / "out")]) == 2
-    import re
-
-    assert re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()

@@ -13,13 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import checkpoints, engine, gpu_check, gpu_rows, kernels, peers, readme_table
+from benchmarks import (
+    checkpoints,
+    engine,
+    gpu_check,
+    gpu_rows,
+    kernel_checks,
+    kernels,
+    peers,
+    readme_table,
+)
 from benchmarks.checkpoints import CheckpointSet
 from benchmarks.measure import Timing, WrongResult, interleave, run_process
 from benchmarks.tables import Table, save
 from pymerge import merge_checkpoints
 from pymerge.backends import cpu
-from tests.cases import CASES, GPU_CASES, Case, Inputs
+from tests.case import Case, Inputs
+from tests.cases import CASES, GPU_CASES
 
 NAMES = {case.name: case for case in CASES}
 
@@ -35,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def arrays() -> Inputs:
-    return kernels.make_arrays(10_007)
+    return kernel_checks.make_arrays(10_007)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,8 +89,8 @@ def test_a_wrong_kernel_gives_no_figure(
 def test_counters_are_put_together_from_tiles(
     name: str, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_TILE", tile)
-    inputs = kernels.make_arrays(150_001)
+    monkeypatch.setattr(kernel_checks, "_TILE", tile)
+    inputs = kernel_checks.make_arrays(150_001)
     kernels.measure_case(NAMES[name], inputs, cpu.supported_isas()[-1:], [2], seconds=0.0)
 
 

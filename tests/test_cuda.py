@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pymerge.backends import cuda
-from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
+from tests.case import DTYPES, Case, Inputs, make_inputs, seen
+from tests.cases import GPU_CASES
 from tests.packed_checks import CHECKS, differing
 from tests.test_cuda_host import BY_NAME, COUNTS, TILE
 from tests.test_ops import LARGE, SIZES, SLOW_SIZES, SPECIAL, reference, same

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pymerge.backends import cpu, cuda
+from pymerge.backends import cpu_native, cuda, cuda_native
 from tests import cuda_build
 
 ARCH = "90"
@@ -176,7 +176,7 @@ def test_only_the_table_is_exported(built: tuple[Path, dict[str, Report]]) -> No
 
 
 def test_library_loads_with_and_without_a_gpu(built: tuple[Path, dict[str, Report]]) -> None:
-    native, error = cpu._load()
+    native, error = cpu_native.load()
     if native is None:
         pytest.skip(f"the native library is not there: {error}")
     native.load_cuda(str(built[0]))
@@ -185,11 +185,11 @@ def test_library_loads_with_and_without_a_gpu(built: tuple[Path, dict[str, Repor
     except RuntimeError as error:
         assert re.search(r"the device failed: .*\(cudaError\w+\)", str(error))
     finally:
-        native.load_cuda("" if cuda.reason() else str(cuda.LIBRARY))
+        native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
 
 
 def test_another_library_is_refused() -> None:
-    native, error = cpu._load()
+    native, error = cpu_native.load()
     if native is None:
         pytest.skip(f"the native library is not there: {error}")
     assert native.__file__ is not None
@@ -200,7 +200,7 @@ def test_another_library_is_refused() -> None:
         native.load_cuda("/nowhere/_cuda.so")
     with pytest.raises(RuntimeError, match="the CUDA library is not loaded"):
         native.begin(0, 0)
-    native.load_cuda("" if cuda.reason() else str(cuda.LIBRARY))
+    native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
 
 
 @pytest.fixture(name="module")
@@ -249,7 +249,7 @@ def test_what_the_compiler_says_is_shown(module: SimpleNamespace, tmp_path: Path
 
 def test_reason_names_what_is_missing() -> None:
     reason = cuda.reason()
-    if cuda.LIBRARY.is_file():
+    if cuda_native.LIBRARY.is_file():
         assert reason is None or "CUDA" in reason
     else:
         assert reason is not None
@@ -258,7 +258,7 @@ def test_reason_names_what_is_missing() -> None:
 
 def test_table_of_the_library(built: tuple[Path, dict[str, Report]]) -> None:
     """Its first words are the version and the size of the struct that _C expects."""
-    native, _ = cpu._load()
+    native, _ = cpu_native.load()
     library = ctypes.CDLL(str(built[0]))
     library.pymerge_cuda_table.restype = ctypes.POINTER(ctypes.c_uint32)
     version = library.pymerge_cuda_table()[0]

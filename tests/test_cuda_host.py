@@ -16,9 +16,10 @@ import torch
 
 from pymerge import backends
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
-from pymerge.backends import cpu, cuda
+from pymerge.backends import cpu_native, cuda, cuda_native
 from tests import cuda_build
-from tests.cases import DTYPES, GPU_CASES, Case, Inputs, make_inputs, seen
+from tests.case import DTYPES, Case, Inputs, make_inputs, seen
+from tests.cases import GPU_CASES
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack
 from tests.test_ops import SPECIAL, reference, same
@@ -36,7 +37,7 @@ TILE = 1 << 14  # elements of a block
 
 
 def native() -> ModuleType:
-    module, error = cpu._load()
+    module, error = cpu_native.load()
     if module is None:
         pytest.skip(f"the native library is not there: {error}")
     return module
@@ -51,10 +52,10 @@ def library() -> ctypes.CDLL:
 @pytest.fixture
 def launches(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Let backend 'cuda' compute on the processor; return how to count launches."""
-    real = "" if cuda.reason() else str(cuda.LIBRARY)
-    monkeypatch.setattr(cuda, "_load", lambda: (native(), None))
-    monkeypatch.setattr(cuda, "_KIND", "cpu")
-    monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
+    real = "" if cuda.reason() else str(cuda_native.LIBRARY)
+    monkeypatch.setattr(cuda_native, "load", lambda: (native(), None))
+    monkeypatch.setattr(cuda_native, "_KIND", "cpu")
+    monkeypatch.setattr(cuda_native, "_place", lambda device: (0, 0))
     monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
     native().load_cuda(library._name)
     yield library.pymerge_shim_launches

@@ -1,12 +1,10 @@
-"""Merges on a device: the same bytes as on the CPU, in bounded memory, with everything ordered.
+"""Merges on a device: the same bytes as on the CPU, with everything ordered.
 
 The device is the processor (tests/host_device.py): what needs a GPU is in tests/test_cuda_merge.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +14,19 @@ import pytest
 import torch
 
 import pymerge
-import pymerge.cli
-from pymerge import memory
-from pymerge.array import Array, Flat, as_array
-from pymerge.engine import arcee, checkpoints, staged
-from pymerge.engine.device import COMPUTE, IN, OUT, Cuda, Device, OutOfDeviceMemory
-from pymerge.engine.memory import MemorySource
-from pymerge.engine.stage import Stage
-from pymerge.engine.staged import StagedSource
-from pymerge.memory import DeviceSizes, device_sizes, plan_memory
+from pymerge.engine import arcee
+from pymerge.engine.device import COMPUTE, IN, OUT, Cuda, OutOfDeviceMemory
+from pymerge.memory import DeviceSizes
 from pymerge.methods import METHODS
-from tests import models
+from tests import device_merges, models
 from tests.adapter_files import factors, projections, save_lora
+from tests.device_merges import ROOMY, SMALL, Merge, two
 from tests.host_device import HostDevice, Race
 from tests.test_data_files import write
 from tests.test_engine import METHODS as DIALECTS
 from tests.test_methods import number_of_models, parameters_of
 
-no_waiting = models.no_waiting
+merge, no_waiting = device_merges.merge, models.no_waiting
 pytestmark = [pytest.mark.usefixtures("no_waiting"), pytest.mark.compile]
 
 # Those with kernels, so that they run on a device that runs the CPU's kernels.
@@ -42,26 +35,6 @@ NATIVE = [
     for name, spec in METHODS.items()
     if "cpu" in spec.backends and name not in models.NEED_FILES
 ]
-# A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.
-SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
-ROOMY = replace(SMALL, resident_bytes=1 << 30)
-
-Merge = Callable[..., pymerge.MergeReport]
-
-
-@pytest.fixture
-def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
-    """Return merge_checkpoints on a device, whose memory is cut as told."""
-
-    def run(
-        config: Any, out: Path, device: Device, sizes: DeviceSizes | None = None, **options: Any
-    ) -> pymerge.MergeReport:
-        monkeypatch.setattr(checkpoints, "open_device", lambda name: device)
-        if sizes is not None:
-            monkeypatch.setattr(staged, "device_sizes", lambda budget, most: sizes)
-        return pymerge.merge_checkpoints(config, out, device="cuda", **options)
-
-    return run
 
 
 def config_of(root: Path, name: str, count: int) -> dict[str, Any]:
@@ -203,13 +176,6 @@ def test_dtypes_and_numbers_of_models(
         assert models.weight_bytes(tmp_path / name) == expected, name
 
 
-def two(root: Path, **sizes: int) -> dict[str, Any]:
-    """Write a family and return the request of a merge of it."""
-    base, tuned = models.llama(2, torch.float32, **({"layers": 1, "vocabulary": 1100} | sizes))
-    models.save_family(root, base, tuned)
-    return models.config(root, "ties", 2, density=0.3)
-
-
 @pytest.mark.parametrize("what", ["wait", "finish"])
 @pytest.mark.parametrize("actor", [IN, COMPUTE, OUT])
 def test_every_wait_is_needed(
@@ -292,86 +258,6 @@ def test_flags_of_finite_inputs_do_not_stay(merge: Merge, tmp_path: Path) -> Non
     assert bool(models.load(tmp_path / "out")["t2"].isinf().all())
 
 
-def test_less_memory_than_was_free(merge: Merge, tmp_path: Path) -> None:
-    """Whenever the device refuses, the merge begins again with half as much."""
-    config = two(tmp_path)
-    pymerge.merge_checkpoints(config, tmp_path / "cpu")
-    expected = models.weight_bytes(tmp_path / "cpu")
-    for failing in (1, 3, 6, 7):
-        device = HostDevice(failing=[failing])
-        merge(config, tmp_path / f"out{failing}", device, memory="1100MiB")
-        assert models.weight_bytes(tmp_path / f"out{failing}") == expected
-    device = HostDevice(largest=9 << 20)
-    merge(config, tmp_path / "small", device, memory="2GiB")
-    assert models.weight_bytes(tmp_path / "small") == expected
-    assert device.most == 8 << 20
-    with pytest.raises(
-        pymerge.MergeError, match=r"cuda:0 .*: too little memory: .* takes 19.0 MiB"
-    ):
-        merge(config, tmp_path / "none", HostDevice(largest=7 << 20), memory="2GiB")
-    assert not (tmp_path / "none").exists()
-
-
-def test_memory_is_bounded(merge: Merge, tmp_path: Path) -> None:
-    """Neither the tensor nor the number of models makes a block of the device larger."""
-    largest = []
-    for count, vocabulary in ((2, 1100), (2, 9000), (9, 1100)):
-        root = tmp_path / f"{count}-{vocabulary}"
-        base, tuned = models.llama(count, layers=1, vocabulary=vocabulary)
-        models.save_family(root, base, tuned)
-        device = HostDevice(memory=1 << 20)
-        config = models.config(root, "ties", count, density=0.3)
-        merge(config, root / "out", device, device_memory="20MiB")
-        largest.append(device.most)
-    assert largest == [8 << 20] * 3
-
-
-def test_sizes_fit() -> None:
-    for budget in (0, 19 << 20, 100 << 20, 10 << 30):
-        sizes = device_sizes(budget)
-        assert sizes.total <= max(budget, 19 << 20)
-        assert sizes.tile_bytes == 8 * sizes.buffer_bytes
-        assert sizes.buffer_bytes >= 1 << 20
-    sizes: DeviceSizes | None = device_sizes(10 << 30)
-    steps = 0
-    while sizes is not None:
-        smaller = sizes.halved()
-        assert smaller is None or smaller.total < sizes.total
-        sizes, steps = smaller, steps + 1
-    assert steps == 5
-    plain = plan_memory(2 << 30, models=2, threads=2, selects=False)
-    there = plan_memory(2 << 30, models=2, threads=2, selects=False, staged=True)
-    assert plain.buffer_bytes == 0
-    assert there.buffer_bytes == memory.MAX_BUFFER_BYTES
-    assert there.total - plain.total == memory.CUDA_FIXED_BYTES + 6 * there.buffer_bytes
-    least = plan_memory(1032 << 20, models=2, threads=2, selects=False, staged=True)
-    assert least.buffer_bytes == 1 << 20
-
-
-def test_the_plan_tells_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without looking for a GPU."""
-    two(tmp_path)
-    lines = [f"  - model: {tmp_path}/m{k}\n" for k in range(2)]
-    text = f"merge_method: ties\nbase_model: {tmp_path}/base\nmodels:\n" + "".join(lines)
-    (tmp_path / "c.yml").write_text(text + "parameters: {density: 0.2}\n")
-
-    def plan(*options: str) -> str:
-        assert pymerge.cli.main(["plan", str(tmp_path / "c.yml"), *options]) == 0
-        return capsys.readouterr().out
-
-    assert "device" not in plan()
-    assert "device" not in plan("--device", "cpu")
-    said = plan("--device", "cuda:1")
-    assert "6 x 16.0 MiB on the way" in said
-    parts = "2 x 128.0 MiB of input, 3 x 16.0 MiB of output, the rest for tensors that are read"
-    assert f"device    cuda:1: half of what is free ({parts} again)" in said
-    said = plan("--backend", "cuda", "--device-memory", "1GiB")
-    assert f"device    cuda: 1.00 GiB ({parts} again)" in said
-    found = json.loads(plan("--device", "cuda", "--device-memory", "1GiB", "--json"))
-    assert (found["device"], found["device_memory"]) == ("cuda", 1 << 30)
-    assert found["memory"]["buffer_bytes"] == 16 << 20
-
-
 def test_requests_that_do_not_fit_together(tmp_path: Path) -> None:
     config = two(tmp_path)
     for options, expected in (
@@ -383,31 +269,6 @@ def test_requests_that_do_not_fit_together(tmp_path: Path) -> None:
         with pytest.raises(pymerge.RequestError) as caught:
             pymerge.merge_checkpoints(config, tmp_path / "out", **options)
         assert expected in str(caught.value)
-
-
-def test_room_is_given_back_when_nobody_has_the_tensors() -> None:
-    """The engine's variables hold what was merged until the next tensor was loaded."""
-    inputs = {name: torch.full((100,), float(k)) for k, name in enumerate("abcd")}
-
-    class Inputs(MemorySource):
-        def load(self, name: str) -> tuple[None, list[Flat]]:
-            return None, [as_array(inputs[name])]
-
-    sizes = replace(SMALL, resident_bytes=1024)  # for two of them
-    stage = Stage(HostDevice(), sizes)
-    source = StagedSource(Inputs(["models[0]"], None, [inputs], {}), stage, "abcd")
-
-    def load(name: str) -> bool:
-        _, (tensor,) = source.load(name)
-        return isinstance(tensor, torch.Tensor) and torch.equal(tensor, inputs[name])
-
-    assert [load("a"), load("b"), stage.room] == [True, True, 0]
-    assert not load("c")
-    source.forget("a")
-    assert [load("c"), load("d")] == [False, True]
-    assert isinstance(source.load("a")[1][0], Array)  # it will not be needed again
-    source.restart()
-    assert [load("a"), load("b")] == [False, True]
 
 
 class FakeStream:

@@ -10,7 +10,8 @@ import torch
 
 from pymerge import _ops
 from pymerge.backends import cpu
-from tests.cases import CASES, DTYPES, Case, Inputs, make_inputs
+from tests.case import DTYPES, Case, Inputs, make_inputs
+from tests.cases import CASES
 from tests.conftest import NATIVE
 
 SIZES = [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 1023, 4097]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
-from tests.cases import pcb_statistics
+from tests.case_pcb import pcb_statistics
 from tests.conftest import NATIVE, check_same
 
 NUMEL = 2048 + 77  # a block of the kernel and a tail

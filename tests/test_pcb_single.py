@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cases import pcb_statistics
+from tests.case_pcb import pcb_statistics
 from tests.test_pcb_filter import VARIANTS, check, normal
 
 Backends = Callable[[str], str]

@@ -26,7 +26,7 @@ import pymerge
 from pymerge.backends import resolve
 from pymerge.backends import triton_common as triton
 from pymerge.methods import METHODS
-from tests.cases import DTYPES
+from tests.case import DTYPES
 from tests.conftest import REQUIRED
 from tests.models import NEED_FILES
 from tests.packed_checks import CHECKS

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pymerge.backends import triton, triton_common
-from tests.cases import make_inputs
+from tests.case import make_inputs
 from tests.test_triton import needs_triton, process
 from tests.triton_checks import BY_NAME
 

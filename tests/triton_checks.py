@@ -21,7 +21,7 @@ from pymerge.adamerging import ops
 from pymerge.backends import resolve
 from pymerge.methods import METHODS
 from tests import cases
-from tests.cases import DTYPES, Case, Inputs, make_inputs
+from tests.case import DTYPES, Case, Inputs, make_inputs
 from tests.models import llama
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack

@@ -1,143 +1,25 @@
-// pymerge._C: loads kernel tables and marshals. Pointers come as integers; the Python side has
-// already validated everything (pymerge/backends/cpu.py, cuda.py). Device -1 is the CPU.
-#include <dlfcn.h>
+// pymerge._C: a function for each kernel. Pointers come as integers; the Python side has already
+// validated everything (pymerge/backends/cpu.py, cuda.py). Device -1 is the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "cpu/tables.h"
+#include "bind/call.h"
+#include "bind/loaded.h"
 #include "cpu/thread_pool.h"
 #include "kernel_table.h"
 
 namespace py = pybind11;
 using namespace pymerge;
+using namespace pymerge::bind;
 using namespace py::literals;
 
 namespace {
-
-using Address = std::pair<uintptr_t, int32_t>;  // pointer, dtype
-
-const KernelTable* active = nullptr;  // of the CPU
-const KernelTable* cuda = nullptr;
-
-const CpuVariant* find_variant(const std::string& name, CpuVariant* variants) {
-  const int count = cpu_variants(variants);
-  for (int i = count - 1; i >= 0; --i) {
-    if (name == "auto" ? variants[i].supported : name == variants[i].name) return &variants[i];
-  }
-  return nullptr;
-}
-
-const KernelTable* checked(const KernelTable* table, const std::string& name) {
-  if (table->abi_version != kAbiVersion || table->struct_size != sizeof(KernelTable)) {
-    throw std::runtime_error("kernel table '" + name + "' has another ABI; rebuild pymerge");
-  }
-  return table;
-}
-
-void use_isa(const std::string& name) {
-  CpuVariant variants[3];
-  const CpuVariant* variant = find_variant(name, variants);
-  if (variant == nullptr) {
-    throw std::invalid_argument("this build has no kernels for the instruction set '" + name + "'");
-  }
-  if (!variant->supported) {
-    throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
-  }
-  active = checked(variant->table, name);
-}
-
-// Loads the CUDA library; an empty path forgets it. It stays loaded: work may still be under way.
-void load_cuda(const std::string& path) {
-  cuda = nullptr;
-  if (path.empty()) return;
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw std::runtime_error(dlerror());
-  using Entry = const KernelTable* (*)();
-  const auto entry = reinterpret_cast<Entry>(dlsym(library, "pymerge_cuda_table"));
-  if (entry == nullptr) throw std::runtime_error(path + " is not pymerge's CUDA library");
-  cuda = checked(entry(), path);
-}
-
-const KernelTable& table(int32_t device) {
-  if (device >= 0) {
-    if (cuda == nullptr) throw std::runtime_error("the CUDA library is not loaded");
-    return *cuda;
-  }
-  if (active == nullptr) use_isa("auto");
-  return *active;
-}
-
-Execution execution(int32_t threads, int32_t device, uintptr_t stream) {
-  return {reinterpret_cast<void*>(stream), device < 0 ? 0 : device, threads};
-}
-
-Operand operand(const Address& address) {
-  return {reinterpret_cast<const void*>(address.first), static_cast<Dtype>(address.second), 0};
-}
-
-MutableOperand output(const Address& address) {
-  return {reinterpret_cast<void*>(address.first), static_cast<Dtype>(address.second), 0};
-}
-
-std::vector<Operand> operands(const std::vector<Address>& addresses) {
-  std::vector<Operand> all;
-  for (const Address& address : addresses) all.push_back(operand(address));
-  return all;
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require_size(const char* name, size_t size, size_t expected) {
-  if (size != expected) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) +
-                                " values, one for each model; got " + std::to_string(size));
-  }
-}
-
-void require(Status status, const char* what, const KernelTable& by) {
-  const std::string detail = by.last_error != nullptr ? by.last_error() : "";
-  const std::string reason = detail.empty() ? "" : ": " + detail;
-  switch (status) {
-    case Status::kOk:
-      return;
-    case Status::kOutOfMemory:
-      throw std::bad_alloc();
-    case Status::kBadArgument:
-      throw std::invalid_argument(std::string(what) + ": the kernel refused its arguments" +
-                                  reason);
-    default:
-      throw std::runtime_error(std::string(what) + ": the device failed" + reason);
-  }
-}
-
-template <class Args>
-using KernelOf = Status (*)(const Args*);
-
-// Runs a kernel without the GIL; raises if it failed.
-template <class Args>
-void call(KernelOf<Args> KernelTable::* kernel, const Args& args, const char* what,
-          int32_t device) {
-  const KernelTable& by = table(device);
-  if (by.*kernel == nullptr) {
-    throw std::invalid_argument(std::string(what) + ": '" + by.name + "' has no such kernel");
-  }
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = (by.*kernel)(&args);
-  }
-  require(status, what, by);
-}
 
 using SumKernel = KernelOf<WeightedSumArgs> KernelTable::*;
 
@@ -240,73 +122,6 @@ template <KernelOf<Execution> KernelTable::* Function>
 void phase(int32_t device, uintptr_t stream) {
   call(Function, execution(0, device, stream), "phase", device);
 }
-
-// What is kept of sparse task vectors: one of each for each model, seeds two or none.
-struct Kept {
-  const std::vector<int64_t>& lo;
-  const std::vector<int64_t>& last;
-  const std::vector<int64_t>& seeds;
-  const std::vector<int64_t>& limits;
-
-  void check(size_t models) const {
-    require_size("lo", lo.size(), models);
-    require_size("last", last.size(), models);
-    if (seeds.empty()) return;
-    require_size("seeds", seeds.size(), 2 * models);
-    require_size("limits", limits.size(), models);
-  }
-  template <class Args>
-  void fill(Args& args) const {
-    args.lo = lo.data();
-    args.last = last.data();
-    args.seeds = seeds.empty() ? nullptr : seeds.data();
-    args.limits = limits.data();
-  }
-};
-
-// What every call has: execution, sizes, the operands.
-struct Common {
-  Address base;
-  std::vector<Operand> inputs;
-  int64_t numel;
-  int32_t compute, threads, device;
-  uintptr_t stream;
-
-  // From Python: (base, models, numel, compute, threads[, device, stream])
-  explicit Common(const py::tuple& all)
-      : base(all[0].cast<Address>()),
-        inputs(operands(all[1].cast<std::vector<Address>>())),
-        numel(all[2].cast<int64_t>()),
-        compute(all[3].cast<int32_t>()),
-        threads(all[4].cast<int32_t>()),
-        device(all.size() > 5 ? all[5].cast<int32_t>() : -1),
-        stream(all.size() > 6 ? all[6].cast<uintptr_t>() : 0) {}
-
-  template <class Args>
-  void fill(Args& args) const {
-    args.execution = execution(threads, device, stream);
-    args.num_models = static_cast<int32_t>(inputs.size());
-    args.numel = numel;
-    args.base = operand(base);
-    args.models = inputs.data();
-    if constexpr (!std::is_same_v<Args, PcbArgs>) args.compute = static_cast<Dtype>(compute);
-  }
-};
-
-// Ranks of elements in their rows, which may decide what is kept: (address, stride), and chances,
-// two for each model, or none.
-struct Ranked {
-  std::pair<uintptr_t, int64_t> ranks;
-  const std::vector<double>& chances;
-
-  template <class Args>
-  void fill(Args& args, size_t models) const {
-    if (!chances.empty()) require_size("chances", chances.size(), 2 * models);
-    args.ranks = pointer<int32_t>(ranks.first);
-    args.rank_stride = ranks.second;
-    args.chances = chances.empty() ? nullptr : chances.data();
-  }
-};
 
 void sparse_merge(const py::tuple& common, Address out, uintptr_t stats,
                   const std::vector<int64_t>& lo, const std::vector<int64_t>& last,
@@ -505,11 +320,9 @@ void compare(const py::tuple& common, const std::vector<int64_t>& thresholds, in
   call(&KernelTable::compare, args, "compare", all.device);
 }
 
-py::dict isa_list() {
-  CpuVariant variants[3];
-  const int count = cpu_variants(variants);
+py::dict isa_dict() {
   py::dict result;
-  for (int i = 0; i < count; ++i) result[variants[i].name] = variants[i].supported;
+  for (const auto& [name, runs] : isa_list()) result[name.c_str()] = runs;
   return result;
 }
 
@@ -521,7 +334,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("hot_chunk") = kHotChunk;
   m.attr("compiler") = __VERSION__;
   m.attr("version") = PYMERGE_VERSION;
-  m.def("isa_list", &isa_list, "Instruction sets of this build -> whether this machine runs them.");
+  m.def("isa_list", &isa_dict, "Instruction sets of this build -> whether this machine runs them.");
   m.def("use_isa", &use_isa, "Choose the kernels: baseline, avx2, avx512, or auto.");
   m.def("isa", [] { return std::string(table(-1).name); });
   m.def("default_threads", &default_threads);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from pymerge.adamerging.coefficients import Coefficients, initial_coefficients
 from pymerge.adamerging.layers import Granularity, group_layers, load_tensors, match_layers
 from pymerge.adamerging.ops import merged_layer, merged_packed_layer
 from pymerge.adamerging.packed import pack_trimmed
+from pymerge.adamerging.presets import PRESETS
 from pymerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -22,81 +23,10 @@ if TYPE_CHECKING:
     from pymerge.adamerging.statistics import TaskCorrelation
     from pymerge.report import MergeReport
 
-__all__ = ["PRESETS", "AdaMerging", "Coefficients", "Preset"]
+__all__ = ["AdaMerging"]
 
 Tensor = torch.Tensor
 Model = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What one implementation does.
-
-    clamp: the range that coefficients are cut to wherever they are used, or None. only_trainable:
-    merge parameters that require a gradient, else all. batches_per_task, steps, lr, entropy: of
-    `fit`.
-    """
-
-    clamp: tuple[float, float] | None
-    only_trainable: bool
-    batches_per_task: int
-    steps: int
-    lr: float
-    entropy: str
-
-
-PRESETS = {
-    # EnnengYang/AdaMerging, src/main_layer_wise_adamerging.py and its kin
-    "official": Preset((0.0, 1.0), False, 2, 500, 1e-3, "exact"),
-    # FusionBench 0.2.33, config/method/adamerging/clip.yaml
-    "fusion_bench": Preset(None, True, 1, 1000, 1e-3, "fusion_bench"),
-}
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """A table of coefficients, as they are used (cut to the preset's range).
-
-    values: float32 [models, groups]. models: their names. groups: names of the groups of tensors
-    (with granularity "layer", of the tensors). layers: for each merged tensor, its group.
-    """
-
-    values: Tensor
-    models: tuple[str, ...]
-    groups: tuple[str, ...]
-    layers: Mapping[str, str]
-
-    def __str__(self) -> str:
-        from pymerge.adamerging.show import coefficients_text
-
-        return coefficients_text(self)
-
-    def of(self, layer: str) -> list[float]:
-        """Return the coefficients of a tensor, one a model."""
-        if layer not in self.layers:
-            raise RequestError(
-                f"layer: there is no merged tensor {layer!r}{nearest(layer, self.layers)}"
-            )
-        return self.values[:, self.groups.index(self.layers[layer])].tolist()
-
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Return plain numbers: {model: {group: coefficient}}."""
-        return {
-            model: dict(zip(self.groups, row, strict=True))
-            for model, row in zip(self.models, self.values.tolist(), strict=True)
-        }
-
-    def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw a heat map, models by groups, with matplotlib (`pymerge-kernels[plot]`)."""
-        from pymerge.adamerging.show import save_png
-
-        save_png(self, Path(path))
-
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the heat map as a table in one HTML file, which needs nothing else."""
-        from pymerge.adamerging.show import save_html
-
-        save_html(self, Path(path))
 
 
 class AdaMerging(nn.Module):
@@ -203,8 +133,9 @@ class AdaMerging(nn.Module):
             self._plain["packed"] = pack_trimmed(merged, self._plain["models"], density=density)
             self._plain["models"] = [{} for _ in models]
         wide = any(tensor.dtype == torch.float64 for tensor in own.values())
+        shape = (len(self.names), len(self.grouping.names))
         self.raw_coefficients = nn.Parameter(
-            self._initial(init, torch.float64 if wide else torch.float32)
+            initial_coefficients(init, shape, torch.float64 if wide else torch.float32)
         )
         self.register_buffer(
             "_index", torch.tensor(self.grouping.index, dtype=torch.int64), persistent=False
@@ -247,26 +178,6 @@ class AdaMerging(nn.Module):
             problems.append(f"fixed: expected 'equal' or 'base', got {fixed!r}")
         if problems:
             raise RequestError(problems)
-
-    def _initial(self, init: Any, dtype: torch.dtype) -> Tensor:
-        shape = (len(self.names), len(self.grouping.names))
-        table = torch.as_tensor(init, dtype=dtype).detach().cpu()
-        if table.dim() == 1 and table.shape[0] == shape[0]:
-            table = table.unsqueeze(1)
-        if table.dim() not in (0, 2) or (table.dim() == 2 and table.shape[0] != shape[0]):
-            raise self._bad_init(shape, table)
-        if table.dim() == 2 and table.shape[1] not in (1, shape[1]):
-            raise self._bad_init(shape, table)
-        if not bool(torch.isfinite(table).all()):
-            raise RequestError("init: expected finite numbers")
-        return table.expand(shape).clone()
-
-    @staticmethod
-    def _bad_init(shape: tuple[int, int], table: Tensor) -> RequestError:
-        return RequestError(
-            f"init: expected a number, {shape[0]} numbers (one a model) or a table of shape "
-            f"{shape} (models, groups of tensors); got shape {tuple(table.shape)}"
-        )
 
     @property
     def architecture(self) -> nn.Module:

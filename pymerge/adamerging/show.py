@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.errors import RequestError
 
 if TYPE_CHECKING:
-    from pymerge.adamerging.module import Coefficients
+    from pymerge.adamerging.coefficients import Coefficients
 
 __all__ = ["FitBar", "coefficients_text", "save_html", "save_png"]
 

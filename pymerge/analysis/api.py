@@ -262,9 +262,9 @@ def _open_files(
 
 
 def _open_memory(base: Any, models: list[Any], names: Sequence[str] | None) -> _Opened:
-    from pymerge.api import match_tensors
     from pymerge.dtypes import dtype_code
     from pymerge.engine.memory import MemorySource
+    from pymerge.structures import match_tensors
 
     inputs, shown = match_tensors("analyze", base, models)
     works, dtypes, left_out = [], {}, []

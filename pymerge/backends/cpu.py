@@ -1,20 +1,11 @@
-"""The CPU backend: marshals tensors to the C++ kernels of `pymerge._C`.
-
-The extension is loaded at first use. If it is missing or broken, `import pymerge` still works;
-`reason()` keeps the error and says what to do.
-"""
+"""The CPU backend: marshals tensors to the C++ kernels, op by op."""
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from pymerge.array import Array, Flat
+from pymerge.array import Flat
 from pymerge.backends.arguments import (
     DIVERGENCE,
     POINTWISE,
@@ -27,125 +18,29 @@ from pymerge.backends.arguments import (
     sums_shape,
 )
 from pymerge.backends.cpu_comparison import compare as compare
+from pymerge.backends.cpu_native import (
+    NOTHING,
+    common_arguments,
+    counters_at,
+    native,
+    operand,
+    ranks_at,
+)
+from pymerge.backends.cpu_native import build as build
+from pymerge.backends.cpu_native import reason as reason
+from pymerge.backends.cpu_native import set_threads as set_threads
+from pymerge.backends.cpu_native import supported_isas as supported_isas
+from pymerge.backends.cpu_native import threads as threads
+from pymerge.backends.cpu_native import use_isa as use_isa
 from pymerge.backends.cpu_packed import packed_dots as packed_dots
 from pymerge.backends.cpu_packed import packed_sum as packed_sum
-from pymerge.backends.sizes import HOT_CHUNK, SUM_CHUNK
+from pymerge.backends.sizes import HOT_CHUNK
 
 NAME = "cpu"
 SUMMARY = "C++ kernels"
 
-# By the code of an array, and by the name of a torch dtype.
-_DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
-_DTYPES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
 _WEIGHTING = {"none": 0, "before": 1, "after": 2}
 _MERGE = {"mean_of_count": 0, "mean_of_weights": 1, "sum": 2, "max": 3}
-_NOTHING = (0, 0)
-
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        from pymerge import _C
-    except ImportError as error:
-        return None, (
-            f"the native library could not be loaded ({error}); reinstall with a C++17 compiler: "
-            "pip install --force-reinstall --no-deps pymerge-kernels"
-        )
-    wanted = os.environ.get("PYMERGE_CPU_ISA", "") or "auto"
-    try:
-        _C.use_isa(wanted)
-    except (ValueError, RuntimeError) as error:
-        return None, f"PYMERGE_CPU_ISA={wanted}: {error}"
-    if (_C.hot_chunk, _C.sum_chunk) != (HOT_CHUNK, SUM_CHUNK):
-        return None, (
-            f"the native library has chunks of {_C.hot_chunk} and {_C.sum_chunk}, expected "
-            f"{HOT_CHUNK} and {SUM_CHUNK}"
-        )
-    return _C, None
-
-
-def _native() -> Any:
-    module, error = _load()
-    if module is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {error}")
-    return module
-
-
-def reason() -> str | None:
-    """Say why the backend cannot be used, or return None."""
-    return _load()[1]
-
-
-def build() -> dict[str, Any]:
-    """Tell what was built: instruction sets, which one runs, compiler; or the error."""
-    module, error = _load()
-    if module is None:
-        return {"error": error}
-    return {
-        "isa": module.isa(),
-        "isa_built": {name: bool(supported) for name, supported in module.isa_list().items()},
-        "compiler": module.compiler,
-        "abi_version": module.abi_version,
-        "threads": module.default_threads(),
-    }
-
-
-def supported_isas() -> list[str]:
-    """Return the instruction sets of this build that this machine can run."""
-    module, _ = _load()
-    return [] if module is None else [name for name, runs in module.isa_list().items() if runs]
-
-
-def use_isa(name: str) -> None:
-    """Switch to the kernels of one instruction set ("baseline", "avx2", "avx512", "auto")."""
-    _native().use_isa(name)
-
-
-def threads() -> int:
-    """Return how many threads the kernels use."""
-    module, _ = _load()
-    return 1 if module is None else int(module.default_threads())
-
-
-def set_threads(count: int | None) -> None:
-    """Set how many threads the kernels use; None means all cores that the process may run on."""
-    module, _ = _load()
-    if module is not None:
-        module.set_default_threads(count or 0)
-
-
-def _address(flat: Flat, numel: int) -> tuple[int, int]:
-    if isinstance(flat, Array):
-        fits, where, dtype = flat.numel() == numel, "", flat.code
-    else:
-        contiguous = flat.device.type == "cpu" and flat.is_contiguous()
-        fits, dtype = contiguous and flat.numel() == numel, str(flat.dtype)
-        where = f" on {flat.device} with strides {tuple(flat.stride())}"
-    if not fits:
-        raise ValueError(
-            f"backend 'cpu': expected contiguous CPU tensors of {numel} elements, got "
-            f"{flat.numel()}{where}"
-        )
-    if dtype not in _DTYPES:
-        raise ValueError(f"backend 'cpu': dtype {dtype} is not supported")
-    # An empty tensor has no address, but a base that is there must not look like none.
-    return flat.data_ptr() or 64, _DTYPES[dtype]
-
-
-def _counters(values: Any, dtype: str = "int64", least: int = 0) -> int:
-    """Return the address of counters, an array of numpy or a tensor."""
-    if isinstance(values, np.ndarray):
-        fits = values.flags.c_contiguous and values.dtype == dtype
-        count, address = values.size, values.ctypes.data
-    else:
-        fits = values.device.type == "cpu" and values.is_contiguous()
-        fits = fits and str(values.dtype) == f"torch.{dtype}"
-        count, address = values.numel(), values.data_ptr()
-    if count < least:
-        raise ValueError(f"backend 'cpu': expected {least} counters, got {count}")
-    if not fits:
-        raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} in CPU memory")
-    return address
 
 
 def weighted_sum(
@@ -159,10 +54,10 @@ def weighted_sum(
     wide: bool,
 ) -> None:
     numel = out.numel()
-    nonfinite = _native().weighted_sum(
-        _address(out, numel),
-        _NOTHING if base is None else _address(base, numel),
-        [_address(model, numel) for model in models],
+    nonfinite = native().weighted_sum(
+        operand(out, numel),
+        NOTHING if base is None else operand(base, numel),
+        [operand(model, numel) for model in models],
         weights,
         scale,
         divisor,
@@ -177,10 +72,10 @@ def weighted_sum(
 def streaming_floor(out: Flat, base: Flat | None, models: Sequence[Flat], threads: int = 0) -> None:
     """Read base and models and write out, computing nothing: what benchmarks compare with."""
     numel = out.numel()
-    _native().streaming_floor(
-        _address(out, numel),
-        _NOTHING if base is None else _address(base, numel),
-        [_address(model, numel) for model in models],
+    native().streaming_floor(
+        operand(out, numel),
+        NOTHING if base is None else operand(base, numel),
+        [operand(model, numel) for model in models],
         [1.0] * len(models),
         1.0,
         1.0,
@@ -206,11 +101,11 @@ def ties(
     wide: bool,
 ) -> None:
     numel = base.numel()
-    _native().ties(
-        _NOTHING if out is None else _address(out, numel),
-        _counters(stats, least=3),
-        _address(base, numel),
-        [_address(model, numel) for model in models],
+    native().ties(
+        NOTHING if out is None else operand(out, numel),
+        counters_at(stats, least=3),
+        operand(base, numel),
+        [operand(model, numel) for model in models],
         thresholds,
         weights,
         _WEIGHTING[weighting],
@@ -249,12 +144,12 @@ def magnitude_histogram(
         raise ValueError(
             f"backend 'cpu': hot_chunks of shape {tuple(hot_chunks.shape)} are too few"
         )
-    _native().magnitude_histogram(
-        _counters(counts, "int32"),
-        _counters(hot_chunks, "int32"),
+    native().magnitude_histogram(
+        counters_at(counts, "int32"),
+        counters_at(hot_chunks, "int32"),
         chunks,
-        _address(base, numel),
-        [_address(model, numel) for model in models],
+        operand(base, numel),
+        [operand(model, numel) for model in models],
         lo,
         shift,
         hot,
@@ -278,46 +173,16 @@ def magnitude_equal_counts(
     count = counts.shape[0]
     if count != -(-numel // chunk):
         raise ValueError(f"backend 'cpu': expected {-(-numel // chunk)} counts, got {count}")
-    _native().magnitude_equal_counts(
-        _counters(counts),
-        _address(base, numel),
-        _address(model, numel),
+    native().magnitude_equal_counts(
+        counters_at(counts),
+        operand(base, numel),
+        operand(model, numel),
         key,
         chunk,
         numel,
         3 if wide else 0,
         0,
     )
-
-
-def _common(base: Flat | None, models: Sequence[Flat], wide: bool) -> tuple[Any, ...]:
-    """Return what every call has: operands, their length, how to compute, threads."""
-    numel = models[0].numel()
-    return (
-        _NOTHING if base is None else _address(base, numel),
-        [_address(model, numel) for model in models],
-        numel,
-        3 if wide else 0,
-        0,
-    )
-
-
-def _ranked(ranks: Any, models: Sequence[Flat]) -> tuple[int, int]:
-    """Return address and stride of ranks: [models, numel padded], rows may be apart."""
-    if ranks is None:
-        return _NOTHING
-    count, room = ranks.shape
-    if count != len(models) or room < padded(models[0].numel()):
-        raise ValueError(f"backend 'cpu': ranks of shape {tuple(ranks.shape)} are too few")
-    if isinstance(ranks, np.ndarray):
-        kind, address = str(ranks.dtype), ranks.ctypes.data
-        stride, step = (stride // ranks.itemsize for stride in ranks.strides)
-    else:
-        kind, address = str(ranks.dtype).removeprefix("torch."), ranks.data_ptr()
-        stride, step = ranks.stride()
-    if kind != "int32" or step != 1:
-        raise ValueError(f"backend 'cpu': ranks must be rows of int32, got {kind}")
-    return address, stride
 
 
 def sparse_merge(
@@ -329,10 +194,10 @@ def sparse_merge(
     how: SparseMerge,
     wide: bool,
 ) -> None:
-    _native().sparse_merge(
-        _common(base, models, wide),
-        _address(out, models[0].numel()),
-        _counters(stats, least=3),
+    native().sparse_merge(
+        common_arguments(base, models, wide),
+        operand(out, models[0].numel()),
+        counters_at(stats, least=3),
         *kept.numbers(),
         how.factors,
         how.weights,
@@ -342,7 +207,7 @@ def sparse_merge(
         how.scale,
         kept.start,
         how.bare,
-        _ranked(kept.ranks, models),
+        ranks_at(kept.ranks, models),
         kept.chances,
         kept.per_element,
     )
@@ -357,10 +222,10 @@ def pointwise(
     reals: Sequence[float],
     wide: bool,
 ) -> None:
-    _native().pointwise(
-        _common(base, models, wide),
-        _address(out, models[0].numel()),
-        _counters(stats, least=3),
+    native().pointwise(
+        common_arguments(base, models, wide),
+        operand(out, models[0].numel()),
+        counters_at(stats, least=3),
         POINTWISE[op],
         reals,
     )
@@ -381,15 +246,15 @@ def chunk_sums(
         raise ValueError(
             f"backend 'cpu': expected partials of shape {shape}, got {tuple(partials.shape)}"
         )
-    _native().chunk_sums(
-        _common(base, models, wide),
-        _counters(partials, "float64"),
+    native().chunk_sums(
+        common_arguments(base, models, wide),
+        counters_at(partials, "float64"),
         shape[1],
         SUMS[kind],
         columns,
         *kept.numbers(),
         kept.start,
-        _ranked(kept.ranks, models),
+        ranks_at(kept.ranks, models),
         kept.chances,
         reals,
     )
@@ -406,11 +271,11 @@ def pcb_scores(
     count, stride = scores.shape
     if count != len(models) or stride < padded(base.numel()):
         raise ValueError(f"backend 'cpu': scores of shape {tuple(scores.shape)} are too small")
-    _native().pcb(
-        _common(base, models, False),
-        _NOTHING,
-        _counters(stats, least=3),
-        _counters(scores, "float32"),
+    native().pcb(
+        common_arguments(base, models, False),
+        NOTHING,
+        counters_at(stats, least=3),
+        counters_at(scores, "float32"),
         stride,
         variant,
         reals,
@@ -425,10 +290,10 @@ def pcb_merge(
     variant: int,
     reals: Sequence[float],
 ) -> None:
-    _native().pcb(
-        _common(base, models, False),
-        _address(out, models[0].numel()),
-        _counters(stats, least=3),
+    native().pcb(
+        common_arguments(base, models, False),
+        operand(out, models[0].numel()),
+        counters_at(stats, least=3),
         0,
         0,
         variant,
@@ -437,7 +302,7 @@ def pcb_merge(
 
 
 def row_ranks(ranks: Any, base: Flat, models: Sequence[Flat], columns: int, wide: bool) -> None:
-    _native().row_ranks(_common(base, models, wide), *_ranked(ranks, models), columns)
+    native().row_ranks(common_arguments(base, models, wide), *ranks_at(ranks, models), columns)
 
 
 def row_weighted_sum(
@@ -454,11 +319,11 @@ def row_weighted_sum(
         raise ValueError(
             f"backend 'cpu': expected weights of shape {shape}, got {tuple(weights.shape)}"
         )
-    _native().row_weighted_sum(
-        _common(base, models, wide),
-        _address(out, models[0].numel()),
-        _counters(stats, least=1),
-        _counters(weights, "float64"),
+    native().row_weighted_sum(
+        common_arguments(base, models, wide),
+        operand(out, models[0].numel()),
+        counters_at(stats, least=1),
+        counters_at(weights, "float64"),
         columns,
     )
 
@@ -467,8 +332,8 @@ def divergence_sums(
     table: Any, base: Flat, model: Flat, kind: str, columns: int, wide: bool
 ) -> None:
     count = divergence_columns(kind, table, base.numel(), columns, NAME)
-    common, address = _common(base, [model], wide), _counters(table, "float64")
-    _native().divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
+    common, address = common_arguments(base, [model], wide), counters_at(table, "float64")
+    native().divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
 
 
 def row_importance(
@@ -482,11 +347,11 @@ def row_importance(
     wide: bool,
 ) -> None:
     check_divergences(divergences, base.numel(), columns, NAME)
-    _native().row_importance(
-        _common(base, [model], wide),
-        _address(out, model.numel()),
-        _counters(stats, least=3),
-        _counters(divergences, "float64"),
+    native().row_importance(
+        common_arguments(base, [model], wide),
+        operand(out, model.numel()),
+        counters_at(stats, least=3),
+        counters_at(divergences, "float64"),
         threshold,
         columns,
     )

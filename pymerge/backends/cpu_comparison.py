@@ -7,6 +7,7 @@ from typing import Any
 
 from pymerge.array import Flat
 from pymerge.backends.comparison import Comparison
+from pymerge.backends.cpu_native import common_arguments, counters_at, native
 
 __all__ = ["compare"]
 
@@ -22,16 +23,14 @@ def compare(
     wide: bool,
 ) -> None:
     """Sums of segments, and counts that are added to."""
-    from pymerge.backends.cpu import _common, _counters, _native
-
     shape = Comparison(len(models), len(thresholds) // len(models))
     shape.check(sums, counts, base.numel(), thresholds, start, every, "cpu")
-    _native().compare(
-        _common(base, models, wide),
+    native().compare(
+        common_arguments(base, models, wide),
         thresholds,
         start,
         every,
-        _counters(sums, "float64"),
+        counters_at(sums, "float64"),
         shape.segments(base.numel()),
-        _counters(counts),
+        counters_at(counts),
     )

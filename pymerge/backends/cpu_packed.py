@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymerge.array import Flat
+from pymerge.backends.cpu_native import NOTHING, counters_at, native, operand
 from pymerge.backends.packed import check_packed, check_partials
 
 __all__ = ["packed_dots", "packed_sum"]
@@ -21,10 +22,8 @@ def packed_sum(
     wide: bool,
 ) -> None:
     """out = base + sum_k weights[k] t_k."""
-    from pymerge.backends.cpu import _NOTHING, _address, _native
-
     told, chunks = _told(base, masks, values, offsets, wide)
-    _native().packed(*told, _address(out, base.numel()), weights, _NOTHING, 0, chunks)
+    native().packed(*told, operand(out, base.numel()), weights, NOTHING, 0, chunks)
 
 
 def packed_dots(
@@ -37,25 +36,21 @@ def packed_dots(
     wide: bool,
 ) -> None:
     """partials[k, c] = <gradient, t_k> over chunk c."""
-    from pymerge.backends.cpu import _NOTHING, _address, _counters, _native
-
     told, chunks = _told(base, masks, values, offsets, wide)
     check_partials(partials, len(masks), chunks, "cpu")
     if chunks == 0:
         return
-    address, counters = _address(gradient, base.numel()), _counters(partials, "float64")
-    _native().packed(*told, _NOTHING, [], address, counters, chunks)
+    address, counters = operand(gradient, base.numel()), counters_at(partials, "float64")
+    native().packed(*told, NOTHING, [], address, counters, chunks)
 
 
 def _told(
     base: Flat, masks: Sequence[Any], values: Sequence[Flat], offsets: Sequence[Any], wide: bool
 ) -> tuple[tuple[Any, ...], int]:
     """Return what both calls begin with, and the number of chunks."""
-    from pymerge.backends.cpu import _address, _counters
-
     numel = base.numel()
     chunks = check_packed(masks, values, offsets, numel, "cpu")
-    kept = [_address(own, own.numel()) for own in values]
-    common = _address(base, numel), kept, numel, 3 if wide else 0, 0
-    words = [_counters(mask, "int32") for mask in masks]
-    return (common, words, [_counters(offset, "int64") for offset in offsets]), chunks
+    kept = [operand(own, own.numel()) for own in values]
+    common = operand(base, numel), kept, numel, 3 if wide else 0, 0
+    words = [counters_at(mask, "int32") for mask in masks]
+    return (common, words, [counters_at(offset, "int64") for offset in offsets]), chunks

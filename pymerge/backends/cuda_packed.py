@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pymerge.backends.cuda_native import NOTHING, Call
 from pymerge.backends.packed import check_packed, check_partials
 
 if TYPE_CHECKING:
@@ -23,11 +24,9 @@ def packed_sum(
     wide: bool,
 ) -> None:
     """out = base + sum_k weights[k] t_k."""
-    from pymerge.backends.cuda import _NOTHING, _Call
-
-    call = _Call(out)
+    call = Call(out)
     told, chunks = _told(call, base, masks, values, offsets, wide)
-    call.native.packed(*told, call.address(out), weights, _NOTHING, 0, chunks)
+    call.native.packed(*told, call.address(out), weights, NOTHING, 0, chunks)
 
 
 def packed_dots(
@@ -40,19 +39,17 @@ def packed_dots(
     wide: bool,
 ) -> None:
     """partials[k, c] = <gradient, t_k> over chunk c."""
-    from pymerge.backends.cuda import _NOTHING, _Call
-
-    call = _Call(base)
+    call = Call(base)
     told, chunks = _told(call, base, masks, values, offsets, wide)
     check_partials(partials, len(masks), chunks, "cuda")
     if chunks == 0:
         return
     counters = call.counters(partials, "float64")
-    call.native.packed(*told, _NOTHING, [], call.address(gradient), counters, chunks)
+    call.native.packed(*told, NOTHING, [], call.address(gradient), counters, chunks)
 
 
 def _told(
-    call: Any,
+    call: Call,
     base: torch.Tensor,
     masks: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pymerge.array import Array, widen
-from pymerge.backends import cpu
+from pymerge.backends.cpu_native import NOTHING, native, operand, reason
 
 __all__ = ["low_rank", "rescale", "store"]
 
@@ -40,13 +40,12 @@ def low_rank(
     if out.numel() != numel or (base is not None and base.numel() != numel):
         raise ValueError(f"low_rank: expected {numel} elements, got {out.numel()}")
     doubles = out.code == "F64" or (base is not None and base.code == "F64")
-    if reference or doubles or cpu.reason() is not None:
+    if reference or doubles or reason() is not None:
         _by_numpy(out, base, b, a, scale, np.float64 if doubles else np.float32)
         return
-    native, address = cpu._native(), cpu._address
-    native.low_rank(
-        address(out, numel),
-        cpu._NOTHING if base is None else address(base, numel),
+    native().low_rank(
+        operand(out, numel),
+        NOTHING if base is None else operand(base, numel),
         b.ctypes.data,
         a.ctypes.data,
         float(np.float32(scale)),

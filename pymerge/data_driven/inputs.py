@@ -11,6 +11,7 @@ from pymerge.checkpoint.statistics import StatisticsRecord, shape_problem
 from pymerge.engine.work import TensorStatistics
 from pymerge.errors import RequestError, nearest
 from pymerge.methods import MethodSpec
+from pymerge.structures import named_tensors
 
 __all__ = ["match_statistics"]
 
@@ -84,8 +85,6 @@ class _Statistics:
             raise RequestError(
                 f"{label}: {self.record.kind} statistics; {spec.name} needs {kind} statistics"
             )
-        from pymerge.api import named_tensors
-
         self.tensors = named_tensors(value, label, like)
 
     def get(self, name: str) -> torch.Tensor | None:

@@ -1,0 +1,45 @@
+"""Merges on the device that is the processor (tests/host_device.py), which tests ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pymerge
+from pymerge.engine import checkpoints, staged
+from pymerge.engine.device import Device
+from pymerge.memory import DeviceSizes
+from tests import models
+
+# A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.
+SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
+ROOMY = replace(SMALL, resident_bytes=1 << 30)
+
+Merge = Callable[..., pymerge.MergeReport]
+
+
+@pytest.fixture
+def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
+    """Return merge_checkpoints on a device, whose memory is cut as told."""
+
+    def run(
+        config: Any, out: Path, device: Device, sizes: DeviceSizes | None = None, **options: Any
+    ) -> pymerge.MergeReport:
+        monkeypatch.setattr(checkpoints, "open_device", lambda name: device)
+        if sizes is not None:
+            monkeypatch.setattr(staged, "device_sizes", lambda budget, most: sizes)
+        return pymerge.merge_checkpoints(config, out, device="cuda", **options)
+
+    return run
+
+
+def two(root: Path, **sizes: int) -> dict[str, Any]:
+    """Write a family and return the request of a merge of it."""
+    base, tuned = models.llama(2, torch.float32, **({"layers": 1, "vocabulary": 1100} | sizes))
+    models.save_family(root, base, tuned)
+    return models.config(root, "ties", 2, density=0.3)

@@ -1,0 +1,88 @@
+"""`pymerge ada`: its configuration, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pymerge.cli import main
+from tests.test_adamerging_save import checkpoints
+
+_ENTRY = """
+import torch
+from tests.test_adamerging import Net
+def setup(width):
+    torch.manual_seed(5)
+    y = torch.randint(0, 5, (6,))
+    x = [[(torch.randn(6, width) + k, y) for _ in range(3)] for k in range(3)]
+    return {"model": Net(width), "loaders": x, "labelled": x}
+"""
+
+
+def ada_config(folder: Path, **more: Any) -> Path:
+    _, base, models = checkpoints(folder)
+    config = {
+        "base_model": base,
+        "models": [models[0], {"model": models[1], "name": "second"}, models[2]],
+        "entry": "ada_entry:setup",
+        "arguments": {"width": 8},
+        "fixed": "base",
+        "fit": {"steps": 5, "lr": 0.01},
+    } | more
+    path = folder / "ada.yml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, out = ada_config(tmp_path), tmp_path / "out"
+    assert main(["ada", str(config), str(out)]) == 0
+    assert "5 steps: mean entropy" in capsys.readouterr().out
+    side = tmp_path / "out.ada"
+    assert len(json.loads((side / "history.json").read_text())) == 5
+    assert list(json.loads((side / "coefficients.json").read_text())) == ["m0", "second", "m2"]
+    assert len(json.loads((side / "correlations.json").read_text())) == 3
+    assert {"coefficients.html", "coefficients.png", "state.safetensors"} <= {
+        p.name for p in side.iterdir()
+    }
+    assert "first.weight" in load_file(out / "model.safetensors")
+    assert main(["ada", str(config), str(out), "--quiet"]) == 2  # OUT is there
+    assert main(["ada", str(config), str(out), "--quiet", "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"entry": "nothing"}, "entry: expected package.module:function"),
+        ({"entry": "no_such_module_at_all:f"}, "module 'no_such_module_at_all' cannot be imported"),
+        ({"entry": "ada_entry:setpu"}, "has no function 'setpu'"),
+        ({"entry": "builtins:dict"}, "must return a dictionary with model and loaders"),
+        ({"steps": 3}, "steps: unknown key"),
+        ({"fit": {"step": 3}}, "fit.step: unknown key.*steps"),
+        ({"fit": {"autocast": "int8"}}, "fit.autocast: expected one of bfloat16"),
+        ({"models": []}, "models: "),
+        ({"base_model": 3}, "base_model: "),
+    ],
+)
+def test_command_with_a_bad_config(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["ada", str(ada_config(tmp_path, **more)), str(tmp_path / "out")]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,108 @@
+"""AdaMerging: coefficients as tables and pictures, merged models and coefficients as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pymerge
+from pymerge import AdaMerging, RequestError
+from tests.test_adamerging import Net, make
+
+
+def test_table_and_heat_maps(tmp_path: Path) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, names=["<a>", "b", "c"], init=[0.1, 0.2, 0.3])
+    table = ada.coefficients
+    assert table.of("second.bias") == pytest.approx([0.1, 0.2, 0.3])
+    assert table.to_dict()["b"]["first.weight"] == pytest.approx(0.2)
+    assert "first.weight" in str(table)
+    assert "0.3000" in str(table)
+    table.save_png(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    table.save_html(tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    assert "&lt;a&gt;" in page
+    assert "0.3000" in page
+    assert "<script" not in page
+    with pytest.raises(RequestError, match=r"layer: there is no merged tensor 'second.bia'"):
+        table.of("second.bia")
+
+
+def checkpoints(folder: Path) -> tuple[Net, str, list[str]]:
+    net, base, models = make(dtype=torch.float32)
+    paths = []
+    for name, state in [("base", base), *((f"m{k}", m) for k, m in enumerate(models))]:
+        (folder / name).mkdir()
+        kept = {n: t.bfloat16().contiguous() for n, t in state.items() if n != "tied.weight"}
+        save_file(kept, folder / name / "model.safetensors")
+        paths.append(str(folder / name))
+    return net, paths[0], paths[1:]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_saving_checkpoints_streams_the_same_bytes(tmp_path: Path, trimmed: bool) -> None:
+    net, base, models = checkpoints(tmp_path)
+    ada = AdaMerging(net, base, models, trimmed=trimmed, dtype=torch.bfloat16, fixed="base")
+    with torch.no_grad():
+        ada.raw_coefficients.uniform_(-0.2, 1.3, generator=torch.Generator().manual_seed(0))
+    report = ada.save(tmp_path / "out")
+    assert report is not None
+    assert report.method == "adamerging"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    state = ada.merged_state_dict()
+    assert set(written) == set(state) - {"tied.weight"}
+    for name, tensor in written.items():
+        assert torch.equal(tensor, state[name]), name
+    # The coefficients alone repeat the merge.
+    config = {
+        "merge_method": "adamerging",
+        "base_model": base,
+        "models": [{"model": path} for path in models],
+        "parameters": {"coefficients": str(tmp_path / "out.coefficients.safetensors")},
+    }
+    pymerge.merge_checkpoints(config, tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_saving_tensors(tmp_path: Path) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    assert ada.save(tmp_path / "out") is None
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    state = ada.merged_state_dict()
+    assert set(written) == set(state) - {"tied.weight"}
+    assert all(torch.equal(written[name], state[name]) for name in written)
+    with pytest.raises(RequestError, match="out"):
+        ada.save(tmp_path / "out")
+    with pytest.raises(RequestError, match="save: memory: has no effect"):
+        ada.save(tmp_path / "other", memory="1GiB")
+
+
+def test_coefficients_of_something_else(tmp_path: Path) -> None:
+    net, base, models = checkpoints(tmp_path)
+    ada = AdaMerging(net, base, models, fixed="base")
+    path = tmp_path / "lam.safetensors"
+    ada.save_coefficients(path)
+    config: dict[str, Any] = {
+        "merge_method": "adamerging",
+        "base_model": base,
+        "models": [{"model": models[0]}],
+        "parameters": {"coefficients": str(path)},
+    }
+    with pytest.raises(RequestError, match=r"has those of 3 models .*but 1 are given"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    config["parameters"]["coefficients"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(RequestError, match=r"none.safetensors: cannot be read"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    config["parameters"]["coefficients"] = str(Path(base) / "model.safetensors")
+    with pytest.raises(RequestError, match=r"expected a file of AdaMerging.save_coefficients"):
+        pymerge.merge_checkpoints(config, tmp_path / "out")
+    state = dict(zip("ab", ({"w": torch.ones(2)}, {"w": torch.ones(2)}), strict=True))
+    with pytest.raises(RequestError, match="has none for tensor 'w'"):
+        pymerge.merge("adamerging", state["a"], [state["b"]] * 3, coefficients=str(path))
