@@ -11,6 +11,7 @@ import torch
 
 import pymerge
 from pymerge.backends.reference_pcb import exp32, tanh32
+from tests.case_pcb import pcb_statistics
 from tests.conftest import BACKEND_IDS
 
 ROWS = torch.tensor(
@@ -163,3 +164,33 @@ def test_exp_and_tanh_are_within_2_ulp() -> None:
     x = torch.cat([x / 8, x * 1e-3, x * 1e-8])
     assert ulps(tanh32(x), torch.tanh(x.double())) <= 2
     assert torch.equal(tanh32(torch.tensor([30.0, -30.0, 0.0])), torch.tensor([1.0, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize("identifier", BACKEND_IDS)
+def test_sums_of_exp_do_not_depend_on_the_order(
+    identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    # exp of what lies in [0, 4] is a multiple of 2^-23, and doubles add up 1024 of these exactly
+    backend = use_backend(identifier)
+    generator = torch.Generator().manual_seed(5)
+    chunk, count = 1024, 4
+    base = torch.randn(8 * chunk, generator=generator)
+    models = [base + 1e-3 * torch.randn(base.numel(), generator=generator) for _ in range(count)]
+    pairs = count * (count + 1) // 2
+    statistics = pcb_statistics(0, base, models, 0.1)[: 2 * pairs]
+
+    def sums(of: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(pairs + count, 8, dtype=torch.float64)
+        torch.ops.pymerge.chunk_sums_(
+            found, base[of], [model[of] for model in models], "pcb_exp", reals=statistics,
+            backend=backend,
+        )  # fmt: skip
+        return found
+
+    order = torch.arange(base.numel())
+    mixed = torch.cat(
+        [part[torch.randperm(chunk, generator=generator)] for part in order.split(chunk)]
+    )
+    expected = sums(order)
+    assert (expected >= chunk).all()
+    assert torch.equal(sums(mixed), expected)
