@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def setup(width):
     y = torch.randint(0, 5, (6,))
     x = [[(torch.randn(6, width) + k, y) for _ in range(3)] for k in range(3)]
     return {"model": Net(width), "loaders": x, "labelled": x}
+def lacking(width):
+    return {"model": Net(width)}
+def nothing(width):
+    pass
+def leave(width):
+    raise SystemExit(3)
 """
 
 
@@ -63,7 +70,16 @@ def test_command(
     [
         ({"entry": "nothing"}, "entry: expected package.module:function"),
         ({"entry": "no_such_module_at_all:f"}, "module 'no_such_module_at_all' cannot be imported"),
-        ({"entry": "ada_entry:setpu"}, "has no function 'setpu'"),
+        ({"entry": "ada_entry:setpu"}, "has no 'setpu'; did you mean 'setup'"),
+        ({"entry": "ada_entry:Net.widht"}, "has no 'Net.widht'"),
+        ({"entry": "ada_entry:torch"}, "is not callable"),
+        ({"entry": "ada_broken:setup"}, "'ada_broken' cannot be imported: ZeroDivisionError"),
+        ({"arguments": {}}, r"arguments: .*setup: missing a required argument: 'width'"),
+        ({"arguments": {"widht": 8}}, "arguments: ada_entry:setup: missing a required argument"),
+        ({"arguments": {"width": "8"}}, "entry: ada_entry:setup raised TypeError"),
+        ({"entry": "ada_entry:leave"}, "entry: ada_entry:leave raised SystemExit: 3"),
+        ({"entry": "ada_entry:lacking"}, "with model and loaders, and perhaps .*the keys model"),
+        ({"entry": "ada_entry:nothing"}, "must return an AdaSetup or a dictionary.*got NoneType"),
         ({"entry": "builtins:dict"}, "must return a dictionary with model and loaders"),
         ({"steps": 3}, "steps: unknown key"),
         ({"fit": {"step": 3}}, "fit.step: unknown key.*steps"),
@@ -80,9 +96,30 @@ def test_command_with_a_bad_config(
     message: str,
 ) -> None:
     (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    (tmp_path / "ada_broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["ada", str(ada_config(tmp_path, **more)), str(tmp_path / "out")]) == 2
-    import re
-
-    assert re.search(message, capsys.readouterr().err)
+    shown = capsys.readouterr().err
+    assert re.search(message, shown)
+    assert re.search(r"ada.yml:\d+: ", shown)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "ada.yml: no such file; expected an AdaMerging configuration in YAML"),
+        (b"", "ada.yml: expected an AdaMerging configuration, got an empty file"),
+        (b"- 3\n", r"ada.yml:1: expected a mapping \(base_model: ..., .*, got a list"),
+        (b"entry: a:b\nbase_model: \xff\n", "ada.yml:2: expected UTF-8 text"),
+        (b"\xef\xbb\xbfentry: a:b\n", "ada.yml: base_model: is missing"),
+    ],
+)
+def test_command_with_a_file_that_is_no_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "ada.yml"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["ada", str(path), str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -154,4 +154,5 @@ def test_devices_and_folders_that_are_not_there(
     assert "is no folder" in refused(file, capsys, "--out", str(file))
     both = config(folder, models=[str(folder / "m0")] * 2)
     assert "give them names" in refused(both, capsys, "--out", str(folder / "out"))
-    assert "cannot be read" in refused(folder / "none.yml", capsys)
+    shown = refused(folder / "none.yml", capsys)
+    assert "none.yml: no such file; expected a collect configuration in YAML" in shown

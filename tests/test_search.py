@@ -264,7 +264,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*arguments, "--evaluations", "0"]) == 2
     assert "expected more than 0" in capsys.readouterr().err
     assert main(["search", str(tmp_path / "no.yml"), str(out)]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "no.yml: no such file; expected a search configuration" in capsys.readouterr().err
     path.write_text("merge: merge.yml\ndata: {search: v}\nsampler: random\nbugdet: 3\n")
     assert main(arguments) == 2
     assert "search.yml:4: bugdet: unknown key; did you mean 'budget'" in capsys.readouterr().err

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from torch import nn
 
 from pymerge.adamerging.fit import FitResult, batch_inputs
 from pymerge.adamerging.module import AdaMerging
-from pymerge.config.yaml_lines import LinedYaml, load_yaml
+from pymerge.config.yaml_lines import LinedYaml, read_yaml
+from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError, nearest
 from pymerge.report import MergeReport
 
@@ -85,11 +84,8 @@ class _Config(BaseModel):
 
 
 def _load(path: Path) -> tuple[_Config, LinedYaml]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"config: {path}: cannot be read: {error}") from None
-    document = load_yaml(text, os.fspath(path))
+    keys = "base_model: ..., models: ..., entry: ..."
+    document, _ = read_yaml(path, "an AdaMerging configuration", keys)
     try:
         return _Config.model_validate(document.data), document
     except ValidationError as error:
@@ -111,42 +107,12 @@ def _problem(error: Any, document: LinedYaml) -> str:
     return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r:.60}"
 
 
-def _entry(name: str, arguments: Mapping[str, Any], where: str) -> AdaSetup:
+def _entry(settings: _Config, document: LinedYaml) -> AdaSetup:
     """Call the entry point and check what it returns."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise RequestError(f"{where}: entry: expected package.module:function, got {name!r}")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a script beside the config is found
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise RequestError(
-            f"{where}: entry: module {module!r} cannot be imported: {error}"
-        ) from None
-    call = getattr(found, function, None)
-    if not callable(call):
-        raise RequestError(
-            f"{where}: entry: module {module!r} has no function {function!r}"
-            f"{nearest(function, dir(found))}"
-        )
-    setup = call(**arguments)
-    if isinstance(setup, Mapping):
-        fields = list(AdaSetup.__dataclass_fields__)
-        odd = [key for key in setup if key not in fields]
-        lacking = [key for key in ("model", "loaders") if key not in setup]
-        if odd or lacking:
-            raise RequestError(
-                f"{where}: entry: {name} must return a dictionary with model and loaders and "
-                f"perhaps {', '.join(fields[2:])}; got the keys {', '.join(map(str, setup))}"
-            )
-        setup = AdaSetup(**setup)
-    if not isinstance(setup, AdaSetup):
-        raise RequestError(
-            f"{where}: entry: {name} must return an AdaSetup or a dictionary, got "
-            f"{type(setup).__name__}"
-        )
-    return setup
+    where = f"{document.where(('entry',))}: entry"
+    at = f"{document.where(('arguments',))}: arguments"
+    found = call_function(settings.entry, settings.arguments, where, at)
+    return as_setup(found, AdaSetup, f"{where}: {settings.entry}")
 
 
 def run_ada(
@@ -196,7 +162,7 @@ def run_ada(
     problems = OutputDirectory(out, force=force, inputs=inputs).check()
     if problems:
         raise RequestError(problems)
-    setup = _entry(settings.entry, settings.arguments, document.where(("entry",)))
+    setup = _entry(settings, document)
     clamp = settings.clamp
     ada = AdaMerging(
         setup.model,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,15 +24,13 @@ from pymerge.config.schema import (
     unsupported,
 )
 from pymerge.config.settings import Scope, Setting, read_settings
-from pymerge.config.yaml_lines import LinedYaml, YamlPath, load_yaml
+from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
 from pymerge.errors import RequestError
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 from pymerge.methods.ties import ties_rule
 
 __all__ = ["config_of", "load_config", "read_document"]
-
-_MAX_CONFIG_BYTES = 16 << 20
 
 
 def load_config(
@@ -60,8 +57,7 @@ def read_document(
         data = _plain(source)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         return LinedYaml(label, data), text
-    text = _read_text(Path(source))
-    return load_yaml(text, os.fspath(source)), text
+    return read_yaml(source)
 
 
 def config_of(document: LinedYaml, text: str) -> MergeConfig:
@@ -266,29 +262,6 @@ class _Reader:
 def _real(path: str, adapter: str | None) -> tuple[str, str]:
     """Return what tells whether two references are the same model."""
     return os.path.realpath(path), "" if adapter is None else os.path.realpath(adapter)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.is_dir():
-            raise RequestError(f"{path}: expected a merge configuration in YAML, got a directory")
-        with open(path, "rb") as file:
-            content = file.read(_MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        raise RequestError(
-            f"{path}: no such file; expected a merge configuration in YAML"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path}: cannot read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if len(content) > _MAX_CONFIG_BYTES:
-        raise RequestError(f"{path}: expected a merge configuration in YAML, got more than 16 MiB")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RequestError(f"{path}:{line}: expected UTF-8 text: {error.reason}") from None
 
 
 def _plain(value: Any) -> Any:

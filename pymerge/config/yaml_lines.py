@@ -6,6 +6,7 @@ in every error, and a key given twice is a mistake. Only the types of `yaml.Safe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,12 +15,14 @@ import yaml
 
 from pymerge.errors import RequestError
 
-__all__ = ["LinedYaml", "YamlPath", "load_yaml"]
+__all__ = ["LinedYaml", "YamlPath", "load_yaml", "read_yaml"]
 
 YamlPath = tuple[str | int, ...]
 
 # Aliases of aliases grow exponentially; no real config comes near this many values.
 _MAX_VALUES = 100_000
+_MAX_BYTES = 16 << 20
+_MERGE = ("a merge configuration", "merge_method: ..., models: ...")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -40,12 +43,48 @@ class LinedYaml:
         return self.name
 
 
-def load_yaml(text: str, name: str) -> LinedYaml:
+def read_yaml(
+    path: str | os.PathLike[str], what: str = _MERGE[0], keys: str = _MERGE[1]
+) -> tuple[LinedYaml, str]:
+    """Read a file of one YAML document whose top level is a mapping; return it and its text.
+
+    Args:
+        path: of the file: UTF-8, with or without a byte order mark, at most 16 MiB.
+        what, keys: what was expected, for messages: "a merge configuration", and the keys that it
+            has at least.
+
+    Raises:
+        RequestError: it cannot be read, or `load_yaml` refuses it.
+    """
+    name = os.fspath(path)
+    try:
+        if os.path.isdir(path):
+            raise RequestError(f"{name}: expected {what} in YAML, got a directory")
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RequestError(f"{name}: no such file; expected {what} in YAML") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if len(content) > _MAX_BYTES:
+        raise RequestError(f"{name}: expected {what} in YAML, got more than 16 MiB")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RequestError(f"{name}:{line}: expected UTF-8 text: {error.reason}") from None
+    return load_yaml(text, name, what, keys), text
+
+
+def load_yaml(text: str, name: str, what: str = _MERGE[0], keys: str = _MERGE[1]) -> LinedYaml:
     """Parse one YAML document whose top level is a mapping.
 
     Args:
         text: the document.
         name: the file's name, for messages.
+        what, keys: as of `read_yaml`.
 
     Raises:
         RequestError: a syntax error, no document or several, a top level that is not a mapping, a
@@ -56,13 +95,10 @@ def load_yaml(text: str, name: str) -> LinedYaml:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RequestError(f"{name}: expected a merge configuration, got an empty file")
+            raise RequestError(f"{name}: expected {what}, got an empty file")
         if not isinstance(node, yaml.MappingNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-            raise RequestError(
-                f"{name}:{_line(node)}: expected a mapping (merge_method: ..., models: ...), got "
-                f"{kind}"
-            )
+            raise RequestError(f"{name}:{_line(node)}: expected a mapping ({keys}), got {kind}")
         walker = _Walker(loader, name)
         data = walker.value(node, ())
         if walker.problems:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from pymerge.checkpoint.statistics import KINDS
 from pymerge.config.schema import dotted, read_reference, shown
-from pymerge.config.yaml_lines import LinedYaml, YamlPath, load_yaml
+from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
 from pymerge.data_driven import fisher, gram
 from pymerge.errors import RequestError, nearest
 
@@ -169,11 +169,7 @@ def read_config(path: str | os.PathLike[str]) -> CollectConfig:
     Raises:
         RequestError: listing everything that is wrong with it, with `file:line`.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"config: {path}: cannot be read: {error}") from None
-    document = load_yaml(text, os.fspath(path))
+    document, _ = read_yaml(path, "a collect configuration", "kind: ..., models: ..., entry: ...")
     try:
         values = _Config.model_validate(document.data)
     except ValidationError as error:

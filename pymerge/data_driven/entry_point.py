@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from pymerge.data_driven.command_config import FUNCTIONS, CollectConfig
-from pymerge.entry import load_function
+from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError
 
 __all__ = ["CollectSetup", "call_entry", "functions_of", "loader_of"]
@@ -46,46 +45,13 @@ def call_entry(config: CollectConfig) -> CollectSetup:
             returned something else.
     """
     where = f"{config.where(('entry',))}: entry"
-    function = load_function(config.entry, where)
-    try:
-        inspect.signature(function).bind(**config.arguments)
-    except TypeError as error:
-        at = config.where(("arguments",))
-        raise RequestError(f"{at}: arguments: {config.entry}: {error}") from None
-    except ValueError:
-        pass  # a builtin without a signature
-    try:
-        found = function(**config.arguments)
-    except OSError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"{where}: {config.entry} raised {type(error).__name__}: {error} (PYMERGE_DEBUG=1 "
-            "shows where)"
-        ) from error
-    setup = _as_setup(found, f"{where}: {config.entry}")
+    at = f"{config.where(('arguments',))}: arguments"
+    found = call_function(config.entry, config.arguments, where, at)
+    setup = as_setup(found, CollectSetup, f"{where}: {config.entry}")
     problems = _problems(setup, config)
     if problems:
         raise RequestError([f"{where}: {config.entry}: {problem}" for problem in problems])
     return setup
-
-
-def _as_setup(found: Any, where: str) -> CollectSetup:
-    if isinstance(found, CollectSetup):
-        return found
-    names = [field.name for field in fields(CollectSetup)]
-    if not isinstance(found, Mapping):
-        raise RequestError(
-            f"{where} must return a CollectSetup or a dictionary of {', '.join(names)}; got "
-            f"{type(found).__name__}"
-        )
-    odd = [key for key in found if key not in names]
-    if odd or "model" not in found or "loaders" not in found:
-        raise RequestError(
-            f"{where} must return a dictionary with model and loaders, and perhaps "
-            f"{', '.join(names[2:])}; got the keys {', '.join(map(str, found)) or 'of nothing'}"
-        )
-    return CollectSetup(**found)
 
 
 def _problems(setup: CollectSetup, config: CollectConfig) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pymerge.checkpoint.statistics import StatisticsRecord, filename_of
 from pymerge.config.schema import shown
 from pymerge.data_driven.command_config import CollectConfig, ModelToCollect
 from pymerge.errors import MergeError, RequestError
+from pymerge.hashing import sha256_of
 
 __all__ = ["Target", "make_targets", "settings_of"]
 
@@ -33,7 +33,7 @@ def settings_of(
     Args:
         loader: the position or the name of the model's batches.
     """
-    weights = {"weights": [[path.name, _sha256(path)] for path, _ in checkpoint.files]}
+    weights = {"weights": [[path.name, sha256_of(path)] for path, _ in checkpoint.files]}
     about = {"model": model.reference, "torch": torch.__version__}
     return {**_told(config, loader), **weights, **about}
 
@@ -47,14 +47,6 @@ def _told(config: CollectConfig, loader: int | str) -> dict[str, Any]:
         "options": config.options,
     }
     return json.loads(json.dumps(told, default=str))  # YAML has dates, JSON has none
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pymerge.engine.progress import Recorder
 from pymerge.engine.staged import run_staged
 from pymerge.engine.work import Sink, Source, TensorStatistics, Work
 from pymerge.errors import MergeError, RequestError
+from pymerge.hashing import sha256_of
 from pymerge.memory import PeakMemory, available_memory
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.output.layout import INDEX_NAME
@@ -370,16 +370,7 @@ def _describe_inputs(plan: MergePlan, recorder: Recorder | None) -> list[InputRe
         files = []
         for path, size in checkpoint.files:
             if recorder is not None and path not in known:
-                known[path] = _sha256(path, recorder)
+                known[path] = sha256_of(path, recorder.advance)
             files.append(InputFile(path.name, size, known.get(path)))
         reports.append(InputReport(checkpoint.label, str(checkpoint.path), files))
     return reports
-
-
-def _sha256(path: Path, recorder: Recorder) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-            recorder.advance(len(block))
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from pymerge.config import MergeConfig, load_config
-from pymerge.config.yaml_lines import LinedYaml, load_yaml
+from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest
 from pymerge.search.data import Split, check_splits, read_split
 from pymerge.search.presets import preset
@@ -161,7 +161,7 @@ def load_search(
     if isinstance(source, Mapping):
         document = LinedYaml("search", dict(source))
     else:
-        document = load_yaml(_read_text(Path(source)), os.fspath(source))
+        document, _ = read_yaml(source, "a search configuration", "merge: ..., data: ...")
     try:
         found = _Document.model_validate(document.data)
     except ValidationError as error:
@@ -312,13 +312,6 @@ class _Reader:
                 else:
                     merged[path] = {**merged.get(path, {}), **own}
         return merged
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"config: {path}: cannot be read: {error}") from None
 
 
 _MODELS: dict[str, type[BaseModel]] = {"parameters": _Domain, "budget": _Budget, "data": _Data}

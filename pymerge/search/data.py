@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.errors import RequestError
+from pymerge.hashing import sha256_of
 
 __all__ = ["Split", "check_splits", "content_hash", "read_split"]
 
@@ -69,23 +70,15 @@ def content_hash(path: Path, where: str = "path") -> str:
     """Return the SHA-256 of a file; of a folder, that of its files' names and contents."""
     try:
         if path.is_file():
-            return _digest(path)
+            return sha256_of(path)
         if path.is_dir():
             total = hashlib.sha256()
             for file in sorted(one for one in path.rglob("*") if one.is_file()):
-                total.update(f"{file.relative_to(path).as_posix()}\0{_digest(file)}\n".encode())
+                total.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
             return total.hexdigest()
     except OSError as error:
         raise RequestError(f"{where}: {path} cannot be read: {error.strerror}") from None
     raise RequestError(f"{where}: there is no file or folder {path}")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_splits(
