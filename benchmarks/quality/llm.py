@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.demo import language_model
-from benchmarks.demo.cache import Cache, digest
+from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.demo.text import DOMAINS, PACKAGE, Domain, token_blocks
@@ -31,7 +31,6 @@ from benchmarks.quality.suite import (
     Merged,
     Part,
     Split,
-    digest_state,
     load_state,
     save_state,
 )
@@ -154,15 +153,12 @@ class Languages(Classifiers):
             return {}
         from benchmarks.quality import llm_entropy
 
-        recipe = {
-            "suite": self.recipe(),
-            "tuned": digest([digest_state(state) for state in merged.tuned]),
-            "revision": llm_entropy.REVISION,
-        }
         return {
-            "entropy-line": self.cache.load(
-                self.cache.root / "studies" / f"entropy-{digest(recipe)}.json",
+            "entropy-line": self.study(
+                "entropy",
+                merged,
                 lambda: llm_entropy.study(self, merged.tuned),
+                revision=llm_entropy.REVISION,
             ),
             "coefficients": self.coefficients(merged),
         }

@@ -151,6 +151,19 @@ class Suite(ABC):
             self.cache.build(target, lambda folder: save_state(make(), folder))
         return load_state(target)
 
+    def study(self, name: str, merged: Merged, make: Callable[[], Any], **recipe: Any) -> Any:
+        """Return what was measured on the models of a seed, as JSON has it, from the cache.
+
+        Args:
+            name: of the file.
+            merged: the models.
+            make: measures it, the first time.
+            recipe: what else it depends on.
+        """
+        tuned = digest([digest_state(state) for state in merged.tuned])
+        recipe = {"suite": self.recipe(), "tuned": tuned, **recipe}
+        return self.cache.load(self.cache.root / "studies" / f"{name}-{digest(recipe)}.json", make)
+
 
 class Classifiers(Suite):
     """An encoder under fixed heads, by default cosines with the classes' mean features under the
@@ -379,16 +392,13 @@ class Classifiers(Suite):
             return {}
         from benchmarks.quality import entropy
 
-        recipe = {
-            "suite": self.recipe(),
-            "tuned": digest([digest_state(state) for state in merged.tuned]),
-            "scale": self.adaptation.scale,
-            "revision": entropy.REVISION,
-        }
         return {
-            "entropy": self.cache.load(
-                self.cache.root / "studies" / f"entropy-{digest(recipe)}.json",
+            "entropy": self.study(
+                "entropy",
+                merged,
                 lambda: entropy.study(self, merged.tuned),
+                scale=self.adaptation.scale,
+                revision=entropy.REVISION,
             ),
             "coefficients": self.coefficients(merged),
         }

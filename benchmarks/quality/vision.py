@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.demo import image_model
-from benchmarks.demo.cache import Cache, digest
+from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.quality import image_tasks, vision_model
@@ -23,7 +23,6 @@ from benchmarks.quality.suite import (
     Classifiers,
     Merged,
     Split,
-    digest_state,
     load_state,
     save_state,
 )
@@ -76,22 +75,17 @@ class Vision(Classifiers):
         from benchmarks.quality import vision_extras
 
         recipe = {
-            "suite": self.recipe(),
-            "tuned": digest([digest_state(state) for state in merged.tuned]),
             "adaptation": self.adaptation.recipe(),
             "chosen": dict(merged.chosen),
             "rows": [vision_extras.ROBUST, vision_extras.HELD_OUT],
             "revision": _EXTRAS_REVISION,
         }
-        folder = self.cache.root / "studies"
         found = super().extras(merged)
-        found["robustness"] = self.cache.load(
-            folder / f"robustness-{digest(recipe)}.json",
-            lambda: vision_extras.robustness(self, merged),
+        found["robustness"] = self.study(
+            "robustness", merged, lambda: vision_extras.robustness(self, merged), **recipe
         )
-        found["held-out"] = self.cache.load(
-            folder / f"held-out-{digest(recipe)}.json",
-            lambda: vision_extras.held_out(self, merged),
+        found["held-out"] = self.study(
+            "held-out", merged, lambda: vision_extras.held_out(self, merged), **recipe
         )
         return found
 

@@ -363,9 +363,9 @@ def _weighted_squares(
         pull: gradients of a weighted sum of `log_odds`.
     """
     if label is not None:
-        classes = log_odds.shape[-1]
-        counts = (label != _IGNORED).unsqueeze(-1)
-        seed = nn.functional.one_hot(label.clamp(min=0), classes).to(log_odds.dtype) * counts
+        # One value a position: a one-hot vector of integers would take thrice the logits' memory.
+        counts = (label != _IGNORED).to(log_odds.dtype).unsqueeze(-1)
+        seed = torch.zeros_like(log_odds).scatter(-1, label.clamp(min=0).unsqueeze(-1), counts)
         return {name: g.to(_wider(g.dtype)).square() for name, g in pull(seed).items()}
     total: Gradients = {}
     odds = log_odds.detach().exp()
