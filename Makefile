@@ -67,7 +67,7 @@ help:
 	@echo "make quality         how good merged models are, each suite about half an hour:"
 	@echo "                     $(QUALITY:%=make quality-%)"
 	@echo "make quality-interference   what is known before a merge, beside what it loses"
-	@echo "make quality-search  search PCB's coefficients on the text suite (an hour)"
+	@echo "make quality-search  search PCB's coefficients on the text suite (ten minutes)"
 	@echo "make venv            set up .venv with pymerge built in place, and nothing more"
 	@echo "make clean           remove everything that make made"
 
