@@ -101,7 +101,9 @@ def as_setup(found: Any, kind: type[_Setup], where: str) -> _Setup:
         return found
     known = fields(kind)  # pyright: ignore[reportArgumentType]
     names = [field.name for field in known]
-    needed = [one.name for one in known if one.default is one.default_factory is MISSING]
+    needed = [
+        one.name for one in known if one.default is MISSING and one.default_factory is MISSING
+    ]
     if not isinstance(found, Mapping):
         raise RequestError(
             f"{where} must return {_article(kind.__name__)} or a dictionary of "
