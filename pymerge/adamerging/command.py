@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 from torch import nn
 
 from pymerge.adamerging.fit import FitResult, batch_inputs
+from pymerge.adamerging.join import Join
 from pymerge.adamerging.module import AdaMerging
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.entry import as_setup, call_function
@@ -32,7 +33,8 @@ class AdaSetup:
     model: the architecture. loaders: for each task, an iterable of batches without or with labels
     (which are not used). heads: for each task, what makes logits, or None. inputs: what the model
     is called with; see `pymerge.adamerging.fit.batch_inputs`. labelled: for each task, batches with
-    labels, for the correlation of entropy and loss; or None.
+    labels, for the correlation of entropy and loss; or None. join: instead of the config's; see
+    `pymerge.adamerging.fit.fit`.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class AdaSetup:
     heads: Sequence[Callable[..., Any]] | None = None
     inputs: Callable[[Any], Any] = batch_inputs
     labelled: Sequence[Iterable[Any]] | None = None
+    join: str | Join | None = None
 
 
 class _Fit(BaseModel):
@@ -54,6 +57,7 @@ class _Fit(BaseModel):
     autocast: StrictStr | None = None
     seed: int = 0
     accumulate: StrictStr = "gradients"
+    join: StrictStr | None = None
     patience: int | None = None
     min_delta: float = 1e-4
     checkpoint_every: int = 25
@@ -191,6 +195,7 @@ def run_ada(
         autocast=cast,
         seed=how.seed,
         accumulate=how.accumulate,
+        join=how.join if setup.join is None else setup.join,
         patience=how.patience,
         min_delta=how.min_delta,
         checkpoint=side / "state.safetensors",

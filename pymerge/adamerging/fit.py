@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from pymerge.adamerging.join import JOINS, Join, concatenate, split_rows
 from pymerge.adamerging.losses import ENTROPIES, entropy, find_logits
 from pymerge.errors import MergeError, RequestError
 
@@ -53,6 +54,7 @@ class Fitting:
     autocast: torch.dtype | None
     seed: int
     accumulate: str
+    join: Join | None
     patience: int | None
     min_delta: float
     checkpoint: Path | None
@@ -98,6 +100,7 @@ def fit(
     autocast: torch.dtype | None = None,
     seed: int = 0,
     accumulate: str = "gradients",
+    join: str | Join | None = None,
     patience: int | None = None,
     min_delta: float = 1e-4,
     checkpoint: str | Path | None = None,
@@ -127,6 +130,11 @@ def fit(
             as large as one model; reduced to coefficients once a step), or "coefficients" (each
             layer's gradient is reduced to K numbers and freed at once: least memory, and a pass
             over the checkpoints for each batch).
+        join: run the model once for the batches of all tasks, and give each head the rows of its
+            task, which is faster where batches are small; takes the memory of as many activations.
+            "concatenate": batches have equal shapes but for the first dimension; or a function of
+            the list of the tasks' batches that returns one batch of all, in that order (and pads).
+            The results agree within rounding where a model treats each example by itself.
         patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
             `min_delta` for so many steps.
         checkpoint: file that coefficients and the state of Adam are kept in, every
@@ -153,6 +161,7 @@ def fit(
         autocast=autocast,
         seed=seed,
         accumulate=accumulate,
+        join=join,
         patience=patience,
         min_delta=min_delta,
         checkpoint=checkpoint,
@@ -196,6 +205,9 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
         problems.append(
             f"accumulate: expected 'coefficients' or 'gradients', got {given['accumulate']!r}"
         )
+    join = given["join"]
+    if join is not None and join not in JOINS and not callable(join):
+        problems.append(f"join: expected {', '.join(JOINS)} or a function, got {join!r:.60}")
     cast = given["autocast"]
     if cast is not None and cast not in (torch.bfloat16, torch.float16):
         problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {cast!r}")
@@ -214,6 +226,7 @@ def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting
         autocast=cast,
         seed=integer("seed", given["seed"], 0, 0),
         accumulate=given["accumulate"],
+        join=concatenate if join in JOINS else join,
         patience=None if patience is None else integer("patience", patience, 1, 1),
         min_delta=float(given["min_delta"]),
         checkpoint=path,
@@ -324,31 +337,61 @@ class _Run:
         leaves = merged
         if self.how.accumulate == "gradients":
             leaves = {name: t.detach().requires_grad_() for name, t in merged.items()}
-        losses: list[float] = []
-        count = len(self.batches)
-        for task in range(count):
-            total = 0.0
-            for number in range(self.how.batches):
-                loss = self._loss(leaves, task, step, generator)
-                total += float(loss.detach())
-                last = task == count - 1 and number == self.how.batches - 1
-                # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
-                loss = loss * self.how.weights[task]
-                loss.backward(retain_graph=leaves is merged and not last)
-            losses.append(total / self.how.batches)
+        totals = [0.0] * len(self.batches)
+        turns = self.how.batches * (1 if self.how.join else len(self.batches))
+        for turn, found in enumerate(self._losses(leaves, step, generator), 1):
+            for task, loss in found:
+                totals[task] += float(loss.detach())
+            # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
+            whole = sum(loss * self.how.weights[task] for task, loss in found)
+            torch.autograd.backward([whole], retain_graph=leaves is merged and turn < turns)
         if leaves is not merged:
             taken = [(merged[n], leaf.grad) for n, leaf in leaves.items() if leaf.grad is not None]
             if taken:
                 torch.autograd.backward([t for t, _ in taken], [g for _, g in taken])
-        return losses
+        return [total / self.how.batches for total in totals]
+
+    def _losses(
+        self, merged: Mapping[str, Tensor], step: int, generator: torch.Generator
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """Give the entropies of the step's batches, (task, loss), as many at once as share a graph.
+
+        Each is given up before the next is asked for, so that one graph is there at a time.
+        """
+        tasks = range(len(self.batches))
+        if self.how.join is None:
+            for task in tasks:
+                for _ in range(self.how.batches):
+                    batch = self._next(task)
+                    args, kwargs, mask = self.inputs(batch)
+                    with self._precision():
+                        output = self.ada.run(merged, args, kwargs, task)
+                    yield [(task, self._loss(output, mask, batch, task, step, generator))]
+            return
+        for _ in range(self.how.batches):
+            batches = [self._next(task) for task in tasks]
+            args, kwargs, mask = self.inputs(self.how.join(batches))
+            with self._precision():
+                outputs = split_rows(self.ada.run_architecture(merged, args, kwargs), batches)
+                outputs = [self.ada.apply_head(output, task) for task, output in enumerate(outputs)]
+            masks = [None] * len(batches) if mask is None else split_rows(mask, batches)
+            yield [
+                (task, self._loss(outputs[task], masks[task], batches[task], task, step, generator))
+                for task in tasks
+            ]
+
+    def _next(self, task: int) -> Any:
+        return _moved(next(self.batches[task]), self.ada.raw_coefficients.device)
 
     def _loss(
-        self, merged: Mapping[str, Tensor], task: int, step: int, generator: torch.Generator
+        self,
+        output: Any,
+        mask: Tensor | None,
+        batch: Any,
+        task: int,
+        step: int,
+        generator: torch.Generator,
     ) -> Tensor:
-        batch = _moved(next(self.batches[task]), self.ada.raw_coefficients.device)
-        args, kwargs, mask = self.inputs(batch)
-        with self._precision():
-            output = self.ada.run(merged, args, kwargs, task)
         logits = find_logits(output, f"loaders[{task}]: logits")
         fits = mask is not None and tuple(mask.shape) == tuple(logits.shape[:-1])
         loss = entropy(

@@ -257,8 +257,15 @@ class AdaMerging(nn.Module):
         self, merged: Mapping[str, Tensor], args: Any, kwargs: Any, task: int | None = None
     ) -> Any:
         """Run the architecture with merged tensors that are there already, and a task's head."""
+        return self.apply_head(self.run_architecture(merged, args, kwargs), task)
+
+    def run_architecture(self, merged: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """Run the architecture with merged tensors that are there already."""
         tensors = {**self.fixed_tensors(), **merged}
-        output = functional_call(self.architecture, tensors, args, kwargs)
+        return functional_call(self.architecture, tensors, args, kwargs)
+
+    def apply_head(self, output: Any, task: int | None) -> Any:
+        """Return what a task's head makes of the architecture's output; without heads, that."""
         heads = self._plain["heads"]
         if heads is None:
             return output

@@ -36,6 +36,7 @@ Tensor = torch.Tensor
 Gradients = dict[str, Tensor]
 _WHERE = "collect_fisher"
 _VECTOR_BYTES = 256 << 20  # of gradients of examples that are computed at once
+_SAMPLED = 1 << 21  # odds that labels are drawn from at once
 _IGNORED = -100  # a label that counts for nothing, as in torch's cross entropy
 
 
@@ -117,7 +118,7 @@ def collect_fisher(
             where = f"{_WHERE}: batch {number}"
             found = (how.of_batch if estimator == "batch" else how.of_examples)(batch, size, where)
             for name, squares in found.items():
-                if not bool(squares.isfinite().all()):
+                if not _finite(squares):
                     raise RequestError(
                         f"{where}: the squared gradient of {name!r} holds NaN or infinity; look "
                         "for NaN in the batch or in the model"
@@ -251,10 +252,9 @@ class _How:
                     f"{int(found.min())} to {int(found.max())}"
                 )
             return found.long()
-        odds = logits.detach().float().softmax(-1).reshape(-1, logits.shape[-1]).cpu()
-        if not bool(odds.isfinite().all()):
+        if not _finite(logits):
             raise RequestError(f"{where}: the logits hold NaN or infinity")
-        drawn = torch.multinomial(odds, 1, generator=self.generator)
+        drawn = _sampled(logits.detach().reshape(-1, logits.shape[-1]), self.generator)
         return drawn.reshape(logits.shape[:-1]).to(logits.device)
 
     # -------------------------------------------------------------- per example
@@ -320,9 +320,13 @@ class _How:
                 pairs = zip(self.chosen.items(), found, strict=True)
                 return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
 
-            label = None if drawn is None else drawn[index]
-            for name, found in _weighted_squares(log_odds, label, pull).items():
-                total[name] += found
+            if drawn is None:
+                for name, found in _weighted_squares(log_odds, None, pull).items():
+                    total[name] += found
+                continue
+            for name, gradient in pull(_seed(log_odds, drawn[index])).items():
+                wide = gradient.to(total[name].dtype)
+                total[name].addcmul_(wide, wide)
         return total
 
     # -------------------------------------------------------------- per batch
@@ -363,9 +367,7 @@ def _weighted_squares(
         pull: gradients of a weighted sum of `log_odds`.
     """
     if label is not None:
-        # One value a position: a one-hot vector of integers would take thrice the logits' memory.
-        counts = (label != _IGNORED).to(log_odds.dtype).unsqueeze(-1)
-        seed = torch.zeros_like(log_odds).scatter(-1, label.clamp(min=0).unsqueeze(-1), counts)
+        seed = _seed(log_odds, label)
         return {name: g.to(_wider(g.dtype)).square() for name, g in pull(seed).items()}
     total: Gradients = {}
     odds = log_odds.detach().exp()
@@ -377,6 +379,39 @@ def _weighted_squares(
             own = odds[y] * gradient.to(_wider(gradient.dtype)).square()
             total[name] = total[name] + own if name in total else own
     return total
+
+
+def _seed(log_odds: Tensor, label: Tensor) -> Tensor:
+    """Return what the log-probabilities of an example's labels are summed by: 1 at each."""
+    # One value a position: a one-hot vector of integers would take thrice the logits' memory.
+    counts = (label != _IGNORED).to(log_odds.dtype).unsqueeze(-1)
+    return torch.zeros_like(log_odds).scatter(-1, label.clamp(min=0).unsqueeze(-1), counts)
+
+
+def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a class of each row, drawn by its softmax: [rows, classes] -> [rows], on the CPU.
+
+    Of large vocabularies `torch.multinomial` takes an exponential variate a class, and longer than
+    the model; this takes one uniform number a row and looks where the cumulated odds pass it.
+    """
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    drawn = []
+    for rows, part in zip(
+        logits.split(max(1, _SAMPLED // logits.shape[-1])),
+        uniform.split(max(1, _SAMPLED // logits.shape[-1])),
+        strict=True,
+    ):
+        odds = rows.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        whole = odds[:, -1:]
+        # below the whole also after rounding, so that no class of odds 0 is drawn at the end
+        wanted = torch.minimum(part * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+        drawn.append(torch.searchsorted(odds, wanted, right=True))
+    return torch.cat(drawn).squeeze(-1)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Return whether there is no NaN or infinity, without a tensor of answers."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def _check_logits(logits: Tensor, size: int, labels: str, where: str) -> None:
@@ -393,7 +428,7 @@ def _check_logits(logits: Tensor, size: int, labels: str, where: str) -> None:
             "example; expected labels are for (examples, classes); take labels='sampled' or "
             "'true', or give logits=callable(model, batch)"
         )
-    if not bool(logits.isfinite().all()):
+    if not _finite(logits):
         raise RequestError(f"{where}: the logits hold NaN or infinity")
 
 

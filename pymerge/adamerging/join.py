@@ -1,0 +1,110 @@
+"""One batch of the batches of all tasks, so that a step runs the model once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from pymerge.data_driven.batches import batch_size
+from pymerge.errors import RequestError
+
+__all__ = ["JOINS", "Join", "concatenate", "split_rows"]
+
+Tensor = torch.Tensor
+Join = Callable[[list[Any]], Any]
+
+JOINS = ("concatenate",)
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """Return one batch of several: their tensors one after the other along the first dimension.
+
+    What a batch holds beside tensors is the first one's.
+
+    Args:
+        batches: each a tensor, a tuple or a dictionary, all of one form; their tensors have equal
+            shapes but for the first dimension.
+
+    Raises:
+        RequestError: they are of different forms or shapes.
+    """
+    first = batches[0]
+    if isinstance(first, Tensor):
+        shapes = [tuple(batch.shape) for batch in batches if isinstance(batch, Tensor)]
+        if len(shapes) != len(batches) or len({shape[1:] for shape in shapes}) > 1:
+            raise RequestError(
+                "join: expected batches of equal shapes but for the first dimension, got "
+                f"{', '.join(str(shape) for shape in shapes)}; give join=, a function that pads "
+                "and concatenates them"
+            )
+        return torch.cat(list(batches))
+    if isinstance(first, Mapping):
+        _check_forms(all(isinstance(b, Mapping) and set(b) == set(first) for b in batches))
+        return {key: concatenate([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        _check_forms(all(isinstance(b, (tuple, list)) and len(b) == len(first) for b in batches))
+        return tuple(concatenate(items) for items in zip(*batches, strict=True))
+    return first
+
+
+def _check_forms(equal: bool) -> None:
+    if not equal:
+        raise RequestError(
+            "join: expected batches of one form, tensors, or tuples or dictionaries with the same "
+            "items; give join=, a function that makes one batch of them"
+        )
+
+
+def split_rows(output: Any, batches: Sequence[Any]) -> list[Any]:
+    """Return the parts of a joined batch's output, or of its mask, that belong to each batch.
+
+    Args:
+        output: a tensor whose first dimension counts the examples of all batches, or a tuple,
+            dictionary or dataclass of such; other tensors in it go to every part.
+        batches: what was joined.
+
+    Raises:
+        RequestError: it has another number of examples.
+    """
+    sizes = [batch_size(batch, f"loaders[{task}]") for task, batch in enumerate(batches)]
+    total, found = sum(sizes), _leading(output)
+    if found is not None and found != total:
+        raise RequestError(
+            f"join: expected outputs of {total} examples, as many as the batches of all tasks "
+            f"have, got {found}"
+        )
+    return [
+        _rows(output, slice(start, stop), total)
+        for start, stop in pairwise(accumulate(sizes, initial=0))
+    ]
+
+
+def _leading(output: Any) -> int | None:
+    """Return the length of the first tensor."""
+    if isinstance(output, Tensor):
+        return len(output) if output.dim() else 0
+    if is_dataclass(output) and not isinstance(output, type):
+        output = vars(output)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((n for n in map(_leading, output) if n is not None), None)
+    return None
+
+
+def _rows(output: Any, rows: slice, total: int) -> Any:
+    if isinstance(output, Tensor):
+        return output[rows] if output.dim() and len(output) == total else output
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{k: _rows(v, rows, total) for k, v in vars(output).items()})
+    if isinstance(output, Mapping):
+        return {key: _rows(value, rows, total) for key, value in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(_rows(value, rows, total) for value in output))
+    if isinstance(output, (tuple, list)):
+        return [_rows(value, rows, total) for value in output]
+    return output
