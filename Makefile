@@ -64,7 +64,7 @@ help:
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
 	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
 	@echo "make bench-search    merging again, as a search does"
-	@echo "make quality         how good merged models are, each suite 30 to 45 minutes:"
+	@echo "make quality         how good merged models are, each suite under 30 minutes:"
 	@echo "                     $(QUALITY:%=make quality-%)"
 	@echo "make quality-interference   what is known before a merge, beside what it loses"
 	@echo "make quality-search  search PCB's coefficients on the text suite (ten minutes)"

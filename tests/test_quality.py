@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,35 @@ def test_a_second_run_computes_nothing(
     assert again == found
 
 
+def test_another_test_set_trains_nothing_again(
+    finished: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fewer(Toy):
+        def test_recipe(self) -> dict[str, Any]:
+            return {"test": 30}
+
+        def read(self) -> list[Split]:
+            found = super().read()
+            tests = [(Rows(one.test[0][torch.arange(30)]), one.test[1][:30]) for one in found]
+            return [replace(one, test=test) for one, test in zip(found, tests, strict=True)]
+
+        def item_scores(self, state: State, task: int, part: Any) -> list[float]:
+            assert part == "test"
+            return super().item_scores(state, task, part)
+
+    folder, found = finished
+    suite = Fewer(Cache(folder), Log())
+    suite.prepare()
+    monkeypatch.setattr("benchmarks.quality.suite.fine_tune", lambda *_: pytest.fail("trained"))
+    fewer = run(suite, [0, 1], methods=SOME)
+    assert suite.made > 0
+    assert fewer.searches == found.searches
+    for one, other in zip(fewer.outcomes, found.outcomes, strict=True):
+        first = torch.tensor([items[:30] for items in other.items])
+        # rounding may turn an item at the border
+        assert (torch.tensor(one.items) != first).sum() <= 2
+
+
 def test_an_interrupted_run_goes_on(finished: tuple[Path, Run], tmp_path: Path) -> None:
     class Stopped(Toy):
         def item_scores(self, state: State, task: int, part: Any) -> list[float]:
@@ -260,6 +290,9 @@ def test_groups_are_on_one_side() -> None:
     assert len(set.union(*sides)) == sum(map(len, sides))
     assert len(task.train) + len(task.validation) + len(task.test) == 400
     assert task == text_tasks.split("t", "", examples, train=400, validation=400, test=400)
+    fewer = text_tasks.split("t", "", examples, train=400, validation=400, test=5)
+    whole = text_tasks.split("t", "", examples, train=400, validation=400, test=None)
+    assert (fewer.test, whole.test) == (task.test[:5], task.test)
 
 
 def test_own_test_splits_are_kept_and_doubles_are_not() -> None:
@@ -321,6 +354,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         (["nothing"], "invalid choice"),
         (["text", "--seeds", "0"], "expected at least 1, got 0"),
         (["text", "--quick", "--save"], "are no results"),
+        (["text", "llm", "--whole-tests"], "the text suite alone"),
     ):
         with pytest.raises(SystemExit):
             program.main(arguments)

@@ -1,4 +1,4 @@
-"""Makes malloc keep what is freed: large tensors that come and go each step are then no new pages."""
+"""Makes malloc keep what is freed: large tensors that come and go are then no new pages."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
-    return all([mallopt(name, value) for name, value in settings])
+    return all(mallopt(name, value) for name, value in settings)

@@ -245,6 +245,8 @@ def _items(
             "task": suite.tasks[task],
             "part": part,
         }
+        if part == "test":
+            recipe |= suite.test_recipe()
         path = suite.cache.root / "evaluations" / f"{digest(recipe)}.json"
         found.append(
             suite.cache.load(

@@ -78,7 +78,7 @@ class Accuracy:
         if part == "validation":  # of which the study keeps the results
             return suite.item_scores(state, task, part)
         recipe = {"suite": suite.recipe(), "weights": digest_state(state)}
-        recipe |= {"task": suite.tasks[task], "part": part}
+        recipe |= {"task": suite.tasks[task], "part": part, **suite.test_recipe()}
         path = suite.cache.root / "evaluations" / f"{digest(recipe)}.json"
         return suite.cache.load(path, lambda: suite.item_scores(state, task, part))
 

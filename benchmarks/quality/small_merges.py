@@ -160,7 +160,7 @@ def _single(suite: Classifiers, state: State, task: int) -> Scores:
 
 
 def _kept(suite: Classifiers, key: Any, test: Callable[[], list[Any]]) -> list[Scores]:
-    path = suite.cache.root / FOLDER / f"{digest(key)}.json"
+    path = suite.cache.root / FOLDER / f"{digest({**key, **suite.test_recipe()})}.json"
     return [Scores(**one) for one in suite.cache.load(path, test)]
 
 

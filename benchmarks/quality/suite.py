@@ -95,6 +95,10 @@ class Suite(ABC):
     def recipe(self) -> dict[str, Any]:
         """Return what the tasks, heads and the base model depend on."""
 
+    def test_recipe(self) -> dict[str, Any]:
+        """Return what else depends on the test sets, and is no part of `recipe`."""
+        return {}
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return sizes and training, for the results."""
@@ -161,7 +165,7 @@ class Suite(ABC):
             recipe: what else it depends on.
         """
         tuned = digest([digest_state(state) for state in merged.tuned])
-        recipe = {"suite": self.recipe(), "tuned": tuned, **recipe}
+        recipe = {"suite": self.recipe(), **self.test_recipe(), "tuned": tuned, **recipe}
         return self.cache.load(self.cache.root / "studies" / f"{name}-{digest(recipe)}.json", make)
 
 
@@ -349,7 +353,7 @@ class Classifiers(Suite):
         how, numbers = self.adaptation, self._numbers(tasks)
         # which models they are is in their hashes
         recipe = {"adapt": digest([digest_state(s) for s in states]), "seed": seed, **settings}
-        recipe = {"suite": self.recipe(), "adaptation": how.recipe(), **recipe}
+        recipe |= {"suite": self.recipe(), **self.test_recipe(), "adaptation": how.recipe()}
         loaders = [
             Drawn(
                 [self.splits[n].validation[0], self.splits[n].test[0]], how.batch, steps, seed + n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,24 +39,34 @@ class Text(Classifiers):
     evaluation_batch = 256
     join = staticmethod(text_model.join)
 
-    def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
+    def __init__(
+        self, cache: Cache, log: Log, *, quick: bool = False, whole_tests: bool = False
+    ) -> None:
         super().__init__(cache, log)
-        self.sizes = _QUICK_SIZES if quick else _SIZES
+        self.sizes: dict[str, int | None] = {**(_QUICK_SIZES if quick else _SIZES)}
+        if whole_tests:
+            self.sizes["test"] = None
+        drawn = "all texts" if whole_tests else f"a draw of at most {self.sizes['test']:,} texts"
+        self.notes = (f"Test set of each task: {drawn}.",)
 
     def recipe(self) -> dict[str, Any]:
         packages = (*text_tasks.PACKAGES, *text_tasks.CODE_PACKAGES, text_model.PACKAGE)
         return {
             "revision": _REVISION,
             "packages": [package_version(name) for name in packages],
-            "sizes": self.sizes,
+            "sizes": {part: size for part, size in self.sizes.items() if part != "test"},
             "length": _LENGTH,
             "fixed": text_model.FIXED_LAYERS,
             "compute": str(text_model.compute_dtype()),
         }
 
+    def test_recipe(self) -> dict[str, Any]:
+        return {"test": self.sizes["test"]}
+
     def settings(self) -> dict[str, Any]:
         return {
             **self.recipe(),
+            "sizes": self.sizes,
             "training": self.training.recipe(),
             "adaptation": asdict(self.adaptation),
         }
@@ -71,9 +81,10 @@ class Text(Classifiers):
         return [self._read(name) for name in self.tasks]
 
     def _read(self, name: str) -> Split:
-        target = self.cache.path(f"texts-{name}", {"suite": self.recipe(), "task": name})
+        recipe = {"suite": self.recipe(), **self.test_recipe(), "task": name}
+        target = self.cache.path(f"texts-{name}", recipe)
         if not target.is_dir():
-            task = text_tasks.load_task(name, **self.sizes)
+            task = text_tasks.load_task(name, **cast(Any, self.sizes))
             self.cache.build(target, lambda folder: self._encode(task, folder))
         kept = json.loads((target / "task.json").read_text(encoding="utf-8"))
         states = load_file(target / "states.safetensors")

@@ -66,21 +66,27 @@ class TextTask:
     test: tuple[tuple[str, int], ...]
 
 
-def load_task(name: str, *, train: int, validation: int, test: int) -> TextTask:
+def load_task(name: str, *, train: int, validation: int, test: int | None) -> TextTask:
     """Read a task and draw its splits; the same texts in the same order every time.
 
     Args:
         name: a key of TASKS.
         train: texts to draw, at most.
         validation: texts to draw, at most.
-        test: texts to draw, at most.
+        test: texts to draw, at most; None: all. Fewer are the first of more.
     """
     about, read = TASKS[name]
     return split(name, about, read(), train=train, validation=validation, test=test)
 
 
 def split(
-    name: str, about: str, examples: Iterable[Example], *, train: int, validation: int, test: int
+    name: str,
+    about: str,
+    examples: Iterable[Example],
+    *,
+    train: int,
+    validation: int,
+    test: int | None,
 ) -> TextTask:
     """Split examples by group, draw from each split, and number the classes.
 

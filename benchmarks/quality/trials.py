@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for trial in TRIALS:
         recipe = {
             "suite": suite.recipe(),
+            **suite.test_recipe(),
             "tuned": digest([digest_state(state) for state in tuned]),
             "trial": asdict(trial),
             "steps": options.steps,
