@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pymerge
+from pymerge.data_driven.sampling import draw_classes
 
 Tensor = torch.Tensor
 
@@ -183,6 +184,20 @@ class Tagger(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         return {"logits": self.head(torch.tanh(self.embed(input_ids)))}
+
+
+def test_drawn_classes_follow_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = float("-inf")
+    logits = torch.tensor([none, 0.0, none, 1.0, 2.0, none]).repeat(40_000, 1)
+    drawn = draw_classes(logits, torch.Generator().manual_seed(3))
+    shares = drawn.bincount(minlength=6).double() / len(drawn)
+    torch.testing.assert_close(shares, logits[0].double().softmax(0), rtol=0, atol=0.01)
+    assert not shares[[0, 2, 5]].any()
+    monkeypatch.setattr("pymerge.data_driven.sampling._AT_ONCE", 100)  # the last part is shorter
+    assert torch.equal(draw_classes(logits, torch.Generator().manual_seed(3)), drawn)
+    monkeypatch.setattr("torch.rand", lambda *shape, **how: torch.ones(*shape, dtype=how["dtype"]))
+    assert draw_classes(logits[:3], torch.Generator()).tolist() == [4, 4, 4]
+    assert draw_classes(torch.zeros(0, 3), torch.Generator()).shape == (0,)
 
 
 def test_sequences_with_ignored_labels_and_shared_parameters() -> None:

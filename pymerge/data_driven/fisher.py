@@ -27,6 +27,7 @@ from pymerge.data_driven.batches import (
     shared_names,
     take,
 )
+from pymerge.data_driven.sampling import draw_classes
 from pymerge.data_driven.statistics import ModelStatistics, make_record
 from pymerge.errors import RequestError, nearest
 
@@ -36,7 +37,6 @@ Tensor = torch.Tensor
 Gradients = dict[str, Tensor]
 _WHERE = "collect_fisher"
 _VECTOR_BYTES = 256 << 20  # of gradients of examples that are computed at once
-_SAMPLED = 1 << 21  # odds that labels are drawn from at once
 _IGNORED = -100  # a label that counts for nothing, as in torch's cross entropy
 
 
@@ -254,7 +254,7 @@ class _How:
             return found.long()
         if not _finite(logits):
             raise RequestError(f"{where}: the logits hold NaN or infinity")
-        drawn = _sampled(logits.detach().reshape(-1, logits.shape[-1]), self.generator)
+        drawn = draw_classes(logits.detach().reshape(-1, logits.shape[-1]), self.generator)
         return drawn.reshape(logits.shape[:-1]).to(logits.device)
 
     # -------------------------------------------------------------- per example
@@ -386,27 +386,6 @@ def _seed(log_odds: Tensor, label: Tensor) -> Tensor:
     # One value a position: a one-hot vector of integers would take thrice the logits' memory.
     counts = (label != _IGNORED).to(log_odds.dtype).unsqueeze(-1)
     return torch.zeros_like(log_odds).scatter(-1, label.clamp(min=0).unsqueeze(-1), counts)
-
-
-def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a class of each row, drawn by its softmax: [rows, classes] -> [rows], on the CPU.
-
-    Of large vocabularies `torch.multinomial` takes an exponential variate a class, and longer than
-    the model; this takes one uniform number a row and looks where the cumulated odds pass it.
-    """
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    drawn = []
-    for rows, part in zip(
-        logits.split(max(1, _SAMPLED // logits.shape[-1])),
-        uniform.split(max(1, _SAMPLED // logits.shape[-1])),
-        strict=True,
-    ):
-        odds = rows.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
-        whole = odds[:, -1:]
-        # below the whole also after rounding, so that no class of odds 0 is drawn at the end
-        wanted = torch.minimum(part * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-        drawn.append(torch.searchsorted(odds, wanted, right=True))
-    return torch.cat(drawn).squeeze(-1)
 
 
 def _finite(tensor: Tensor) -> bool:
