@@ -31,12 +31,14 @@ __all__ = ["main"]
 _NAMES = {
     "fusion_bench": "FusionBench 0.2.33, LayerWiseMergedModel",
     "pymerge": "pymerge, preset fusion_bench",
+    "pymerge_joined": 'the same, join="concatenate"',
     "pymerge_coefficients": 'the same, accumulate="coefficients"',
     "official": "authors' construction, torch",
     "pymerge_official": "pymerge, preset official",
 }
 _RIVAL = {
     "pymerge": "fusion_bench",
+    "pymerge_joined": "fusion_bench",
     "pymerge_coefficients": "fusion_bench",
     "pymerge_official": "official",
 }

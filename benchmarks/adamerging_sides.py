@@ -5,7 +5,8 @@
 SIDE: "pymerge", "fusion_bench" (its LayerWiseMergedModel), "official" (the construction of the
 authors' main_layer_wise_adamerging.py, written anew from its description: all task vectors in
 memory, a left-to-right sum for every forward pass), and "pymerge_official", pymerge's preset of it.
-"pymerge_coefficients" is pymerge with accumulate="coefficients". Each learns from the same models
+"pymerge_joined" is pymerge with join="concatenate", "pymerge_coefficients" with
+accumulate="coefficients". Each learns from the same models
 and batches, and times (a) what a step spends on merging: all merges and all backward passes through
 them, with given gradients of the merged tensors for each batch; (b) whole steps. What it found goes
 to FOLDER/SIDE.json.
@@ -32,6 +33,12 @@ State = dict[str, torch.Tensor]
 WIDTH, DEPTH, VOCABULARY, CLASSES = 384, 6, 30522, 10  # the size of MiniLM-L6
 BATCH, LENGTH = 16, 32
 _LR = 1e-3
+_OWN: dict[str, dict[str, str]] = {
+    "pymerge": {},
+    "pymerge_joined": {"join": "concatenate"},
+    "pymerge_coefficients": {"accumulate": "coefficients"},
+    "pymerge_official": {"preset": "official"},
+}
 
 
 class Encoder(nn.Module):
@@ -96,7 +103,13 @@ def _median(function: Callable[[], None], repetitions: int) -> float:
 
 
 def _pymerge(
-    folder: Path, count: int, steps: int, repetitions: int, preset: str, accumulate: str
+    folder: Path,
+    count: int,
+    steps: int,
+    repetitions: int,
+    *,
+    preset: str = "fusion_bench",
+    **how: str,
 ) -> dict[str, Any]:
     from pymerge import AdaMerging
 
@@ -111,7 +124,7 @@ def _pymerge(
     def once() -> None:
         merged = ada.merged_parameters()
         tensors, given = [merged[name] for name in gradients], list(gradients.values())
-        if accumulate == "gradients":
+        if how.get("accumulate") != "coefficients":
             total = [gradient.clone() for gradient in given]
             for _ in range(batches - 1):
                 for own, gradient in zip(total, given, strict=True):
@@ -123,7 +136,7 @@ def _pymerge(
         ada.raw_coefficients.grad = None
 
     merge = _median(once, repetitions)
-    fit = ada.fit(_loaders(count, steps), steps, accumulate=accumulate, progress=False)
+    fit = ada.fit(_loaders(count, steps), steps, progress=False, **how)
     return {
         "merge": merge,
         "step": statistics.median(row["seconds"] for row in fit.history),
@@ -248,9 +261,7 @@ def main() -> None:
     elif options.side == "official":
         found = _official(*size)
     else:
-        preset = "official" if options.side == "pymerge_official" else "fusion_bench"
-        how = "coefficients" if options.side == "pymerge_coefficients" else "gradients"
-        found = _pymerge(*size, preset, how)
+        found = _pymerge(*size, **_OWN[options.side])
     (options.folder / f"{options.side}.json").write_text(json.dumps(found))
 
 
