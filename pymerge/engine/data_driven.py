@@ -317,7 +317,7 @@ def _gram(flat: Flat, inputs: int, label: str, work: Work) -> torch.Tensor:
         block = matrix[start : start + 1024]
         if not bool(block.isfinite().all()):
             raise RequestError(f"{where} holds NaN or infinity")
-        apart = float((block - matrix[:, start : start + 1024].T).abs().max())
+        apart = float((block - matrix[:, start : start + 1024].T.contiguous()).abs().max())
         if apart > _ASYMMETRY * largest:
             raise RequestError(
                 f"{where} is not symmetric: elements differ by up to {apart:g} from their mirror "
