@@ -80,7 +80,7 @@ class Languages(Classifiers):
     unit = "perplexity"
     training = Training(epochs=1, batch=2, rate=5e-4, warmup=5)
     adaptation = Adaptation(steps=(2, 5, 10, 15, 20), batch=1, rate=1e-2, scale=1.0)
-    evaluation_batch = 4
+    evaluation_batch = 8
     statistics_batch = 4
     statistics_samples = 32
 

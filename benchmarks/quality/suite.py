@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -189,6 +190,7 @@ class Classifiers(Suite):
         self.splits: list[Split] = []
         self.heads: list[Head] = []
         self._model: nn.Module | None = None
+        self._adamerging: tuple[Any, Any] | None = None  # the last one, and what it is of
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -246,6 +248,10 @@ class Classifiers(Suite):
         self._model.load_state_dict(state)
         return self._model
 
+    def fresh(self) -> nn.Module:
+        """Return a pretrained encoder of its own."""
+        return copy.deepcopy(self.model(self._base))
+
     @torch.inference_mode()
     def features(self, state: State, inputs: Inputs) -> torch.Tensor:
         """Return the features of inputs: [inputs, width]."""
@@ -266,7 +272,7 @@ class Classifiers(Suite):
         label = "all tasks" if task is None else self.tasks[task]
 
         def make() -> State:
-            model = self.load()
+            model = self.fresh()
             total = steps([len(labels) for _, labels, _ in parts], training)
             with self.log.steps(f"fine-tune on {label}, seed {seed}", total) as advance:
                 fine_tune(model, parts, training, advance)
@@ -330,9 +336,10 @@ class Classifiers(Suite):
         tasks: Sequence[int] | None = None,
         **settings: Any,
     ) -> State:
-        coefficients = self.learned(base, states, seed, steps=steps, tasks=tasks, **settings)
-        table = coefficients.coefficients
-        ada = self.adamerging(base, states, tasks, **{**settings, "init": table})
+        learned = self.learned(base, states, seed, steps=steps, tasks=tasks, **settings)
+        ada = self.adamerging(base, states, tasks, **settings)
+        with torch.no_grad():
+            ada.raw_coefficients.copy_(learned.coefficients)
         return ada.merged_state_dict()
 
     def learned(
@@ -386,11 +393,25 @@ class Classifiers(Suite):
         base: State,
         states: Sequence[State],
         tasks: Sequence[int] | None = None,
+        *,
+        init: float,
         **settings: Any,
     ) -> Any:
-        """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads."""
-        heads = [self.adapting_head(n) for n in self._numbers(tasks)]
-        return available("AdaMerging")(self.load(), base, states, heads=heads, **settings)
+        """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads.
+
+        The last one is kept, as making it takes long: trimming goes over all models.
+        """
+        numbers = self._numbers(tasks)
+        key = (digest_state(base), [digest_state(s) for s in states], list(numbers), settings)
+        if self._adamerging is None or self._adamerging[0] != key:
+            self._adamerging = None
+            heads = [self.adapting_head(n) for n in numbers]
+            made = available("AdaMerging")(self.fresh(), base, states, heads=heads, **settings)
+            self._adamerging = key, made
+        ada = self._adamerging[1]
+        with torch.no_grad():
+            ada.raw_coefficients.fill_(init)
+        return ada
 
     def extras(self, merged: Merged) -> dict[str, Any]:
         """Return the study of entropies, and the coefficients that AdaMerging has learned."""

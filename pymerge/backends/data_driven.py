@@ -102,7 +102,7 @@ class _Matrix:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), symmetric to the last bit, in float64."""
-        # transposed in blocks first: an addition that strides through a matrix takes 5 times as long
+        # transposed in blocks first: to stride through a matrix takes five times as long
         mirrored = self.gram[:, start:stop].T.contiguous()
         part = self.gram[start:stop].to(torch.float64, copy=True).add_(mirrored).mul_(0.5)
         diagonal = part.diagonal(start).clone()

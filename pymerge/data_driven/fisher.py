@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -113,7 +114,11 @@ def collect_fisher(
         for name, parameter in chosen.items()
     }
     examples = steps = 0
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+    # The parts of attention where vmap needs them, and on a GPU, where the fused one's gradients
+    # are not the same twice.
+    parts = vectorize is not False or device_of(model).type != "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if parts else nullcontext()
+    with evaluating(model), attention:
         for number, batch, size in batches(loader, samples, device_of(model), _WHERE):
             where = f"{_WHERE}: batch {number}"
             found = (how.of_batch if estimator == "batch" else how.of_examples)(batch, size, where)
