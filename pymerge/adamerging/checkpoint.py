@@ -14,7 +14,7 @@ from pymerge.errors import RequestError
 from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:
-    from pymerge.adamerging.fit import Fitting
+    from pymerge.adamerging.fitting import Fitting
     from pymerge.adamerging.module import AdaMerging
 
 __all__ = ["load_state", "save_state"]

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pymerge.adamerging.join import JOINS, Join, concatenate, split_rows
-from pymerge.adamerging.losses import ENTROPIES, entropy, find_logits
+from pymerge.adamerging.fitting import Fitting, check_fitting
+from pymerge.adamerging.join import Join, split_rows
+from pymerge.adamerging.losses import entropy, find_logits
 from pymerge.errors import MergeError, RequestError
 
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
 
-__all__ = ["FitResult", "Fitting", "batch_inputs", "fit"]
+__all__ = ["FitResult", "batch_inputs", "fit"]
 
 Tensor = torch.Tensor
 Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]]
@@ -39,28 +40,6 @@ class FitResult:
     steps: int = 0
     stopped: Literal["steps", "patience", "already done"] = "steps"
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """Checked arguments of `fit`."""
-
-    steps: int
-    lr: float
-    batches: int
-    weights: tuple[float, ...]
-    entropy: str
-    tokens: int | None
-    autocast: torch.dtype | None
-    seed: int
-    accumulate: str
-    join: Join | None
-    patience: int | None
-    min_delta: float
-    checkpoint: Path | None
-    checkpoint_every: int
-    resume: bool
-    progress: bool
 
 
 def batch_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
@@ -149,7 +128,7 @@ def fit(
             range.
         MergeError: the run diverges; the coefficients are the last good ones, and saved.
     """
-    how = _checked(
+    how = check_fitting(
         ada,
         loaders,
         steps,
@@ -170,80 +149,6 @@ def fit(
         progress=progress,
     )
     return _Run(ada, loaders, how, inputs).run()
-
-
-def _checked(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting:
-    preset = ada.preset
-    problems: list[str] = []
-    tasks = len(ada.names) if ada.heads is not None else None
-    if not isinstance(loaders, Sequence) or isinstance(loaders, str) or not loaders:
-        problems.append(f"loaders: expected a list, one loader a task; got {loaders!r:.60}")
-    elif tasks is not None and len(loaders) != tasks:
-        problems.append(f"loaders: expected {tasks}, one for each head; got {len(loaders)}")
-
-    def integer(name: str, value: Any, default: int, least: int) -> int:
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            problems.append(f"{name}: expected an integer >= {least}, got {value!r}")
-            return least
-        return value
-
-    rate = preset.lr if given["lr"] is None else given["lr"]
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-        problems.append(f"lr: expected a positive number, got {rate!r}")
-    weights = given["weights"]
-    count = len(loaders) if isinstance(loaders, Sequence) else 0
-    if weights is None:
-        weights = [1.0] * count
-    elif not _positive(weights) or len(weights) != count:
-        problems.append(f"weights: expected {count} positive numbers, got {weights!r:.60}")
-        weights = [1.0] * count
-    kind = given["entropy"] or preset.entropy
-    if kind not in ENTROPIES:
-        problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
-    if given["accumulate"] not in ("coefficients", "gradients"):
-        problems.append(
-            f"accumulate: expected 'coefficients' or 'gradients', got {given['accumulate']!r}"
-        )
-    join = given["join"]
-    if join is not None and join not in JOINS and not callable(join):
-        problems.append(f"join: expected {', '.join(JOINS)} or a function, got {join!r:.60}")
-    cast = given["autocast"]
-    if cast is not None and cast not in (torch.bfloat16, torch.float16):
-        problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {cast!r}")
-    path = None if given["checkpoint"] is None else Path(given["checkpoint"])
-    if path is not None and not path.parent.is_dir():
-        problems.append(f"checkpoint: the directory {path.parent} does not exist")
-    patience = given["patience"]
-    tokens = given["tokens"]
-    result = Fitting(
-        steps=integer("steps", steps, preset.steps, 0),
-        lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
-        batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
-        weights=tuple(map(float, weights)),
-        entropy=kind,
-        tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
-        autocast=cast,
-        seed=integer("seed", given["seed"], 0, 0),
-        accumulate=given["accumulate"],
-        join=concatenate if join in JOINS else join,
-        patience=None if patience is None else integer("patience", patience, 1, 1),
-        min_delta=float(given["min_delta"]),
-        checkpoint=path,
-        checkpoint_every=integer("checkpoint_every", given["checkpoint_every"], 25, 1),
-        resume=bool(given["resume"]),
-        progress=bool(given["progress"]),
-    )
-    if problems:
-        raise RequestError(problems)
-    return result
-
-
-def _positive(values: Any) -> bool:
-    return isinstance(values, Sequence) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
-        for x in values
-    )
 
 
 def endless(loader: Iterable[Any], label: str, skip: int = 0) -> Iterator[Any]:
@@ -340,45 +245,59 @@ class _Run:
         totals = [0.0] * len(self.batches)
         turns = self.how.batches * (1 if self.how.join else len(self.batches))
         for turn, found in enumerate(self._losses(leaves, step, generator), 1):
-            for task, loss in found:
-                totals[task] += float(loss.detach())
             # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
-            whole = sum(loss * self.how.weights[task] for task, loss in found)
-            torch.autograd.backward([whole], retain_graph=leaves is merged and turn < turns)
+            self._backward(found, totals, leaves is merged and turn < turns)
         if leaves is not merged:
             taken = [(merged[n], leaf.grad) for n, leaf in leaves.items() if leaf.grad is not None]
             if taken:
                 torch.autograd.backward([t for t, _ in taken], [g for _, g in taken])
         return [total / self.how.batches for total in totals]
 
+    def _backward(self, found: dict[int, Tensor], totals: list[float], retain: bool) -> None:
+        """Add entropies to those of their tasks; take their gradients, and the entropies away."""
+        for task, loss in found.items():
+            totals[task] += float(loss.detach())
+        parts = [loss * self.how.weights[task] for task, loss in found.items()]
+        found.clear()
+        torch.autograd.backward(parts, retain_graph=retain)
+
     def _losses(
         self, merged: Mapping[str, Tensor], step: int, generator: torch.Generator
-    ) -> Iterator[list[tuple[int, Tensor]]]:
-        """Give the entropies of the step's batches, (task, loss), as many at once as share a graph.
+    ) -> Iterator[dict[int, Tensor]]:
+        """Give the entropies of the step's batches by task, as many at once as share a graph.
 
-        Each is given up before the next is asked for, so that one graph is there at a time.
+        They are to be given up before the next are asked for, so that one graph is there at a time.
         """
-        tasks = range(len(self.batches))
-        if self.how.join is None:
-            for task in tasks:
-                for _ in range(self.how.batches):
-                    batch = self._next(task)
-                    args, kwargs, mask = self.inputs(batch)
-                    with self._precision():
-                        output = self.ada.run(merged, args, kwargs, task)
-                    yield [(task, self._loss(output, mask, batch, task, step, generator))]
+        if self.how.join is not None:
+            for _ in range(self.how.batches):
+                yield self._joined(self.how.join, merged, step, generator)
             return
-        for _ in range(self.how.batches):
-            batches = [self._next(task) for task in tasks]
-            args, kwargs, mask = self.inputs(self.how.join(batches))
-            with self._precision():
-                outputs = split_rows(self.ada.run_architecture(merged, args, kwargs), batches)
-                outputs = [self.ada.apply_head(output, task) for task, output in enumerate(outputs)]
-            masks = [None] * len(batches) if mask is None else split_rows(mask, batches)
-            yield [
-                (task, self._loss(outputs[task], masks[task], batches[task], task, step, generator))
-                for task in tasks
-            ]
+        for task in range(len(self.batches)):
+            for _ in range(self.how.batches):
+                yield {task: self._alone(merged, task, step, generator)}
+
+    def _alone(
+        self, merged: Mapping[str, Tensor], task: int, step: int, generator: torch.Generator
+    ) -> Tensor:
+        batch = self._next(task)
+        args, kwargs, mask = self.inputs(batch)
+        with self._precision():
+            output = self.ada.run(merged, args, kwargs, task)
+        return self._loss(output, mask, batch, task, step, generator)
+
+    def _joined(
+        self, join: Join, merged: Mapping[str, Tensor], step: int, generator: torch.Generator
+    ) -> dict[int, Tensor]:
+        batches = [self._next(task) for task in range(len(self.batches))]
+        args, kwargs, mask = self.inputs(join(batches))
+        masks = [None] * len(batches) if mask is None else split_rows(mask, batches)
+        with self._precision():
+            outputs = split_rows(self.ada.run_architecture(merged, args, kwargs), batches)
+            outputs = [self.ada.apply_head(output, task) for task, output in enumerate(outputs)]
+        return {
+            task: self._loss(output, masks[task], batches[task], task, step, generator)
+            for task, output in enumerate(outputs)
+        }
 
     def _next(self, task: int) -> Any:
         return _moved(next(self.batches[task]), self.ada.raw_coefficients.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -84,11 +84,11 @@ def split_rows(output: Any, batches: Sequence[Any]) -> list[Any]:
 
 
 def _leading(output: Any) -> int | None:
-    """Return the length of the first tensor."""
+    """Return the length of the first tensor that has one."""
     if isinstance(output, Tensor):
-        return len(output) if output.dim() else 0
+        return len(output) if output.dim() else None
     if is_dataclass(output) and not isinstance(output, type):
-        output = vars(output)
+        output = _members(output)
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, (tuple, list)):
@@ -96,11 +96,16 @@ def _leading(output: Any) -> int | None:
     return None
 
 
+def _members(output: Any) -> dict[str, Any]:
+    return {one.name: getattr(output, one.name) for one in fields(output) if one.init}
+
+
 def _rows(output: Any, rows: slice, total: int) -> Any:
     if isinstance(output, Tensor):
         return output[rows] if output.dim() and len(output) == total else output
     if is_dataclass(output) and not isinstance(output, type):
-        return replace(output, **{k: _rows(v, rows, total) for k, v in vars(output).items()})
+        parts = {name: _rows(value, rows, total) for name, value in _members(output).items()}
+        return replace(output, **parts)
     if isinstance(output, Mapping):
         return {key: _rows(value, rows, total) for key, value in output.items()}
     if isinstance(output, tuple) and hasattr(output, "_fields"):

@@ -1,0 +1,120 @@
+"""The checked arguments of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pymerge.adamerging.join import JOINS, Join, concatenate
+from pymerge.adamerging.losses import ENTROPIES
+from pymerge.errors import RequestError
+
+if TYPE_CHECKING:
+    from pymerge.adamerging.module import AdaMerging
+
+__all__ = ["Fitting", "check_fitting"]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Checked arguments of `fit`."""
+
+    steps: int
+    lr: float
+    batches: int
+    weights: tuple[float, ...]
+    entropy: str
+    tokens: int | None
+    autocast: torch.dtype | None
+    seed: int
+    accumulate: str
+    join: Join | None
+    patience: int | None
+    min_delta: float
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    progress: bool
+
+
+def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting:
+    """Return the arguments of `fit` with the preset's defaults.
+
+    Raises:
+        RequestError: names all that are not as expected.
+    """
+    preset = ada.preset
+    problems: list[str] = []
+    tasks = len(ada.names) if ada.heads is not None else None
+    if not isinstance(loaders, Sequence) or isinstance(loaders, str) or not loaders:
+        problems.append(f"loaders: expected a list, one loader a task; got {loaders!r:.60}")
+    elif tasks is not None and len(loaders) != tasks:
+        problems.append(f"loaders: expected {tasks}, one for each head; got {len(loaders)}")
+
+    def integer(name: str, value: Any, default: int, least: int) -> int:
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            problems.append(f"{name}: expected an integer >= {least}, got {value!r}")
+            return least
+        return value
+
+    rate = preset.lr if given["lr"] is None else given["lr"]
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+        problems.append(f"lr: expected a positive number, got {rate!r}")
+    weights = given["weights"]
+    count = len(loaders) if isinstance(loaders, Sequence) else 0
+    if weights is None:
+        weights = [1.0] * count
+    elif not _positive(weights) or len(weights) != count:
+        problems.append(f"weights: expected {count} positive numbers, got {weights!r:.60}")
+        weights = [1.0] * count
+    kind = given["entropy"] or preset.entropy
+    if kind not in ENTROPIES:
+        problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
+    if given["accumulate"] not in ("coefficients", "gradients"):
+        problems.append(
+            f"accumulate: expected 'coefficients' or 'gradients', got {given['accumulate']!r}"
+        )
+    join = given["join"]
+    if join is not None and join not in JOINS and not callable(join):
+        problems.append(f"join: expected {', '.join(JOINS)} or a function, got {join!r:.60}")
+    cast = given["autocast"]
+    if cast is not None and cast not in (torch.bfloat16, torch.float16):
+        problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {cast!r}")
+    path = None if given["checkpoint"] is None else Path(given["checkpoint"])
+    if path is not None and not path.parent.is_dir():
+        problems.append(f"checkpoint: the directory {path.parent} does not exist")
+    patience = given["patience"]
+    tokens = given["tokens"]
+    result = Fitting(
+        steps=integer("steps", steps, preset.steps, 0),
+        lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
+        batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
+        weights=tuple(map(float, weights)),
+        entropy=kind,
+        tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
+        autocast=cast,
+        seed=integer("seed", given["seed"], 0, 0),
+        accumulate=given["accumulate"],
+        join=concatenate if join in JOINS else join,
+        patience=None if patience is None else integer("patience", patience, 1, 1),
+        min_delta=float(given["min_delta"]),
+        checkpoint=path,
+        checkpoint_every=integer("checkpoint_every", given["checkpoint_every"], 25, 1),
+        resume=bool(given["resume"]),
+        progress=bool(given["progress"]),
+    )
+    if problems:
+        raise RequestError(problems)
+    return result
+
+
+def _positive(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+        for x in values
+    )
