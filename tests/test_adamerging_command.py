@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pymerge.cli import main
@@ -21,6 +22,9 @@ def setup(width):
     y = torch.randint(0, 5, (6,))
     x = [[(torch.randn(6, width) + k, y) for _ in range(3)] for k in range(3)]
     return {"model": Net(width), "loaders": x, "labelled": x}
+def joined(width):
+    join = lambda batches: (torch.cat([x for x, _ in batches]), None)
+    return setup(width) | {"join": join, "labelled": None}
 def lacking(width):
     return {"model": Net(width)}
 def nothing(width):
@@ -63,6 +67,26 @@ def test_command(
     assert "first.weight" in load_file(out / "model.safetensors")
     assert main(["ada", str(config), str(out), "--quiet"]) == 2  # OUT is there
     assert main(["ada", str(config), str(out), "--quiet", "--force"]) == 0
+
+
+def test_command_joins_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tables = []
+    config, out = ada_config(tmp_path), tmp_path / "out"
+    plain = json.loads(config.read_text())
+    fit = plain["fit"] | {"join": "concatenate"}
+    for more in ({}, {"fit": fit}, {"entry": "ada_entry:joined"}):
+        config.write_text(json.dumps(plain | more))
+        assert main(["ada", str(config), str(out), "--quiet", "--force", "--restart"]) == 0
+        tables.append(load_file(tmp_path / "out.ada" / "state.safetensors")["coefficients"])
+    for table in tables[1:]:
+        torch.testing.assert_close(table, tables[0], rtol=0, atol=1e-4)
+    config.write_text(json.dumps(plain | {"fit": {"join": "pad"}}))
+    assert main(["ada", str(config), str(tmp_path / "bad")]) == 2
+    assert "join: expected concatenate or a function, got 'pad'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
