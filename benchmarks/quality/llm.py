@@ -39,7 +39,7 @@ from benchmarks.quality.training import Head, Training
 
 __all__ = ["Languages"]
 
-_REVISION = 2
+_REVISION = 3
 _LENGTH = 256
 _SPLIT_SEED = 0
 # AdaMerging looks at every fourth position: the logits of all of them take longer than the layers
