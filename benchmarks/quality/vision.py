@@ -31,7 +31,7 @@ from benchmarks.quality.vision_model import Maps
 
 __all__ = ["Vision"]
 
-_REVISION = 2
+_REVISION = 3
 _EXTRAS_REVISION = 1
 _SIZES = {"train": 2800, "validation": 300, "test": 1400}
 _QUICK_SIZES = {"train": 60, "validation": 10, "test": 20}
