@@ -198,6 +198,8 @@ def test_drawn_classes_follow_the_softmax(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.rand", lambda *shape, **how: torch.ones(*shape, dtype=how["dtype"]))
     assert draw_classes(logits[:3], torch.Generator()).tolist() == [4, 4, 4]
     assert draw_classes(torch.zeros(0, 3), torch.Generator()).shape == (0,)
+    beyond = torch.tensor([[0.0, 1e300, 0.0]], dtype=torch.float64)  # of float32
+    assert draw_classes(beyond, torch.Generator()).tolist() == [1]
 
 
 def test_sequences_with_ignored_labels_and_shared_parameters() -> None:

@@ -22,11 +22,12 @@ from benchmarks.demo.cache import Cache
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_folder
 from benchmarks.quality import __main__ as program
-from benchmarks.quality import corruptions, ncnn, report, text_tasks, trials
+from benchmarks.quality import classifiers, corruptions, ncnn, report, text_tasks, trials
 from benchmarks.quality.adaptation import Adaptation, Drawn
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.methods import METHODS, SETTINGS, Method, State
 from benchmarks.quality.runner import Outcome, Run, geometry, run
-from benchmarks.quality.suite import Classifiers, Split
+from benchmarks.quality.suite import Split
 from benchmarks.quality.training import Training
 
 WIDTH = 12
@@ -164,7 +165,7 @@ def test_a_second_run_computes_nothing(
 ) -> None:
     folder, found = finished
     suite = prepared(folder)
-    monkeypatch.setattr("benchmarks.quality.suite.fine_tune", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(classifiers, "fine_tune", lambda *_: pytest.fail("trained"))
     again = run(suite, [0, 1], methods=SOME)
     assert suite.made == 0
     assert again == found
@@ -189,7 +190,7 @@ def test_another_test_set_trains_nothing_again(
     folder, found = finished
     suite = Fewer(Cache(folder), Log())
     suite.prepare()
-    monkeypatch.setattr("benchmarks.quality.suite.fine_tune", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(classifiers, "fine_tune", lambda *_: pytest.fail("trained"))
     fewer = run(suite, [0, 1], methods=SOME)
     assert suite.made > 0
     assert fewer.searches == found.searches

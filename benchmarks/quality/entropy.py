@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import pymerge
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.methods import State
-from benchmarks.quality.suite import Classifiers
 from benchmarks.quality.training import LOGIT_SCALE
 from pymerge.adamerging import entropy_of_each
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import pymerge
 from benchmarks.demo.cache import digest
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.correlation import Correlation, correlations, reliability, spearman
 from benchmarks.quality.methods import State
 from benchmarks.quality.small_merges import (
@@ -21,7 +22,7 @@ from benchmarks.quality.small_merges import (
     measure,
     sets_of,
 )
-from benchmarks.quality.suite import Classifiers, digest_state
+from benchmarks.quality.suite import digest_state
 from pymerge.analysis import Analysis
 from pymerge.analysis.interference import ACROSS, predict_interference
 from pymerge.analysis.page_data import mean_of, off_diagonal

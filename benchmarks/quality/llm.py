@@ -24,16 +24,10 @@ from benchmarks.demo.packages import package_version
 from benchmarks.demo.text import DOMAINS, PACKAGE, Domain, token_blocks
 from benchmarks.quality import llm_model
 from benchmarks.quality.adaptation import Adaptation
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.llm_model import Blocks
 from benchmarks.quality.methods import State
-from benchmarks.quality.suite import (
-    Classifiers,
-    Merged,
-    Part,
-    Split,
-    load_state,
-    save_state,
-)
+from benchmarks.quality.suite import Merged, Part, Split, load_state, save_state
 from benchmarks.quality.text_tasks import verses
 from benchmarks.quality.training import Head, Training
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import pymerge
 from benchmarks.demo.cache import digest
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.methods import State
-from benchmarks.quality.suite import Classifiers, digest_state
+from benchmarks.quality.suite import digest_state
 
 __all__ = ["FOLDER", "RECIPES", "Measured", "Recipe", "Scores", "measure", "sets_of"]
 

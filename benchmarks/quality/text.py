@@ -14,7 +14,8 @@ from benchmarks.demo.cache import Cache, write_text
 from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.quality import text_model, text_tasks
-from benchmarks.quality.suite import Classifiers, Split
+from benchmarks.quality.classifiers import Classifiers
+from benchmarks.quality.suite import Split
 from benchmarks.quality.text_tasks import TASKS, TextTask
 from benchmarks.quality.training import Training
 

@@ -22,8 +22,9 @@ from benchmarks.demo.cache import Cache, digest
 from benchmarks.demo.console import Log
 from benchmarks.quality.__main__ import SUITES
 from benchmarks.quality.adaptation import Drawn
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.methods import State
-from benchmarks.quality.suite import Classifiers, digest_state
+from benchmarks.quality.suite import digest_state
 from benchmarks.tables import RESULTS, Table, save
 from pymerge.adamerging import entropy_of_each
 

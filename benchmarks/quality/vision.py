@@ -16,16 +16,11 @@ from benchmarks.demo.console import Log
 from benchmarks.demo.packages import package_version
 from benchmarks.quality import image_tasks, vision_model
 from benchmarks.quality.adaptation import Adaptation
+from benchmarks.quality.classifiers import Classifiers
 from benchmarks.quality.debian import unpacked
 from benchmarks.quality.image_tasks import TASKS
 from benchmarks.quality.methods import State
-from benchmarks.quality.suite import (
-    Classifiers,
-    Merged,
-    Split,
-    load_state,
-    save_state,
-)
+from benchmarks.quality.suite import Merged, Split, load_state, save_state
 from benchmarks.quality.training import Training
 from benchmarks.quality.vision_model import Maps
 

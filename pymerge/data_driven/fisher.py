@@ -257,8 +257,6 @@ class _How:
                     f"{int(found.min())} to {int(found.max())}"
                 )
             return found.long()
-        if not _finite(logits):
-            raise RequestError(f"{where}: the logits hold NaN or infinity")
         drawn = draw_classes(logits.detach().reshape(-1, logits.shape[-1]), self.generator)
         return drawn.reshape(logits.shape[:-1]).to(logits.device)
 

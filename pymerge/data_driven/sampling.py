@@ -26,7 +26,8 @@ def draw_classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tens
     rows = max(1, _AT_ONCE // logits.shape[-1])
     drawn = [torch.empty(0, 1, dtype=torch.int64)]
     for part, share in zip(logits.split(rows), uniform.split(rows), strict=True):
-        odds = part.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        wide = part if part.dtype == torch.float64 else part.float()
+        odds = wide.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
         whole = odds[:, -1:]
         # below the whole also after rounding, so that no class of odds 0 is drawn at the end
         wanted = torch.minimum(share * whole, torch.nextafter(whole, torch.zeros_like(whole)))
