@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pymerge import AdaMerging, RequestError
+from pymerge.adamerging import fit as fit_of_ada
+from pymerge.adamerging.command import run_ada
 from pymerge.cli import main
 from tests.test_adamerging_save import checkpoints
 
@@ -25,6 +29,9 @@ def setup(width):
 def joined(width):
     join = lambda batches: (torch.cat([x for x, _ in batches]), None)
     return setup(width) | {"join": join, "labelled": None}
+def counted(width):
+    labels = lambda batch: batch[1].masked_fill(batch[1] == 0, -100)
+    return setup(width) | {"labels": labels}
 def lacking(width):
     return {"model": Net(width)}
 def nothing(width):
@@ -87,6 +94,58 @@ def test_command_joins_batches(
     config.write_text(json.dumps(plain | {"fit": {"join": "pad"}}))
     assert main(["ada", str(config), str(tmp_path / "bad")]) == 2
     assert "join: expected concatenate or a function, got 'pad'" in capsys.readouterr().err
+
+
+def test_every_key_of_fit_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fit = {
+        "steps": 3,
+        "lr": 0.5,
+        "batches_per_task": 3,
+        "entropy": "fusion_bench",
+        "weights": [1, 2, 3],
+        "tokens": 4,
+        "autocast": "bfloat16",
+        "seed": 5,
+        "accumulate": "coefficients",
+        "join": "concatenate",
+        "patience": 7,
+        "min_delta": 0.25,
+        "checkpoint_every": 2,
+    }
+    own = {"inputs", "checkpoint", "resume", "progress"}
+    parameters = set(inspect.signature(fit_of_ada).parameters) - {"ada", "loaders"}
+    assert set(fit) == parameters - own
+    taken: dict[str, Any] = {}
+
+    def spy(ada: Any, loaders: Any, **how: Any) -> Any:
+        taken.update(how)
+        raise RequestError("enough")
+
+    monkeypatch.setattr(AdaMerging, "fit", spy)
+    config = ada_config(tmp_path, fit=fit)
+    with pytest.raises(RequestError, match="enough"):
+        run_ada(config, tmp_path / "out")
+    assert {name: taken[name] for name in fit} == fit | {"autocast": torch.bfloat16}
+    assert set(taken) == parameters
+
+
+def test_command_takes_labels_of_the_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    counts = []
+    config = ada_config(tmp_path)
+    plain = config.read_text()
+    for name in ("setup", "counted"):
+        config.write_text(plain.replace("ada_entry:setup", f"ada_entry:{name}"))
+        run_ada(config, tmp_path / name)
+        rows = json.loads((tmp_path / f"{name}.ada" / "correlations.json").read_text())
+        counts.append([row["examples"] for row in rows])
+    assert counts[0] == [18, 18, 18]
+    assert counts[1][0] < 18
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import nn
 
 from pymerge import AdaMerging, MergeError, RequestError
@@ -189,6 +190,58 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, streamed: bool) -> None:
         ada.fit(loaders(), steps=12, checkpoint=state, progress=False)
 
 
+def test_a_run_goes_on_with_the_same_models_and_init_only(tmp_path: Path) -> None:
+    net, base, models = make()
+    state = tmp_path / "state"
+
+    def go_on(*changed: State, init: Any = 0.3, trimmed: bool = False) -> str:
+        ada = AdaMerging(net, base, changed or models, trimmed=trimmed, init=init)
+        try:
+            return ada.fit(loaders(), steps=2, checkpoint=state, progress=False).stopped
+        except RequestError as error:
+            return str(error)
+
+    assert go_on() == "steps"
+    assert go_on() == "already done"
+    assert go_on(*(dict(model) for model in models)) == "already done"
+    assert "was made with init 0.3" in go_on(init=0.5)
+    table = torch.linspace(0, 1, 12).view(3, 4)
+    assert re.search(r"init 0.3\d*, now it is 'a table, sha256:", go_on(init=table))
+    other = [{name: tensor.clone() for name, tensor in model.items()} for model in models]
+    other[2]["second.bias"][-1] += 1
+    assert "was made with base and models with the contents 'sha256:" in go_on(*other)
+    state.unlink()
+    assert go_on(trimmed=True) == "steps"
+    assert go_on(trimmed=True) == "already done"
+    other[2]["second.bias"][-1] += 1
+    assert "base and models with the contents" in go_on(*other, trimmed=True)
+
+
+def test_states_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    ada, _ = fitted(steps=2, checkpoint=state)
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    good = load_file(state)
+
+    def message(tensors: State, **changed: str) -> str:
+        save_file(tensors, state, metadata | changed)
+        with pytest.raises(RequestError) as caught:
+            ada.fit(loaders(), steps=4, checkpoint=state, progress=False)
+        return str(caught.value)
+
+    assert "coefficients has shape (2, 2), expected (3, " in message(
+        good | {"coefficients": torch.zeros(2, 2)}
+    )
+    assert "adam.exp_avg has shape (1,)" in message(good | {"adam.exp_avg": torch.zeros(1)})
+    assert "settings or history are of another kind" in message(good, settings="[]")
+    assert "settings or history are of another kind" in message(good, history="{}")
+    assert "cannot be read: Expecting value" in message(good, history="")
+    assert "one of another version" in message(good, format="pymerge.adamerging.fit/1")
+    save_file(good, state, metadata)
+    assert ada.fit(loaders(), steps=2, checkpoint=state, progress=False).stopped == "already done"
+
+
 def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     with pytest.raises(MergeError, match=r"checkpoint: .*state: cannot be written"):
@@ -250,6 +303,8 @@ def test_language_model_with_padding() -> None:
         ({"tokens": 0}, "tokens: expected an integer >= 1"),
         ({"checkpoint": "/nowhere/at/all"}, "checkpoint: the directory /nowhere/at does not exist"),
         ({"patience": 0}, "patience: expected an integer >= 1"),
+        ({"min_delta": "small"}, "min_delta: expected a number >= 0, got 'small'"),
+        ({"min_delta": -1.0}, "min_delta: expected a number >= 0"),
         ({"weights": [1.0, 2.0]}, r"weights: expected 3 positive numbers, got \[1.0, 2.0\]"),
         ({"weights": [1.0, 0.0, 1.0]}, "weights: expected 3 positive numbers"),
     ],
@@ -314,25 +369,3 @@ def test_a_diverging_run_keeps_the_last_good_coefficients(tmp_path: Path) -> Non
     kept = load_file(tmp_path / "state.last-good.safetensors")["coefficients"]
     assert torch.equal(kept, ada.raw_coefficients.detach())
     assert str(tmp_path) in str(caught.value)
-
-
-def test_correlations_are_those_of_scipy() -> None:
-    net, base, models = make()
-    ada = AdaMerging(net, base, models, names=["a", "b", "c"])
-    torch.manual_seed(0)
-    data = [[(x, torch.randint(0, 5, (6,))) for x in own] for own in loaders()]
-    found = ada.correlations(data)
-    assert [one.task for one in found] == ["a", "b", "c"]
-    assert found[0].examples == 24
-    with torch.no_grad():
-        logits = torch.cat([ada(x) for x, _ in data[1]])
-        wanted = torch.cat([y for _, y in data[1]])
-    each = entropy_of_each(logits)
-    loss = nn.functional.cross_entropy(logits, wanted, reduction="none")
-    assert found[1].spearman == pytest.approx(stats.spearmanr(each, loss)[0], abs=1e-6)
-    assert found[1].pearson == pytest.approx(stats.pearsonr(each, loss)[0], abs=1e-6)
-    assert found[1].accuracy == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
-    with pytest.raises(RequestError, match="expected at least two examples, got 0"):
-        ada.correlations([[]])
-    with pytest.raises(RequestError, match="labels: expected batches"):
-        ada.correlations([[torch.randn(2, 8)]])

@@ -9,7 +9,7 @@ from pymerge.adamerging.module import AdaMerging
 from pymerge.adamerging.ops import merged_layer, merged_packed_layer
 from pymerge.adamerging.packed import Packed, pack_trimmed
 from pymerge.adamerging.presets import PRESETS, Preset
-from pymerge.adamerging.statistics import TaskCorrelation, correlations
+from pymerge.adamerging.statistics import TaskCorrelation, correlations, next_tokens
 
 __all__ = [
     "PRESETS",
@@ -25,5 +25,6 @@ __all__ = [
     "fit",
     "merged_layer",
     "merged_packed_layer",
+    "next_tokens",
     "pack_trimmed",
 ]

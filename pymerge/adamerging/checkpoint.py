@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["load_state", "save_state"]
 
-_FORMAT = "pymerge.adamerging.fit/1"
+Tensor = torch.Tensor
+
+_FORMAT = "pymerge.adamerging.fit/2"
+# Of each tensor, so many blocks of so many elements tell whether a checkpoint is the same.
+_BLOCKS = 4
+_BLOCK = 256
+# How messages call settings that are not arguments.
+_MEANING = {"contents": "base and models with the contents"}
 
 
 def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
@@ -31,6 +39,8 @@ def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
         "density": ada.density if ada.trimmed else None,
         "models": list(ada.names),
         "groups": list(ada.grouping.names),
+        "contents": _contents(ada),
+        "init": _init(ada.init),
         "lr": how.lr,
         "batches_per_task": how.batches,
         "weights": list(how.weights),
@@ -38,6 +48,28 @@ def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
         "tokens": how.tokens,
         "seed": how.seed,
     }
+
+
+def _contents(ada: AdaMerging) -> str:
+    """Return what tells other checkpoints of the same names: a digest of some of each tensor."""
+    digest = hashlib.sha256()
+    for label, name, tensor in ada.stored_tensors():
+        digest.update(f"{label} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        for part in range(_BLOCKS):
+            start = part * flat.numel() // _BLOCKS
+            some = flat[start : start + _BLOCK].cpu().contiguous()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _init(table: Tensor) -> float | str:
+    """Return the one coefficient that a fit begins with, or a digest of its table."""
+    values = table.unique()
+    if len(values) == 1:
+        return float(values)
+    digest = hashlib.sha256(table.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"a table, sha256:{digest.hexdigest()[:16]}"
 
 
 def save_state(
@@ -75,21 +107,33 @@ def load_state(
     except (SafetensorError, OSError) as error:
         raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
     if metadata.get("format") != _FORMAT or "coefficients" not in tensors:
-        raise RequestError(f"checkpoint: {path}: expected the state of a fit, got another file")
+        raise RequestError(
+            f"checkpoint: {path}: expected the state of a fit, got another file (or one of another "
+            "version; resume=False replaces it)"
+        )
     try:
         saved, history = json.loads(metadata["settings"]), json.loads(metadata["history"])
+        if not isinstance(saved, dict) or not isinstance(history, list):
+            raise ValueError("settings or history are of another kind")
     except (KeyError, ValueError) as error:
         raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
-    own = _settings(ada, how)
-    own = json.loads(json.dumps(own))
+    own = json.loads(json.dumps(_settings(ada, how)))
     for name, value in own.items():
         if saved.get(name) != value:
             raise RequestError(
-                f"checkpoint: {path}: was made with {name} {_short(saved.get(name))}, now it is "
-                f"{_short(value)}; give the same, another file, or resume=False"
+                f"checkpoint: {path}: was made with {_MEANING.get(name, name)} "
+                f"{_short(saved.get(name))}, now it is {_short(value)}; give the same, another "
+                "file, or resume=False"
+            )
+    table = ada.raw_coefficients
+    for name, tensor in tensors.items():
+        if name != "adam.step" and tensor.shape != table.shape:
+            raise RequestError(
+                f"checkpoint: {path}: cannot be read: {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(table.shape)}"
             )
     with torch.no_grad():
-        ada.raw_coefficients.copy_(tensors["coefficients"])
+        table.copy_(tensors["coefficients"])
     state = {
         name.removeprefix("adam."): tensor
         for name, tensor in tensors.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 from pymerge.adamerging.fit import FitResult, batch_inputs
 from pymerge.adamerging.join import Join
 from pymerge.adamerging.module import AdaMerging
+from pymerge.adamerging.statistics import batch_labels, require_scipy
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError, nearest
@@ -33,7 +35,8 @@ class AdaSetup:
     model: the architecture. loaders: for each task, an iterable of batches without or with labels
     (which are not used). heads: for each task, what makes logits, or None. inputs: what the model
     is called with; see `pymerge.adamerging.fit.batch_inputs`. labelled: for each task, batches with
-    labels, for the correlation of entropy and loss; or None. join: instead of the config's; see
+    labels, for the correlation of entropy and loss; or None. labels: what they are, a function of a
+    batch; see `pymerge.adamerging.correlations`. join: instead of the config's; see
     `pymerge.adamerging.fit.fit`.
     """
 
@@ -42,6 +45,7 @@ class AdaSetup:
     heads: Sequence[Callable[..., Any]] | None = None
     inputs: Callable[[Any], Any] = batch_inputs
     labelled: Sequence[Iterable[Any]] | None = None
+    labels: Callable[[Any], torch.Tensor] = batch_labels
     join: str | Join | None = None
 
 
@@ -167,6 +171,8 @@ def run_ada(
     if problems:
         raise RequestError(problems)
     setup = _entry(settings, document)
+    if setup.labelled is not None:
+        require_scipy()
     clamp = settings.clamp
     ada = AdaMerging(
         setup.model,
@@ -184,33 +190,26 @@ def run_ada(
     )
     side = out.with_name(f"{out.name}.ada")
     side.mkdir(parents=True, exist_ok=True)
+    # Every key of the config's `fit` is an argument of `AdaMerging.fit`.
+    chosen: dict[str, Any] = dict(how) | {"autocast": cast}
+    if setup.join is not None:
+        chosen["join"] = setup.join
     result = ada.fit(
         setup.loaders,
-        how.steps,
-        lr=how.lr,
-        batches_per_task=how.batches_per_task,
-        entropy=how.entropy,
         inputs=setup.inputs,
-        tokens=how.tokens,
-        autocast=cast,
-        seed=how.seed,
-        accumulate=how.accumulate,
-        join=how.join if setup.join is None else setup.join,
-        patience=how.patience,
-        min_delta=how.min_delta,
         checkpoint=side / "state.safetensors",
-        checkpoint_every=how.checkpoint_every,
         resume=resume,
         progress=not quiet,
+        **chosen,
     )
     _write_side(ada, result, side)
     if setup.labelled is not None:
-        found = ada.correlations(setup.labelled, inputs=setup.inputs)
+        found = ada.correlations(setup.labelled, inputs=setup.inputs, labels=setup.labels)
         rows = [
             {
                 "task": one.task,
-                "spearman": one.spearman,
-                "pearson": one.pearson,
+                "spearman": None if math.isnan(one.spearman) else one.spearman,
+                "pearson": None if math.isnan(one.pearson) else one.pearson,
                 "accuracy": one.accuracy,
                 "examples": one.examples,
             }

@@ -19,7 +19,7 @@ from pymerge.errors import MergeError, RequestError
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
 
-__all__ = ["FitResult", "batch_inputs", "fit"]
+__all__ = ["FitResult", "batch_inputs", "fit", "moved"]
 
 Tensor = torch.Tensor
 Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]]
@@ -300,7 +300,7 @@ class _Run:
         }
 
     def _next(self, task: int) -> Any:
-        return _moved(next(self.batches[task]), self.ada.raw_coefficients.device)
+        return moved(next(self.batches[task]), self.ada.raw_coefficients.device)
 
     def _loss(
         self,
@@ -374,12 +374,14 @@ def _tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"[{number}]{rest}", tensor) for rest, tensor in _tensors(value))
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device: itself, or one of the same form."""
+    if callable(move := getattr(batch, "to", None)):  # tensors, and batches that have a way
+        return move(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return [_moved(value, device) for value in batch]
+        return type(batch)(moved(value, device) for value in batch)
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fi
         return value
 
     rate = preset.lr if given["lr"] is None else given["lr"]
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         problems.append(f"lr: expected a positive number, got {rate!r}")
     weights = given["weights"]
     count = len(loaders) if isinstance(loaders, Sequence) else 0
@@ -88,6 +89,10 @@ def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fi
     path = None if given["checkpoint"] is None else Path(given["checkpoint"])
     if path is not None and not path.parent.is_dir():
         problems.append(f"checkpoint: the directory {path.parent} does not exist")
+    delta = given["min_delta"]
+    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 <= delta < math.inf:
+        problems.append(f"min_delta: expected a number >= 0, got {delta!r}")
+        delta = 0.0
     patience = given["patience"]
     tokens = given["tokens"]
     result = Fitting(
@@ -102,7 +107,7 @@ def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fi
         accumulate=given["accumulate"],
         join=concatenate if join in JOINS else join,
         patience=None if patience is None else integer("patience", patience, 1, 1),
-        min_delta=float(given["min_delta"]),
+        min_delta=float(delta),
         checkpoint=path,
         checkpoint_every=integer("checkpoint_every", given["checkpoint_every"], 25, 1),
         resume=bool(given["resume"]),
@@ -115,6 +120,5 @@ def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fi
 
 def _positive(values: Any) -> bool:
     return isinstance(values, Sequence) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
-        for x in values
+        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in values
     )

@@ -72,7 +72,8 @@ class AdaMerging(nn.Module):
             model: the architecture, any module, in the mode (train or eval) it shall run in. Its
                 own parameters are not used: it may be on the meta device.
             base: theta_0: a state dict, a module, or the path of a checkpoint (which is mapped, not
-                read).
+                read). What it has beside the architecture's tensors takes no part; a checkpoint's
+                are the base's in what `save` writes.
             models: theta_1 .. theta_K, the same.
             granularity: which tensors share coefficients: "layer" (each tensor has its own, as in
                 the authors' code), "module", "task" (all), or a list of regular expressions; see
@@ -134,9 +135,9 @@ class AdaMerging(nn.Module):
             self._plain["models"] = [{} for _ in models]
         wide = any(tensor.dtype == torch.float64 for tensor in own.values())
         shape = (len(self.names), len(self.grouping.names))
-        self.raw_coefficients = nn.Parameter(
-            initial_coefficients(init, shape, torch.float64 if wide else torch.float32)
-        )
+        table = initial_coefficients(init, shape, torch.float64 if wide else torch.float32)
+        self._plain["init"] = table.clone()
+        self.raw_coefficients = nn.Parameter(table)
         self.register_buffer(
             "_index", torch.tensor(self.grouping.index, dtype=torch.int64), persistent=False
         )
@@ -198,6 +199,11 @@ class AdaMerging(nn.Module):
     def heads(self) -> list[Callable[..., Any]] | None:
         return self._plain["heads"]
 
+    @property
+    def init(self) -> Tensor:
+        """The coefficients at the start, [models, groups], on the CPU."""
+        return self._plain["init"]
+
     def used_coefficients(self) -> Tensor:
         """Return lambda as it is used, [models, merged tensors], on the CPU, differentiable."""
         table = self.raw_coefficients
@@ -245,7 +251,8 @@ class AdaMerging(nn.Module):
 
         Args:
             args, kwargs: of the architecture.
-            task: whose head makes the logits; needed where there are heads.
+            task: 0 .. models - 1, whose head makes the logits; needed where there are heads, and
+                without effect where there are none.
 
         Returns:
             What the architecture returns, or what the task's head makes of it.
@@ -281,12 +288,11 @@ class AdaMerging(nn.Module):
 
     def _check_task(self, task: int | None) -> None:
         heads = self._plain["heads"]
-        if heads is None:
+        if task is None and heads is None:
             return
-        if task is None or not 0 <= task < len(heads):
-            raise RequestError(
-                f"task: expected 0 .. {len(heads) - 1}, one of the heads; got {task}"
-            )
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(self.names):
+            what = "one of the models" if heads is None else "one of the heads"
+            raise RequestError(f"task: expected 0 .. {len(self.names) - 1}, {what}; got {task!r}")
 
     def fit(
         self, loaders: Sequence[Iterable[Any]], steps: int | None = None, **how: Any
@@ -340,17 +346,26 @@ class AdaMerging(nn.Module):
 
         return correlations(self, loaders, **how)
 
+    def stored_tensors(self) -> Iterable[tuple[str, str, Tensor]]:
+        """Give what is kept of the checkpoints: "base" or "models[k]", a name, a tensor.
+
+        Of trimmed task vectors, the values that are kept.
+        """
+        plain = self._plain
+        for name, tensor in plain["base"].items():
+            yield "base", name, tensor
+        for k, model in enumerate(plain["models"]):
+            for name, tensor in model.items():
+                yield f"models[{k}]", name, tensor
+        for name, own in (plain["packed"] or {}).items():
+            for k, one in enumerate(own):
+                yield f"models[{k}]", name, one.values
+
     def find_nonfinite(self) -> str | None:
         """Return the name of a tensor of a checkpoint that holds NaN or infinity, or None."""
-        plain = self._plain
-        named = [("base", plain["base"])]
-        named += [(f"models[{k}]", model) for k, model in enumerate(plain["models"])]
-        for name, own in (plain["packed"] or {}).items():
-            named += [(f"models[{k}]", {name: one.values}) for k, one in enumerate(own)]
-        for label, tensors in named:
-            for name, tensor in tensors.items():
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    return f"{label}[{name!r}]"
+        for label, name, tensor in self.stored_tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return f"{label}[{name!r}]"
         return None
 
     def nbytes(self) -> int:

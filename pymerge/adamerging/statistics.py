@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from pymerge.adamerging.fit import batch_inputs
+from pymerge.adamerging.fit import batch_inputs, moved
 from pymerge.adamerging.losses import entropy_of_each, find_logits
 from pymerge.errors import RequestError
 
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
 
-__all__ = ["TaskCorrelation", "correlations"]
+__all__ = [
+    "IGNORED",
+    "TaskCorrelation",
+    "batch_labels",
+    "correlations",
+    "next_tokens",
+    "require_scipy",
+]
 
 Tensor = torch.Tensor
+
+# The label of what is not counted, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,9 @@ def _first(result: Any) -> float:
     return float(result[0])
 
 
-def _labels(batch: Any) -> Tensor:
-    if isinstance(batch, dict):
+def batch_labels(batch: Any) -> Tensor:
+    """Return the labels of a batch: a tuple's second item, or a dictionary's "labels"."""
+    if isinstance(batch, Mapping):
         for name in ("labels", "label", "targets", "target"):
             if name in batch:
                 return batch[name]
@@ -59,13 +71,55 @@ def _labels(batch: Any) -> Tensor:
     )
 
 
+def next_tokens(batch: Any) -> Tensor:
+    """Return what a causal language model is to predict: the next token at each position.
+
+    For `correlations(labels=next_tokens)`. The last position, and those before padding, have none.
+
+    Args:
+        batch: token numbers [batch, length]: a tensor, the first item of a tuple, or a dictionary's
+            "input_ids", whose "attention_mask" tells padding.
+
+    Returns:
+        Token numbers [batch, length], int64; IGNORED where there is no next token.
+
+    >>> next_tokens(torch.tensor([[5, 6, 7]]))
+    tensor([[   6,    7, -100]])
+    """
+    mask = None
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        batch = batch.get("input_ids")
+    if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point():
+        got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise RequestError(f"labels: expected token numbers of shape [batch, length], got {got}")
+    following = torch.full_like(batch, IGNORED, dtype=torch.int64)
+    following[:, :-1] = batch[:, 1:]
+    if isinstance(mask, Tensor):
+        following[:, :-1].masked_fill_(mask[:, 1:].to(batch.device) == 0, IGNORED)
+    return following
+
+
+def require_scipy() -> Any:
+    """Return scipy.stats, or raise RequestError where there is none."""
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise RequestError(
+            f"correlations: needs scipy ({error}); pip install 'pymerge-kernels[plot]'"
+        ) from None
+    return stats
+
+
 @torch.no_grad()
 def correlations(
     ada: AdaMerging,
     loaders: Sequence[Iterable[Any]],
     *,
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] = batch_inputs,
-    labels: Callable[[Any], Tensor] = _labels,
+    labels: Callable[[Any], Tensor] = batch_labels,
     names: Sequence[str] | None = None,
 ) -> list[TaskCorrelation]:
     """Return the Spearman and Pearson correlation of entropy and loss, for each task.
@@ -74,20 +128,24 @@ def correlations(
     for their eight tasks; where it is low, minimising the entropy need not help. Needs scipy.
 
     Args:
-        loaders: for each task, batches with labels: class numbers, [batch].
-        inputs: what the model is called with; see `fit.batch_inputs`.
-        labels: of a batch; default its second item, or its "labels".
+        loaders: for each task, batches with labels.
+        inputs: what the model is called with; see `fit.batch_inputs`. Its mask tells padding, which
+            is left out.
+        labels: of a batch; see `batch_labels`. The number of the right class
+            of each prediction, of the logits' shape without their last dimension: [batch], or
+            [batch, length]. Predictions with the label -100 (IGNORED) are left out. A causal
+            language model's are `next_tokens`.
         names: of the tasks; default those of the models.
 
     Raises:
-        RequestError: no batches, or fewer than two examples; labels that are no class numbers.
+        RequestError: no batches, or fewer than two examples; labels that are no class numbers;
+            logits that are not finite.
     """
-    try:
-        from scipy import stats
-    except ImportError as error:
+    stats = require_scipy()
+    if ada.heads is not None and len(loaders) > len(ada.heads):
         raise RequestError(
-            f"correlations: needs scipy ({error}); pip install 'pymerge-kernels[plot]'"
-        ) from None
+            f"loaders: expected at most {len(ada.heads)}, one for each head; got {len(loaders)}"
+        )
     merged = {name: tensor.detach() for name, tensor in ada.merged_parameters().items()}
     named = list(names or ada.names)
     device = ada.raw_coefficients.device
@@ -97,24 +155,22 @@ def correlations(
         losses: list[Tensor] = []
         right = 0
         for batch in loader:
-            args, kwargs, _ = inputs(batch)
-            args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
-            kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            logits = find_logits(ada.run(merged, args, kwargs, task), f"loaders[{task}]: logits")
-            wanted = labels(batch).to(logits.device)
-            if tuple(wanted.shape) != tuple(logits.shape[:-1]) or wanted.is_floating_point():
-                raise RequestError(
-                    f"loaders[{task}]: labels: expected class numbers of shape "
-                    f"{tuple(logits.shape[:-1])}, got {wanted.dtype} {tuple(wanted.shape)}"
-                )
-            flat, wanted = logits.float().reshape(-1, logits.shape[-1]), wanted.reshape(-1).long()
-            entropies.append(entropy_of_each(flat).cpu())
-            losses.append(torch.nn.functional.cross_entropy(flat, wanted, reduction="none").cpu())
-            right += int((flat.argmax(-1) == wanted).sum())
+            batch = moved(batch, device)
+            args, kwargs, mask = inputs(batch)
+            where = f"loaders[{task}]"
+            logits = find_logits(ada.run(merged, args, kwargs, task), f"{where}: logits")
+            logits, wanted = _predictions(logits.float(), labels(batch), mask, where)
+            entropies.append(entropy_of_each(logits).cpu())
+            losses.append(nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
+            right += int((logits.argmax(-1) == wanted).sum())
         own = torch.cat(entropies) if entropies else torch.empty(0)
         if len(own) < 2:
             raise RequestError(f"loaders[{task}]: expected at least two examples, got {len(own)}")
         loss = torch.cat(losses)
+        if not bool(torch.isfinite(own).all() and torch.isfinite(loss).all()):
+            raise RequestError(
+                f"loaders[{task}]: expected finite entropies and losses, got NaN or infinity"
+            )
         constant = bool((own == own[0]).all() or (loss == loss[0]).all())
         pair = own.double().numpy(), loss.double().numpy()
         spearman = float("nan") if constant else _first(stats.spearmanr(*pair))
@@ -122,3 +178,29 @@ def correlations(
         name = named[task] if task < len(named) else f"task {task}"
         found.append(TaskCorrelation(name, spearman, pearson, right / len(own), own, loss))
     return found
+
+
+def _predictions(
+    logits: Tensor, labels: Any, mask: Tensor | None, where: str
+) -> tuple[Tensor, Tensor]:
+    """Return logits [n, classes] and labels [n] of the predictions that count."""
+    shape, classes = tuple(logits.shape[:-1]), logits.shape[-1]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise RequestError(f"{where}: labels: expected integers of shape {shape}, got {got}")
+    if tuple(labels.shape) != shape:
+        raise RequestError(
+            f"{where}: labels: expected class numbers of shape {shape}, got {tuple(labels.shape)}"
+        )
+    wanted = labels.to(logits.device).long()
+    counts = wanted != IGNORED
+    if mask is not None and tuple(mask.shape) == shape:
+        counts &= mask.to(logits.device) != 0
+    wanted, logits = wanted[counts], logits[counts]
+    wrong = wanted[(wanted < 0) | (wanted >= classes)]
+    if len(wrong):
+        raise RequestError(
+            f"{where}: labels: expected class numbers 0 .. {classes - 1} (or {IGNORED}, not "
+            f"counted), got {int(wrong[0])}"
+        )
+    return logits, wanted
