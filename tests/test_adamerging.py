@@ -99,8 +99,89 @@ def test_second_derivative_is_refused() -> None:
     base, models = layer()
     lam = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
     loss = merged_layer(lam, base, models).square().sum()
+    (first,) = torch.autograd.grad(loss, lam, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        torch.autograd.grad(loss, lam, create_graph=True)
+        torch.autograd.grad(first.sum(), lam)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_functional_transforms(trimmed: bool) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models, trimmed=trimmed)
+    x = torch.randn(4, 8)
+    table = ada.raw_coefficients.detach().clone()
+
+    def outputs(table: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(ada, {"raw_coefficients": table}, (x,)).square().sum(0)
+
+    def loss(table: torch.Tensor) -> torch.Tensor:
+        return outputs(table).sum()
+
+    rows = []
+    for one in outputs(ada.raw_coefficients):
+        rows.append(torch.autograd.grad(one, ada.raw_coefficients, retain_graph=True)[0])
+    expected = torch.stack(rows)
+    torch.testing.assert_close(torch.func.jacrev(outputs)(table), expected)
+    torch.testing.assert_close(torch.func.grad(loss)(table), expected.sum(0))
+    pull: Any = torch.func.vjp(loss, table)[1]
+    torch.testing.assert_close(pull(torch.tensor(1.0))[0], expected.sum(0))
+    tables = torch.stack([table, 0.5 * table, 0 * table])
+    each = torch.stack([loss(one) for one in tables])
+    torch.testing.assert_close(torch.func.vmap(loss)(tables), each)
+    each = torch.stack([torch.func.grad(loss)(one) for one in tables])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(tables), each)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(lambda one: torch.func.grad(loss)(one).sum())(table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3), None, None), r"coefficients: expected shape \(2,\), one .*; got \(3,\)"),
+        ((torch.zeros(2, 1), None, None), r"coefficients: expected shape \(2,\), .*got \(2, 1\)"),
+        (([0.1, 0.2], None, None), "coefficients: expected a floating-point tensor .*, got list"),
+        ((torch.zeros(2).int(), None, None), "coefficients: expected a floating.*got torch.int32"),
+        ((None, torch.zeros(3, 2).int(), None), "base: expected a floating-point .*torch.int32"),
+        ((None, [1.0], None), "base: expected a floating-point tensor, got list"),
+        ((None, None, []), r"models: expected a list of at least one model, got \[\]"),
+        ((None, None, torch.zeros(2)), "models: expected a list of at least one model, got tensor"),
+        (
+            (None, None, [torch.zeros(2, 3)] * 2),
+            r"models\[0\]: expected shape \(3, 2\) on cpu like",
+        ),
+        ((None, None, [torch.zeros(3, 2), 1]), r"models\[1\]: expected a floating-point .*got int"),
+    ],
+)
+def test_layers_that_cannot_be_merged(arguments: tuple[Any, ...], message: str) -> None:
+    good = (torch.zeros(2), torch.zeros(3, 2), [torch.zeros(3, 2)] * 2)
+    given: list[Any] = [
+        own if one is None else one for one, own in zip(arguments, good, strict=True)
+    ]
+    with pytest.raises(RequestError, match=message):
+        merged_layer(*given)
+    with pytest.raises(
+        RequestError, match=r"dtype: expected a floating-point dtype, got torch\.int"
+    ):
+        merged_layer(*good, dtype=torch.int32)
+
+
+def test_packed_layers_that_cannot_be_merged() -> None:
+    base = {"x": torch.zeros(3, 40)}
+    (packed,) = pack_trimmed(base, [{"x": torch.randn(3, 40)}], density=0.5)["x"]
+    good = merged_packed_layer(torch.ones(1), base["x"], [packed])
+    assert 60 <= int((good != 0).sum()) <= 61
+    with pytest.raises(RequestError, match=r"packed\[0\]: expected a Packed, got torch.float32"):
+        merged_packed_layer(torch.ones(1), base["x"], [base["x"]])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        RequestError, match=r"packed\[0\]: expected a mask of 3 words and 2 offsets"
+    ):
+        merged_packed_layer(torch.ones(1), torch.zeros(90), [packed])
+    with pytest.raises(RequestError, match="packed: expected a list of at least one model"):
+        merged_packed_layer(torch.ones(1), base["x"], [])
+    with pytest.raises(RequestError, match=r"coefficients: expected shape \(1,\)"):
+        merged_packed_layer(torch.ones(2), base["x"], [packed])
 
 
 def test_nothing_is_copied_for_the_backward_pass() -> None:

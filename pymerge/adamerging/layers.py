@@ -14,13 +14,13 @@ from torch import nn
 
 from pymerge.errors import RequestError, nearest
 
-__all__ = ["Grouping", "Layers", "group_layers", "load_tensors", "match_layers"]
+__all__ = ["FLOATS", "Grouping", "Layers", "group_layers", "load_tensors", "match_layers"]
 
 Tensor = torch.Tensor
 StateDict = Mapping[str, Tensor]
 Granularity = str | Sequence[str]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHOWN = 5  # names in a message
 
 
@@ -122,7 +122,7 @@ def _misfits(label: str, tensors: StateDict, parameters: Mapping[str, nn.Paramet
                 f"{label}[{name!r}]: expected shape {tuple(parameter.shape)} like the "
                 f"architecture, got {tuple(tensor.shape)}"
             )
-        elif tensor.dtype not in _FLOATS:
+        elif tensor.dtype not in FLOATS:
             problems.append(
                 f"{label}[{name!r}]: expected a floating-point tensor, got {tensor.dtype}"
             )

@@ -9,17 +9,17 @@ Trimmed task vectors (AdaMerging++) come as bit masks and values, see `pymerge.a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from pymerge import _ops as _ops  # declares the in-place ops that these run on
+from pymerge.adamerging.layers import FLOATS
+from pymerge.adamerging.packed import Packed
 from pymerge.backends import choose, takes_fewer_models
 from pymerge.backends.arguments import sums_shape
 from pymerge.backends.sizes import SUM_CHUNK
-
-if TYPE_CHECKING:
-    from pymerge.adamerging.packed import Packed
+from pymerge.errors import RequestError
 
 __all__ = ["merged_layer", "merged_packed_layer"]
 
@@ -170,55 +170,156 @@ torch.library.register_fake("pymerge::merged_layer_dots", _one_a_model, lib=_LIB
 torch.library.register_fake("pymerge::merged_packed_layer_dots", _one_a_model, lib=_LIBRARY)
 
 
-def _refuse_second(gradient: Tensor) -> None:
-    if torch.is_grad_enabled() and gradient.requires_grad:
+class _Dots(torch.autograd.Function):
+    """The gradient of a merged layer with respect to its coefficients, which has none itself."""
+
+    @staticmethod
+    def forward(gradient: Tensor, base: Tensor, *models: Tensor) -> Tensor:
+        return torch.ops.pymerge.merged_layer_dots(gradient, base, list(models))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
             "AdaMerging: the gradient of a merged layer cannot be differentiated again; call "
             "backward or torch.autograd.grad without create_graph=True"
         )
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Tensor) -> tuple[Tensor, int]:
+        return _one_by_one(_Dots, info, in_dims, *arguments)
+
+
+class _PackedDots(_Dots):
+    @staticmethod
+    def forward(gradient: Tensor, base: Tensor, *packed: Tensor) -> Tensor:
+        return torch.ops.pymerge.merged_packed_layer_dots(gradient, base, *_parts(packed))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Tensor) -> tuple[Tensor, int]:
+        return _one_by_one(_PackedDots, info, in_dims, *arguments)
+
 
 class _MergedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, dtype: torch.dtype, base: Tensor, *models: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(base, *models)  # references: nothing is copied
-        ctx.like = (coefficients.dtype, coefficients.device)
+    def forward(coefficients: Tensor, dtype: torch.dtype, base: Tensor, *models: Tensor) -> Tensor:
         return torch.ops.pymerge.merged_layer(coefficients, base, list(models), dtype)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        coefficients, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)  # references: nothing is copied
+        ctx.like = (coefficients.dtype, coefficients.device)
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        _refuse_second(gradient)
         base, *models = ctx.saved_tensors
-        dots = torch.ops.pymerge.merged_layer_dots(gradient, base, models)
+        if torch.compiler.is_compiling():  # which does not trace a function within a backward pass
+            dots = torch.ops.pymerge.merged_layer_dots(*gradients, base, models)
+        else:
+            dots: Any = _Dots.apply(*gradients, base, *models)
         kind, device = ctx.like
         return (dots.to(device=device, dtype=kind), None, None, *[None] * len(models))
 
-
-class _MergedPackedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, dtype: torch.dtype, base: Tensor, *packed: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(base, *packed)
-        ctx.like = (coefficients.dtype, coefficients.device)
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        return _one_by_one(_MergedLayer, info, in_dims, *arguments)
+
+
+class _MergedPackedLayer(_MergedLayer):
+    @staticmethod
+    def forward(coefficients: Tensor, dtype: torch.dtype, base: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.pymerge.merged_packed_layer(coefficients, base, *_parts(packed), dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        _refuse_second(gradient)
         base, *packed = ctx.saved_tensors
-        dots = torch.ops.pymerge.merged_packed_layer_dots(gradient, base, *_parts(packed))
+        if torch.compiler.is_compiling():
+            dots = torch.ops.pymerge.merged_packed_layer_dots(*gradients, base, *_parts(packed))
+        else:
+            dots: Any = _PackedDots.apply(*gradients, base, *packed)
         kind, device = ctx.like
         return (dots.to(device=device, dtype=kind), None, None, *[None] * len(packed))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        return _one_by_one(_MergedPackedLayer, info, in_dims, *arguments)
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], info: Any, in_dims: Any, *arguments: Any
+) -> tuple[Tensor, int]:
+    """Apply a function to each of what torch.func.vmap maps over; return results along axis 0."""
+    results = [
+        function.apply(
+            *(
+                one if dim is None else one.select(dim, number)
+                for one, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for number in range(info.batch_size)
+    ]
+    return torch.stack([one for one in results if isinstance(one, Tensor)]), 0
 
 
 def _parts(packed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return masks, values and offsets of all models, which come model by model."""
     return list(packed[0::3]), list(packed[1::3]), list(packed[2::3])
+
+
+def _check_layer(
+    coefficients: Any, base: Any, models: Any, dtype: torch.dtype | None, label: str
+) -> None:
+    """Raise RequestError unless a layer can be merged of these."""
+    if not isinstance(base, Tensor) or base.dtype not in FLOATS:
+        raise RequestError(f"base: expected a floating-point tensor, got {_kind(base)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise RequestError(f"dtype: expected a floating-point dtype, got {dtype}")
+    if not isinstance(models, Sequence) or not models:
+        raise RequestError(f"{label}: expected a list of at least one model, got {models!r:.60}")
+    for k, model in enumerate(models):
+        if label == "packed":
+            _check_packed(model, base, f"packed[{k}]")
+        elif not isinstance(model, Tensor) or model.dtype not in FLOATS:
+            raise RequestError(f"models[{k}]: expected a floating-point tensor, got {_kind(model)}")
+        elif model.shape != base.shape or model.device != base.device:
+            raise RequestError(
+                f"models[{k}]: expected shape {tuple(base.shape)} on {base.device} like the base, "
+                f"got {tuple(model.shape)} on {model.device}"
+            )
+    wanted = (len(models),)
+    if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
+        raise RequestError(
+            f"coefficients: expected a floating-point tensor of shape {wanted}, got "
+            f"{_kind(coefficients)}"
+        )
+    if coefficients.shape != wanted:
+        raise RequestError(
+            f"coefficients: expected shape {wanted}, one for each model; got "
+            f"{tuple(coefficients.shape)}"
+        )
+
+
+def _check_packed(packed: Any, base: Tensor, where: str) -> None:
+    if not isinstance(packed, Packed):
+        raise RequestError(f"{where}: expected a Packed, got {_kind(packed)}")
+    words, chunks = -(-base.numel() // 32), -(-base.numel() // SUM_CHUNK)
+    if packed.mask.numel() != words or packed.offsets.numel() != chunks + 1:
+        raise RequestError(
+            f"{where}: expected a mask of {words} words and {chunks + 1} offsets for the base's "
+            f"shape {tuple(base.shape)}, got {packed.mask.numel()} and {packed.offsets.numel()}"
+        )
+    if packed.mask.device != base.device:
+        raise RequestError(
+            f"{where}: expected tensors on {base.device} like the base, got {packed.mask.device}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def merged_layer(
@@ -241,12 +342,16 @@ def merged_layer(
         dtype: of the result; default that of `base`. Arithmetic is in float32 (float64 if an input
             is), rounded once.
 
+    Raises:
+        RequestError: shapes, dtypes or devices that do not fit, one model too few.
+
     >>> lam = torch.tensor([0.5], requires_grad=True)
     >>> layer = merged_layer(lam, torch.zeros(2), [torch.tensor([1.0, 3.0])])
     >>> layer.sum().backward()
     >>> lam.grad
     tensor([4.])
     """
+    _check_layer(coefficients, base, models, dtype, "models")
     result = _MergedLayer.apply(coefficients, dtype or base.dtype, base, *models)
     assert isinstance(result, Tensor)
     return result
@@ -263,7 +368,11 @@ def merged_packed_layer(
 
     Args:
         packed: of each model; see `pymerge.adamerging.packed`.
+
+    Raises:
+        RequestError: as `merged_layer`.
     """
+    _check_layer(coefficients, base, packed, dtype, "packed")
     tensors = [tensor for own in packed for tensor in own.tensors]
     result = _MergedPackedLayer.apply(coefficients, dtype or base.dtype, base, *tensors)
     assert isinstance(result, Tensor)
