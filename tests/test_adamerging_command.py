@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import fit as fit_of_ada
+from pymerge.adamerging.arguments import model_names
 from pymerge.adamerging.command import run_ada
+from pymerge.adamerging.command_config import read_config
 from pymerge.cli import main
 from tests.test_adamerging_save import checkpoints
 
@@ -32,6 +34,12 @@ def joined(width):
 def counted(width):
     labels = lambda batch: batch[1].masked_fill(batch[1] == 0, -100)
     return setup(width) | {"labels": labels}
+def heads(width):
+    return setup(width) | {"heads": 3}
+def batches(width):
+    return setup(width) | {"loaders": 3}
+def model(width):
+    return setup(width) | {"model": "x"}
 def lacking(width):
     return {"model": Net(width)}
 def nothing(width):
@@ -131,6 +139,35 @@ def test_every_key_of_fit_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(taken) == parameters
 
 
+def test_a_config_may_have_tables_and_empty_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = ada_config(tmp_path, init=[[0.1], [0.2], [0.3]], clamp=[-1, 2], granularity="task")
+    config.write_text(config.read_text().replace('"fit": {"steps": 5, "lr": 0.01}', '"fit": null'))
+    read = read_config(config)
+    assert read.values.init == [[0.1], [0.2], [0.3]]
+    assert read.fit["steps"] is None
+    config.write_text(config.read_text().replace('"fit": null', '"fit": {"steps": 0}'))
+    run_ada(config, tmp_path / "out")
+    table = load_file(tmp_path / "out.ada" / "coefficients.safetensors")["coefficients"]
+    torch.testing.assert_close(table, torch.tensor([[0.1], [0.2], [0.3]]))
+
+
+def test_models_of_one_name_stay_apart() -> None:
+    assert model_names(["a/x", "b/x", Path("c"), {}, {}]) == (
+        "a/x",
+        "b/x",
+        "c",
+        "model 3",
+        "model 4",
+    )
+    assert model_names(["m", "m"]) == ("m (0)", "m (1)")
+    assert model_names(["a/m", "b/n"], ["n", None]) == ("n", "b/n")
+    assert model_names(["n", "b/n/"], [None, "x"]) == ("n", "x")
+
+
 def test_command_takes_labels_of_the_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +197,9 @@ def test_command_takes_labels_of_the_entry_point(
         ({"arguments": {}}, r"arguments: .*setup: missing a required argument: 'width'"),
         ({"arguments": {"widht": 8}}, "arguments: ada_entry:setup: missing a required argument"),
         ({"arguments": {"width": "8"}}, "entry: ada_entry:setup raised TypeError"),
+        ({"entry": "ada_entry:heads"}, "heads: expected a list, one a model; got 3"),
+        ({"entry": "ada_entry:batches"}, "loaders: expected a list, one loader a task; got 3"),
+        ({"entry": "ada_entry:model"}, "model: expected a module, got str"),
         ({"entry": "ada_entry:leave"}, "entry: ada_entry:leave raised SystemExit: 3"),
         ({"entry": "ada_entry:lacking"}, "with model and loaders, and perhaps .*the keys model"),
         ({"entry": "ada_entry:nothing"}, "must return an AdaSetup or a dictionary.*got NoneType"),
@@ -167,8 +207,38 @@ def test_command_takes_labels_of_the_entry_point(
         ({"steps": 3}, "steps: unknown key"),
         ({"fit": {"step": 3}}, "fit.step: unknown key.*steps"),
         ({"fit": {"autocast": "int8"}}, "fit.autocast: expected one of bfloat16"),
-        ({"models": []}, "models: "),
-        ({"base_model": 3}, "base_model: "),
+        (
+            {"fit": {"autocast": "bfloat"}},
+            "fit.autocast: expected one of .*did you mean 'bfloat16'",
+        ),
+        ({"fit": [1]}, "fit: expected a mapping, got a list"),
+        ({"fit": {"steps": "5"}}, "fit.steps: expected an integer, got '5'"),
+        ({"fit": {"steps": -2}}, "fit.steps: expected an integer >= 0, got -2"),
+        ({"fit": {"lr": True}}, "fit.lr: expected a number, got True"),
+        ({"fit": {"weights": ["x"]}}, "fit.weights: expected a list of numbers, got a list"),
+        ({"fit": {"weights": [1]}}, "fit.weights: expected 3 positive numbers"),
+        ({"models": []}, "models: expected a list of at least one model, got an empty list"),
+        ({"models": "m0"}, "models: expected a list of at least one model, got 'm0'"),
+        (
+            {"models": [{"model": "m0", "nmae": "x"}]},
+            r"models\[0\].nmae: unknown key; did you mean 'name'",
+        ),
+        ({"models": [{"name": "x"}]}, r"models\[0\]: expected a path, or {model: .*got a mapping"),
+        ({"models": ["nowhere"]}, r"models\[0\]: no such file or directory"),
+        ({"base_model": 3}, "base_model: expected a text, got 3"),
+        ({"init": "0.3"}, "init: expected a number, a list of one a model, .*, got '0.3'"),
+        ({"init": [[0.1], ["x"]]}, "init: expected a number, .*, got a list"),
+        ({"init": True}, "init: expected a number, .*, got True"),
+        ({"init": [0.1]}, r"init: expected a number, 3 numbers .*got shape \(1,\)"),
+        ({"granularity": 3}, "granularity: expected layer, module, task or a list .*, got 3"),
+        ({"granularity": "tensor"}, "granularity: expected 'layer', 'module', .*, got 'tensor'"),
+        ({"granularity": ["("]}, r"granularity\[0\]: expected a regular expression"),
+        ({"clamp": [1, 0]}, r"clamp: expected \(lowest, highest\) or None"),
+        ({"clamp": [0, "x"]}, "clamp: expected a list of two numbers, null or preset, got a list"),
+        ({"trimmed": "yes"}, "trimmed: expected true or false, got 'yes'"),
+        ({"density": 2}, r"density: expected a number in \[0, 1\], got 2"),
+        ({"preset": "offical"}, "preset: expected one of .*did you mean 'official'"),
+        ({"fixed": "x"}, "fixed: expected 'equal' or 'base', got 'x'"),
     ],
 )
 def test_command_with_a_bad_config(
@@ -185,6 +255,7 @@ def test_command_with_a_bad_config(
     shown = capsys.readouterr().err
     assert re.search(message, shown)
     assert re.search(r"ada.yml:\d+: ", shown)
+    assert "problems:" not in shown
     assert not (tmp_path / "out").exists()
 
 

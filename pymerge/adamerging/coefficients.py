@@ -68,7 +68,12 @@ def initial_coefficients(init: Any, shape: tuple[int, int], dtype: torch.dtype) 
 
     Raises RequestError where it has another shape, NaN or infinity.
     """
-    table = torch.as_tensor(init, dtype=dtype).detach().cpu()
+    try:
+        table = torch.as_tensor(init, dtype=dtype).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"init: expected numbers, got {init!r:.60} ({str(error).splitlines()[0]})"
+        ) from None
     if table.dim() == 1 and table.shape[0] == shape[0]:
         table = table.unsqueeze(1)
     if table.dim() not in (0, 2) or (table.dim() == 2 and table.shape[0] != shape[0]):

@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 from torch import nn
 
+from pymerge.adamerging.command_config import AdaConfig, read_config
 from pymerge.adamerging.fit import FitResult, batch_inputs
 from pymerge.adamerging.join import Join
 from pymerge.adamerging.module import AdaMerging
 from pymerge.adamerging.statistics import batch_labels, require_scipy
-from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.entry import as_setup, call_function
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError
 from pymerge.report import MergeReport
+from pymerge.sizes import parse_size
 
 __all__ = ["AdaSetup", "run_ada"]
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -49,78 +47,11 @@ class AdaSetup:
     join: str | Join | None = None
 
 
-class _Fit(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int | None = None
-    lr: float | None = None
-    batches_per_task: int | None = None
-    entropy: StrictStr | None = None
-    weights: list[float] | None = None
-    tokens: int | None = None
-    autocast: StrictStr | None = None
-    seed: int = 0
-    accumulate: StrictStr = "gradients"
-    join: StrictStr | None = None
-    patience: int | None = None
-    min_delta: float = 1e-4
-    checkpoint_every: int = 25
-
-
-class _Named(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    model: StrictStr
-    name: StrictStr | None = None
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    base_model: StrictStr
-    models: list[StrictStr | _Named] = Field(min_length=1)
-    entry: StrictStr
-    arguments: dict[str, Any] = {}
-    granularity: StrictStr | list[StrictStr] = "layer"
-    trimmed: StrictBool = False
-    density: float = 0.2
-    init: float | list[float] = 0.3
-    preset: StrictStr = "official"
-    clamp: list[float] | StrictStr | None = "preset"
-    fixed: StrictStr = "equal"
-    fit: _Fit = _Fit()
-
-
-def _load(path: Path) -> tuple[_Config, LinedYaml]:
-    keys = "base_model: ..., models: ..., entry: ..."
-    document, _ = read_yaml(path, "an AdaMerging configuration", keys)
-    try:
-        return _Config.model_validate(document.data), document
-    except ValidationError as error:
-        raise RequestError([_problem(one, document) for one in error.errors()]) from None
-
-
-def _problem(error: Any, document: LinedYaml) -> str:
-    path: tuple[str | int, ...] = tuple(
-        part for part in error["loc"] if part not in ("str", "_Named", "list[str]")
-    )
-    known = _Fit.model_fields if path[:1] == ("fit",) and len(path) > 1 else _Config.model_fields
-    shown = ".".join(str(part) for part in path)
-    where = f"{document.where(path)}: {shown}"
-    if error["type"] == "extra_forbidden":
-        hint = nearest(shown.rpartition(".")[2], known)
-        return f"{where}: unknown key{hint} (known: {', '.join(known)})"
-    if error["type"] == "missing":
-        return f"{document.name}: {shown}: is missing"
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r:.60}"
-
-
-def _entry(settings: _Config, document: LinedYaml) -> AdaSetup:
+def _entry(config: AdaConfig) -> AdaSetup:
     """Call the entry point and check what it returns."""
-    where = f"{document.where(('entry',))}: entry"
-    at = f"{document.where(('arguments',))}: arguments"
-    found = call_function(settings.entry, settings.arguments, where, at)
-    return as_setup(found, AdaSetup, f"{where}: {settings.entry}")
+    values, where = config.values, config.where("entry")
+    found = call_function(values.entry, values.arguments, where, config.where("arguments"))
+    return as_setup(found, AdaSetup, f"{where}: {values.entry}")
 
 
 def run_ada(
@@ -150,61 +81,55 @@ def run_ada(
         RequestError: something is wrong with the config, the models or what the entry point gives.
         MergeError: the run diverged, or the output cannot be written.
     """
-    path, out = Path(config), Path(out)
-    settings, document = _load(path)
-    how = settings.fit
-    cast = None
-    if how.autocast is not None:
-        cast = _DTYPES.get(how.autocast)
-        if cast is None:
-            raise RequestError(
-                f"{document.where(('fit', 'autocast'))}: fit.autocast: expected one of "
-                f"{', '.join(_DTYPES)}, got {how.autocast!r}"
-            )
+    parse_size(memory, "memory")
+    read, out = read_config(config), Path(out)
+    values = read.values
     from pymerge.output import OutputDirectory
 
-    entries = [_Named(model=one) if isinstance(one, str) else one for one in settings.models]
-    paths = [entry.model for entry in entries]
-    inputs = [Path(one) for one in (settings.base_model, *paths)]
+    inputs = [Path(one) for one in (values.base_model, *read.paths)]
     # Hours may go into the fit: what would stop the writing is found before.
     problems = OutputDirectory(out, force=force, inputs=inputs).check()
     if problems:
         raise RequestError(problems)
-    setup = _entry(settings, document)
+    setup = _entry(read)
     if setup.labelled is not None:
         require_scipy()
-    clamp = settings.clamp
-    ada = AdaMerging(
-        setup.model,
-        settings.base_model,
-        paths,
-        settings.granularity,
-        settings.trimmed,
-        settings.init,
-        settings.preset,
-        heads=setup.heads,
-        clamp=tuple(clamp) if isinstance(clamp, list) else clamp,  # pyright: ignore[reportArgumentType]
-        density=settings.density,
-        names=[entry.name or Path(entry.model).name for entry in entries],
-        fixed=settings.fixed,
-    )
-    side = out.with_name(f"{out.name}.ada")
-    side.mkdir(parents=True, exist_ok=True)
-    # Every key of the config's `fit` is an argument of `AdaMerging.fit`.
-    chosen: dict[str, Any] = dict(how) | {"autocast": cast}
+    clamp: Any = values.clamp
+    how: dict[str, Any] = dict(read.fit)
     if setup.join is not None:
-        chosen["join"] = setup.join
-    result = ada.fit(
-        setup.loaders,
-        inputs=setup.inputs,
-        checkpoint=side / "state.safetensors",
-        resume=resume,
-        progress=not quiet,
-        **chosen,
-    )
-    _write_side(ada, result, side)
-    if setup.labelled is not None:
-        found = ada.correlations(setup.labelled, inputs=setup.inputs, labels=setup.labels)
+        how["join"] = setup.join
+    side = out.with_name(f"{out.name}.ada")
+    try:
+        ada = AdaMerging(
+            setup.model,
+            values.base_model,
+            read.paths,
+            values.granularity,
+            values.trimmed,
+            values.init,
+            values.preset,
+            heads=setup.heads,
+            clamp=tuple(clamp) if isinstance(clamp, list) else clamp,
+            density=values.density,
+            names=read.names,
+            fixed=values.fixed,
+        )
+        side.mkdir(parents=True, exist_ok=True)
+        result = ada.fit(
+            setup.loaders,
+            inputs=setup.inputs,
+            checkpoint=side / "state.safetensors",
+            resume=resume,
+            progress=not quiet,
+            **how,
+        )
+        _write_side(ada, result, side)
+        found = None
+        if setup.labelled is not None:
+            found = ada.correlations(setup.labelled, inputs=setup.inputs, labels=setup.labels)
+    except RequestError as error:
+        raise read.located(error) from None
+    if found is not None:
         rows = [
             {
                 "task": one.task,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from pymerge.adamerging.arguments import check_arguments, model_names
 from pymerge.adamerging.coefficients import Coefficients, initial_coefficients
 from pymerge.adamerging.layers import Granularity, group_layers, load_tensors, match_layers
 from pymerge.adamerging.ops import merged_layer, merged_packed_layer
@@ -89,7 +90,8 @@ class AdaMerging(nn.Module):
             clamp: (lowest, highest) coefficient, or None; default the preset's. Outside, the
                 gradient is 0, as that of `torch.clamp`; at the ends it is 1.
             density: share of each task vector that `trimmed` keeps.
-            names: of the models, for tables; default those of their paths, or "model 0", ...
+            names: of the models, for tables, no two alike; default those of their paths, or
+                "model 0", ...
             fixed: what is not merged (buffers; frozen parameters with preset "fusion_bench") must
                 be "equal" in all models, or is taken from the "base" whatever the others have.
             dtype: of the merged tensors; default that of the architecture's.
@@ -99,7 +101,17 @@ class AdaMerging(nn.Module):
                 problem.
         """
         super().__init__()
-        self._check_arguments(model, models, init, preset, heads, clamp, density, names, fixed)
+        check_arguments(
+            model,
+            models,
+            granularity=granularity,
+            preset=preset,
+            heads=heads,
+            clamp=clamp,
+            density=density,
+            names=names,
+            fixed=fixed,
+        )
         self.preset = PRESETS[preset]
         self.preset_name = preset
         given = self.preset.clamp if isinstance(clamp, str) else clamp
@@ -112,7 +124,7 @@ class AdaMerging(nn.Module):
         )
         self.layers, self.fixed = layers.merged, layers.fixed
         self.grouping = group_layers(self.layers, granularity)
-        self.names = tuple(names) if names is not None else _names(models)
+        self.names = model_names(models, names)
         # Neither the architecture, the heads nor the checkpoints are parameters of this module.
         parameters = dict(model.named_parameters())
         kinds = {name: dtype or parameters[name].dtype for name in self.layers}
@@ -141,44 +153,6 @@ class AdaMerging(nn.Module):
         self.register_buffer(
             "_index", torch.tensor(self.grouping.index, dtype=torch.int64), persistent=False
         )
-
-    @staticmethod
-    def _check_arguments(
-        model: Any,
-        models: Any,
-        init: Any,
-        preset: str,
-        heads: Any,
-        clamp: Any,
-        density: float,
-        names: Any,
-        fixed: str,
-    ) -> None:
-        problems: list[str] = []
-        if not isinstance(model, nn.Module):
-            problems.append(f"model: expected a module, got {type(model).__name__}")
-        if not isinstance(models, Sequence) or isinstance(models, str) or not models:
-            problems.append(f"models: expected a list of at least one model, got {models!r:.60}")
-            raise RequestError(problems)
-        if preset not in PRESETS:
-            known = ", ".join(PRESETS)
-            problems.append(
-                f"preset: expected one of {known}; got {preset!r}{nearest(str(preset), PRESETS)}"
-            )
-        if heads is not None and len(heads) != len(models):
-            problems.append(f"heads: expected {len(models)}, one a model; got {len(heads)}")
-        if clamp is not None and clamp != "preset":
-            good = not isinstance(clamp, str) and len(clamp) == 2 and clamp[0] < clamp[1]
-            if not good:
-                problems.append(f"clamp: expected (lowest, highest) or None, got {clamp!r}")
-        if not 0 <= density <= 1:
-            problems.append(f"density: expected a number in [0, 1], got {density!r}")
-        if names is not None and len(names) != len(models):
-            problems.append(f"names: expected {len(models)}, one a model; got {len(names)}")
-        if fixed not in ("equal", "base"):
-            problems.append(f"fixed: expected 'equal' or 'base', got {fixed!r}")
-        if problems:
-            raise RequestError(problems)
 
     @property
     def architecture(self) -> nn.Module:
@@ -411,10 +385,3 @@ class AdaMerging(nn.Module):
             f"{len(self.names)} models, {len(self.layers)} tensors, "
             f"{len(self.grouping.names)} groups, {kind}preset={self.preset_name!r}"
         )
-
-
-def _names(models: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(
-        Path(model).name if isinstance(model, (str, os.PathLike)) else f"model {k}"
-        for k, model in enumerate(models)
-    )

@@ -1,0 +1,209 @@
+"""The configuration of `pymerge ada`."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from pymerge.adamerging.arguments import model_names
+from pymerge.config.schema import dotted, shown
+from pymerge.config.yaml_lines import LinedYaml, read_yaml
+from pymerge.errors import RequestError, nearest
+
+__all__ = ["AdaConfig", "read_config"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a number")
+    return float(value)
+
+
+def _numbers(value: Any) -> Any:
+    """Check a number, or lists of numbers of any depth."""
+    return [_numbers(one) for one in value] if isinstance(value, list) else _number(value)
+
+
+_Float = Annotated[float, BeforeValidator(_number)]
+_Table = Annotated[Any, BeforeValidator(_numbers)]
+
+
+class _Fit(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    steps: StrictInt | None = None
+    lr: _Float | None = None
+    batches_per_task: StrictInt | None = None
+    entropy: StrictStr | None = None
+    weights: list[_Float] | None = None
+    tokens: StrictInt | None = None
+    autocast: StrictStr | None = None
+    seed: StrictInt = 0
+    accumulate: StrictStr = "gradients"
+    join: StrictStr | None = None
+    patience: StrictInt | None = None
+    min_delta: _Float = 1e-4
+    checkpoint_every: StrictInt = 25
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: StrictStr
+    name: StrictStr | None = None
+
+
+def _nothing(value: Any) -> Any:
+    """Take a key without a value, such as one whose lines are comments, for an empty mapping."""
+    return {} if value is None else value
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    base_model: StrictStr
+    models: list[StrictStr | _Named] = Field(min_length=1)
+    entry: StrictStr
+    arguments: Annotated[dict[StrictStr, Any], BeforeValidator(_nothing)] = {}
+    granularity: StrictStr | list[StrictStr] = "layer"
+    trimmed: StrictBool = False
+    density: _Float = 0.2
+    init: _Table = 0.3
+    preset: StrictStr = "official"
+    clamp: list[_Float] | StrictStr | None = "preset"
+    fixed: StrictStr = "equal"
+    fit: Annotated[_Fit, BeforeValidator(_nothing)] = _Fit()
+
+
+_EXPECTED = {
+    "models": "a list of at least one model",
+    "entry": "package.module:function",
+    "arguments": "a mapping",
+    "granularity": "layer, module, task or a list of regular expressions",
+    "trimmed": "true or false",
+    "density": "a number in [0, 1]",
+    "init": "a number, a list of one a model, or of a list for each",
+    "clamp": "a list of two numbers, null or preset",
+    "fit": "a mapping",
+    "fit.weights": "a list of numbers",
+    "fit.lr": "a number",
+    "fit.min_delta": "a number",
+    "fit.steps": "an integer",
+    "fit.batches_per_task": "an integer",
+    "fit.tokens": "an integer",
+    "fit.seed": "an integer",
+    "fit.patience": "an integer",
+    "fit.checkpoint_every": "an integer",
+}
+
+
+# What the entry point gives.
+_OF_ENTRY = ("model", "loaders", "heads", "inputs", "labels")
+
+
+class AdaConfig:
+    """A configuration that has been checked as far as that needs no model.
+
+    Attributes:
+        values: its keys, defaults included.
+        paths, names: of the models.
+        fit: the keyword arguments of `AdaMerging.fit`.
+    """
+
+    def __init__(self, values: _Config, document: LinedYaml) -> None:
+        self.values, self._document = values, document
+        entries = [_Named(model=one) if isinstance(one, str) else one for one in values.models]
+        self.paths = [entry.model for entry in entries]
+        self.names = model_names(self.paths, [entry.name for entry in entries])
+        # Every key is an argument of `AdaMerging.fit`.
+        self.fit: dict[str, Any] = dict(values.fit)
+        if (cast := values.fit.autocast) is not None:
+            if cast not in _DTYPES:
+                raise RequestError(
+                    f"{self.where('fit', 'autocast')}: expected one of {', '.join(_DTYPES)}, got "
+                    f"{cast!r}{nearest(cast, _DTYPES)}"
+                )
+            self.fit["autocast"] = _DTYPES[cast]
+
+    def where(self, *path: str | int) -> str:
+        """Return `file:line: key` of a key, what messages begin with."""
+        return f"{self._document.where(path)}: {dotted(path)}"
+
+    def located(self, error: RequestError) -> RequestError:
+        """Return an error of `AdaMerging` with the lines of the keys that it is about."""
+        return type(error)([self._located(problem) for problem in error.problems])
+
+    def _located(self, problem: str) -> str:
+        if (found := re.match(r"models\[(\d+)\]", problem)) is not None:
+            return f"{self._document.where(('models', int(found.group(1))))}: {problem}"
+        found = re.match(r"\w+", problem)
+        name = "" if found is None else found.group()
+        if name in _OF_ENTRY:
+            return f"{self.where('entry')}: {self.values.entry}: {problem}"
+        if name == "base":
+            return f"{self._document.where(('base_model',))}: {problem}"
+        if name in _Config.model_fields:
+            return f"{self._document.where((name,))}: {problem}"
+        if name in _Fit.model_fields:
+            return f"{self._document.where(('fit', name))}: fit.{problem}"
+        return problem
+
+
+def read_config(path: str | os.PathLike[str]) -> AdaConfig:
+    """Read a configuration.
+
+    Raises:
+        RequestError: listing everything that is wrong with it, with `file:line`.
+    """
+    keys = "base_model: ..., models: ..., entry: ..."
+    document, _ = read_yaml(path, "an AdaMerging configuration", keys)
+    try:
+        values = _Config.model_validate(document.data)
+    except ValidationError as error:
+        problems = [_problem(one, document) for one in error.errors() if not _beside(one)]
+        raise RequestError(list(dict.fromkeys(problems))) from None
+    return AdaConfig(values, document)
+
+
+def _beside(error: Any) -> bool:
+    """Tell whether an error is that a mapping is no text, where it may be either."""
+    return isinstance(error["input"], dict) and error["loc"][-1] == "str"
+
+
+def _problem(error: Any, document: LinedYaml) -> str:
+    location: Any = error["loc"]
+    if error["type"] == "missing" and len(location) == 1:
+        return f"{document.name}: {dotted(location)}: is missing"
+    if error["type"] == "extra_forbidden":
+        inner = location[0] == "models"
+        path: Any = (*location[:2], location[-1]) if inner else location
+        known = (_Named if inner else _Fit if len(path) > 1 else _Config).model_fields
+        hint = nearest(str(path[-1]), known)
+        where = f"{document.where(path)}: {dotted(path)}"
+        return f"{where}: unknown key{hint} (known: {', '.join(known)})"
+    # A key of the document, or of `fit`, or a model; what follows are branches of its type.
+    deep = len(location) > 1 and location[0] in ("fit", "models")
+    path = location[:2] if deep else location[:1]
+    if path[0] == "models" and deep:
+        expected = "a path, or {model: ..., name: ...}"
+    else:
+        expected = _EXPECTED.get(dotted(path), "a text")
+    value: Any = document.data
+    for part in path:
+        value = value[part]
+    return f"{document.where(path)}: {dotted(path)}: expected {expected}, got {shown(value)}"
