@@ -39,6 +39,13 @@ def _numbers(value: Any) -> Any:
     return [_numbers(one) for one in value] if isinstance(value, list) else _number(value)
 
 
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("a path")
+    return value
+
+
+_Path = Annotated[str, BeforeValidator(_path)]
 _Float = Annotated[float, BeforeValidator(_number)]
 _Table = Annotated[Any, BeforeValidator(_numbers)]
 
@@ -64,7 +71,7 @@ class _Fit(BaseModel):
 class _Named(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    model: StrictStr
+    model: _Path
     name: StrictStr | None = None
 
 
@@ -76,8 +83,8 @@ def _nothing(value: Any) -> Any:
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    base_model: StrictStr
-    models: list[StrictStr | _Named] = Field(min_length=1)
+    base_model: _Path
+    models: list[_Path | _Named] = Field(min_length=1)
     entry: StrictStr
     arguments: Annotated[dict[StrictStr, Any], BeforeValidator(_nothing)] = {}
     granularity: StrictStr | list[StrictStr] = "layer"
@@ -91,6 +98,7 @@ class _Config(BaseModel):
 
 
 _EXPECTED = {
+    "base_model": "a path",
     "models": "a list of at least one model",
     "entry": "package.module:function",
     "arguments": "a mapping",
@@ -182,7 +190,7 @@ def read_config(path: str | os.PathLike[str]) -> AdaConfig:
 
 def _beside(error: Any) -> bool:
     """Tell whether an error is that a mapping is no text, where it may be either."""
-    return isinstance(error["input"], dict) and error["loc"][-1] == "str"
+    return isinstance(error["input"], dict) and "_path" in str(error["loc"][-1])
 
 
 def _problem(error: Any, document: LinedYaml) -> str:
