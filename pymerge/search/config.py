@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from pymerge.config import MergeConfig, load_config
+from pymerge.config.schema import shown
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest
 from pymerge.search.data import Split, check_splits, read_split
@@ -27,7 +29,14 @@ from pymerge.search.samplers import SAMPLERS
 
 __all__ = ["Budget", "SearchConfig", "load_search"]
 
-_Number = float | StrictInt
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a number")
+    return value
+
+
+_Number = Annotated[float | int, BeforeValidator(_number)]
 
 
 class _Strict(BaseModel):
@@ -165,7 +174,8 @@ def load_search(
     try:
         found = _Document.model_validate(document.data)
     except ValidationError as error:
-        problems = [_problem(one, document) for one in error.errors()]
+        errors = error.errors()
+        problems = [_problem(one, document) for one in errors if not _beside(one, errors)]
         raise RequestError(list(dict.fromkeys(problems))) from None
     return _Reader(found, document, metric, changes).read()
 
@@ -315,24 +325,83 @@ class _Reader:
 
 
 _MODELS: dict[str, type[BaseModel]] = {"parameters": _Domain, "budget": _Budget, "data": _Data}
-_UNION = ("str", "int", "float", "_Domain", "_Budget", "list[", "dict[", "lax-or-strict")
+_WHOLE = "an integer"
+_NUMBER = "a number"
+_SWITCH = "true or false"
+# What each key is to hold; of a parameter, by the keys of its mapping.
+_EXPECTED = {
+    "merge": "a path or a mapping",
+    "metric": "package.module:function",
+    "arguments": "a mapping",
+    "data": "{search: ..., report: ...}",
+    "data.search": "a text or a mapping",
+    "data.report": "a text or a mapping",
+    "receives": "tensors or folder",
+    "direction": "maximize or minimize",
+    "parameters": "a mapping of paths",
+    "budget": "an integer, or {evaluations: ..., seconds: ...}",
+    "budget.evaluations": _WHOLE,
+    "budget.seconds": _NUMBER,
+    "seed": "an integer >= 0 and below 2^63",
+    "sigma": "a number above 0 and at most 1",
+    "population": "an integer >= 3",
+    "max_failures": "an integer >= 1",
+    "allow_test_split": _SWITCH,
+    "workers": "an integer >= 1",
+    "executor": "threads or processes",
+}
+_EXPECTED_OF_PARAMETER = {
+    "low": _NUMBER,
+    "high": _NUMBER,
+    "scale": "linear or log",
+    "values": "a list of numbers",
+    "points": _WHOLE,
+    "initial": _NUMBER,
+    "groups": "thirds, layers, an integer, or a mapping of regular expressions",
+    "shared": _SWITCH,
+}
 
 
 def _problem(error: Any, document: LinedYaml) -> str:
-    location = error["loc"]
-    path: tuple[str | int, ...] = tuple(
-        part
-        for n, part in enumerate(location)
-        if not (n > 0 and isinstance(part, str) and part.startswith(_UNION))
-    )
-    shown = ".".join(str(part) for part in path)
-    where = f"{document.where(path)}: {shown}"
-    if error["type"] == "extra_forbidden":
-        depth = 3 if path[0] == "parameters" else 2
-        known = _MODELS[str(path[0])] if len(path) >= depth else _Document
-        hint = nearest(str(path[-1]), known.model_fields)
-        return f"{where}: unknown key{hint} (known: {', '.join(known.model_fields)})"
-    if error["type"] == "missing":
+    location: Any = error["loc"]
+    kind, key = error["type"], location[-1]
+    # The keys of the document that it is about; what follows are branches of their type.
+    fields = _MODELS.get(location[0])
+    first = 2 if location[0] == "parameters" else 1
+    path: tuple[Any, ...] = location[:first]
+    inner = next((part for part in location[first:] if _is_key(part, fields)), None)
+    if inner is not None:
+        path = (*path, inner)
+    if kind == "extra_forbidden":
+        known = (_Document if fields is None or len(location) == 1 else fields).model_fields
+        path = location[:1] if len(location) == 1 else (*location[:first], key)
+        where = f"{document.where(path)}: {_dotted(path)}"
+        return f"{where}: unknown key{nearest(str(key), known)} (known: {', '.join(known)})"
+    if kind == "missing":
         more = "; say which data chooses: data: {search: validation}" if path == ("data",) else ""
-        return f"{document.name}: {shown}: is missing{more}"
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r:.60}"
+        return f"{document.name}: {_dotted(path)}: is missing{more}"
+    if location[0] == "parameters" and len(path) > 1:
+        mapping = f"a list of numbers, null, or a mapping of {', '.join(_Domain.model_fields)}"
+        expected = _EXPECTED_OF_PARAMETER[inner] if inner else mapping
+    else:
+        expected = _EXPECTED.get(_dotted(path), "a text")
+    value: Any = document.data
+    for part in path:
+        value = value[part]
+    return f"{document.where(path)}: {_dotted(path)}: expected {expected}, got {shown(value)}"
+
+
+def _is_key(part: Any, fields: type[BaseModel] | None) -> bool:
+    return fields is not None and isinstance(part, str) and part in fields.model_fields
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _beside(error: Any, errors: list[Any]) -> bool:
+    """Tell whether an error is about a branch of a key that another error knows more of."""
+    if error["type"] == "extra_forbidden" or not isinstance(error["input"], dict):
+        return False
+    at = error["loc"][:-1]
+    return any(one is not error and one["loc"][: len(at)] == at for one in errors)
