@@ -388,6 +388,9 @@ def test_exit_codes_of_failures(
     command = ["merge", str(root / "c.yml"), str(root / "out"), "--quiet"]
     assert main([*command, "--report", str(root / "missing" / "r.json")]) == 2
     assert "report: the directory" in capsys.readouterr().err
+    assert main([*command, "--report", str(root)]) == 2
+    assert "report: expected a file to write, got the directory" in capsys.readouterr().err
+    assert not (root / "out").exists()
 
     def failing(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

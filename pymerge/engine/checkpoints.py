@@ -196,6 +196,8 @@ def merge_checkpoints(
     report_path = None if report is None else Path(report)
     if report_path is not None and not report_path.parent.is_dir():
         problems.append(f"report: the directory {report_path.parent} does not exist")
+    elif report_path is not None and report_path.is_dir():
+        problems.append(f"report: expected a file to write, got the directory {report_path}")
 
     with ExitStack() as stack:
         peak = stack.enter_context(PeakMemory())
