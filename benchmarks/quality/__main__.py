@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--whole-tests",
         action="store_true",
-        help="text: all 44,000 test texts, not 1,500 a task: another hour for three seeds",
+        help="text: all 44,367 test texts, not 1,500 a task: an hour more for three seeds",
     )
     parser.add_argument("--output", type=Path, help="folder of results (default: of the cache)")
     parser.add_argument(
