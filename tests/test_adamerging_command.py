@@ -18,6 +18,7 @@ from pymerge.adamerging.arguments import model_names
 from pymerge.adamerging.command import run_ada
 from pymerge.adamerging.command_config import read_config
 from pymerge.cli import main
+from tests.adapter_files import factors, save_lora
 from tests.test_adamerging_save import checkpoints
 
 _ENTRY = """
@@ -153,6 +154,31 @@ def test_a_config_may_have_tables_and_empty_keys(
     run_ada(config, tmp_path / "out")
     table = load_file(tmp_path / "out.ada" / "coefficients.safetensors")["coefficients"]
     torch.testing.assert_close(table, torch.tensor([[0.1], [0.2], [0.3]]))
+
+
+def test_a_config_may_name_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for seed in range(3):
+        pairs = factors({"first": (16, 8), "second": (5, 16)}, seed=seed)
+        save_lora(tmp_path / f"lora{seed}", pairs)
+    base, loras = str(tmp_path / "base"), [str(tmp_path / f"lora{k}") for k in range(3)]
+    mapping = {"model": {"path": base}, "lora": {"path": loras[2]}}
+    models = [
+        f"{base}+{loras[0]}",
+        {"model": f"{base}+{loras[1]}", "name": "b"},
+        {"model": mapping},
+    ]
+    config = ada_config(tmp_path, models=models)
+    read = read_config(config)
+    assert read.names == ("lora0", "b", "lora2")
+    assert read.paths == [f"{base}+{lora}" for lora in loras]
+    assert read.files == [base, *(part for lora in loras for part in (base, lora))]
+    run_ada(config, tmp_path / "out")
+    assert "first.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    config.write_text(config.read_text().replace('"lora": {', '"loar": {'))
+    with pytest.raises(RequestError, match=r"ada.yml:1: models\[2\]\.model\.loar: unknown key"):
+        read_config(config)
 
 
 def test_models_of_one_name_stay_apart() -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge import AdaMerging, RequestError
+from pymerge import AdaMerging, RequestError, adapters
+from tests.adapter_files import factors, save_lora
 from tests.test_adamerging import Net, make
 
 
@@ -68,6 +69,29 @@ def test_saving_checkpoints_streams_the_same_bytes(tmp_path: Path, trimmed: bool
     pymerge.merge_checkpoints(config, tmp_path / "again")
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_models_may_be_a_base_with_adapters(tmp_path: Path) -> None:
+    net, base, _ = checkpoints(tmp_path)
+    shapes = {"first": (16, 8), "second": (5, 16)}
+    paths = []
+    for seed in range(2):
+        save_lora(tmp_path / f"lora{seed}", factors(shapes, seed=seed))
+        adapters.fold(base, tmp_path / f"lora{seed}", tmp_path / f"folded{seed}")
+        paths.append(f"{base}+{tmp_path / f'lora{seed}'}")
+    folded = [str(tmp_path / f"folded{seed}") for seed in range(2)]
+    made = []
+    for models in (paths, folded):
+        ada = AdaMerging(net, base, models, dtype=torch.bfloat16, init=[0.3, 0.6])
+        out = tmp_path / f"out{len(made)}"
+        ada.save(out)
+        made.append((ada, (out / "model.safetensors").read_bytes()))
+    assert made[0][0].names == ("lora0", "lora1")
+    assert made[0][1] == made[1][1]
+    state, other = (ada.merged_state_dict() for ada, _ in made)
+    assert all(torch.equal(state[name], other[name]) for name in other)
+    with pytest.raises(RequestError, match=r"models\[0\].*expected MODEL\+ADAPTER, two paths"):
+        AdaMerging(net, base, [f"{base}+"])
 
 
 def test_saving_tensors(tmp_path: Path) -> None:

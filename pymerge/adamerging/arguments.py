@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from pymerge.adamerging.presets import PRESETS
+from pymerge.config.schema import read_reference
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["check_arguments", "model_names"]
@@ -82,13 +83,14 @@ def model_names(
 
     Args:
         models: paths, or anything else.
-        names: chosen ones, or None for those that are not. A path's default is its last part, or
-            all of it where another has the same; of anything else, "model K".
+        names: chosen ones, or None for those that are not. A path's default is its last part (of
+            MODEL+ADAPTER, that of the adapter), or all of it where another has the same; of
+            anything else, "model K".
     """
     chosen = list(names) if names is not None else [None] * len(models)
     paths = [isinstance(model, (str, os.PathLike)) for model in models]
     found = [
-        own if own is not None else (Path(model).name or str(model)) if path else f"model {k}"
+        own if own is not None else _last(os.fspath(model)) if path else f"model {k}"
         for k, (model, own, path) in enumerate(zip(models, chosen, paths, strict=True))
     ]
     for numbered in (False, True):
@@ -97,6 +99,13 @@ def model_names(
             if times[name] > 1 and chosen[k] is None and paths[k]:
                 found[k] = f"{name} ({k})" if numbered else os.fspath(models[k])
     return tuple(found)
+
+
+def _last(path: str) -> str:
+    """Return what a path is called by: its last part, of MODEL+ADAPTER the adapter's."""
+    found = read_reference(path, (), lambda _: "", [])
+    own = path if found is None else found.adapter or found.path
+    return Path(own).name or path
 
 
 def _is_list(value: Any) -> bool:

@@ -86,7 +86,7 @@ def run_ada(
     values = read.values
     from pymerge.output import OutputDirectory
 
-    inputs = [Path(one) for one in (values.base_model, *read.paths)]
+    inputs = [Path(one) for one in read.files]
     # Hours may go into the fit: what would stop the writing is found before.
     problems = OutputDirectory(out, force=force, inputs=inputs).check()
     if problems:
@@ -102,7 +102,7 @@ def run_ada(
     try:
         ada = AdaMerging(
             setup.model,
-            values.base_model,
+            read.base,
             read.paths,
             values.granularity,
             values.trimmed,

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from pymerge.adamerging.arguments import model_names
-from pymerge.config.schema import dotted, shown
+from pymerge.config.schema import Reference, dotted, read_reference, shown
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest
 
@@ -71,7 +71,7 @@ class _Fit(BaseModel):
 class _Named(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    model: _Path
+    model: _Path | dict[str, Any]
     name: StrictStr | None = None
 
 
@@ -129,14 +129,24 @@ class AdaConfig:
 
     Attributes:
         values: its keys, defaults included.
-        paths, names: of the models.
+        paths, names: of the models; MODEL+ADAPTER where one is given.
+        files: all paths of the base and the models.
         fit: the keyword arguments of `AdaMerging.fit`.
     """
 
     def __init__(self, values: _Config, document: LinedYaml) -> None:
         self.values, self._document = values, document
         entries = [_Named(model=one) if isinstance(one, str) else one for one in values.models]
-        self.paths = [entry.model for entry in entries]
+        problems: list[str] = []
+        found = [self._reference(values.base_model, ("base_model",), problems)]
+        for k, entry in enumerate(entries):
+            inner = () if isinstance(values.models[k], str) else ("model",)
+            found.append(self._reference(entry.model, ("models", k, *inner), problems))
+        if problems:
+            raise RequestError(problems)
+        parts = [(one.path, one.adapter) for one in found if one is not None]
+        self.files = [part for pair in parts for part in pair if part is not None]
+        self.base, *self.paths = ["+".join(part for part in pair if part) for pair in parts]
         self.names = model_names(self.paths, [entry.name for entry in entries])
         # Every key is an argument of `AdaMerging.fit`.
         self.fit: dict[str, Any] = dict(values.fit)
@@ -147,6 +157,9 @@ class AdaConfig:
                     f"{cast!r}{nearest(cast, _DTYPES)}"
                 )
             self.fit["autocast"] = _DTYPES[cast]
+
+    def _reference(self, value: Any, at: Any, problems: list[str]) -> Reference | None:
+        return read_reference(value, at, lambda path: self.where(*path), problems)
 
     def where(self, *path: str | int) -> str:
         """Return `file:line: key` of a key, what messages begin with."""

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,19 +26,11 @@ _SHOWN = 5  # names in a message
 def load_tensors(model: Any, label: str) -> dict[str, Tensor]:
     """Return the tensors of a model: a state dict, a module, or the path of a checkpoint.
 
-    A checkpoint is mapped, not read: a tensor costs memory only while it is used.
+    A checkpoint is mapped, not read: a tensor costs memory only while it is used. Of
+    MODEL+ADAPTER, the tensors that the adapter changes are computed, into memory.
     """
     if isinstance(model, (str, os.PathLike)):
-        from pymerge.checkpoint import open_checkpoint
-
-        checkpoint = open_checkpoint(Path(model), label)
-        names = [*checkpoint.tensors, *checkpoint.tied]
-        return {
-            name: checkpoint.flat(name).view(
-                checkpoint.tensors[checkpoint.tied.get(name, name)].shape
-            )
-            for name in names
-        }
+        return _mapped(os.fspath(model), label)
     if isinstance(model, nn.Module):
         return dict(model.state_dict())
     if not isinstance(model, Mapping):
@@ -53,6 +44,21 @@ def load_tensors(model: Any, label: str) -> dict[str, Tensor]:
                 f"{label}[{name!r}]: expected tensors by name, got {type(tensor).__name__}"
             )
     return dict(model)
+
+
+def _mapped(path: str, label: str) -> dict[str, Tensor]:
+    from pymerge.config.schema import read_reference
+    from pymerge.plan.inputs import open_model
+
+    problems: list[str] = []
+    found = read_reference(path, (), lambda _: label, problems)
+    if found is None:
+        raise RequestError(problems)
+    checkpoint = open_model(found.path, found.adapter, label)
+    return {
+        name: checkpoint.flat(name).view(checkpoint.tensors[checkpoint.tied.get(name, name)].shape)
+        for name in (*checkpoint.tensors, *checkpoint.tied)
+    }
 
 
 @dataclass(frozen=True)
