@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.demo.cache import Cache
+from benchmarks.demo.console import Log
 from benchmarks.quality import interference_report as report
 from benchmarks.quality.correlation import correlations, pearson, reliability, spearman
 from benchmarks.quality.interference_study import GAIN, OUTCOMES, RULE, STATISTICS, Row, study
 from benchmarks.quality.small_merges import RECIPES, sets_of
-from tests.test_quality import prepared
+from benchmarks.quality.suite import Split
+from tests.test_quality import Rows, Toy
 
 PAIRS = list(itertools.combinations(range(5), 2))
 
@@ -79,6 +83,11 @@ def test_reliability() -> None:
     nothing = reliability(list(noise))
     assert nothing is not None
     assert abs(nothing) < 0.5
+    # tasks may have different numbers of texts
+    short = [[one, two[:350]] for one, two in level[:, None, None] + 0.1 * noise]
+    known = reliability(short)
+    assert known is not None
+    assert known > 0.99
     # variance 1 between pairs, 800 * sigma^2 / 800 within: half of what is seen is real
     half = reliability(list(level[:, None, None] + np.sqrt(800) * noise))
     assert half is not None
@@ -113,11 +122,22 @@ def test_rule_is_judged_on_tasks_it_has_not_seen() -> None:
     assert report.judge_rule(rows, 5, points=True)["fitted"]["r2"] == pytest.approx(1.0)
 
 
+class Uneven(Toy):
+    """One task has fewer test texts than the others."""
+
+    def read(self) -> list[Split]:
+        first, *rest = super().read()
+        inputs, labels = first.test
+        assert isinstance(inputs, Rows)
+        return [replace(first, test=(Rows(inputs.rows[:-5]), labels[:-5])), *rest]
+
+
 def test_study(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        suite = prepared(tmp_path)
+        suite = Uneven(Cache(tmp_path), Log())
+        suite.prepare()
         found = study(suite, [0, 1], 1, draws=20)
         kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "interference").iterdir()}
         again = study(suite, [0, 1], 1, draws=20)

@@ -101,31 +101,41 @@ def correlations(
     return found
 
 
-def reliability(items: Sequence[np.ndarray], seed: int = 0, splits: int = 200) -> float | None:
+def reliability(
+    items: Sequence[Sequence[np.ndarray]], seed: int = 0, splits: int = 200
+) -> float | None:
     """Return how well an outcome that is a mean over items is known: the split-half reliability.
 
-    The items of each task are cut into two halves at random; the outcome is computed from each;
-    the two go together with correlation r over the pairs, and 2r / (1 + r) is the whole's
-    (Spearman 1910, Brown 1910). The mean over splits. No statistic can be expected to correlate
-    with the outcome above its root.
+    The items of each task are cut into two halves at random; the outcome, the mean of the tasks'
+    means, is computed from each; the two go together with correlation r over the pairs, and
+    2r / (1 + r) is the whole's (Spearman 1910, Brown 1910). The mean over splits. No statistic can
+    be expected to correlate with the outcome above its root.
 
     Args:
-        items: of each pair an array [tasks of the pair, items]: what each item contributes.
-        seed: of the splits; the items of a row are cut alike in all pairs.
+        items: of each pair, for each of its tasks an array [items]: what each item contributes.
+        seed: of the splits; rows of one length are cut alike in all pairs.
         splits: how many.
     """
     generator = np.random.default_rng(seed)
-    count = items[0].shape[1]
+    lengths = sorted({len(row) for rows in items for row in rows})
     found = []
     for _ in range(splits):
-        half = generator.permutation(count)[: count // 2]
-        first = np.array([rows[:, half].mean() for rows in items])
-        other = np.array([np.delete(rows, half, axis=1).mean() for rows in items])
-        r = pearson(first.tolist(), other.tolist())
+        orders = {count: generator.permutation(count) for count in lengths}
+        halves: list[list[float]] = [[], []]
+        for rows in items:
+            for part, half in enumerate(halves):
+                means = [row[_half(orders[len(row)], part)].mean() for row in rows]
+                half.append(float(np.mean(means)))
+        r = pearson(*halves)
         if r is None:
             return None
         found.append(2 * r / (1 + r))
     return float(np.mean(found))
+
+
+def _half(order: np.ndarray, part: int) -> np.ndarray:
+    middle = len(order) // 2
+    return order[middle:] if part else order[:middle]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -163,7 +163,7 @@ def study(
                 repeated[name][recipe.key] = spearman(one, other)
         for name in trust:
             items = [
-                np.concatenate([_items(name, m, recipe.key, sets[n]) for m in measured])
+                [row for m in measured for row in _items(name, m, recipe.key, sets[n])]
                 for n in pairs
             ]
             trust[name][recipe.key] = reliability(items)
@@ -282,33 +282,36 @@ def _values(outcome: str, scores: Scores) -> np.ndarray:
     return np.asarray(scores.log_probability)
 
 
-def _items(outcome: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> np.ndarray:
-    """Return what each test text loses: [tasks, texts]."""
-    return np.array(
-        [
-            _values(outcome, m.alone[task]) - _values(outcome, scores)
-            for task, scores in zip(tasks, m.merged[recipe][tasks], strict=True)
-        ]
-    )
+def _items(outcome: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> list[np.ndarray]:
+    """Return what each test text loses, for each task, which may have fewer texts than another."""
+    return [
+        _values(outcome, m.alone[task]) - _values(outcome, scores)
+        for task, scores in zip(tasks, m.merged[recipe][tasks], strict=True)
+    ]
+
+
+def _means(rows: Sequence[np.ndarray]) -> list[float]:
+    return [float(row.mean()) for row in rows]
 
 
 def _gain(outcome: str, m: Measured, tasks: tuple[int, ...]) -> float:
     gains = [_values(outcome, m.alone[t]) - _values(outcome, m.base[t]) for t in tasks]
-    return float(np.mean(gains))
+    return float(np.mean(_means(gains)))
 
 
 def _outcome(name: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> float:
+    """Return a mean over tasks, each of which counts alike."""
     if name == "share of the gain":
-        lost = float(_items("log-probability", m, recipe, tasks).mean())
+        lost = float(np.mean(_means(_items("log-probability", m, recipe, tasks))))
         return 100.0 * lost / _gain("log-probability", m, tasks)
-    return float(_items(name, m, recipe, tasks).mean())
+    return float(np.mean(_means(_items(name, m, recipe, tasks))))
 
 
 def _rows(
     m: Measured, recipe: Recipe, tasks: tuple[int, ...], predicted: Mapping[str, Any]
 ) -> list[Row]:
-    nats = _items("log-probability", m, recipe.key, tasks).mean(axis=1)
-    points = _items("accuracy", m, recipe.key, tasks).mean(axis=1)
+    nats = _means(_items("log-probability", m, recipe.key, tasks))
+    points = _means(_items("accuracy", m, recipe.key, tasks))
     return [
         Row(
             tasks,
