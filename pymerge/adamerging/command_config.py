@@ -129,7 +129,8 @@ class AdaConfig:
 
     Attributes:
         values: its keys, defaults included.
-        paths, names: of the models; MODEL+ADAPTER where one is given.
+        base, paths: of the base and the models; MODEL+ADAPTER where one is given.
+        names: of the models.
         files: all paths of the base and the models.
         fit: the keyword arguments of `AdaMerging.fit`.
     """
