@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import pymerge
 from pymerge import AdaMerging, RequestError, adapters
@@ -69,6 +70,55 @@ def test_saving_checkpoints_streams_the_same_bytes(tmp_path: Path, trimmed: bool
     pymerge.merge_checkpoints(config, tmp_path / "again")
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_pass_that_writes_to_buffers_changes_nothing(tmp_path: Path, mapped: bool) -> None:
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    torch.manual_seed(0)
+    states = [net().state_dict() for _ in range(3)]
+    kept = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+    given: list[Any] = list(states)
+    if mapped:
+        given = []
+        for number, state in enumerate(states):
+            (tmp_path / str(number)).mkdir()
+            save_file(state, tmp_path / str(number) / "model.safetensors")
+            given.append(tmp_path / str(number))
+    ada = AdaMerging(net().train(), given[0], given[1:])
+    x = torch.randn(5, 4)
+    first = ada(x)
+    ada.fit([[x], [x]], steps=2, lr=1e-9, progress=False)
+    assert torch.allclose(ada(x), first, atol=1e-6)
+    merged = ada.merged_state_dict()
+    for name in ("1.running_mean", "1.num_batches_tracked"):
+        assert torch.equal(merged[name], kept[0][name])
+    if not mapped:
+        for state, before in zip(states, kept, strict=True):
+            assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("preset", ["official", "fusion_bench"])
+def test_checkpoints_of_another_dtype_than_the_architecture(preset: str) -> None:
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    torch.manual_seed(0)
+    base = net().bfloat16().state_dict()
+    models = [base | {"2.weight": torch.randn(3, 6).bfloat16()} for _ in range(2)]
+    architecture = net().eval()
+    architecture[0].requires_grad_(False)
+    ada = AdaMerging(architecture, base, models, preset=preset)
+    state = ada.merged_state_dict()
+    for name, tensor in architecture.state_dict().items():
+        assert state[name].dtype == tensor.dtype, name
+    torch.testing.assert_close(state["0.weight"], base["0.weight"].float())
+    x = torch.randn(5, 4)
+    expected = torch.func.functional_call(architecture, state, (x,))
+    torch.testing.assert_close(ada(x), expected)
+    assert ada.double()(x).dtype == torch.float32  # the architecture's, whatever ada is cast to
 
 
 def test_models_may_be_a_base_with_adapters(tmp_path: Path) -> None:

@@ -128,11 +128,14 @@ class AdaMerging(nn.Module):
         # Neither the architecture, the heads nor the checkpoints are parameters of this module.
         parameters = dict(model.named_parameters())
         kinds = {name: dtype or parameters[name].dtype for name in self.layers}
+        own_kinds = {n: t.dtype for n, t in (*parameters.items(), *model.named_buffers())}
         self._plain: dict[str, Any] = {
             "architecture": model,
             "heads": None if heads is None else list(heads),
             "paths": (base, list(models)),
             "base": {name: own[name].detach() for name in (*self.layers, *self.fixed)},
+            "fixed": {name: own[name].detach().to(own_kinds[name]) for name in self.fixed},
+            "buffers": frozenset(name for name, _ in model.named_buffers()),
             "models": [{name: one[name].detach() for name in self.layers} for one in others],
             "packed": None,
             "kinds": kinds,
@@ -217,8 +220,11 @@ class AdaMerging(nn.Module):
             yield name, self._plain["kinds"][name], tuple(self._plain["base"][name].shape)
 
     def fixed_tensors(self) -> dict[str, Tensor]:
-        """Return what is not merged: buffers and frozen parameters, the base's."""
-        return {name: self._plain["base"][name] for name in self.fixed}
+        """Return what is not merged: the base's buffers and frozen parameters.
+
+        They are in the architecture's dtypes.
+        """
+        return dict(self._plain["fixed"])
 
     def forward(self, *args: Any, task: int | None = None, **kwargs: Any) -> Any:
         """Run the merged model.
@@ -242,7 +248,11 @@ class AdaMerging(nn.Module):
 
     def run_architecture(self, merged: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         """Run the architecture with merged tensors that are there already."""
-        tensors = {**self.fixed_tensors(), **merged}
+        # A pass that writes to buffers (BatchNorm in training mode) gets its own: those of the base
+        # are the caller's, or mapped files that cannot be written to.
+        buffers = self._plain["buffers"]
+        fixed = {n: t.clone() if n in buffers else t for n, t in self.fixed_tensors().items()}
+        tensors = {**fixed, **merged}
         return functional_call(self.architecture, tensors, args, kwargs)
 
     def apply_head(self, output: Any, task: int | None) -> Any:
@@ -359,7 +369,8 @@ class AdaMerging(nn.Module):
             return tensor.to(device)
 
         plain = self._plain
-        plain["base"] = {name: moved(tensor) for name, tensor in plain["base"].items()}
+        for key in ("base", "fixed"):
+            plain[key] = {name: moved(tensor) for name, tensor in plain[key].items()}
         plain["models"] = [{n: moved(t) for n, t in model.items()} for model in plain["models"]]
         if plain["packed"] is not None:
             plain["packed"] = {
