@@ -249,6 +249,8 @@ def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     net, base, models = make()
     with pytest.raises(MergeError, match=r"coefficients: .*lam\.safetensors: cannot be written"):
         AdaMerging(net, base, models).save_coefficients(tmp_path / "none" / "lam.safetensors")
+    with pytest.raises(MergeError, match=r"coefficients: \.: cannot be written: Is a directory"):
+        AdaMerging(net, base, models).save_coefficients(".")
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 

@@ -33,6 +33,8 @@ def replace_file(path: Path, content: bytes, label: str = "") -> None:
     Raises:
         MergeError: it cannot be written; nothing is left behind.
     """
+    if not path.name:
+        raise MergeError(f"{label}{path}: cannot be written: {os.strerror(errno.EISDIR)}")
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(part, "xb") as file:
