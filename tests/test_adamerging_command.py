@@ -251,6 +251,10 @@ def test_command_takes_labels_of_the_entry_point(
         ),
         ({"models": [{"name": "x"}]}, r"models\[0\]: expected a path, or {model: .*got a mapping"),
         ({"models": ["nowhere"]}, r"models\[0\]: no such file or directory"),
+        (
+            {"models": [{"model": m, "name": "x"} for m in ("a", "b")]},
+            "names: expected no two alike",
+        ),
         ({"base_model": 3}, "base_model: expected a path, got 3"),
         ({"models": ["a\0b"]}, r"models\[0\]: expected a path, or {model: .*got 'a.x00b'"),
         ({"init": "0.3"}, "init: expected a number, a list of one a model, .*, got '0.3'"),
@@ -293,7 +297,7 @@ def test_command_with_a_bad_config(
         (b"", "ada.yml: expected an AdaMerging configuration, got an empty file"),
         (b"- 3\n", r"ada.yml:1: expected a mapping \(base_model: ..., .*, got a list"),
         (b"entry: a:b\nbase_model: \xff\n", "ada.yml:2: expected UTF-8 text"),
-        (b"\xef\xbb\xbfentry: a:b\n", "ada.yml: base_model: is missing"),
+        (b"\xef\xbb\xbfentry: a:b\n", "(?s)ada.yml: base_model: is missing.*models: is missing"),
     ],
 )
 def test_command_with_a_file_that_is_no_config(

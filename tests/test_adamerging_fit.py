@@ -234,6 +234,8 @@ def test_states_that_are_damaged_are_refused(tmp_path: Path) -> None:
         good | {"coefficients": torch.zeros(2, 2)}
     )
     assert "adam.exp_avg has shape (1,)" in message(good | {"adam.exp_avg": torch.zeros(1)})
+    without = {name: tensor for name, tensor in good.items() if name != "adam.step"}
+    assert "expected the state of Adam, exp_avg, exp_avg_sq, step; got exp_avg" in message(without)
     assert "settings or history are of another kind" in message(good, settings="[]")
     assert "settings or history are of another kind" in message(good, history="{}")
     assert "cannot be read: Expecting value" in message(good, history="")

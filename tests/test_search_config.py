@@ -91,3 +91,17 @@ def test_numbers_stay_what_they_are() -> None:
     values = found.parameters[_PATH]["values"]
     assert [type(one) for one in values] == [int, float, int]
     assert found.sigma == 1
+
+
+def test_all_that_is_missing_is_told() -> None:
+    with pytest.raises(RequestError) as caught:
+        load_search({"bugdet": 3, "seed": "x"})
+    problems = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    for part in (
+        "merge: is missing",
+        "data: is missing; say which",
+        "bugdet: unknown",
+        "seed: exp",
+    ):
+        assert part in problems

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pymerge.adamerging.fitting import Fitting
     from pymerge.adamerging.module import AdaMerging
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["fit_settings", "load_state", "save_state"]
 
 Tensor = torch.Tensor
 
@@ -26,13 +26,17 @@ _FORMAT = "pymerge.adamerging.fit/2"
 # Of each tensor, so many blocks of so many elements tell whether a checkpoint is the same.
 _BLOCKS = 4
 _BLOCK = 256
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 # How messages call settings that are not arguments.
 _MEANING = {"contents": "base and models with the contents"}
 
 
-def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
-    """Return what must be the same for a run to go on."""
-    return {
+def fit_settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
+    """Return what must be the same for a run to go on, as JSON has it.
+
+    Some of every tensor is read: once a run is enough.
+    """
+    settings = {
         "preset": ada.preset_name,
         "clamp": ada.clamp,
         "trimmed": ada.trimmed,
@@ -48,6 +52,7 @@ def _settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
         "tokens": how.tokens,
         "seed": how.seed,
     }
+    return json.loads(json.dumps(settings))
 
 
 def _contents(ada: AdaMerging) -> str:
@@ -76,7 +81,7 @@ def save_state(
     path: Path,
     ada: AdaMerging,
     optimizer: torch.optim.Optimizer | None,
-    how: Fitting,
+    settings: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> None:
     """Write coefficients, the state of Adam and the history; the file is replaced as a whole."""
@@ -86,14 +91,14 @@ def save_state(
             tensors[f"adam.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     metadata = {
         "format": _FORMAT,
-        "settings": json.dumps(_settings(ada, how)),
+        "settings": json.dumps(settings),
         "history": json.dumps(history),
     }
     replace_file(path, to_bytes(tensors, metadata), "checkpoint: ")
 
 
 def load_state(
-    path: Path, ada: AdaMerging, optimizer: torch.optim.Optimizer, how: Fitting
+    path: Path, ada: AdaMerging, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Take the state of a run from a file; return its history.
 
@@ -117,8 +122,7 @@ def load_state(
             raise ValueError("settings or history are of another kind")
     except (KeyError, ValueError) as error:
         raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
-    own = json.loads(json.dumps(_settings(ada, how)))
-    for name, value in own.items():
+    for name, value in settings.items():
         if saved.get(name) != value:
             raise RequestError(
                 f"checkpoint: {path}: was made with {_MEANING.get(name, name)} "
@@ -132,13 +136,18 @@ def load_state(
                 f"checkpoint: {path}: cannot be read: {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(table.shape)}"
             )
-    with torch.no_grad():
-        table.copy_(tensors["coefficients"])
     state = {
         name.removeprefix("adam."): tensor
         for name, tensor in tensors.items()
         if name.startswith("adam.")
     }
+    if state and set(state) != _ADAM:
+        raise RequestError(
+            f"checkpoint: {path}: cannot be read: expected the state of Adam, "
+            f"{', '.join(sorted(_ADAM))}; got {', '.join(sorted(state))}"
+        )
+    with torch.no_grad():
+        table.copy_(tensors["coefficients"])
     if state:
         device = ada.raw_coefficients.device
         optimizer.state[ada.raw_coefficients] = {

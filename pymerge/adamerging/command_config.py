@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from pymerge.adamerging.arguments import model_names
-from pymerge.config.schema import Reference, dotted, read_reference, shown
+from pymerge.config.problems import Number, check_number, is_branch, wrong_value
+from pymerge.config.schema import Reference, dotted, read_reference
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest
 
@@ -28,15 +29,9 @@ __all__ = ["AdaConfig", "read_config"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError("a number")
-    return float(value)
-
-
-def _numbers(value: Any) -> Any:
+def _check_table(value: Any) -> Any:
     """Check a number, or lists of numbers of any depth."""
-    return [_numbers(one) for one in value] if isinstance(value, list) else _number(value)
+    return [_check_table(one) for one in value] if isinstance(value, list) else check_number(value)
 
 
 def _path(value: Any) -> str:
@@ -46,25 +41,24 @@ def _path(value: Any) -> str:
 
 
 _Path = Annotated[str, BeforeValidator(_path)]
-_Float = Annotated[float, BeforeValidator(_number)]
-_Table = Annotated[Any, BeforeValidator(_numbers)]
+_Table = Annotated[Any, BeforeValidator(_check_table)]
 
 
 class _Fit(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     steps: StrictInt | None = None
-    lr: _Float | None = None
+    lr: Number | None = None
     batches_per_task: StrictInt | None = None
     entropy: StrictStr | None = None
-    weights: list[_Float] | None = None
+    weights: list[Number] | None = None
     tokens: StrictInt | None = None
     autocast: StrictStr | None = None
     seed: StrictInt = 0
     accumulate: StrictStr = "gradients"
     join: StrictStr | None = None
     patience: StrictInt | None = None
-    min_delta: _Float = 1e-4
+    min_delta: Number = 1e-4
     checkpoint_every: StrictInt = 25
 
 
@@ -89,10 +83,10 @@ class _Config(BaseModel):
     arguments: Annotated[dict[StrictStr, Any], BeforeValidator(_nothing)] = {}
     granularity: StrictStr | list[StrictStr] = "layer"
     trimmed: StrictBool = False
-    density: _Float = 0.2
+    density: Number = 0.2
     init: _Table = 0.3
     preset: StrictStr = "official"
-    clamp: list[_Float] | StrictStr | None = "preset"
+    clamp: list[Number] | StrictStr | None = "preset"
     fixed: StrictStr = "equal"
     fit: Annotated[_Fit, BeforeValidator(_nothing)] = _Fit()
 
@@ -177,10 +171,9 @@ class AdaConfig:
         name = "" if found is None else found.group()
         if name in _OF_ENTRY:
             return f"{self.where('entry')}: {self.values.entry}: {problem}"
-        if name == "base":
-            return f"{self._document.where(('base_model',))}: {problem}"
-        if name in _Config.model_fields:
-            return f"{self._document.where((name,))}: {problem}"
+        key = {"base": "base_model", "names": "models"}.get(name, name)
+        if key in _Config.model_fields:
+            return f"{self._document.where((key,))}: {problem}"
         if name in _Fit.model_fields:
             return f"{self._document.where(('fit', name))}: fit.{problem}"
         return problem
@@ -197,14 +190,10 @@ def read_config(path: str | os.PathLike[str]) -> AdaConfig:
     try:
         values = _Config.model_validate(document.data)
     except ValidationError as error:
-        problems = [_problem(one, document) for one in error.errors() if not _beside(one)]
+        errors = error.errors()
+        problems = [_problem(one, document) for one in errors if not is_branch(one, errors)]
         raise RequestError(list(dict.fromkeys(problems))) from None
     return AdaConfig(values, document)
-
-
-def _beside(error: Any) -> bool:
-    """Tell whether an error is that a mapping is no text, where it may be either."""
-    return isinstance(error["input"], dict) and "_path" in str(error["loc"][-1])
 
 
 def _problem(error: Any, document: LinedYaml) -> str:
@@ -225,7 +214,4 @@ def _problem(error: Any, document: LinedYaml) -> str:
         expected = "a path, or {model: ..., name: ...}"
     else:
         expected = _EXPECTED.get(dotted(path), "a text")
-    value: Any = document.data
-    for part in path:
-        value = value[part]
-    return f"{document.where(path)}: {dotted(path)}: expected {expected}, got {shown(value)}"
+    return wrong_value(document, path, expected)

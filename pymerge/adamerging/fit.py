@@ -181,15 +181,18 @@ class _Run:
         self.batches: list[Iterator[Any]] = []
         self.optimizer = torch.optim.Adam([ada.raw_coefficients], lr=how.lr)
         self.result = FitResult()
+        self.settings: dict[str, Any] = {}  # of the checkpoint, where there is one
         self.good = ada.raw_coefficients.detach().clone()  # the last that gave finite entropies
 
     def run(self) -> FitResult:
-        from pymerge.adamerging.checkpoint import load_state, save_state
+        from pymerge.adamerging.checkpoint import fit_settings, load_state
         from pymerge.adamerging.show import FitBar
 
         how, result, begun = self.how, self.result, time.monotonic()
+        if how.checkpoint is not None:
+            self.settings = fit_settings(self.ada, how)
         if how.checkpoint is not None and how.resume and how.checkpoint.exists():
-            result.history = load_state(how.checkpoint, self.ada, self.optimizer, how)
+            result.history = load_state(how.checkpoint, self.ada, self.optimizer, self.settings)
             result.steps = len(result.history)
             self.good = self.ada.raw_coefficients.detach().clone()
             if result.steps >= how.steps:
@@ -207,14 +210,20 @@ class _Run:
                 result.history.append(row | {"seconds": time.monotonic() - started})
                 bar.advance(losses)
                 if how.checkpoint is not None and result.steps % how.checkpoint_every == 0:
-                    save_state(how.checkpoint, self.ada, self.optimizer, how, result.history)
+                    self._save(how.checkpoint)
                 if self._impatient():
                     result.stopped = "patience"
                     break
         if how.checkpoint is not None:
-            save_state(how.checkpoint, self.ada, self.optimizer, how, result.history)
+            self._save(how.checkpoint)
         result.seconds = time.monotonic() - begun
         return result
+
+    def _save(self, path: Path, adam: bool = True) -> None:
+        from pymerge.adamerging.checkpoint import save_state
+
+        optimizer = self.optimizer if adam else None
+        save_state(path, self.ada, optimizer, self.settings, self.result.history)
 
     def _step(self, step: int) -> list[float]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -342,11 +351,9 @@ class _Run:
             self.ada.raw_coefficients.copy_(self.good)
         saved = ""
         if self.how.checkpoint is not None:
-            from pymerge.adamerging.checkpoint import save_state
-
             path = self.how.checkpoint
             path = path.with_name(f"{path.stem}.last-good{path.suffix}")
-            save_state(path, self.ada, None, self.how, self.result.history)
+            self._save(path, adam=False)
             saved = f", and saved to {path}"
         raise MergeError(
             f"fit: diverged at step {step + 1}: {why}; the coefficients are the last good "

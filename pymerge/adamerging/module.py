@@ -111,6 +111,7 @@ class AdaMerging(nn.Module):
             density=density,
             names=names,
             fixed=fixed,
+            dtype=dtype,
         )
         self.preset = PRESETS[preset]
         self.preset_name = preset

@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -20,7 +19,8 @@ from pydantic import (
 )
 
 from pymerge.config import MergeConfig, load_config
-from pymerge.config.schema import shown
+from pymerge.config.problems import Number, is_branch, wrong_value
+from pymerge.config.schema import dotted
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest
 from pymerge.search.data import Split, check_splits, read_split
@@ -30,33 +30,24 @@ from pymerge.search.samplers import SAMPLERS
 __all__ = ["Budget", "SearchConfig", "load_search"]
 
 
-def _number(value: Any) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError("a number")
-    return value
-
-
-_Number = Annotated[float | int, BeforeValidator(_number)]
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
 class _Domain(_Strict):
-    low: _Number | None = None
-    high: _Number | None = None
+    low: Number | None = None
+    high: Number | None = None
     scale: Literal["linear", "log"] = "linear"
-    values: list[_Number] | None = None
+    values: list[Number] | None = None
     points: StrictInt | None = None
-    initial: _Number | None = None
+    initial: Number | None = None
     groups: StrictStr | StrictInt | dict[str, StrictStr] | None = None
     shared: StrictBool = False
 
 
 class _Budget(_Strict):
     evaluations: StrictInt | None = None
-    seconds: _Number | None = None
+    seconds: Number | None = None
 
 
 class _Data(_Strict):
@@ -74,10 +65,10 @@ class _Document(_Strict):
     optimise: StrictStr | None = None
     preset: StrictStr | None = None
     sampler: StrictStr | None = None
-    parameters: dict[str, _Domain | list[_Number] | None] = {}
+    parameters: dict[str, _Domain | list[Number] | None] = {}
     budget: StrictInt | _Budget | None = None
     seed: StrictInt = Field(0, ge=0, lt=2**63)
-    sigma: _Number | None = Field(None, gt=0, le=1)
+    sigma: Number | None = Field(None, gt=0, le=1)
     population: StrictInt | None = Field(None, ge=3)
     max_failures: StrictInt = Field(10, ge=1)
     allow_test_split: StrictBool = False
@@ -175,7 +166,7 @@ def load_search(
         found = _Document.model_validate(document.data)
     except ValidationError as error:
         errors = error.errors()
-        problems = [_problem(one, document) for one in errors if not _beside(one, errors)]
+        problems = [_problem(one, document) for one in errors if not is_branch(one, errors)]
         raise RequestError(list(dict.fromkeys(problems))) from None
     return _Reader(found, document, metric, changes).read()
 
@@ -375,33 +366,18 @@ def _problem(error: Any, document: LinedYaml) -> str:
     if kind == "extra_forbidden":
         known = (_Document if fields is None or len(location) == 1 else fields).model_fields
         path = location[:1] if len(location) == 1 else (*location[:first], key)
-        where = f"{document.where(path)}: {_dotted(path)}"
+        where = f"{document.where(path)}: {dotted(path)}"
         return f"{where}: unknown key{nearest(str(key), known)} (known: {', '.join(known)})"
     if kind == "missing":
         more = "; say which data chooses: data: {search: validation}" if path == ("data",) else ""
-        return f"{document.name}: {_dotted(path)}: is missing{more}"
+        return f"{document.name}: {dotted(path)}: is missing{more}"
     if location[0] == "parameters" and len(path) > 1:
         mapping = f"a list of numbers, null, or a mapping of {', '.join(_Domain.model_fields)}"
         expected = _EXPECTED_OF_PARAMETER[inner] if inner else mapping
     else:
-        expected = _EXPECTED.get(_dotted(path), "a text")
-    value: Any = document.data
-    for part in path:
-        value = value[part]
-    return f"{document.where(path)}: {_dotted(path)}: expected {expected}, got {shown(value)}"
+        expected = _EXPECTED.get(dotted(path), "a text")
+    return wrong_value(document, path, expected)
 
 
 def _is_key(part: Any, fields: type[BaseModel] | None) -> bool:
     return fields is not None and isinstance(part, str) and part in fields.model_fields
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path)
-
-
-def _beside(error: Any, errors: list[Any]) -> bool:
-    """Tell whether an error is about a branch of a key that another error knows more of."""
-    if error["type"] == "extra_forbidden" or not isinstance(error["input"], dict):
-        return False
-    at = error["loc"][:-1]
-    return any(one is not error and one["loc"][: len(at)] == at for one in errors)
