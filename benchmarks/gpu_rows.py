@@ -95,7 +95,7 @@ class Bench:
     def __init__(self, log: Keeps, dry: bool, nbytes: int) -> None:
         import torch
 
-        import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+        import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
         from tests.cases import GPU_CASES
 
         self.torch = torch
@@ -198,7 +198,7 @@ class Bench:
 
     def outputs(self, case: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return what a case writes to, on the device."""
-        from pymerge.backends.arguments import sums_shape
+        from pymerge.ops.arguments import sums_shape
 
         torch, base, count = self.torch, self.base, len(self.models)
         numel = base.numel()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from benchmarks.measure import WrongResult
-from pymerge.backends.reference import HOT_CHUNK
+from pymerge.ops.reference.merges import HOT_CHUNK
 from tests.case import Case, Inputs
 from tests.case_sums import CHUNK
 from tests.packing import CHUNK as PACKED_CHUNK

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from benchmarks.eager import EAGER
 from benchmarks.kernel_checks import (
     MODELS,
@@ -39,8 +39,8 @@ from benchmarks.kernel_tables import (
 )
 from benchmarks.measure import Timing, WrongResult, interleave
 from benchmarks.tables import Table, console, save
-from pymerge.backends import cpu
-from pymerge.sizes import parse_size
+from pymerge.byte_sizes import parse_size
+from pymerge.ops.native import marshal as cpu
 from tests.case import Case, Inputs
 from tests.cases import CASES
 

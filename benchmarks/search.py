@@ -32,8 +32,8 @@ from benchmarks.checkpoints import (
 from benchmarks.measure import WrongResult
 from benchmarks.run import parser
 from benchmarks.tables import Table, console, save
-from pymerge import _ops as _ops  # declares the ops
 from pymerge import merge_checkpoints
+from pymerge.ops import contract as contract  # declares the ops
 from pymerge.search import Merged, Remerger
 
 __all__ = ["main"]

@@ -18,19 +18,11 @@ from pymerge.methods import methods
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
     from pymerge.analysis.api import analyze
-    from pymerge.api import linear, merge, task_arithmetic, ties_merge
-    from pymerge.data_driven.fisher import collect_fisher
-    from pymerge.data_driven.functions import fisher_merge, gradient_matching, regmean_merge
-    from pymerge.data_driven.gradients import gradient_merge
-    from pymerge.data_driven.gram import collect_gram
-    from pymerge.data_driven.plus_plus import regmean_plus_plus
-    from pymerge.data_driven.statistics import (
-        ModelStatistics,
-        load_statistics,
-        save_statistics,
-    )
-    from pymerge.engine.checkpoints import merge_checkpoints
-    from pymerge.other_functions import (
+    from pymerge.merging.api import linear, merge, task_arithmetic, ties_merge
+    from pymerge.merging.files import merge_checkpoints
+    from pymerge.merging.report import MergeReport
+    from pymerge.merging.task_vector import TaskVector
+    from pymerge.methods.directions.functions import (
         arcee_fusion,
         consensus_ta,
         emr,
@@ -44,8 +36,7 @@ if TYPE_CHECKING:
         tall_masks,
         tsv_m,
     )
-    from pymerge.report import MergeReport
-    from pymerge.sparse_functions import (
+    from pymerge.methods.sparse.functions import (
         breadcrumbs,
         breadcrumbs_ties,
         dare_linear,
@@ -58,7 +49,16 @@ if TYPE_CHECKING:
         ramplus_tl,
         sce,
     )
-    from pymerge.task_vector import TaskVector
+    from pymerge.methods.statistics.functions import fisher_merge, gradient_matching, regmean_merge
+    from pymerge.statistics.files import (
+        ModelStatistics,
+        load_statistics,
+        save_statistics,
+    )
+    from pymerge.statistics.fisher import collect_fisher
+    from pymerge.statistics.gradients import gradient_merge
+    from pymerge.statistics.gram import collect_gram
+    from pymerge.statistics.plus_plus import regmean_plus_plus
 
 __all__ = [
     "AdaMerging",
@@ -115,46 +115,46 @@ __all__ = [
 _LAZY = {
     "AdaMerging": "pymerge.adamerging.module",
     "analyze": "pymerge.analysis.api",
-    "linear": "pymerge.api",
-    "merge": "pymerge.api",
-    "task_arithmetic": "pymerge.api",
-    "ties_merge": "pymerge.api",
-    "merge_checkpoints": "pymerge.engine.checkpoints",
-    "MergeReport": "pymerge.report",
-    "TaskVector": "pymerge.task_vector",
-    "breadcrumbs": "pymerge.sparse_functions",
-    "breadcrumbs_ties": "pymerge.sparse_functions",
-    "dare_linear": "pymerge.sparse_functions",
-    "dare_ties": "pymerge.sparse_functions",
-    "della": "pymerge.sparse_functions",
-    "della_linear": "pymerge.sparse_functions",
-    "magmax": "pymerge.sparse_functions",
-    "pcb_merge": "pymerge.sparse_functions",
-    "ram": "pymerge.sparse_functions",
-    "ramplus_tl": "pymerge.sparse_functions",
-    "sce": "pymerge.sparse_functions",
-    "arcee_fusion": "pymerge.other_functions",
-    "consensus_ta": "pymerge.other_functions",
-    "emr": "pymerge.other_functions",
-    "karcher": "pymerge.other_functions",
-    "model_stock": "pymerge.other_functions",
-    "multislerp": "pymerge.other_functions",
-    "nearswap": "pymerge.other_functions",
-    "nuslerp": "pymerge.other_functions",
-    "passthrough": "pymerge.other_functions",
-    "slerp": "pymerge.other_functions",
-    "tall_masks": "pymerge.other_functions",
-    "tsv_m": "pymerge.other_functions",
-    "ModelStatistics": "pymerge.data_driven.statistics",
-    "collect_fisher": "pymerge.data_driven.fisher",
-    "collect_gram": "pymerge.data_driven.gram",
-    "fisher_merge": "pymerge.data_driven.functions",
-    "gradient_matching": "pymerge.data_driven.functions",
-    "gradient_merge": "pymerge.data_driven.gradients",
-    "load_statistics": "pymerge.data_driven.statistics",
-    "regmean_merge": "pymerge.data_driven.functions",
-    "regmean_plus_plus": "pymerge.data_driven.plus_plus",
-    "save_statistics": "pymerge.data_driven.statistics",
+    "linear": "pymerge.merging.api",
+    "merge": "pymerge.merging.api",
+    "task_arithmetic": "pymerge.merging.api",
+    "ties_merge": "pymerge.merging.api",
+    "merge_checkpoints": "pymerge.merging.files",
+    "MergeReport": "pymerge.merging.report",
+    "TaskVector": "pymerge.merging.task_vector",
+    "breadcrumbs": "pymerge.methods.sparse.functions",
+    "breadcrumbs_ties": "pymerge.methods.sparse.functions",
+    "dare_linear": "pymerge.methods.sparse.functions",
+    "dare_ties": "pymerge.methods.sparse.functions",
+    "della": "pymerge.methods.sparse.functions",
+    "della_linear": "pymerge.methods.sparse.functions",
+    "magmax": "pymerge.methods.sparse.functions",
+    "pcb_merge": "pymerge.methods.sparse.functions",
+    "ram": "pymerge.methods.sparse.functions",
+    "ramplus_tl": "pymerge.methods.sparse.functions",
+    "sce": "pymerge.methods.sparse.functions",
+    "arcee_fusion": "pymerge.methods.directions.functions",
+    "consensus_ta": "pymerge.methods.directions.functions",
+    "emr": "pymerge.methods.directions.functions",
+    "karcher": "pymerge.methods.directions.functions",
+    "model_stock": "pymerge.methods.directions.functions",
+    "multislerp": "pymerge.methods.directions.functions",
+    "nearswap": "pymerge.methods.directions.functions",
+    "nuslerp": "pymerge.methods.directions.functions",
+    "passthrough": "pymerge.methods.directions.functions",
+    "slerp": "pymerge.methods.directions.functions",
+    "tall_masks": "pymerge.methods.directions.functions",
+    "tsv_m": "pymerge.methods.directions.functions",
+    "ModelStatistics": "pymerge.statistics.files",
+    "collect_fisher": "pymerge.statistics.fisher",
+    "collect_gram": "pymerge.statistics.gram",
+    "fisher_merge": "pymerge.methods.statistics.functions",
+    "gradient_matching": "pymerge.methods.statistics.functions",
+    "gradient_merge": "pymerge.statistics.gradients",
+    "load_statistics": "pymerge.statistics.files",
+    "regmean_merge": "pymerge.methods.statistics.functions",
+    "regmean_plus_plus": "pymerge.statistics.plus_plus",
+    "save_statistics": "pymerge.statistics.files",
 }
 
 

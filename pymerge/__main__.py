@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymerge.cli import run
+from pymerge.commands.main import run
 
 if __name__ == "__main__":
     run()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from pymerge.byte_sizes import format_size
 from pymerge.errors import RequestError
-from pymerge.sizes import format_size
 
 __all__ = [
     "CHUNKS",

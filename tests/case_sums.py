@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pymerge.backends.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
-from pymerge.backends.comparison import Comparison
-from pymerge.backends.sizes import SUM_CHUNK
+from pymerge.ops.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
+from pymerge.ops.comparison import Comparison
+from pymerge.ops.constants import SUM_CHUNK
 from tests.case import Case, columns_of, padded, thresholds
 from tests.case_merges import bands, packed, ranked
 

@@ -3,8 +3,8 @@ opcheck, and the benchmark (`python -m benchmarks.run`)."""
 
 from __future__ import annotations
 
-from pymerge.backends import has_kernel
-from pymerge.backends.comparison import EVERY
+from pymerge.ops.backends import has_kernel
+from pymerge.ops.comparison import EVERY
 from tests.case import Case
 from tests.case_merges import (
     ANY,

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from pymerge.data_driven.command import CollectSetup
+from pymerge.commands.collect import CollectSetup
 
 Tensor = torch.Tensor
 HERE = "tests.collect_entries"

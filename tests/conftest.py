@@ -11,8 +11,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
-from pymerge.backends import BACKENDS, cpu
+import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
+from pymerge.ops.backends import BACKENDS
+from pymerge.ops.native import marshal as cpu
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

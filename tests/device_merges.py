@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.engine import checkpoints, staged
-from pymerge.engine.device import Device
 from pymerge.memory import DeviceSizes
+from pymerge.merging import files as checkpoints
+from pymerge.merging.gpu import staged
+from pymerge.merging.gpu.device import Device
 from tests import models
 
 # A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.

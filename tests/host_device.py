@@ -1,4 +1,4 @@
-"""The processor as a `pymerge.engine.device.Device`, for tests without a GPU.
+"""The processor as a `pymerge.merging.gpu.device.Device`, for tests without a GPU.
 
 Everything happens at once, and whether it may is checked: each access to memory of the device, or
 to page-locked memory, is by the host or by a stream, and must be ordered after every access by
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymerge.engine.device import COMPUTE, IN, OUT, OutOfDeviceMemory
+from pymerge.merging.gpu.device import COMPUTE, IN, OUT, OutOfDeviceMemory
 
 HOST = "host"
 Clock = dict[str, int]

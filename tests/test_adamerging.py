@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import pymerge
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import pack_trimmed
-from pymerge.backends.reference_packed import unpack
+from pymerge.ops.reference.packed import unpack
 
 State = dict[str, torch.Tensor]
 

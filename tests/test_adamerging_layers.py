@@ -11,7 +11,7 @@ import torch
 import pymerge
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import merged_layer, merged_packed_layer, pack_trimmed
-from pymerge.backends.reference_packed import unpack
+from pymerge.ops.reference.packed import unpack
 from tests.oracles import official_delta
 from tests.test_adamerging import make
 

@@ -12,8 +12,8 @@ import torch
 import pymerge
 from pymerge.adapters import Adapter, add, analogy, load, merge_adapters, negate, scale
 from pymerge.adapters.build import ia3, lora
-from pymerge.adapters.command import run_merge_adapters
-from pymerge.cli import main
+from pymerge.commands.adapters import run_merge_adapters
+from pymerge.commands.main import main
 from pymerge.errors import RequestError
 from tests import models
 from tests.adapter_files import PREFIX, exact, factors, save_adapter, save_lora

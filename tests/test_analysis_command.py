@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import pymerge
-import pymerge.cli
+import pymerge.commands.main
 from pymerge.analysis import advise, averaging_coefficient, output, write_analysis
 from pymerge.analysis.summary import print_summary
-from pymerge.backends import cpu
+from pymerge.ops.native import marshal as cpu
 from tests import models
 from tests.models import State
 
@@ -29,7 +29,7 @@ no_waiting = models.no_waiting
 def run(*arguments: str | Path) -> int:
     """Return the exit code of a command, whichever way it comes."""
     try:
-        return pymerge.cli.main(["analyze", *(str(argument) for argument in arguments)])
+        return pymerge.commands.main.main(["analyze", *(str(argument) for argument in arguments)])
     except SystemExit as exit_:
         assert isinstance(exit_.code, int)
         return exit_.code
@@ -90,8 +90,8 @@ def test_files_are_analysed_without_torch(root: Path) -> None:
     if cpu.reason() is not None:
         pytest.skip("the native library is not there")
     code = (
-        "import sys, pymerge.cli\n"
-        f"code = pymerge.cli.main(['analyze', {str(root / 'base')!r}, {str(root / 'm0')!r},"
+        "import sys\nfrom pymerge.commands.main import main\n"
+        f"code = main(['analyze', {str(root / 'base')!r}, {str(root / 'm0')!r},"
         f" '--no-html', '--out', {str(root / 'out')!r}])\n"
         "assert code == 0 and 'torch' not in sys.modules, code\n"
     )

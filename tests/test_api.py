@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import BACKENDS
+from pymerge.ops.backends import BACKENDS
 from tests.conftest import BACKEND_IDS
 
 METHODS = ["linear", "task_arithmetic", "ties"]
@@ -328,7 +328,7 @@ def test_other_devices() -> None:
 BROKEN = """
 import warnings
 import torch, pymerge
-from pymerge.cli import main
+from pymerge.commands.main import main
 models = [torch.zeros(4), torch.ones(4)]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

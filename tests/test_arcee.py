@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import pymerge
 from pymerge.config import load_config
-from pymerge.engine import arcee
-from pymerge.engine.memory import MemorySink
+from pymerge.merging.tensors import MemorySink
+from pymerge.methods.arcee import passes as arcee
 from pymerge.plan import make_plan
 from tests import models
 from tests.conftest import BACKEND_IDS, NATIVE

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.array import Array, as_array, as_tensor, sample_lines, widen
+from pymerge.ops.array import Array, as_array, as_tensor, sample_lines, widen
 from tests import models
 
 

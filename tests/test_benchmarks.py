@@ -27,7 +27,7 @@ from benchmarks.checkpoints import CheckpointSet
 from benchmarks.measure import Timing, WrongResult, interleave, run_process
 from benchmarks.tables import Table, save
 from pymerge import merge_checkpoints
-from pymerge.backends import cpu
+from pymerge.ops.native import marshal as cpu
 from tests.case import Case, Inputs
 from tests.cases import CASES, GPU_CASES
 

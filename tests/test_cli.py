@@ -18,20 +18,20 @@ from typing import Any
 
 import pytest
 
-import pymerge.cli
+import pymerge.commands.main
 from pymerge import engine
-from pymerge.card import model_card
 from pymerge.config import load_config
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
 from pymerge.memory import PeakMemory
+from pymerge.merging.card import model_card
+from pymerge.merging.report import InputFile, InputReport, MergeReport, OutputReport, Phase
 from pymerge.methods import METHODS
-from pymerge.report import InputFile, InputReport, MergeReport, OutputReport, Phase
 
 
 def run(*arguments: str | Path) -> int:
     """Return the exit code of a command, whichever way it comes."""
     try:
-        return pymerge.cli.main([str(argument) for argument in arguments])
+        return pymerge.commands.main.main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         assert isinstance(exit_.code, int)
         return exit_.code
@@ -283,7 +283,7 @@ def test_info_says_what_runs_and_why_not(
             "linear": {"cpu": "odd", "cuda": True},
         },
     }
-    monkeypatch.setattr("pymerge.backends.describe", lambda: described)
+    monkeypatch.setattr("pymerge.ops.backends.describe", lambda: described)
     assert run("info") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("torch ") for line in lines)
@@ -309,7 +309,7 @@ def test_info_of_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_light_commands_do_not_import_torch(command: str) -> None:
     code = (
-        "import sys\nfrom pymerge.cli import main\n"
+        "import sys\nfrom pymerge.commands.main import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as e:\n    code = e.code\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\nsys.exit(code)"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pymerge
-from pymerge.data_driven.sampling import draw_classes
+from pymerge.statistics.sampling import draw_classes
 
 Tensor = torch.Tensor
 
@@ -193,7 +193,7 @@ def test_drawn_classes_follow_the_softmax(monkeypatch: pytest.MonkeyPatch) -> No
     shares = drawn.bincount(minlength=6).double() / len(drawn)
     torch.testing.assert_close(shares, logits[0].double().softmax(0), rtol=0, atol=0.01)
     assert not shares[[0, 2, 5]].any()
-    monkeypatch.setattr("pymerge.data_driven.sampling._AT_ONCE", 100)  # the last part is shorter
+    monkeypatch.setattr("pymerge.statistics.sampling._AT_ONCE", 100)  # the last part is shorter
     assert torch.equal(draw_classes(logits, torch.Generator().manual_seed(3)), drawn)
     monkeypatch.setattr("torch.rand", lambda *shape, **how: torch.ones(*shape, dtype=how["dtype"]))
     assert draw_classes(logits[:3], torch.Generator()).tolist() == [4, 4, 4]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge.cli import main
-from pymerge.data_driven.command import run_collect
+from pymerge.commands.collect import run_collect
+from pymerge.commands.main import main
 from tests import collect_entries as entries
 from tests import models
 from tests.collect_entries import HERE, config

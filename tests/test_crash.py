@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 DRIVER = """
 import json
 import os, signal, sys, threading, time
-import pymerge.cli
-import pymerge.engine.checkpoints
+import pymerge.commands.main
+import pymerge.merging.files
 from pathlib import Path
 from pymerge.output import directory, files, writer
 
@@ -85,7 +85,7 @@ def trial(config, out, force, when):
         moment = int(when)
         sys.addaudithook(audit)
     arguments = ["merge", config, out, "--quiet", "--shard-size", "60KB"]
-    return pymerge.cli.main(arguments + ([force] if force else []))
+    return pymerge.commands.main.main(arguments + ([force] if force else []))
 
 def child(config, out, force, stderr, when):
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.engine import checkpoints, staged
 from pymerge.memory import DeviceSizes
+from pymerge.merging import files as checkpoints
+from pymerge.merging.gpu import staged
 from pymerge.methods import METHODS
 from tests import models
 from tests.host_device import HostDevice

@@ -14,9 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from pymerge import backends
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
-from pymerge.backends import cpu_native, cuda, cuda_native
+from pymerge.ops import backends
+from pymerge.ops.native import device as cuda_native
+from pymerge.ops.native import host as cpu_native
+from pymerge.ops.native import marshal_cuda as cuda
 from tests import cuda_build
 from tests.case import DTYPES, Case, Inputs, make_inputs, seen
 from tests.cases import GPU_CASES

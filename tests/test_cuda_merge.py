@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import cuda
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.methods import METHODS
+from pymerge.ops.native import marshal_cuda as cuda
 from tests import models
 from tests.test_methods import number_of_models, parameters_of
 

@@ -11,7 +11,7 @@ import torch
 
 import pymerge
 from pymerge.checkpoint.statistics import StatisticsRecord
-from pymerge.data_driven.statistics import ModelStatistics
+from pymerge.statistics.files import ModelStatistics
 from tests import data_oracles, models
 
 no_waiting = models.no_waiting

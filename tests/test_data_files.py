@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import pymerge
 from pymerge.checkpoint.statistics import StatisticsRecord
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.config import load_config
-from pymerge.data_driven.statistics import ModelStatistics
-from pymerge.engine.memory import MemorySink
 from pymerge.memory import PeakMemory
+from pymerge.merging.tensors import MemorySink
 from pymerge.plan import make_plan
+from pymerge.statistics.files import ModelStatistics
 from tests import models
 
 no_waiting = models.no_waiting

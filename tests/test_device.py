@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.engine import arcee
-from pymerge.engine.device import COMPUTE, IN, OUT, Cuda, OutOfDeviceMemory
 from pymerge.memory import DeviceSizes
+from pymerge.merging.gpu.device import COMPUTE, IN, OUT, Cuda, OutOfDeviceMemory
 from pymerge.methods import METHODS
+from pymerge.methods.arcee import passes as arcee
 from tests import device_merges, models
 from tests.adapter_files import factors, projections, save_lora
 from tests.device_merges import ROOMY, SMALL, Merge, two

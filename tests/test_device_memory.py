@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import pymerge
-import pymerge.cli
+import pymerge.commands.main
 from pymerge import memory
-from pymerge.array import Array, Flat, as_array
-from pymerge.engine.memory import MemorySource
-from pymerge.engine.stage import Stage
-from pymerge.engine.staged import StagedSource
 from pymerge.memory import DeviceSizes, device_sizes, plan_memory
+from pymerge.merging.gpu.stage import Stage
+from pymerge.merging.gpu.staged import StagedSource
+from pymerge.merging.tensors import MemorySource
+from pymerge.ops.array import Array, Flat, as_array
 from tests import device_merges, models
 from tests.device_merges import SMALL, Merge, two
 from tests.host_device import HostDevice
@@ -89,7 +89,7 @@ def test_the_plan_tells_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "c.yml").write_text(text + "parameters: {density: 0.2}\n")
 
     def plan(*options: str) -> str:
-        assert pymerge.cli.main(["plan", str(tmp_path / "c.yml"), *options]) == 0
+        assert pymerge.commands.main.main(["plan", str(tmp_path / "c.yml"), *options]) == 0
         return capsys.readouterr().out
 
     assert "device" not in plan()

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import pymerge
-from pymerge.cli import main
+from pymerge.commands.main import main
 from tests import models
 from tests.models import State
 
@@ -240,7 +240,7 @@ def test_damaged_files_are_named(root: Path, family: tuple[State, list[State]]) 
 
 def test_a_file_that_changes_after_the_plan(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file truncated between the plan and the merge must not crash the process."""
-    from pymerge.engine import checkpoints
+    from pymerge.merging import files as checkpoints
 
     shard = sorted((root / "m1").glob("*.safetensors"))[0]
     original = checkpoints._stream

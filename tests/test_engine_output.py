@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 
 import pymerge
-from pymerge.cli import main
+from pymerge.commands.main import main
 from tests import models
 
 no_waiting = models.no_waiting

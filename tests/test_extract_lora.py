@@ -11,7 +11,7 @@ import torch
 
 from pymerge.adapters import ExtractReport, extract_lora, fold, load
 from pymerge.adapters.decompose import factor_matrix
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.errors import NonFiniteError, RequestError
 from tests import models
 from tests.adapter_files import projections

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pymerge.array import as_array
-from pymerge.backends import cpu
-from pymerge.backends.low_rank import low_rank, rescale
+from pymerge.ops.array import as_array
+from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native.low_rank import low_rank, rescale
 from tests.adapter_files import delta
 from tests.conftest import BACKEND_IDS
 
@@ -103,7 +103,7 @@ def test_rescaling(dtype: torch.dtype) -> None:
 
 
 def test_rounding_is_that_of_torch() -> None:
-    from pymerge.backends.low_rank import store
+    from pymerge.ops.native.low_rank import store
 
     bits = np.arange(0, 2**32, 9973, dtype=np.uint64).astype(np.uint32)
     values = bits.view(np.float32)

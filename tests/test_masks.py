@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pymerge.masks import keep_limit, mask_hash, seed_words, words_at
+from pymerge.ops.masks import keep_limit, mask_hash, seed_words, words_at
 
 N = 1 << 18
 # Standard errors that none of some thousands of correct random numbers is away from its mean.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pymerge import _ops
-from pymerge.backends import cpu
+from pymerge.ops import contract as _ops
+from pymerge.ops.native import marshal as cpu
 from tests.case import DTYPES, Case, Inputs, make_inputs
 from tests.cases import CASES
 from tests.conftest import NATIVE

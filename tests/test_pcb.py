@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends.reference_pcb import exp32, tanh32
+from pymerge.ops.reference.pcb import exp32, tanh32
 from tests.case_pcb import pcb_statistics
 from tests.conftest import BACKEND_IDS
 

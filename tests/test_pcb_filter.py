@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from tests.case_pcb import pcb_statistics
 from tests.conftest import NATIVE, check_same
 

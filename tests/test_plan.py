@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import pymerge.cli
+import pymerge.commands.main
 from pymerge.errors import RequestError
 from pymerge.memory import MIB, plan_memory
 from tests.plans import (
@@ -249,7 +249,7 @@ def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         "parameters: {density: 0.5, lambda: 0.25}\n"
     )
     Path("config.yml").write_text(text, encoding="utf-8")
-    assert pymerge.cli.main(["plan", "config.yml", "--threads", "2"]) == 0
+    assert pymerge.commands.main.main(["plan", "config.yml", "--threads", "2"]) == 0
     captured = capsys.readouterr()
     for part in (
         "base_model (base): 4 tensors (3 BF16, 1 I64)",
@@ -265,7 +265,7 @@ def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         "pymerge: warning: config.yml:5: models[1].parameters.density[0].value: the filter "
         "'nothing' matches no tensor\n"
     )
-    assert pymerge.cli.main(["plan", "config.yml", "--threads", "2", "--json"]) == 0
+    assert pymerge.commands.main.main(["plan", "config.yml", "--threads", "2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["passes"] == 2
     assert made["output"]["dtypes"] == {"BF16": 3, "I64": 1}
@@ -278,7 +278,7 @@ def test_the_plan_command_lists_every_problem(capsys: pytest.CaptureFixture[str]
     Path("config.yml").write_text(
         "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n", encoding="utf-8"
     )
-    assert pymerge.cli.main(["plan", "config.yml"]) == 2
+    assert pymerge.commands.main.main(["plan", "config.yml"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("pymerge: error: 2 problems:\n  - models[0] (a): lacks")

@@ -10,7 +10,7 @@ from torch import nn
 
 import pymerge
 from pymerge.checkpoint.statistics import StatisticsRecord
-from pymerge.data_driven.statistics import ModelStatistics
+from pymerge.statistics.files import ModelStatistics
 from tests import data_oracles
 
 Tensor = torch.Tensor

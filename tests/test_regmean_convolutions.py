@@ -16,11 +16,11 @@ from torch.nn import functional
 
 import pymerge
 from pymerge.checkpoint.statistics import StatisticsRecord
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.config import load_config
-from pymerge.data_driven import convolutions
-from pymerge.data_driven.statistics import ModelStatistics
 from pymerge.plan import make_plan
+from pymerge.statistics import convolutions
+from pymerge.statistics.files import ModelStatistics
 from tests import data_oracles, models
 
 no_waiting = models.no_waiting

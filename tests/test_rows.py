@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.masks import mask_hash, seed_words
+from pymerge.ops.masks import mask_hash, seed_words
 from tests.conftest import BACKEND_IDS
 
 TensorList = list[torch.Tensor]
@@ -185,7 +185,7 @@ def test_model_stock_by_rows(identifier: str, use_backend: Callable[[str], str])
 
 def test_rows_do_not_care_about_pieces() -> None:
     """Results of files come in pieces that end anywhere in a row."""
-    from pymerge.engine.geometry import whole_rows
+    from pymerge.methods.directions.passes import whole_rows
 
     for start in range(25):
         for stop in range(start + 1, 26):

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import pymerge
-from pymerge import runner
-from pymerge.backends import BACKENDS, choose, cpu, describe, has_kernel, triton
-from pymerge.engine.place import Place, choose_place, planned_device
+from pymerge.merging.gpu.place import Place, choose_place, planned_device
+from pymerge.merging.report import MergeReport
 from pymerge.methods import METHODS, MethodSpec
-from pymerge.report import MergeReport
-from pymerge.runner import Runner
+from pymerge.ops import runner
+from pymerge.ops.backends import BACKENDS, choose, describe, has_kernel
+from pymerge.ops.native import marshal as cpu
+from pymerge.ops.runner import Runner
+from pymerge.ops.triton import merges as triton
 from tests import models
 from tests.host_device import HostDevice
 
@@ -23,7 +25,7 @@ no_waiting = models.no_waiting
 
 
 def test_every_backend_has_every_op_that_it_says() -> None:
-    from pymerge._ops import NAMES
+    from pymerge.ops.contract import NAMES
 
     for name in ("reference", "cpu"):
         assert all(has_kernel(name, op) for op in NAMES), name

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import pymerge._ops  # noqa: F401  declares torch.ops.pymerge
+import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from tests.conftest import NATIVE, check_same
 
 NUMEL = 3 * 4096 + 77  # pieces that the kernel checks at once, and a tail

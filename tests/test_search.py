@@ -12,7 +12,7 @@ import yaml
 
 import pymerge
 from pymerge import RequestError
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.search import run_search
 from tests import models, search_metrics
 from tests.models import no_waiting  # noqa: F401

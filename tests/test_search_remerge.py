@@ -75,7 +75,7 @@ class _Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        from pymerge.runner import Runner
+        from pymerge.ops.runner import Runner
 
         real = Runner.call
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pymerge import select
-from pymerge.backends.reference import HOT_CHUNK
-from pymerge.methods.ties import TrimTarget
-from pymerge.select import Cut, Part, order_statistics
+from pymerge.engine import select
+from pymerge.engine.select import Cut, Part, order_statistics
+from pymerge.methods.ties.record import TrimTarget
+from pymerge.ops.reference.merges import HOT_CHUNK
 
 Tensors = list[torch.Tensor]
 

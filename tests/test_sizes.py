@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pymerge.byte_sizes import format_size, parse_size
 from pymerge.errors import RequestError
-from pymerge.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

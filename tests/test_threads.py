@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import cpu
+from pymerge.ops.native import marshal as cpu
 from tests import models
 
 no_waiting = models.no_waiting

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.methods.ties import SEMANTICS, TrimTarget, ties_rule, trim_target
+from pymerge.methods.ties.record import SEMANTICS, TrimTarget, ties_rule, trim_target
 from tests import oracles
 from tests.conftest import BACKEND_IDS
 

@@ -23,9 +23,9 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import resolve
-from pymerge.backends import triton_common as triton
 from pymerge.methods import METHODS
+from pymerge.ops.backends import resolve
+from pymerge.ops.triton import library as triton
 from tests.case import DTYPES
 from tests.conftest import REQUIRED
 from tests.models import NEED_FILES
@@ -261,7 +261,8 @@ def test_search_for_a_configuration(interpreter: Callable[..., Any]) -> None:
 
 def test_import_needs_no_triton() -> None:
     code = (
-        "import sys, pymerge, pymerge.backends.triton as backend, pymerge._ops; backend.reason();"
+        "import sys, pymerge, pymerge.ops.triton.merges as backend, pymerge.ops.contract;"
+        "backend.reason();"
         "assert 'triton' not in sys.modules, sorted(sys.modules)"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}

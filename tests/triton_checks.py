@@ -18,8 +18,8 @@ import torch
 
 import pymerge
 from pymerge.adamerging import ops
-from pymerge.backends import resolve
 from pymerge.methods import METHODS
+from pymerge.ops.backends import resolve
 from tests import cases
 from tests.case import DTYPES, Case, Inputs, make_inputs
 from tests.models import llama

@@ -27,7 +27,7 @@ from .value import (
     magnitude_key,
 )
 
-SUM_CHUNK = tl.constexpr(1024)  # pymerge/backends/sizes.py has the same
+SUM_CHUNK = tl.constexpr(1024)  # pymerge/ops/constants.py has the same
 LANES = tl.constexpr(16)
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.demo.cache import write_text
 from benchmarks.demo.console import Log
-from pymerge.report import MergeReport
+from pymerge.merging.report import MergeReport
 
 __all__ = ["RECIPES", "Merged", "Recipe", "merge", "merge_all"]
 

@@ -1,5 +1,5 @@
 // pymerge._C: a function for each kernel. Pointers come as integers; the Python side has already
-// validated everything (pymerge/backends/cpu.py, cuda.py). Device -1 is the CPU.
+// validated everything (pymerge/ops/native/marshal.py, cuda.py). Device -1 is the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pymerge.data_driven.batches import batch_size
 from pymerge.errors import RequestError
+from pymerge.statistics.batches import batch_size
 
 __all__ = ["JOINS", "Join", "concatenate", "split_rows"]
 

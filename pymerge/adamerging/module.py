@@ -20,9 +20,9 @@ from pymerge.adamerging.presets import PRESETS
 from pymerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
+    from pymerge.adamerging.correlations import TaskCorrelation
     from pymerge.adamerging.fit import FitResult
-    from pymerge.adamerging.statistics import TaskCorrelation
-    from pymerge.report import MergeReport
+    from pymerge.merging.report import MergeReport
 
 __all__ = ["AdaMerging"]
 
@@ -327,7 +327,7 @@ class AdaMerging(nn.Module):
 
     def correlations(self, loaders: Sequence[Iterable[Any]], **how: Any) -> list[TaskCorrelation]:
         """Return how entropy and loss go together; see `statistics.correlations`."""
-        from pymerge.adamerging.statistics import correlations
+        from pymerge.adamerging.correlations import correlations
 
         return correlations(self, loaders, **how)
 

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from pymerge import _ops as _ops  # declares the in-place ops that these run on
 from pymerge.adamerging.layers import FLOATS
 from pymerge.adamerging.packed import Packed
-from pymerge.backends import choose, takes_fewer_models
-from pymerge.backends.arguments import sums_shape
-from pymerge.backends.sizes import SUM_CHUNK
 from pymerge.errors import RequestError
+from pymerge.ops import contract as contract  # declares the in-place ops that these run on
+from pymerge.ops.arguments import sums_shape
+from pymerge.ops.backends import choose, takes_fewer_models
+from pymerge.ops.constants import SUM_CHUNK
 
 __all__ = ["merged_layer", "merged_packed_layer"]
 
@@ -62,7 +62,7 @@ def _counters(count: tuple[int, ...], dtype: torch.dtype, like: Tensor, backend:
 
 
 def _run(op: str, device: torch.device, call: Callable[[str], Result]) -> Result:
-    """Call an op of `pymerge._ops` with the fastest backend on the device that takes it."""
+    """Call an op of `pymerge.ops.contract` with the fastest backend on the device that takes it."""
     refused: list[str] = []
     while True:
         backend = choose(op, None, device, refused)

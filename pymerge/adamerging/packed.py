@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pymerge._calls import call
-from pymerge.backends import resolve
-from pymerge.backends.sizes import SUM_CHUNK
-from pymerge.engine.ties import zero_elects
-from pymerge.methods.ties import SEMANTICS, trim_target
+from pymerge.engine.select import Part, order_statistics
+from pymerge.methods.ties.passes import zero_elects
+from pymerge.methods.ties.record import SEMANTICS, trim_target
+from pymerge.ops.backends import resolve
+from pymerge.ops.call import call
+from pymerge.ops.constants import SUM_CHUNK
 from pymerge.primitives import trim
-from pymerge.select import Part, order_statistics
 
 __all__ = ["Packed", "pack_trimmed"]
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from pymerge.errors import RequestError
-from pymerge.methods.adamerging import FORMAT
+from pymerge.methods.adamerging.record import FORMAT
 from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:
     from pymerge.adamerging.module import AdaMerging
-    from pymerge.report import MergeReport
+    from pymerge.merging.report import MergeReport
 
 __all__ = ["save", "save_coefficients"]
 
@@ -58,7 +58,7 @@ def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | No
     """
     base, models = ada.inputs
     if all(isinstance(one, (str, os.PathLike)) for one in (base, *models)):
-        from pymerge.engine.checkpoints import merge_checkpoints
+        from pymerge.merging.files import merge_checkpoints
 
         rest = dict(how)
         default = out.with_name(f"{out.name}.coefficients.safetensors")
@@ -82,11 +82,11 @@ def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | No
 
 @torch.no_grad()
 def _save_tensors(ada: AdaMerging, out: Path, *, force: bool, shard_size: int | str) -> None:
+    from pymerge.byte_sizes import parse_size
     from pymerge.checkpoint import torch_dtype
     from pymerge.dtypes import DTYPES
     from pymerge.output import OutputDirectory, OutputTensor, ShardWriter, plan_layout
     from pymerge.output.layout import INDEX_NAME
-    from pymerge.sizes import parse_size
 
     codes = {torch_dtype(code): code for code in DTYPES}
     fixed = ada.fixed_tensors()

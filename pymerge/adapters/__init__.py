@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from pymerge.adapters.adapter import Adapter
     from pymerge.adapters.arithmetic import add, analogy, negate, scale
     from pymerge.adapters.combine import merge_adapters
-    from pymerge.adapters.command import run_merge_adapters
     from pymerge.adapters.extract import ExtractReport, extract_lora
     from pymerge.adapters.files import load
     from pymerge.adapters.fold import fold
+    from pymerge.commands.adapters import run_merge_adapters
 
 __all__ = [
     "Adapter",

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from pymerge.adapters.adapter import Adapter, Module, Saved
-from pymerge.array import Array, widen
-from pymerge.backends.low_rank import low_rank, rescale, store
 from pymerge.checkpoint import Checkpoint, TensorInfo
 from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, nearest
+from pymerge.ops.array import Array, widen
+from pymerge.ops.native.low_rank import low_rank, rescale, store
 
 __all__ = ["AdaptedCheckpoint", "bound"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pymerge.array import Array, widen
-from pymerge.backends.low_rank import low_rank
 from pymerge.errors import NonFiniteError, RequestError, nearest
+from pymerge.ops.array import Array, widen
+from pymerge.ops.native.low_rank import low_rank
 
 if TYPE_CHECKING:
     import torch

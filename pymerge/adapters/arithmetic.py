@@ -14,8 +14,8 @@ import numpy as np
 
 from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.build import Factors, ia3, lora
-from pymerge.array import Array
 from pymerge.errors import RequestError
+from pymerge.ops.array import Array
 
 __all__ = [
     "Whole",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pymerge.adapters.adapter import Adapter, Kind, Module, Saved
-from pymerge.array import Array
 from pymerge.errors import RequestError
+from pymerge.ops.array import Array
 
 __all__ = ["ia3", "like", "lora", "stored_shape"]
 

@@ -32,9 +32,9 @@ from pymerge.adapters.dialects import (
 )
 from pymerge.adapters.files import load
 from pymerge.engine.execute import Context, execute
-from pymerge.engine.memory import MemorySink, MemorySource
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
+from pymerge.merging.tensors import MemorySink, MemorySource
 from pymerge.methods import METHODS, MethodSpec
 
 __all__ = ["ADAPTER_METHODS", "check_rank", "merge_adapters", "method_of"]
@@ -103,7 +103,7 @@ def merge_adapters(
     opened = [one if isinstance(one, Adapter) else load(one) for one in _listed(adapters)]
     try:
         if name not in ADAPTER_METHODS:
-            from pymerge.api import resolve_parameters
+            from pymerge.merging.api import resolve_parameters
 
             spec = method_of(name, f"{_WHERE}: method")
             resolved = resolve_parameters(spec, _WHERE, len(opened), weights, parameters)

@@ -16,11 +16,11 @@ import torch
 from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import union
 from pymerge.adapters.decompose import LowRank
-from pymerge.array import Array, Flat, as_tensor
 from pymerge.engine.execute import Context, execute
 from pymerge.engine.work import Progress, TensorStatistics, Work, no_progress
 from pymerge.memory import most_bins
 from pymerge.methods import MethodSpec
+from pymerge.ops.array import Array, Flat, as_tensor
 
 __all__ = ["DeltaSource", "merge_deltas"]
 

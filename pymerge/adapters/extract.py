@@ -20,13 +20,13 @@ from pymerge.adapters.decompose import LowRank, Method, factor_matrix, one_threa
 from pymerge.adapters.extract_report import Extracted, ExtractReport
 from pymerge.adapters.files import write
 from pymerge.adapters.targets import Chooser, Targets, shortest, task_type
-from pymerge.array import Array, widen
-from pymerge.backends.low_rank import store
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.dtypes import DTYPES
-from pymerge.engine.progress import Recorder
 from pymerge.engine.work import slices
 from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest
+from pymerge.merging.progress import Recorder
+from pymerge.ops.array import Array, widen
+from pymerge.ops.native.low_rank import store
 from pymerge.output import OutputDirectory
 
 __all__ = ["EXTRACT_REPORT", "ExtractReport", "Extracted", "extract_lora"]

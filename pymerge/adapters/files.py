@@ -15,13 +15,13 @@ import numpy as np
 from pymerge.adapters.adapter import Adapter, Module, Saved
 from pymerge.adapters.build import stored_shape
 from pymerge.adapters.settings import CONFIG, Settings
-from pymerge.array import Array, widen
-from pymerge.backends.low_rank import store
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.checkpoint.locate import read_json_file
 from pymerge.checkpoint.problems import Problems
 from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, MergeError, RequestError, nearest
+from pymerge.ops.array import Array, widen
+from pymerge.ops.native.low_rank import store
 from pymerge.output.layout import OutputTensor, plan_layout
 
 __all__ = ["CONFIG", "WEIGHTS", "load", "save", "write"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pymerge.engine.checkpoints import merge_checkpoints
-from pymerge.report import MergeReport
+from pymerge.merging.files import merge_checkpoints
+from pymerge.merging.report import MergeReport
 
 __all__ = ["fold"]
 

@@ -14,26 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from pymerge._calls import call
 from pymerge.adapters.adapted import bound
 from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import Whole, saved_of
 from pymerge.adapters.deltas import DeltaSource
-from pymerge.array import Array, Flat, widen
-from pymerge.backends import cpu
-from pymerge.card import model_card
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import MergeConfig, load_config
 from pymerge.engine.execute import Context, execute
-from pymerge.engine.progress import Recorder
 from pymerge.engine.work import Work
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
 from pymerge.memory import PeakMemory, most_bins
-from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
-from pymerge.output.layout import INDEX_NAME
-from pymerge.plan import MergePlan, make_plan
-from pymerge.plan.parameters import resolve_parameters, unused_filters
-from pymerge.report import (
+from pymerge.merging.card import model_card
+from pymerge.merging.progress import Recorder
+from pymerge.merging.report import (
     REPORT_NAME,
     InputFile,
     InputReport,
@@ -41,7 +34,14 @@ from pymerge.report import (
     OutputReport,
     package_version,
 )
-from pymerge.runner import Runner
+from pymerge.ops.array import Array, Flat, widen
+from pymerge.ops.call import call
+from pymerge.ops.native import marshal as cpu
+from pymerge.ops.runner import Runner
+from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
+from pymerge.output.layout import INDEX_NAME
+from pymerge.plan import MergePlan, make_plan
+from pymerge.plan.parameters import resolve_parameters, unused_filters
 
 __all__ = ["merge_onto_base"]
 

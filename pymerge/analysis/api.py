@@ -14,14 +14,14 @@ from pymerge.analysis.groups import Grouper, magnitude_of
 from pymerge.analysis.names import OTHER, layer_order, places
 from pymerge.analysis.passes import Measured, Passes
 from pymerge.analysis.records import Analysis, Facts, Group, Model, Spectrum, Tensor
-from pymerge.backends import BACKENDS, resolve
-from pymerge.backends.comparison import MOST_MODELS
-from pymerge.engine.progress import Recorder
 from pymerge.engine.work import Source, Work
 from pymerge.errors import NonFiniteError, RequestError
 from pymerge.memory import PeakMemory, default_threads
-from pymerge.report import package_version
-from pymerge.runner import Runner
+from pymerge.merging.progress import Recorder
+from pymerge.merging.report import package_version
+from pymerge.ops.backends import BACKENDS, resolve
+from pymerge.ops.comparison import MOST_MODELS
+from pymerge.ops.runner import Runner
 
 __all__ = ["DENSITIES", "analyze"]
 
@@ -221,7 +221,7 @@ def _open_files(
     base: Any, models: list[Any], names: Sequence[str] | None, stack: ExitStack
 ) -> _Opened:
     from pymerge.config import load_config
-    from pymerge.engine.checkpoints import CheckpointSource
+    from pymerge.merging.files import CheckpointSource
     from pymerge.plan.inputs import FLOATS, header, open_inputs
 
     config = load_config(
@@ -263,8 +263,8 @@ def _open_files(
 
 def _open_memory(base: Any, models: list[Any], names: Sequence[str] | None) -> _Opened:
     from pymerge.dtypes import dtype_code
-    from pymerge.engine.memory import MemorySource
-    from pymerge.structures import match_tensors
+    from pymerge.merging.structures import match_tensors
+    from pymerge.merging.tensors import MemorySource
 
     inputs, shown = match_tensors("analyze", base, models)
     works, dtypes, left_out = [], {}, []

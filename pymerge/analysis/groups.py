@@ -9,7 +9,7 @@ import numpy as np
 
 from pymerge.analysis.passes import Measured
 from pymerge.analysis.records import Group, Histogram, Matrix, Quantiles, Trimmed
-from pymerge.backends.comparison import BINS, LOWEST, PARTS, Comparison
+from pymerge.ops.comparison import BINS, LOWEST, PARTS, Comparison
 
 __all__ = ["LEVELS", "Grouper", "magnitude_of"]
 

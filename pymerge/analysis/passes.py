@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pymerge._calls import call
-from pymerge.array import Array, Flat, as_tensor, concatenate
-from pymerge.backends.comparison import BINS, EVERY, Comparison
-from pymerge.backends.sizes import HOT_CHUNK
+from pymerge.engine.select import Part, magnitude_keys, order_statistics, sample_parts
 from pymerge.engine.work import Progress, Source, Work, slices
 from pymerge.memory import most_bins
-from pymerge.methods.ties import SEMANTICS, TrimTarget, trim_target
-from pymerge.runner import Runner
-from pymerge.select import Part, magnitude_keys, order_statistics, sample_parts
+from pymerge.methods.ties.record import SEMANTICS, TrimTarget, trim_target
+from pymerge.ops.array import Array, Flat, as_tensor, concatenate
+from pymerge.ops.call import call
+from pymerge.ops.comparison import BINS, EVERY, Comparison
+from pymerge.ops.constants import HOT_CHUNK
+from pymerge.ops.runner import Runner
 
 __all__ = ["SAMPLE", "Measured", "Passes"]
 

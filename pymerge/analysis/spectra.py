@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pymerge.analysis.records import Matrix, Spectrum, Vector
-from pymerge.array import as_tensor
 from pymerge.engine.work import Progress, Source, Work
+from pymerge.ops.array import as_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ import threading
 import weakref
 from pathlib import Path
 
-from pymerge.array import Array
 from pymerge.checkpoint.header import FileIdentity, TensorInfo
 from pymerge.errors import CheckpointError
+from pymerge.ops.array import Array
 
 __all__ = ["MappedFiles", "advise"]
 

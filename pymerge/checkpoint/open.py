@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.array import Array
 from pymerge.checkpoint.header import FileIdentity, TensorInfo, read_header
 from pymerge.checkpoint.locate import Weights, find_weights, read_json_file
 from pymerge.checkpoint.mapping import MappedFiles
@@ -16,6 +15,7 @@ from pymerge.checkpoint.problems import Problems
 from pymerge.checkpoint.tied import tied_aliases
 from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, nearest
+from pymerge.ops.array import Array
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.array import Array, as_array
 from pymerge.checkpoint.header import TensorInfo, read_start
 from pymerge.checkpoint.mapping import advise
 from pymerge.checkpoint.problems import Problems
 from pymerge.dtypes import DTYPES, dtype_code
 from pymerge.errors import RequestError
+from pymerge.ops.array import Array, as_array
 
 if TYPE_CHECKING:
     import torch

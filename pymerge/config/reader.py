@@ -28,7 +28,7 @@ from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
 from pymerge.errors import RequestError
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
-from pymerge.methods.ties import ties_rule
+from pymerge.methods.ties.record import ties_rule
 
 __all__ = ["config_of", "load_config", "read_document"]
 

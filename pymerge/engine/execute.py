@@ -13,23 +13,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pymerge._calls import Counters, call
-from pymerge.array import Array, Flat, as_tensor
-from pymerge.backends import BACKENDS
-from pymerge.engine.arcee import run_arcee
-from pymerge.engine.data_driven import METHODS as DATA_METHODS
-from pymerge.engine.data_driven import run_data_driven
-from pymerge.engine.geometry import run_geometry
-from pymerge.engine.pcb import run_pcb
-from pymerge.engine.pointwise import emr_rescaler, run_pointwise
-from pymerge.engine.sce import run_sce
-from pymerge.engine.sparse import run_breadcrumbs, run_dare, run_della, run_trimmed_dare
-from pymerge.engine.ties import run_ties
-from pymerge.engine.whole import METHODS as WHOLE_METHODS
-from pymerge.engine.whole import run_whole
 from pymerge.engine.work import Progress, Sink, Source, Work, no_progress, slices
 from pymerge.errors import NonFiniteError, RequestError
-from pymerge.runner import Runner, fetched
+from pymerge.methods.arcee.passes import run_arcee
+from pymerge.methods.directions.passes import run_geometry
+from pymerge.methods.matrices.passes import METHODS as WHOLE_METHODS
+from pymerge.methods.matrices.passes import run_whole
+from pymerge.methods.pcb.passes import run_pcb
+from pymerge.methods.pointwise.passes import emr_rescaler, run_pointwise
+from pymerge.methods.sce.passes import run_sce
+from pymerge.methods.sparse.passes import run_breadcrumbs, run_dare, run_della, run_trimmed_dare
+from pymerge.methods.statistics.passes import METHODS as DATA_METHODS
+from pymerge.methods.statistics.passes import run_data_driven
+from pymerge.methods.ties.passes import run_ties
+from pymerge.ops.array import Array, Flat, as_tensor
+from pymerge.ops.backends import BACKENDS
+from pymerge.ops.call import Counters, call
+from pymerge.ops.runner import Runner, fetched
 
 __all__ = ["Context", "execute", "run_task_arithmetic"]
 

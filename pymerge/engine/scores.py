@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pymerge._calls import Counters
-from pymerge.array import Flat, as_array, as_flat
-from pymerge.backends.arguments import padded
+from pymerge.engine.select import Cut, Part, order_statistics, sample_parts
 from pymerge.engine.work import slices
-from pymerge.methods.ties import TrimTarget
-from pymerge.select import Cut, Part, order_statistics, sample_parts
+from pymerge.methods.ties.record import TrimTarget
+from pymerge.ops.arguments import padded
+from pymerge.ops.array import Flat, as_array, as_flat
+from pymerge.ops.call import Counters
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Context

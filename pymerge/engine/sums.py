@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pymerge._calls import call
-from pymerge.array import Flat
-from pymerge.backends.arguments import Kept, sums_shape
-from pymerge.runner import Runner
+from pymerge.ops.arguments import Kept, sums_shape
+from pymerge.ops.array import Flat
+from pymerge.ops.call import call
+from pymerge.ops.runner import Runner
 
 __all__ = ["add_up", "gram_matrix", "row_sums", "sparse_norms", "square"]
 

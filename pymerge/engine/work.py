@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pymerge.array import Flat
+from pymerge.ops.array import Flat
 
 __all__ = [
     "NoProgress",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pymerge.errors import RequestError, nearest
-from pymerge.methods.adamerging import ADAMERGING
-from pymerge.methods.data_driven import FISHER, GRADIENT_MATCHING, REGMEAN
-from pymerge.methods.geometry import (
+from pymerge.methods.adamerging.record import ADAMERGING
+from pymerge.methods.directions.record import (
     KARCHER,
     MODEL_STOCK,
     MULTISLERP,
@@ -13,13 +12,7 @@ from pymerge.methods.geometry import (
     PASSTHROUGH,
     SLERP,
 )
-from pymerge.methods.linear import LINEAR, TASK_ARITHMETIC
-from pymerge.methods.pcb import PCB
-from pymerge.methods.pointwise import CONSENSUS_TA, MAGMAX, NEARSWAP, RAM
-from pymerge.methods.sparse import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES
-from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.ties import TIES
-from pymerge.methods.whole import (
+from pymerge.methods.matrices.record import (
     ARCEE_FUSION,
     DELLA,
     DELLA_LINEAR,
@@ -29,6 +22,13 @@ from pymerge.methods.whole import (
     TALL_MASKS,
     TSV_M,
 )
+from pymerge.methods.pcb.record import PCB
+from pymerge.methods.pointwise.record import CONSENSUS_TA, MAGMAX, NEARSWAP, RAM
+from pymerge.methods.sparse.record import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES
+from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
+from pymerge.methods.statistics.record import FISHER, GRADIENT_MATCHING, REGMEAN
+from pymerge.methods.sums.record import LINEAR, TASK_ARITHMETIC
+from pymerge.methods.ties.record import TIES
 
 __all__ = ["METHODS", "REQUIRED", "MethodSpec", "Parameter", "get", "methods"]
 

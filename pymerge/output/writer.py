@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pymerge.array import Array
 from pymerge.dtypes import DTYPES
 from pymerge.errors import MergeError
+from pymerge.ops.array import Array
 from pymerge.output.files import ALIGNMENT, OutputFile, preallocate, write_error
 from pymerge.output.layout import Layout, PlacedTensor, Shard
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pymerge.config import MergeConfig, TensorParameters, layer_depths
 from pymerge.errors import RequestError
-from pymerge.methods.data_driven import fisher_rule
-from pymerge.methods.sparse import band_counts
-from pymerge.methods.ties import TiesRule, trim_target
+from pymerge.methods.sparse.record import band_counts
+from pymerge.methods.statistics.record import fisher_rule
+from pymerge.methods.ties.record import TiesRule, trim_target
 
 __all__ = ["PassCounter", "passes_over_statistics", "resolve_parameters", "unused_filters"]
 

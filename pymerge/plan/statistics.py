@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, field
 from math import prod
 
-from pymerge.backends.sizes import SOLVED_AT_ONCE
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.checkpoint.statistics import StatisticsRecord, filename_of, shape_problem
 from pymerge.config import MergeConfig
 from pymerge.errors import RequestError
+from pymerge.ops.constants import SOLVED_AT_ONCE
 from pymerge.plan.inputs import FLOATS, Inputs, check_exists, header, listed
 
 __all__ = [
@@ -226,7 +226,7 @@ def largest_system(
 
 
 def matrix_bytes(inputs: int, outputs: int, solvers: int) -> int:
-    """Return the bytes that a linear system takes: see `pymerge.backends.data_driven.RegMean`."""
+    """Return the bytes that a linear system takes: see `reference.statistics.RegMean`."""
     square, block = inputs * inputs, inputs * min(outputs, SOLVED_AT_ONCE)
     # The sum of Gram matrices, its factor and the copy that LAPACK takes of it; right sides of each
     # thread with rows of a Gram matrix; the result.

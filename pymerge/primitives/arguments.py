@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends import resolve
 from pymerge.errors import RequestError
+from pymerge.ops.backends import resolve
 
 Tensor = torch.Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

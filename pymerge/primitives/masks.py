@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pymerge import _ops as _ops  # declares torch.ops.pymerge
-from pymerge._calls import call
-from pymerge.backends.arguments import padded
-from pymerge.masks import keep_limit, seed_words
+from pymerge.engine.select import KEEP_NONE
+from pymerge.ops import contract as contract  # declares torch.ops.pymerge
+from pymerge.ops.arguments import padded
+from pymerge.ops.call import call
+from pymerge.ops.masks import keep_limit, seed_words
 from pymerge.primitives.arguments import backend_name, check, flattened, is_wide, require
-from pymerge.select import KEEP_NONE
 
 __all__ = ["random_mask", "row_ranks"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pymerge import _ops as _ops  # declares torch.ops.pymerge
-from pymerge._calls import call
-from pymerge.backends.arguments import sums_shape
+from pymerge.ops import contract as contract  # declares torch.ops.pymerge
+from pymerge.ops.arguments import sums_shape
+from pymerge.ops.call import call
 from pymerge.primitives.arguments import (
     FLOATS,
     backend_name,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge import _ops as _ops  # declares torch.ops.pymerge
-from pymerge.methods.ties import TrimTarget
+from pymerge.engine.select import KEEP_NONE, order_statistics
+from pymerge.methods.ties.record import TrimTarget
+from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.primitives.arguments import (
     backend_name,
     check,
@@ -18,7 +19,6 @@ from pymerge.primitives.arguments import (
     is_wide,
     require,
 )
-from pymerge.select import KEEP_NONE, order_statistics
 
 __all__ = ["disjoint_merge", "elect_signs", "magnitude_thresholds", "task_vector", "trim"]
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.config import load_config
-from pymerge.engine.checkpoints import merge_checkpoints
 from pymerge.errors import MergeError, RequestError
+from pymerge.merging.files import merge_checkpoints
 from pymerge.search.config import SearchConfig
 from pymerge.search.data import Split
 from pymerge.search.journal import Trial

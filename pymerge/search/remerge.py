@@ -12,25 +12,25 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.backends import cpu
+from pymerge.byte_sizes import format_size, parse_size
 from pymerge.config import MergeConfig, load_config
 from pymerge.dtypes import torch_dtype
-from pymerge.engine.checkpoints import CheckpointSource
 from pymerge.engine.execute import Context, execute
-from pymerge.engine.memory import MemorySink
-from pymerge.engine.place import choose_place
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError
 from pymerge.memory import MAX_SAMPLES, most_bins
+from pymerge.merging.files import CheckpointSource
+from pymerge.merging.gpu.place import choose_place
+from pymerge.merging.tensors import MemorySink
+from pymerge.ops.native import marshal as cpu
+from pymerge.ops.runner import Runner
 from pymerge.plan import MergePlan, make_plan
 from pymerge.plan.parameters import resolve_parameters
-from pymerge.runner import Runner
-from pymerge.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     import torch
 
-    from pymerge.array import Flat
+    from pymerge.ops.array import Flat
 
 __all__ = ["Merged", "Remerger"]
 
@@ -234,7 +234,7 @@ def _by_tensor(method: str, parameters: Mapping[str, Any]) -> bool:
     if method in ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "dare_linear"):
         return True
     if method == "ties":
-        from pymerge.methods.ties import TiesRule
+        from pymerge.methods.ties.record import TiesRule
 
         return TiesRule.of(parameters, "ties").scope == "tensor"
     return method == "pcb" and parameters["scope"] == "tensor"

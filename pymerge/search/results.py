@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pymerge.merging.report import package_version, versions
 from pymerge.output.replace import replace_file
-from pymerge.report import package_version, versions
 
 if TYPE_CHECKING:
     from pymerge.search.study import SearchResult

@@ -12,7 +12,7 @@ from typing import Any
 from pymerge.config import MergeConfig, load_config
 from pymerge.errors import RequestError, nearest
 from pymerge.methods import Parameter
-from pymerge.methods.pcb import VARIANTS
+from pymerge.methods.pcb.record import VARIANTS
 from pymerge.search.groups import filters_of, group_tensors
 
 __all__ = ["Domain", "Space", "Variable", "make_space"]

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pymerge.engine.checkpoints import merge_checkpoints
+from pymerge.byte_sizes import parse_size
 from pymerge.errors import RequestError
+from pymerge.merging.files import merge_checkpoints
+from pymerge.merging.report import MergeReport
 from pymerge.plan import make_plan
-from pymerge.report import MergeReport
 from pymerge.search.config import SearchConfig, load_search
 from pymerge.search.evaluate import Asked, Limits, Workers
 from pymerge.search.journal import Journal, Trial
 from pymerge.search.samplers import grid_points, make_batches
 from pymerge.search.space import Space, make_space
-from pymerge.sizes import parse_size
 
 __all__ = ["SearchResult", "run_search"]
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pymerge.cli import main
+from pymerge.commands.main import main
 
 config_of = pytest.importorskip("mergekit.config")
 mergekit = pytest.importorskip("mergekit.merge")

@@ -1,0 +1,169 @@
+"""`pymerge ada CONFIG OUT`: learns coefficients as a config says, and writes the merged model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge.adamerging.correlations import batch_labels, require_scipy
+from pymerge.adamerging.fit import FitResult, batch_inputs
+from pymerge.adamerging.join import Join
+from pymerge.adamerging.module import AdaMerging
+from pymerge.byte_sizes import parse_size
+from pymerge.commands.ada_config import AdaConfig, read_config
+from pymerge.entry import as_setup, call_function
+from pymerge.errors import RequestError
+from pymerge.merging.report import MergeReport
+
+__all__ = ["AdaSetup", "run_ada"]
+
+
+@dataclass
+class AdaSetup:
+    """What a config's entry point returns (or a dictionary of the same).
+
+    model: the architecture. loaders: for each task, an iterable of batches without or with labels
+    (which are not used). heads: for each task, what makes logits, or None. inputs: what the model
+    is called with; see `pymerge.adamerging.fit.batch_inputs`. labelled: for each task, batches with
+    labels, for the correlation of entropy and loss; or None. labels: what they are, a function of a
+    batch; see `pymerge.adamerging.correlations`. join: instead of the config's; see
+    `pymerge.adamerging.fit.fit`.
+    """
+
+    model: nn.Module
+    loaders: Sequence[Iterable[Any]]
+    heads: Sequence[Callable[..., Any]] | None = None
+    inputs: Callable[[Any], Any] = batch_inputs
+    labelled: Sequence[Iterable[Any]] | None = None
+    labels: Callable[[Any], torch.Tensor] = batch_labels
+    join: str | Join | None = None
+
+
+def _entry(config: AdaConfig) -> AdaSetup:
+    """Call the entry point and check what it returns."""
+    values, where = config.values, config.where("entry")
+    found = call_function(values.entry, values.arguments, where, config.where("arguments"))
+    return as_setup(found, AdaSetup, f"{where}: {values.entry}")
+
+
+def run_ada(
+    config: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    quiet: bool = True,
+    memory: int | str = "2GiB",
+    threads: int | None = None,
+    resume: bool = True,
+) -> tuple[FitResult, MergeReport]:
+    """Learn coefficients and write the merged model.
+
+    Args:
+        config: path of a YAML file; see docs/adamerging.md.
+        out: directory of the merged model; appears complete or not at all. Beside it, `OUT.ada`
+            gets the coefficients (safetensors, JSON, HTML, PNG), the history, the correlations of
+            entropy and loss where the entry point gives labelled data, and the state from which
+            an interrupted run goes on.
+        force: replace `out` if it exists.
+        quiet: show no progress.
+        memory, threads: of the merge that writes the model; see `merge_checkpoints`.
+        resume: go on from the state of an earlier run.
+
+    Raises:
+        RequestError: something is wrong with the config, the models or what the entry point gives.
+        MergeError: the run diverged, or the output cannot be written.
+    """
+    parse_size(memory, "memory")
+    read, out = read_config(config), Path(out)
+    values = read.values
+    from pymerge.output import OutputDirectory
+
+    inputs = [Path(one) for one in read.files]
+    # Hours may go into the fit: what would stop the writing is found before.
+    problems = OutputDirectory(out, force=force, inputs=inputs).check()
+    if problems:
+        raise RequestError(problems)
+    setup = _entry(read)
+    if setup.labelled is not None:
+        require_scipy()
+    clamp: Any = values.clamp
+    how: dict[str, Any] = dict(read.fit)
+    if setup.join is not None:
+        how["join"] = setup.join
+    side = out.with_name(f"{out.name}.ada")
+    try:
+        ada = AdaMerging(
+            setup.model,
+            read.base,
+            read.paths,
+            values.granularity,
+            values.trimmed,
+            values.init,
+            values.preset,
+            heads=setup.heads,
+            clamp=tuple(clamp) if isinstance(clamp, list) else clamp,
+            density=values.density,
+            names=read.names,
+            fixed=values.fixed,
+        )
+        side.mkdir(parents=True, exist_ok=True)
+        result = ada.fit(
+            setup.loaders,
+            inputs=setup.inputs,
+            checkpoint=side / "state.safetensors",
+            resume=resume,
+            progress=not quiet,
+            **how,
+        )
+        _write_side(ada, result, side)
+        found = None
+        if setup.labelled is not None:
+            found = ada.correlations(setup.labelled, inputs=setup.inputs, labels=setup.labels)
+    except RequestError as error:
+        raise read.located(error) from None
+    if found is not None:
+        rows = [
+            {
+                "task": one.task,
+                "spearman": None if math.isnan(one.spearman) else one.spearman,
+                "pearson": None if math.isnan(one.pearson) else one.pearson,
+                "accuracy": one.accuracy,
+                "examples": one.examples,
+            }
+            for one in found
+        ]
+        _write_json(side / "correlations.json", rows)
+    report = ada.save(
+        out,
+        coefficients=side / "coefficients.safetensors",
+        force=force,
+        quiet=quiet,
+        memory=memory,
+        threads=threads,
+    )
+    assert report is not None
+    return result, report
+
+
+def _write_side(ada: AdaMerging, result: FitResult, side: Path) -> None:
+    table = ada.coefficients
+    _write_json(side / "coefficients.json", table.to_dict())
+    _write_json(side / "history.json", result.history)
+    table.save_html(side / "coefficients.html")
+    try:
+        import matplotlib as matplotlib
+    except ImportError:
+        return
+    table.save_png(side / "coefficients.png")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""What `pymerge collect` shows: how far it is, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pymerge.byte_sizes import format_size
+from pymerge.errors import RequestError
+from pymerge.statistics.batches import batch_size
+
+if TYPE_CHECKING:
+    from pymerge.commands.collect import Collected
+
+__all__ = ["CollectProgress", "Counted", "print_table"]
+
+_LINE_EVERY = 5.0  # seconds between plain lines
+
+
+class Counted:
+    """Batches that tell how many examples went by."""
+
+    def __init__(self, loader: Iterable[Any], advance: Callable[[int], None]) -> None:
+        self._loader = loader
+        self._advance = advance
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield batch
+            # It comes back for the next batch when this one is done.
+            try:
+                self._advance(batch_size(batch, ""))
+            except RequestError:
+                continue  # the function that collects says what is wrong with it
+
+
+class CollectProgress:
+    """Says how far it is: a bar on a terminal, plain lines elsewhere, nothing where quiet."""
+
+    def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
+        self._quiet = quiet
+        self._stream = stream if stream is not None else sys.stderr
+        self._bar: Any = None
+        self._task: Any = None
+        self._name = ""
+        self._done = self._total = 0
+        self._spoken = 0.0
+
+    def begin(self, name: str, samples: int) -> None:
+        """A model is loaded: up to so many examples follow."""
+        self._name, self._done, self._total = name, 0, samples
+        self._spoken = time.monotonic()
+        if self._quiet:
+            return
+        if not self._stream.isatty():
+            self.say(f"{name}: up to {samples} examples")
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+                transient=True,
+            )
+            self._bar.start()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=samples)
+
+    def advance(self, examples: int) -> None:
+        """So many examples more are done."""
+        self._done = min(self._done + examples, self._total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif not self._quiet and time.monotonic() - self._spoken > _LINE_EVERY:
+            self._spoken = time.monotonic()
+            self.say(f"{self._name}: {self._done} of up to {self._total} examples")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> CollectProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def print_table(found: Sequence[Collected]) -> None:
+    """Print a line for each model: its file, how many examples, the file's size, what was done."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table()
+    table.add_column("model", overflow="fold")
+    table.add_column("file", overflow="fold")
+    table.add_column("examples", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for one in found:
+        table.add_row(
+            Text(one.model),
+            Text(str(one.file)),
+            "" if one.examples is None else f"{one.examples:,}",
+            "" if one.size is None else format_size(one.size),
+            one.state,
+        )
+    console.print(table)

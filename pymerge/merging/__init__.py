@@ -1,0 +1,1 @@
+"""What drives a merge: tensors in memory, checkpoints, reports."""

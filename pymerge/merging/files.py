@@ -1,0 +1,378 @@
+"""Merges checkpoints on disk: plan, stream, and put the result in place, complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pymerge.byte_sizes import parse_size
+from pymerge.checkpoint import Checkpoint
+from pymerge.config import load_config
+from pymerge.engine.execute import Context, execute
+from pymerge.engine.work import Sink, Source, TensorStatistics, Work
+from pymerge.errors import MergeError, RequestError
+from pymerge.hashing import sha256_of
+from pymerge.memory import PeakMemory, available_memory
+from pymerge.merging.card import model_card
+from pymerge.merging.gpu.device import open_device
+from pymerge.merging.gpu.place import Place, choose_place
+from pymerge.merging.gpu.staged import run_staged
+from pymerge.merging.progress import Recorder
+from pymerge.merging.report import (
+    REPORT_NAME,
+    InputFile,
+    InputReport,
+    MergeReport,
+    OutputReport,
+    package_version,
+)
+from pymerge.ops.array import Flat
+from pymerge.ops.native import marshal as cpu
+from pymerge.ops.runner import Runner
+from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
+from pymerge.output.layout import INDEX_NAME
+from pymerge.plan import MergePlan, make_plan
+from pymerge.plan.statistics import StatisticsFile, StatisticsInputs, statistics_paths
+
+__all__ = ["CheckpointSource", "merge_checkpoints"]
+
+_READ_AHEAD = 256 << 20  # bytes asked for before they are needed
+
+
+class CheckpointSource:
+    """Inputs that are checkpoints: views of memory-mapped files, read ahead in the announced
+    order."""
+
+    def __init__(
+        self,
+        base: Checkpoint | None,
+        models: Sequence[Checkpoint],
+        statistics: StatisticsInputs | None = None,
+    ) -> None:
+        self._base = base
+        self._models = models
+        self._statistics = statistics or StatisticsInputs()
+        self._all = [*([] if base is None else [base]), *models]
+        self.labels = [checkpoint.label for checkpoint in self._all]
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="pymerge-read-ahead")
+        self._order: dict[str, int] = {}
+        self._names: list[str] = []
+        self._asked = 0  # how many of _names were asked for
+        self._ahead = 0  # their bytes that have not been loaded yet
+
+    def describe(self, name: str) -> str:
+        return f"tensor {name!r}"
+
+    def nbytes(self, name: str) -> int:
+        models = sum(
+            (checkpoint.tensors.get(name) or checkpoint.tensors[checkpoint.tied[name]]).nbytes
+            for checkpoint in self._all
+        )
+        return models + self._statistics.nbytes(name)
+
+    def statistics(self, name: str) -> TensorStatistics:
+        files = self._statistics
+        return TensorStatistics(
+            [_array_of(file, name) for file in files.models],
+            None if files.base is None else _array_of(files.base, name),
+            any(file.record.name_of(name, file.record.transposed) for file in files.models),
+            [file.checkpoint.label for file in files.all],
+        )
+
+    def announce(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._order = {name: position for position, name in enumerate(self._names)}
+        self._asked = self._ahead = 0
+
+    def can_hold(self, nbytes: int) -> bool:
+        return nbytes < 0.8 * available_memory()
+
+    def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
+        position = self._order.get(name)
+        if position is not None:
+            self._read_ahead(position)
+        base = None if self._base is None else self._base.array(name)
+        return base, [model.array(name) for model in self._models]
+
+    def _read_ahead(self, position: int) -> None:
+        if position >= self._asked:
+            self._asked, self._ahead = position + 1, 0
+        while self._asked < len(self._names) and self._ahead < _READ_AHEAD:
+            name = self._names[self._asked]
+            self._asked += 1
+            self._ahead += self.nbytes(name)
+            self._reader.submit(self._will_need, name)
+
+    def _will_need(self, name: str) -> None:
+        for checkpoint in self._all:
+            checkpoint.will_need(name)
+        for file, own in self._files_of(name):
+            file.checkpoint.will_need(own)
+
+    def _files_of(self, name: str) -> Iterator[tuple[StatisticsFile, str]]:
+        for file in self._statistics.all:
+            own = file.name_of(name)
+            if own is not None:
+                yield file, own
+
+    def release(self, name: str) -> None:
+        self._ahead = max(0, self._ahead - self.nbytes(name))
+        self._reader.submit(self._release, name)
+
+    def _release(self, name: str) -> None:
+        for checkpoint in self._all:
+            checkpoint.release(name)
+        for file, own in self._files_of(name):
+            file.checkpoint.release(own)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _array_of(file: StatisticsFile, name: str) -> Flat | None:
+    own = file.name_of(name)
+    return None if own is None else file.checkpoint.array(own)
+
+
+def merge_checkpoints(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    backend: str | None = "auto",
+    memory: int | str = "2GiB",
+    device_memory: int | str | None = None,
+    threads: int | None = None,
+    shard_size: int | str = "5GB",
+    seed: int = 0,
+    report: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    quiet: bool = True,
+    checksums: bool = False,
+    search: Mapping[str, Any] | None = None,
+) -> MergeReport:
+    """Merge checkpoints as a mergekit-style config says, and write a checkpoint.
+
+    The output directory appears under its name only when it is complete. Its bytes do not depend on
+    `device`, `backend`, `threads`, `memory` or the way the inputs are sharded.
+
+    Args:
+        config: path of a YAML file, or its content as a mapping.
+        out: directory to write; must not exist unless `force`.
+        device: "cpu", "cuda" or "cuda:N"; "auto" is the CPU, unless `backend` needs a GPU.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+        memory: bytes of anonymous memory to stay within, or a size such as "2GiB".
+        device_memory: the same of a GPU's memory; default half of what is free there.
+        threads: of the CPU kernels; default one for each core the process may run on.
+        shard_size: bytes of an output file, or a size such as "5GB".
+        seed: of random masks; recorded in the report.
+        report: also write the report there.
+        force: replace an existing `out`.
+        quiet: show no progress on stderr.
+        checksums: put the SHA-256 of every input file into the report.
+        search: what chose the coefficients (`pymerge.search`), for the report and the model card.
+
+    Returns:
+        What was merged, from what, how, how long it took and how much memory.
+
+    Raises:
+        RequestError: something is wrong with the request or the inputs; lists every problem.
+        MergeError: the output could not be written, or a GPU failed.
+    """
+    started = time.monotonic()
+    settings = load_config(config if isinstance(config, Mapping) else Path(config))
+    problems: list[str] = []
+    place = Place("reference", None, "")
+    try:
+        place = choose_place(settings.dialect, device, backend, open_device)
+    except RequestError as error:
+        problems += error.problems
+    budget = None if device_memory is None else parse_size(device_memory, "device_memory")
+    report_path = None if report is None else Path(report)
+    if report_path is not None and not report_path.parent.is_dir():
+        problems.append(f"report: the directory {report_path.parent} does not exist")
+    elif report_path is not None and report_path.is_dir():
+        problems.append(f"report: expected a file to write, got the directory {report_path}")
+
+    with ExitStack() as stack:
+        peak = stack.enter_context(PeakMemory())
+        recorder = stack.enter_context(Recorder(quiet=quiet))
+        recorder.phase("plan", 0)
+        plan: MergePlan | None = None
+        try:
+            plan = stack.enter_context(
+                make_plan(
+                    settings,
+                    memory=parse_size(memory, "memory"),
+                    shard_size=parse_size(shard_size, "shard_size"),
+                    threads=threads,
+                    seed=seed,
+                    device="cpu" if place.device is None else place.device.name,
+                    device_memory=budget,
+                )
+            )
+        except RequestError as error:
+            problems += error.problems
+        inputs = [*settings.paths, *statistics_paths(settings)]
+        directory = OutputDirectory(Path(out), force=force, inputs=[Path(path) for path in inputs])
+        problems += directory.check()
+        if problems or plan is None:
+            raise RequestError(problems)
+        input_reports = _describe_inputs(plan, recorder if checksums else None)
+
+        stack.enter_context(_thread_count(plan.threads, place))
+        warnings = [*plan.warnings, *place.warnings]
+        with directory:
+            runner = _stream(plan, directory.path, place, recorder)
+            recorder.phase("finish", 0)
+            _write_side_files(plan, directory.path, Path(out).name, search)
+            result = MergeReport(
+                method=settings.method.name,
+                config=settings.raw,
+                config_text=settings.text,
+                seed=seed,
+                backend=_who_ran(place, runner),
+                isa=cpu.build().get("isa") if place.backend == "cpu" else None,
+                device="cpu" if place.device is None else place.device.title,
+                threads=plan.threads,
+                inputs=input_reports,
+                output=OutputReport(
+                    str(Path(out).absolute()),
+                    {shard.filename: shard.nbytes for shard in plan.layout.shards},
+                    sum(shard.nbytes for shard in plan.layout.shards),
+                ),
+                tensors=len(plan.tensors),
+                parameters=plan.parameters_count,
+                phases=recorder.phases,
+                seconds=time.monotonic() - started,
+                peak_anonymous=peak.anonymous,
+                peak_resident=peak.resident,
+                warnings=warnings,
+                backends=dict(sorted(runner.ran.items())),
+                why=place.why,
+                peak_device=0 if place.device is None else place.device.peak(),
+                search=None if search is None else dict(search),
+            )
+            _write(directory.path / REPORT_NAME, result.to_json())
+            directory.commit()
+        result.warnings = warnings + directory.warnings
+        recorder.close()
+        result.seconds = time.monotonic() - started
+        result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
+    if report_path is not None:
+        _write(report_path, result.to_json())
+    return result
+
+
+@contextmanager
+def _thread_count(threads: int, place: Place) -> Iterator[None]:
+    cpu.set_threads(threads)
+    before = None
+    if place.backend == "reference" or place.device is not None:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if before is not None:
+            import torch
+
+            torch.set_num_threads(before)
+        cpu.set_threads(None)
+
+
+def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) -> Runner:
+    """Compute and write all tensors; return what ran."""
+    works = [
+        Work(
+            tensor.name,
+            tensor.numel,
+            tensor.compute == "F64",
+            tensor.compute is None,
+            tensor.parameters,
+            tensor.shape,
+        )
+        for tensor in plan.tensors.values()
+    ]
+    nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
+
+    def run(runner: Runner, source: Source, sink: Sink) -> None:
+        context = Context(
+            backend=runner,
+            bins=plan.memory.histogram_bins or 1,
+            sample=plan.memory.sample_elements or 1,
+            nan=nan,
+            seed=plan.seed,
+            solvers=plan.memory.solvers,
+            progress=recorder,
+        )
+        execute(plan.config.method.name, works, source, sink, context)
+
+    source = CheckpointSource(plan.base, plan.models, plan.statistics)
+    writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
+    runner = Runner(place.ops or place.backend)
+    try:
+        if place.device is None:
+            run(runner, source, writer)
+        else:
+            runner = run_staged(place.device, place.backend, plan, run, source, writer)
+        recorder.phase("write", 0)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        source.close()
+    if plan.layout.index is not None:
+        _write(directory / INDEX_NAME, plan.layout.index.decode())
+    return runner
+
+
+def _who_ran(place: Place, runner: Runner) -> str:
+    """Return the backend, or the backends of a device where none was named."""
+    if place.device is None or place.backend != "auto":
+        return place.backend
+    return ", ".join(sorted(set(runner.ran.values()))) or "auto"
+
+
+def _write_side_files(
+    plan: MergePlan, directory: Path, name: str, search: Mapping[str, Any] | None
+) -> None:
+    dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
+    copied = copy_side_files(
+        plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
+    )
+    card = model_card(
+        name, plan.config, version=package_version(), side_files=copied, search=search
+    )
+    _write(directory / "README.md", card)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _describe_inputs(plan: MergePlan, recorder: Recorder | None) -> list[InputReport]:
+    """List the input files; with a recorder, hash them."""
+    if recorder is not None:
+        recorder.phase("checksums", sum(size for c in plan.inputs for _, size in c.files))
+    known: dict[Path, str] = {}
+    reports = []
+    for checkpoint in plan.inputs:
+        files = []
+        for path, size in checkpoint.files:
+            if recorder is not None and path not in known:
+                known[path] = sha256_of(path, recorder.advance)
+            files.append(InputFile(path.name, size, known.get(path)))
+        reports.append(InputReport(checkpoint.label, str(checkpoint.path), files))
+    return reports

@@ -1,0 +1,234 @@
+"""What the engine needs of a GPU: memory, page-locked memory, three streams, events.
+
+All of torch.cuda that merges of files use is in `Cuda`. The tests have another `Device`, which runs
+on the processor and checks that whatever touches the same memory is ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pymerge.errors import MergeError, RequestError
+from pymerge.ops.backends import BACKENDS, choose
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["COMPUTE", "IN", "OUT", "Cuda", "Device", "OutOfDeviceMemory", "open_device"]
+
+# The streams: copies to the device, kernels, copies back. Each does its work in order; what one
+# does is ordered with what another does by events alone.
+IN, COMPUTE, OUT = "in", "compute", "out"
+
+
+class OutOfDeviceMemory(Exception):
+    """The device has no more memory of the size that was asked for."""
+
+
+class Device(Protocol):
+    """Where tiles are computed. Memory is given as tensors of bytes (uint8)."""
+
+    name: str  # "cuda:0"
+    title: str  # what people call it
+
+    def active(self) -> AbstractContextManager[None]:
+        """Make it the device of this thread."""
+        ...
+
+    def missing(self) -> dict[str, str | None]:
+        """Return the backends that compute here, and why one cannot."""
+        ...
+
+    def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
+        """Return the backend that runs an op here, None where there is none.
+
+        wanted: a name of `BACKENDS`, or "auto". without: backends that have refused it.
+        """
+        ...
+
+    def free(self) -> int:
+        """Return how many bytes of memory are free."""
+        ...
+
+    def peak(self) -> int:
+        """Return the most bytes of memory that this process has taken."""
+        ...
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Return memory on the device; COMPUTE may still use it for what it was before.
+
+        Raises:
+            OutOfDeviceMemory: there is none.
+        """
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        """Return zeros on the device, of a dtype by its name in torch, for COMPUTE."""
+        ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Return page-locked memory of the host, which copies need to go on beside the host."""
+        ...
+
+    def fill(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy within the host's memory, now."""
+        ...
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, stream: str) -> None:
+        """Copy between page-locked memory and the device when IN or OUT comes to it."""
+        ...
+
+    def launch(self, function: Callable[[], Any], tensors: Sequence[torch.Tensor]) -> Any:
+        """Do on COMPUTE what touches these tensors of the device; return what it returns."""
+        ...
+
+    def record(self, stream: str) -> Any:
+        """Return an event: all that the stream was told so far is done."""
+        ...
+
+    def wait(self, stream: str, event: Any) -> None:
+        """Let a stream do nothing more before an event."""
+        ...
+
+    def finish(self, event: Any) -> None:
+        """Wait here for an event."""
+        ...
+
+    def put(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return a copy of a few numbers on the device, for COMPUTE."""
+        ...
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the host of what COMPUTE has made of a tensor; waits for it."""
+        ...
+
+
+class Cuda:
+    """A CUDA device by its number. COMPUTE is torch's current stream there."""
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        self.name = f"cuda:{index}"
+        self.title = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+        self._torch = torch
+        self._device = torch.device("cuda", index)
+        self._streams = {
+            IN: torch.cuda.Stream(self._device),
+            COMPUTE: torch.cuda.current_stream(self._device),
+            OUT: torch.cuda.Stream(self._device),
+        }
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with self._torch.cuda.device(self._device):
+            yield
+
+    def missing(self) -> dict[str, str | None]:
+        found = {name: BACKENDS[name].reason() for name in ("cuda", "triton")}
+        if BACKENDS["triton"].device() != "cuda":
+            found["triton"] = "with TRITON_INTERPRET=1 its kernels run on the CPU"
+        return found
+
+    def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
+        chosen = choose(op, wanted, self._device, without)
+        return None if chosen == "reference" and wanted == "auto" else chosen
+
+    def free(self) -> int:
+        with self._errors():
+            return int(self._torch.cuda.mem_get_info(self._device)[0])
+
+    def peak(self) -> int:
+        return int(self._torch.cuda.max_memory_reserved(self._device))
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return self._allocate((nbytes,), "uint8")
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return self._allocate(shape, dtype).zero_()
+
+    def _allocate(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        kind = getattr(self._torch, dtype)
+        with self._errors():
+            return self._torch.empty(shape, dtype=kind, device=self._device)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        with self._errors():
+            return self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+
+    def fill(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        to.copy_(source)
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, stream: str) -> None:
+        with self._errors(), self._torch.cuda.stream(self._streams[stream]):
+            to.copy_(source, non_blocking=True)
+
+    def launch(self, function: Callable[[], Any], tensors: Sequence[torch.Tensor]) -> Any:
+        with self._errors():
+            return function()
+
+    def record(self, stream: str) -> Any:
+        # Waiting must not keep a core busy: the copies on the host need it.
+        event = self._torch.cuda.Event(blocking=True)
+        event.record(self._streams[stream])
+        return event
+
+    def wait(self, stream: str, event: Any) -> None:
+        self._streams[stream].wait_event(event)
+
+    def finish(self, event: Any) -> None:
+        with self._errors():
+            event.synchronize()
+
+    def put(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        tensor = self._torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+        with self._errors():
+            return tensor.to(self._device).contiguous()
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._errors():
+            return tensor.cpu()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say what the device has against it in words of ours."""
+        try:
+            yield
+        except (self._torch.cuda.OutOfMemoryError, MemoryError) as error:
+            raise OutOfDeviceMemory(str(error).split(". ", 1)[0]) from error
+        except MergeError:
+            raise
+        except RuntimeError as error:
+            raise MergeError(f"{self.title}: {error}") from error
+
+
+def open_device(name: str) -> Device:
+    """Return a device by its name, "cuda" (the first) or "cuda:N".
+
+    Raises:
+        RequestError: there is no such device, or no backend can use it.
+    """
+    unusable = f"device: {name!r} is not available"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise RequestError(f"{unusable}: torch cannot be imported: {error}") from error
+    if torch.version.cuda is None:
+        raise RequestError(f"{unusable}: torch {torch.__version__} was built without CUDA")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise RequestError(f"{unusable}: torch finds no CUDA device")
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        last = "" if count == 1 else f" to cuda:{count - 1}"
+        raise RequestError(f"{unusable}: there is cuda:0{last}")
+    try:
+        with torch.cuda.device(index):
+            torch.cuda.current_stream(index).synchronize()
+            return Cuda(index)
+    except RuntimeError as error:
+        raise RequestError(f"{unusable}: {error}") from error

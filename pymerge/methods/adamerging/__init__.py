@@ -1,0 +1,1 @@
+"""AdaMerging with learned coefficients."""

@@ -1,0 +1,1 @@
+"""Methods on directions and norms: SLERP and its kin."""

@@ -1,0 +1,88 @@
+"""Record of PCB-Merging and its variants: the paper's formula and the authors' four codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pymerge.methods.sparse.record import SCALE
+from pymerge.methods.spec import MethodSpec, Parameter
+from pymerge.methods.sums.record import NAN
+
+__all__ = ["PCB", "VARIANTS", "PcbVariant"]
+
+
+@dataclass(frozen=True)
+class PcbVariant:
+    """What tells one variant from another.
+
+    code: the formula, as in csrc/math/pcb.h. clip: share of the smallest and of the largest
+    magnitudes that are clipped (the authors' codes). ratio, coefficient: the code's own defaults.
+    """
+
+    code: int
+    clip: float
+    ratio: float
+    coefficient: float
+
+
+VARIANTS: dict[str, PcbVariant] = {
+    "paper": PcbVariant(0, 0.0, 0.1, 1.0),
+    "root": PcbVariant(1, 1e-4, 0.1, 1.0),
+    "vision": PcbVariant(2, 0.01, 0.05, 1.2),
+    "vision_es": PcbVariant(3, 0.01, 0.05, 1.0),
+    "nlp": PcbVariant(1, 0.01, 0.1, 1.0),
+}
+
+PCB = MethodSpec(
+    name="pcb",
+    title="PCB-Merging (parameter competition balancing)",
+    summary="Weighs each parameter by its competition within and between task vectors.",
+    formula=(
+        "beta_i = softmax(K norm(tau_i^2)) * sum_j softmax(norm(tau_i tau_j)); of beta_i the "
+        "largest share `ratio` is kept; theta = theta_0 + scale * sum_i c_i beta_i tau_i / "
+        "sum_i beta_i"
+    ),
+    source="Du et al., Parameter Competition Balancing for Model Merging, 2024",
+    url="https://arxiv.org/abs/2410.02396",
+    needs_base=True,
+    passes="3 or 4 (statistics of the scope, thresholds of the scores, the merge)",
+    parameters=(
+        Parameter(
+            "variant",
+            "str",
+            "paper",
+            "The paper's formula, or that of one of the authors' codes: see docs/methods.md.",
+            choices=tuple(VARIANTS),
+            per_tensor=False,
+        ),
+        Parameter(
+            "ratio",
+            "float",
+            None,
+            "Share of each task vector that is kept.",
+            minimum=0.0,
+            maximum=1.0,
+            per_tensor=False,
+            default_doc="the variant's: 0.1; vision and vision_es 0.05",
+        ),
+        SCALE,
+        Parameter(
+            "weight",
+            "float",
+            None,
+            "Coefficient of task vector k (lambda_k).",
+            scope="model",
+            names=("weight", "coefficients"),
+            default_doc="1; vision 1.2",
+        ),
+        Parameter(
+            "scope",
+            "str",
+            "global",
+            "Statistics over the whole model, or of each tensor alone.",
+            choices=("global", "tensor"),
+            per_tensor=False,
+        ),
+        NAN,
+    ),
+)

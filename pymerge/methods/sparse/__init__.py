@@ -1,0 +1,1 @@
+"""Sparse task vectors: DARE, breadcrumbs, DELLA."""

@@ -1,0 +1,1 @@
+"""Methods that weigh by statistics of data."""

@@ -1,0 +1,134 @@
+"""What calls with many arguments pass on to every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymerge.ops.constants import SCORE_ALIGNMENT, SUM_CHUNK
+
+__all__ = [
+    "DIVERGENCE",
+    "DIVERGENCE_ROWS",
+    "DIVERGENCE_STEPS",
+    "POINTWISE",
+    "SUMS",
+    "Kept",
+    "SparseMerge",
+    "check_divergences",
+    "divergence_columns",
+    "padded",
+    "sums_shape",
+]
+
+# Codes of csrc/kernel_table.h.
+POINTWISE = {
+    name: code
+    for code, name in enumerate(
+        ("nearswap", "ram", "magmax", "consensus", "tall", "emr", "variance", "sce")
+    )
+}
+SUMS = {
+    name: code
+    for code, name in enumerate(
+        (
+            "sparse",
+            "gram",
+            "pcb_extremes",
+            "pcb_exp",
+            "dots",
+            "statistics",
+            "ram_counts",
+            "emr",
+            "sce",
+        )
+    )
+}
+# The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many. Codes
+# are the order.
+DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
+DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # what "all" is made of
+DIVERGENCE_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of each task vector is kept.
+
+    lo, last: [models] least and largest key, or rank where there are ranks. seeds: two words for
+    each model, or none: nothing is drawn. limits: [models] kept where the hash is at most this.
+    start: flat index of the first element. ranks: int32 [models, numel and room] or None. chances:
+    first probability and step from rank to rank, of each model; per_element: what is kept is
+    divided by its probability.
+    """
+
+    lo: Sequence[int] = ()
+    last: Sequence[int] = ()
+    seeds: Sequence[int] = ()
+    limits: Sequence[int] = ()
+    start: int = 0
+    ranks: Any = None
+    chances: Sequence[float] = ()
+    per_element: bool = False
+
+    def numbers(self) -> tuple[Sequence[int], ...]:
+        return self.lo, self.last, self.seeds, self.limits
+
+
+@dataclass(frozen=True)
+class SparseMerge:
+    """How sparse task vectors are merged: see csrc/math/sparse.h."""
+
+    factors: Sequence[float]
+    weights: Sequence[float]
+    elect: bool
+    divide: bool
+    divisor: float
+    scale: float
+    bare: bool = False
+
+
+def divergence_columns(kind: str, table: Any, numel: int, columns: int, backend: str) -> int:
+    """Return the columns of a table of divergences; raise ValueError if it has another shape."""
+    if kind not in DIVERGENCE:
+        raise ValueError(
+            f"backend {backend!r}: kind: expected one of {', '.join(DIVERGENCE)}; got {kind!r}"
+        )
+    shape = DIVERGENCE_ROWS, -(-numel // (columns or SUM_CHUNK))
+    if tuple(table.shape) != shape:
+        raise ValueError(
+            f"backend {backend!r}: expected a table of shape {shape}, got {tuple(table.shape)}"
+        )
+    return shape[1]
+
+
+def check_divergences(divergences: Any, numel: int, columns: int, backend: str) -> None:
+    """Raise ValueError unless there is one number for each row."""
+    if columns < 1 or numel % columns or tuple(divergences.shape) != (numel // columns,):
+        raise ValueError(
+            f"backend {backend!r}: expected a divergence for each row of {columns} of {numel} "
+            f"elements, got a table of shape {tuple(divergences.shape)}"
+        )
+
+
+def padded(numel: int) -> int:
+    """Return how many elements a row of scores or ranks has room for."""
+    return -(-numel // SCORE_ALIGNMENT) * SCORE_ALIGNMENT
+
+
+def sums_shape(kind: str, models: int, numel: int, columns: int) -> tuple[int, int]:
+    """Return the shape of the partial sums of a kind."""
+    pairs = models * (models + 1) // 2
+    rows = {
+        "sparse": 2 * models,
+        "gram": pairs,
+        "pcb_extremes": 2 * pairs,
+        "pcb_exp": pairs + models,
+        "dots": models - 1,
+        "statistics": 4 * models,
+        "ram_counts": 2 * models,
+        "emr": 2,
+        "sce": models,
+    }[kind]
+    return rows, -(-numel // (columns or SUM_CHUNK))

@@ -1,0 +1,1 @@
+"""The compiled kernels: of the processor and of CUDA devices."""

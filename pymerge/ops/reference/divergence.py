@@ -1,0 +1,139 @@
+"""The reference of divergences of rows and what is weighed by them: see
+`pymerge.ops.reference.merges`.
+
+Written out step by step: csrc/math/divergence.h and triton_kernels/divergence.py are its twins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pymerge.ops.arguments import DIVERGENCE_STEPS
+from pymerge.ops.reference.pointwise import scalar, widened
+from pymerge.ops.reference.sums import added, chunks_of, extremes
+
+__all__ = ["divergence_sums", "row_importance"]
+
+Tensor = torch.Tensor
+
+FLOOR = 1e-8  # mergekit adds it to every probability
+_NEAR = 0.34  # |t| up to which e^t - 1 needs no reduction: less than ln(2) / 2
+_MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_LN2 = 0.6931471805599453
+_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2)
+_EXP = [1 / math.factorial(k) for k in range(13, 1, -1)]
+_LOG = [1 / k for k in range(21, 1, -2)]
+
+
+def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+def _expm1(r: Tensor) -> Tensor:
+    """e^r - 1 for |r| <= ln(2) / 2."""
+    return r + (r * r) * _polynomial(r, _EXP)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x for |x| <= 708; x beyond is clamped."""
+    x = torch.where(x > 708.0, 708.0, x)
+    x = torch.where(x < -708.0, -708.0, x)
+    shifted = x * 1.4426950408889634 + _MAGIC
+    n = shifted - _MAGIC
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    exponent = shifted.view(torch.int64) - scalar(_MAGIC, x).view(torch.int64)
+    return (_expm1(r) + 1.0) * ((exponent + 1023) << 52).view(torch.float64)
+
+
+def _split(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v = 2^k m with m from sqrt(1/2) to sqrt(2): return k and m, for v from 2^-100 on."""
+    bits = v.view(torch.int64)
+    k = ((bits - _SQRT_HALF + (128 << 52)) >> 52) - 128
+    return k, (bits - (k << 52)).view(torch.float64)
+
+
+def _excess(f: Tensor) -> Tensor:
+    """f - log(1 + f) for 1 + f from sqrt(1/2) to sqrt(2)."""
+    s = f / (f + 2.0)
+    z = s * s
+    return s * (f - (z + z) * _polynomial(z, _LOG))
+
+
+def _term(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
+    """P log(P / Q) - P + Q, P = p + FLOOR and Q = q + FLOOR, given t = log(q / p).
+
+    None is negative, and the sum over a row is that of P log(P / Q): both sum up to the same.
+    """
+    own = p + FLOOR
+    u = p * _expm1(t)
+    s = u / ((own + own) + u)
+    z = s * s
+    near = s * (u - (own + own) * (z * _polynomial(z, _LOG)))
+    u = q - p
+    w = u / own
+    k, m = _split((q + FLOOR) / own)
+    f = torch.where(k == 0, w, m - 1.0)
+    far = own * (((w - f) - k.to(torch.float64) * _LN2) + _excess(f))
+    return torch.where(t.abs() <= _NEAR, near, far)
+
+
+def divergence_sums(
+    table: Tensor, base: Tensor, model: Tensor, kind: str, columns: int, wide: bool
+) -> None:
+    """Row by row, or chunk by chunk: maxima, sums of exp(x - maximum), then the divergence
+    KL(softmax(model) || softmax(base)) with 1e-8 added to each probability."""
+    if base.numel() == 0:
+        return
+    if kind == "all":
+        for step in DIVERGENCE_STEPS:
+            divergence_sums(table, base, model, step, columns, wide)
+        return
+    x, y = (widened(tensor, wide).to(torch.float64) for tensor in (model, base))
+    if kind == "maxima":
+        table[0] = extremes(x, "max", columns)
+        table[1] = extremes(y, "max", columns)
+        return
+    rows = [chunks_of(row, columns) for row in (x, y)]
+    # A table may be in the processor's memory, wherever the tensors are.
+    x_max, y_max, x_sum, y_sum = (row.view(-1, 1, 1) for row in table[:4].to(x.device))
+    there = chunks_of(torch.ones_like(x), columns) != 0
+    x_exp, y_exp = _exp(rows[0] - x_max), _exp(rows[1] - y_max)
+    zero = torch.zeros_like(x_exp)
+    if kind == "exp":
+        table[2] = added(torch.where(there, x_exp, zero))
+        table[3] = added(torch.where(there, y_exp, zero))
+        return
+    k, m = _split(x_sum / y_sum)
+    f = m - 1.0
+    shift = (x_max - y_max) + (k.to(torch.float64) * _LN2 + (f - _excess(f)))
+    term = _term(x_exp * (1.0 / x_sum), y_exp * (1.0 / y_sum), shift - (rows[0] - rows[1]))
+    table[4] = added(torch.where(there, term, zero))
+
+
+def row_importance(
+    out: Tensor,
+    stats: Tensor,
+    base: Tensor,
+    model: Tensor,
+    divergences: Tensor,
+    columns: int,
+    threshold: float | None,
+    wide: bool,
+) -> None:
+    """|model - base| D_r of the row r, or the base with what of the task vector has at least so
+    much of it: Arcee Fusion (mergekit)."""
+    stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, model)))
+    origin = widened(base, wide)
+    delta = widened(model, wide) - origin
+    weights = divergences.to(delta.device).repeat_interleave(columns)
+    result = (delta.abs().to(torch.float64) * weights).to(delta.dtype)
+    if threshold is not None:
+        kept = result >= scalar(threshold, delta)
+        result = torch.where(kept, origin + delta, origin)
+    out.copy_(result.to(out.dtype))

@@ -1,0 +1,120 @@
+"""The reference of sums in a fixed order: see `pymerge.ops.reference.merges`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pymerge.ops.arguments import Kept
+from pymerge.ops.constants import SUM_CHUNK, SUM_LANES
+from pymerge.ops.reference.pcb import pcb_rows
+from pymerge.ops.reference.pointwise import Element, kept_values, keys, scalar
+
+__all__ = ["added", "chunk_sums", "chunks_of", "extremes"]
+
+Row = tuple[str, torch.Tensor]  # how ("sum", "min", "max"), values
+_AT_ONCE = 1 << 20
+
+
+def chunks_of(values: torch.Tensor, columns: int, filling: float = 0.0) -> torch.Tensor:
+    """Return values as doubles [segments, chunks of a segment, elements of a chunk], filled up.
+
+    A segment is a row of `columns`, or a chunk where that is 0. A chunk has SUM_CHUNK elements, or
+    as many steps of all lanes as a shorter row has: further zeros would add nothing.
+    """
+    length = columns or SUM_CHUNK
+    segments = -(-values.numel() // length)
+    chunk = min(SUM_CHUNK, -(-length // SUM_LANES) * SUM_LANES)
+    room = -(-length // chunk) * chunk
+    doubles = values.to(torch.float64)
+    whole = torch.nn.functional.pad(doubles, (0, segments * length - len(doubles)), value=filling)
+    rows = whole.view(segments, length)
+    padded = torch.nn.functional.pad(rows, (0, room - length), value=filling)
+    return padded.view(segments, -1, chunk)
+
+
+def added(chunks: torch.Tensor) -> torch.Tensor:
+    """Add up each chunk: each lane in order, then the lanes: the order of all backends; then the
+    chunks of a segment."""
+    steps = chunks.unflatten(-1, (-1, SUM_LANES))
+    lanes = torch.zeros_like(steps[..., 0, :])
+    for step in steps.unbind(-2):
+        lanes = lanes + step
+    sums = torch.zeros_like(lanes[..., 0])
+    for lane in lanes.unbind(-1):
+        sums = sums + lane
+    total = sums[..., 0]
+    for part in sums.unbind(-1)[1:]:
+        total = total + part
+    return total
+
+
+def _sum_rows(kind: str, element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    """Return what is added up, row by row: values, and how ("sum", "min", "max")."""
+    deltas = element.deltas
+    if kind == "gram":
+        doubles = [delta.to(torch.float64) for delta in deltas]
+        return [("sum", a * b) for i, a in enumerate(doubles) for b in doubles[i:]]
+    if kind == "dots":
+        gradient = element.models[-1].to(torch.float64)
+        return [("sum", gradient * delta.to(torch.float64)) for delta in deltas[:-1]]
+    if kind == "sparse":
+        pairs = [(delta, kept_values(delta, k, kept)) for k, delta in enumerate(deltas)]
+        return [("sum", values.abs()) for pair in pairs for values in pair]
+    if kind == "statistics":
+        rows: list[Row] = []
+        for delta in deltas:
+            double = delta.to(torch.float64)
+            rows += [("min", delta), ("max", delta), ("sum", delta.abs()), ("sum", double * double)]
+        return rows
+    if kind == "ram_counts":
+        active = [delta.abs() > scalar(reals[0], delta) for delta in deltas]
+        count = torch.stack(active).sum(dim=0)
+        masks = [mask for own in active for mask in (own & (count == 1), own & (count > 1))]
+        return [("sum", mask.to(torch.float64)) for mask in masks]
+    if kind == "emr":
+        positive, largest = element.unified()
+        own = deltas[int(reals[0])]
+        agrees = torch.where(positive, own > 0, own < 0)
+        return [("sum", own.abs()), ("sum", torch.where(agrees, largest, element.zero))]
+    assert kind == "sce"
+    chosen = keys(element.variance()) >= kept.lo[0]
+    masked = [torch.where(chosen, delta, element.zero).to(torch.float64) for delta in deltas]
+    return [("sum", values * values) for values in masked]
+
+
+def extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
+    """Return the least or the largest value of each segment; NaN counts for nothing, -0 is 0."""
+    infinity = float("inf") if how == "min" else float("-inf")
+    clean = torch.where(values.isnan(), torch.full_like(values, infinity), values)
+    chunks = chunks_of(clean, columns, infinity) + 0.0
+    return chunks.amin(dim=(-1, -2)) if how == "min" else chunks.amax(dim=(-1, -2))
+
+
+def chunk_sums(
+    kind: str,
+    partials: torch.Tensor,
+    base: torch.Tensor | None,
+    models: Sequence[torch.Tensor],
+    reals: Sequence[float],
+    kept: Kept,
+    columns: int,
+    wide: bool,
+) -> None:
+    """Sums in a fixed order: SumsArgs in csrc/kernel_table.h says of what."""
+    if kind.startswith("pcb"):
+        rows = pcb_rows(kind, base, models, reals)
+    else:
+        rows = _sum_rows(kind, Element(base, models, wide), reals, kept)
+    if models[0].numel() == 0:
+        return
+    summed = [number for number, (how, _) in enumerate(rows) if how == "sum"]
+    at_once = max(1, _AT_ONCE // models[0].numel())  # rows that are added up together
+    for first in range(0, len(summed), at_once):
+        numbers = summed[first : first + at_once]
+        stacked = torch.stack([chunks_of(rows[number][1], columns) for number in numbers])
+        partials[numbers] = added(stacked)
+    for number, (how, values) in enumerate(rows):
+        if how != "sum":
+            partials[number] = extremes(values, how, columns)

@@ -1,0 +1,1 @@
+"""The ops in Triton: launches of the kernels in `triton_kernels/`."""

@@ -1,0 +1,231 @@
+"""The Triton backend: marshals tensors to the kernels of `pymerge.triton_kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pymerge.ops.constants import HOT_CHUNK
+from pymerge.ops.reference.pointwise import row_ranks  # sorts, which torch does on any device
+from pymerge.ops.triton.divergence import divergence_sums, row_importance
+from pymerge.ops.triton.library import (
+    check,
+    check_counters,
+    device,
+    interprets,
+    kernels,
+    largest,
+    reason,
+    run,
+    tables,
+)
+from pymerge.ops.triton.packed import packed_dots, packed_sum
+from pymerge.ops.triton.pointwise import (
+    chunk_sums,
+    pcb_merge,
+    pcb_scores,
+    pointwise,
+    row_weighted_sum,
+    sparse_merge,
+)
+
+__all__ = [
+    "NAME",
+    "SUMMARY",
+    "chunk_sums",
+    "device",
+    "divergence_sums",
+    "interprets",
+    "magnitude_equal_counts",
+    "magnitude_histogram",
+    "packed_dots",
+    "packed_sum",
+    "pcb_merge",
+    "pcb_scores",
+    "pointwise",
+    "reason",
+    "row_importance",
+    "row_ranks",
+    "row_weighted_sum",
+    "slots",
+    "sparse_merge",
+    "ties",
+    "weighted_sum",
+]
+
+NAME = "triton"
+SUMMARY = "Triton kernels"
+
+
+def weighted_sum(
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    base: torch.Tensor | None,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    scale: float,
+    divisor: float,
+    wide: bool,
+) -> None:
+    check(out.numel(), out, base, *models)
+    check_counters(stats, torch.int64, least=1)
+    if out.numel() == 0:
+        return
+    arguments = {"out": out, "stats": stats, "DIVIDE": divisor != 1.0}
+    run(
+        "weighted_sum",
+        base,
+        models,
+        arguments,
+        [0],
+        [scale, divisor, *weights],
+        wide,
+        scratch=("stats",),
+    )
+
+
+def ties(
+    out: torch.Tensor | None,
+    stats: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    thresholds: Sequence[int],
+    weights: Sequence[float],
+    weighting: str,
+    merge: str,
+    elect: str,
+    zero_sign: int,
+    scale: float,
+    want_signs: bool,
+    wide: bool,
+) -> None:
+    check(base.numel(), out, base, *models)
+    check_counters(stats, torch.int64, least=3)
+    if base.numel() == 0:
+        return
+    arguments = {
+        "out": out,
+        "stats": stats,
+        "WEIGHTING": weighting,
+        "MERGE": merge,
+        "ELECT": elect,
+        "ZERO_SIGN": zero_sign,
+        "SIGNS": want_signs,
+    }
+    limits = [min(max(threshold, 0), largest(wide)) for threshold in thresholds]
+    scales = weights if len(weights) > 0 else [1.0] * len(models)
+    run(
+        "ties",
+        base,
+        models,
+        arguments,
+        [0, *limits],
+        [scale, *scales],
+        wide,
+        scratch=("stats",),
+    )
+
+
+def slots() -> int:
+    """Return how many slots of counters `magnitude_histogram` can use at once."""
+    return 1
+
+
+def magnitude_histogram(
+    counts: torch.Tensor,
+    hot_chunks: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    lo: Sequence[int],
+    shift: Sequence[int],
+    hot: Sequence[int],
+    wide: bool,
+) -> None:
+    numel = base.numel()
+    count, columns = counts.shape[1:]
+    needed, chunks = max(1, -(-numel // HOT_CHUNK)), hot_chunks.shape[1]
+    if count != len(models):
+        raise ValueError(f"backend 'triton': expected counts of {len(models)} models, got {count}")
+    if hot_chunks.shape[0] != count or 0 < chunks < needed:
+        raise ValueError(
+            f"backend 'triton': hot_chunks of shape {tuple(hot_chunks.shape)} are too few"
+        )
+    if not all(0 <= key <= largest(wide) for key in lo):
+        raise ValueError(f"backend 'triton': lo: expected keys, got {list(lo)}")
+    if not all(0 <= bits < (64 if wide else 32) for bits in shift):
+        raise ValueError(f"backend 'triton': shift: expected bits of a key, got {list(shift)}")
+    check(numel, base, *models)
+    check_counters(counts, torch.int32)
+    check_counters(hot_chunks, torch.int32)
+    if chunks > 0:
+        hot_chunks[:, :needed].zero_()
+    if numel == 0:
+        return
+    # No key is -1.
+    guesses = [key if 0 <= key <= largest(wide) else -1 for key in hot]
+    bins = columns - 3
+    spans = [
+        min(bins << bits, largest(wide) - key + 1) - 1 for key, bits in zip(lo, shift, strict=True)
+    ]
+    brackets = [number for row in zip(lo, spans, shift, guesses, strict=True) for number in row]
+    arguments = {
+        "counts": counts,
+        "hot_chunks": hot_chunks if chunks > 0 else None,
+        "bins": bins,
+        "chunks": chunks,
+    }
+    run(
+        "magnitude_histogram",
+        base,
+        models,
+        arguments,
+        brackets,
+        [0.0],
+        wide,
+        scratch=("counts", "hot_chunks"),
+    )
+
+
+def magnitude_equal_counts(
+    counts: torch.Tensor,
+    base: torch.Tensor,
+    model: torch.Tensor,
+    key: int,
+    chunk: int,
+    wide: bool,
+) -> None:
+    numel = base.numel()
+    if chunk < 1 or counts.numel() != -(-numel // chunk):
+        raise ValueError(
+            f"backend 'triton': expected one count for each {chunk} of {numel} elements, got "
+            f"{counts.numel()}"
+        )
+    check(numel, base, model)
+    check_counters(counts, torch.int64)
+    if numel == 0:
+        return
+    if not 0 <= key <= largest(wide):
+        counts.zero_()
+        return
+    module = kernels()
+    integers, _, numbers = tables(base.device, [key], [], [0.0], wide)
+    module.run(
+        module.Launch(
+            "magnitude_equal_counts",
+            {
+                "counts": counts,
+                "base": base,
+                "model": model,
+                "integers": integers,
+                "numbers": numbers,
+                "chunk": chunk,
+                "numel": numel,
+            },
+            numel=numel,
+            models=1,
+            device=base.device,
+            dtypes=(base.dtype, model.dtype),
+            programs=counts.numel(),
+        )
+    )
