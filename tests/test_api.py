@@ -41,22 +41,19 @@ def draw(shape: tuple[int, ...] = (40, 30), count: int = 3, seed: int = 0) -> li
 # doctests
 
 
-ADAPTERS = ("adapter", "arithmetic", "combine", "extract", "files", "fold")
-DATA_DRIVEN = ("fisher", "functions", "gradients", "gram", "plus_plus", "statistics")
+PACKAGE = Path(pymerge.__file__).parent
+EXAMPLES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8") and path.parent.name != "search"
+)  # those of the search want files: tests/test_search.py
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("api", "task_vector", "methods", "engine.checkpoints"),
-        *(f"data_driven.{name}" for name in DATA_DRIVEN),
-        *(f"adapters.{name}" for name in ADAPTERS),
-    ],
-)
+@pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_of_the_documentation(module: str) -> None:
-    loaded = importlib.import_module(f"pymerge.{module}")
+    loaded = importlib.import_module(module)
     tests = doctest.DocTestFinder(exclude_empty=True).find(
-        loaded, f"pymerge.{module}", extraglobs={"torch": torch}
+        loaded, module, extraglobs={"torch": torch}
     )
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     for test in tests:

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 import pymerge.commands.main
-from pymerge import engine
 from pymerge.config import load_config
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
 from pymerge.memory import PeakMemory
+from pymerge.merging import files as merging
 from pymerge.merging.card import model_card
 from pymerge.merging.report import InputFile, InputReport, MergeReport, OutputReport, Phase
 from pymerge.methods import METHODS
@@ -77,7 +77,7 @@ class FakeEngine:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     stand_in = FakeEngine(make_report())
-    monkeypatch.setattr(engine, "merge_checkpoints", stand_in, raising=False)
+    monkeypatch.setattr(merging, "merge_checkpoints", stand_in)
     monkeypatch.delenv("PYMERGE_DEBUG", raising=False)
     return stand_in
 
@@ -200,7 +200,7 @@ def test_sigterm_unwinds_the_merge(
         raise AssertionError
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(engine, "merge_checkpoints", merge, raising=False)
+    monkeypatch.setattr(merging, "merge_checkpoints", merge)
     assert run("merge", "c.yml", "out") == 143
     assert unwound == [True]
     assert capsys.readouterr().err == "pymerge: error: terminated\n"
