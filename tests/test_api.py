@@ -46,7 +46,7 @@ EXAMPLES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8") and path.parent.name != "search"
-)  # those of the search want files: tests/test_search.py
+)  # those of the search show calls on files
 
 
 @pytest.mark.parametrize("module", EXAMPLES)

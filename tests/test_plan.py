@@ -75,8 +75,8 @@ def test_output_order_and_shards_follow_the_layout() -> None:
         ("parameters: {density: 0.5}", 2, "in each tensor that is trimmed"),
         ("parameters: {density: 1.0}", 1, "in one go"),
         ("", 1, "in one go"),
-        ("parameters: {semantics: official}", 2, "over the whole model"),
-        ("parameters: {semantics: official, density: 1.0}", 1, "in one go"),
+        ("parameters: {semantics: official}", 4, "over the whole model"),
+        ("parameters: {semantics: official, density: 1.0}", 3, "sign of the whole model"),
         ("parameters: {semantics: official, scope: tensor}", 3, "the majority sign of each"),
         ("parameters: {semantics: mergelm, scope: tensor, density: 1}", 2, "the majority sign"),
         ("parameters: {semantics: mergekit, scope: global, density: 1.0}", 1, "in one go"),
@@ -88,6 +88,7 @@ def test_passes_of_ties(extra: str, passes: int, words: str) -> None:
     made = plan("ties", extra + "\n")
     assert made.passes == passes
     assert words in made.passes_text
+    assert made.most_passes >= passes
     computed, copied = (48 + 16 + 4) * 2, 6 * 8
     assert made.bytes_to_read == 3 * (passes * computed + copied)
     assert (made.memory.histogram_bins > 0) == ("the thresholds" in made.passes_text)

@@ -12,7 +12,7 @@ import torch
 
 from pymerge.engine import select
 from pymerge.engine.select import Cut, Part, order_statistics
-from pymerge.methods.ties.record import TrimTarget
+from pymerge.engine.trim import TrimTarget
 from pymerge.ops.reference.merges import HOT_CHUNK
 
 Tensors = list[torch.Tensor]

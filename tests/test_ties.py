@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.methods.ties.record import SEMANTICS, TrimTarget, ties_rule, trim_target
+from pymerge.engine.trim import TrimTarget
+from pymerge.methods.ties.record import SEMANTICS, ties_rule, trim_target
 from tests import oracles
 from tests.conftest import BACKEND_IDS
 

@@ -31,7 +31,8 @@ from pymerge.adapters.dialects import (
     on_factors,
 )
 from pymerge.adapters.files import load
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
 from pymerge.merging.tensors import MemorySink, MemorySource
@@ -43,7 +44,6 @@ _WHERE = "merge_adapters"
 _EXACT = ("cat", "svd")
 _ALIASES = {"peft_cat": "cat", "peft_svd": "svd"}
 ADAPTER_METHODS = (*_EXACT, *_ALIASES, *ON_FACTORS, *ON_DELTAS)
-_NOT_ON_DELTAS = ("adamerging",)
 
 Resolve = Callable[[str], Mapping[str, Any]]
 
@@ -142,7 +142,7 @@ def method_of(name: str, where: str) -> MethodSpec:
             f"{where}: unknown method {name!r}{nearest(name, known)} (known: "
             f"{', '.join(ADAPTER_METHODS)}, and the methods of `pymerge methods`)"
         )
-    if spec.statistics is not None or name in _NOT_ON_DELTAS:
+    if spec.statistics is not None or spec.for_tensor is not None:
         raise RequestError(f"{where}: {name} does not work on the deltas of adapters")
     return spec
 
@@ -283,6 +283,6 @@ def _merged_ia3(spec: MethodSpec, adapters: Sequence[Adapter], resolve: Resolve)
         models,
         {name: f"the vector of tensor {name!r}" for name in modules},
     )
-    execute(spec.name, works, source, MemorySink(results), Context())
+    execute(spec, works, source, MemorySink(results), Context())
     merged = {module.name: results[name].numpy() for name, module in modules.items()}
     return ia3(merged, add(adapters, saved="drop"), "merged adapter")

@@ -16,7 +16,8 @@ import torch
 from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import union
 from pymerge.adapters.decompose import LowRank
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Progress, TensorStatistics, Work, no_progress
 from pymerge.memory import most_bins
 from pymerge.methods import MethodSpec
@@ -131,7 +132,7 @@ def merge_deltas(
         seed=seed,
         progress=progress,
     )
-    execute(spec.name, works, source, sink, context)
+    execute(spec, works, source, sink, context)
     return sink.found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,6 @@ from pymerge.errors import RequestError
 from pymerge.methods.spec import Parameter
 
 __all__ = ["ON_DELTAS", "ON_FACTORS", "PARAMETERS", "check_parameters", "on_deltas", "on_factors"]
-
-ON_FACTORS = (
-    "peft_linear",
-    "peft_ties",
-    "peft_dare_linear",
-    "peft_dare_ties",
-    "peft_magnitude_prune",
-)
-ON_DELTAS = (
-    "peft_ties_svd",
-    "peft_dare_linear_svd",
-    "peft_dare_ties_svd",
-    "peft_magnitude_prune_svd",
-)
 
 _DENSITY = Parameter(
     "density",
@@ -58,13 +45,40 @@ _MAJORITY = Parameter(
 _SEED = Parameter("seed", "int", 0, "Of what DARE drops.", minimum=0, per_tensor=False)
 
 
-def _parameters(method: str) -> tuple[Parameter, ...]:
-    found: list[Parameter] = [] if method == "peft_linear" else [_DENSITY]
-    found += [_MAJORITY] if "ties" in method else []
-    return (*found, *([_SEED] if "dare" in method else []))
+@dataclass(frozen=True)
+class Combination:
+    """One of PEFT's ways to combine factors or deltas.
+
+    drops: elements are dropped at random, as DARE does. trims: each is trimmed by itself. elects:
+    signs are elected, as TIES does, which trims first unless elements were dropped.
+    """
+
+    drops: bool = False
+    trims: bool = False
+    elects: bool = False
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What it takes."""
+        found: list[Parameter] = [_DENSITY] if self.drops or self.trims or self.elects else []
+        found += [_MAJORITY] if self.elects else []
+        return (*found, *([_SEED] if self.drops else []))
 
 
-PARAMETERS = {method: _parameters(method) for method in (*ON_FACTORS, *ON_DELTAS)}
+ON_FACTORS = {
+    "peft_linear": Combination(),
+    "peft_ties": Combination(elects=True),
+    "peft_dare_linear": Combination(drops=True),
+    "peft_dare_ties": Combination(drops=True, elects=True),
+    "peft_magnitude_prune": Combination(trims=True),
+}
+# Those that PEFT has for deltas, too: a singular value decomposition gives the factors.
+ON_DELTAS = {
+    f"{name}_svd": combination
+    for name, combination in ON_FACTORS.items()
+    if combination != Combination()
+}
+PARAMETERS = {name: one.parameters for name, one in (ON_FACTORS | ON_DELTAS).items()}
 
 
 def check_parameters(method: str, given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -118,7 +132,7 @@ def on_factors(
         pairs = [adapter.factors(name) for adapter, _ in owners]
         roots = [math.sqrt(abs(weight)) for _, weight in owners]
         signed = [math.copysign(root, w) for root, (_, w) in zip(roots, owners, strict=True)]
-        combine = _combiner(method, parameters)
+        combine = _combiner(ON_FACTORS[method], parameters)
         a = combine([pair[1] for pair in pairs], signed, f"{name}.lora_A.weight")
         b = combine([pair[0] for pair in pairs], roots, f"{name}.lora_B.weight")
         factors[name] = b.numpy(), a.numpy()
@@ -136,7 +150,7 @@ def on_deltas(
     energy: float | None,
 ) -> dict[str, LowRank]:
     """Return the factors of each module by a method of `ON_DELTAS`: combined deltas, and an SVD."""
-    combine = _combiner(method.removesuffix("_svd"), parameters)
+    combine = _combiner(ON_DELTAS[method], parameters)
     found: dict[str, LowRank] = {}
     for name, module in union(adapters, "merge_adapters").items():
         owners = [
@@ -152,7 +166,7 @@ def on_deltas(
 Combine = Callable[[Sequence[np.ndarray], Sequence[float], str], torch.Tensor]
 
 
-def _combiner(method: str, parameters: dict[str, Any]) -> Combine:
+def _combiner(method: Combination, parameters: dict[str, Any]) -> Combine:
     from pymerge import dare_linear, task_arithmetic, ties_merge
 
     density: Any = parameters.get("density")
@@ -161,7 +175,7 @@ def _combiner(method: str, parameters: dict[str, Any]) -> Combine:
     def combine(values: Sequence[np.ndarray], weights: Sequence[float], name: str) -> torch.Tensor:
         tensors = [torch.from_numpy(one) for one in values]
         zero = torch.zeros_like(tensors[0])
-        if "dare" in method:
+        if method.drops:
             # A mask depends on the name: each adapter has one of its own.
             tensors = [
                 dare_linear(
@@ -172,13 +186,13 @@ def _combiner(method: str, parameters: dict[str, Any]) -> Combine:
                 )[f"{name}.{k}"]
                 for k, one in enumerate(tensors)
             ]
-        elif method == "peft_magnitude_prune":
+        elif method.trims:
             tensors = [
                 ties_merge(zero, [one], density=density, semantics="peft") for one in tensors
             ]
-        if "ties" not in method:
+        if not method.elects:
             return task_arithmetic(zero, tensors, weights=list(weights))
-        kept = 1.0 if "dare" in method else density
+        kept = 1.0 if method.drops else density
         return ties_merge(
             zero, tensors, density=kept, weights=list(weights), semantics="peft", elect=elect
         )

@@ -20,7 +20,8 @@ from pymerge.adapters.arithmetic import Whole, saved_of
 from pymerge.adapters.deltas import DeltaSource
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import MergeConfig, load_config
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
 from pymerge.memory import PeakMemory, most_bins
@@ -299,7 +300,7 @@ def _stream(
         progress=recorder,
     )
     try:
-        execute(spec.name, works, source, sink, context)
+        execute(spec, works, source, sink, context)
         sink.finish()
         recorder.phase("write", 0)
         writer.finish()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pymerge.engine.select import Part, magnitude_keys, order_statistics, sample_parts
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import Progress, Source, Work, slices
 from pymerge.memory import most_bins
-from pymerge.methods.ties.record import SEMANTICS, TrimTarget, trim_target
+from pymerge.methods.ties.record import SEMANTICS, trim_target
 from pymerge.ops.array import Array, Flat, as_tensor, concatenate
 from pymerge.ops.call import call
 from pymerge.ops.comparison import BINS, EVERY, Comparison

@@ -285,7 +285,7 @@ class _Request:
         """Merge adapters that have been opened."""
         if self._config is None:
             given = dict(self._given)
-            if "dare" in self.method:
+            if any(parameter.name == "seed" for parameter in PARAMETERS.get(self.method, ())):
                 given.setdefault("seed", seed)
             return merge_adapters(
                 adapters,

@@ -47,7 +47,7 @@ def plan_text(plan: MergePlan) -> str:
     lines += [
         f"files     config, tokenizer and the like from {plan.side_files}",
         f"passes    {plan.passes_text}",
-        f"read      {format_size(plan.bytes_to_read)}",
+        f"read      {format_size(plan.bytes_to_read)}{_rarely(plan)}",
         f"write     {format_size(plan.bytes_to_write)}: {len(plan.tensors)} tensors ({dtypes}), "
         f"{plan.parameters_count:,} parameters",
     ]
@@ -68,6 +68,12 @@ def plan_text(plan: MergePlan) -> str:
     if plan.device != "cpu":
         lines.append(f"device    {plan.device}: {_device(plan)}")
     return "\n".join(lines)
+
+
+def _rarely(plan: MergePlan) -> str:
+    """Return the bytes of the worst case, where they are more."""
+    most = plan.most_bytes_to_read
+    return f", at most {format_size(most)}" if most > plan.bytes_to_read else ""
 
 
 def _device(plan: MergePlan) -> str:

@@ -28,7 +28,6 @@ from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
 from pymerge.errors import RequestError
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
-from pymerge.methods.ties.record import ties_rule
 
 __all__ = ["config_of", "load_config", "read_document"]
 
@@ -223,10 +222,9 @@ class _Reader:
 
     def _check_whole_model_density(self, config: MergeConfig) -> None:
         """Refuse a density that differs between tensors where one trim spans them all."""
-        if config.method.name != "ties":
-            return
-        chosen = {name: config.value(name) for name in ("semantics", "scope")}
-        if ties_rule(chosen["semantics"], scope=chosen["scope"]).scope != "global":
+        names = [name for name in ("semantics", "scope") if config.method.parameter(name)]
+        chosen = {name: config.value(name) for name in names}
+        if not config.method.spans_model(chosen):
             return
         for holder in (config.parameters, *(entry.parameters for entry in config.models)):
             density = holder.get("density")

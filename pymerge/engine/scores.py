@@ -6,17 +6,14 @@ They are computed tile by tile, anew in each pass: those of a whole model are ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from pymerge.engine.context import Context
 from pymerge.engine.select import Cut, Part, order_statistics, sample_parts
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import slices
-from pymerge.methods.ties.record import TrimTarget
 from pymerge.ops.arguments import padded
 from pymerge.ops.array import Flat, as_array, as_flat
 from pymerge.ops.call import Counters
-
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
 
 __all__ = ["TILE", "Scores", "Tile", "tiles"]
 

@@ -20,13 +20,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pymerge.methods.ties.record import TrimTarget
+from pymerge.engine.trim import TrimTarget
+from pymerge.memory import MIN_BINS
 from pymerge.ops.array import Array, Flat, as_array, concatenate, sample_lines, widen
 from pymerge.ops.call import Counters, call
 from pymerge.ops.constants import HOT_CHUNK
 from pymerge.ops.runner import Runner, fetched, slots, zeros
 
-__all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "Part", "Workspace", "order_statistics", "sample_parts"]
+__all__ = [
+    "KEEP_ALL",
+    "KEEP_NONE",
+    "Cut",
+    "Part",
+    "Workspace",
+    "most_passes",
+    "order_statistics",
+    "sample_parts",
+]
 
 KEEP_ALL = 0
 KEEP_NONE = 2**63 - 1
@@ -155,6 +165,14 @@ def magnitude_keys(base: Flat, model: Flat, wide: bool) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         delta = np.abs(widen(as_array(model), wide) - widen(as_array(base), wide))
     return delta.view(np.int64 if wide else np.int32)
+
+
+def most_passes(wide: bool, bins: int = MIN_BINS) -> int:
+    """Return how often a selection reads its scope at most, after its sample: the bracket that the
+    sample gives, those that narrow the side that it missed, and twice for the position of the last
+    element that is kept."""
+    narrowed = math.ceil((63 if wide else 31) / math.log2(bins - 1))
+    return 1 + narrowed + 2
 
 
 def sample_size(total: int, most: int) -> int:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
 from pymerge.memory import most_bins
@@ -22,7 +23,6 @@ from pymerge.merging.structures import (
 )
 from pymerge.merging.tensors import MemorySink, MemorySource
 from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
-from pymerge.methods.ties.record import TiesRule
 from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.ops.backends import resolve_for
 from pymerge.ops.runner import Runner
@@ -276,7 +276,7 @@ def merge_by(
     bins = most_bins(len(inputs))
     context = Context(backend=runner, bins=bins, nan=resolved["nan"], gathers=True)
     if device.type != "meta":  # of meta tensors there is nothing but the shapes and dtypes
-        execute(spec.name, works, source, MemorySink(results), context)
+        execute(spec, works, source, MemorySink(results), context)
     for name, kept in tied.items():
         results[name] = results[kept]
     return structured(first, {name: results[name] for name in leader})
@@ -318,8 +318,6 @@ def resolve_parameters(
             values[name] = _resolve(parameter, shown, value, count)
         except RequestError as error:
             problems.extend(error.problems)
-    if not problems and spec.name == "ties":
-        TiesRule.of(values, where)
     if not problems and spec.check is not None:
         problems += [f"{where}: {problem}" for problem in spec.check(values)]
     if not problems and spec.cancelling(values) is not None:

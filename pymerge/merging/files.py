@@ -13,7 +13,8 @@ from typing import Any
 from pymerge.byte_sizes import parse_size
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import load_config
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Sink, Source, TensorStatistics, Work
 from pymerge.errors import MergeError, RequestError
 from pymerge.hashing import sha256_of
@@ -313,7 +314,7 @@ def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) 
             solvers=plan.memory.solvers,
             progress=recorder,
         )
-        execute(plan.config.method.name, works, source, sink, context)
+        execute(plan.config.method, works, source, sink, context)
 
     source = CheckpointSource(plan.base, plan.models, plan.statistics)
     writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)

@@ -1,71 +1,40 @@
-"""The merge methods: one record each, in the order in which they are listed."""
+"""The merge methods: a folder for each family, whose `record` lists its methods."""
 
 from __future__ import annotations
 
 from pymerge.errors import RequestError, nearest
-from pymerge.methods.adamerging.record import ADAMERGING
-from pymerge.methods.directions.record import (
-    KARCHER,
-    MODEL_STOCK,
-    MULTISLERP,
-    NUSLERP,
-    PASSTHROUGH,
-    SLERP,
-)
-from pymerge.methods.matrices.record import (
-    ARCEE_FUSION,
-    DELLA,
-    DELLA_LINEAR,
-    EMR,
-    RAMPLUS_TL,
-    SCE,
-    TALL_MASKS,
-    TSV_M,
-)
-from pymerge.methods.pcb.record import PCB
-from pymerge.methods.pointwise.record import CONSENSUS_TA, MAGMAX, NEARSWAP, RAM
-from pymerge.methods.sparse.record import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES
+from pymerge.methods.adamerging import record as adamerging
+from pymerge.methods.arcee import record as arcee
+from pymerge.methods.directions import record as directions
+from pymerge.methods.matrices import record as matrices
+from pymerge.methods.pcb import record as pcb
+from pymerge.methods.pointwise import record as pointwise
+from pymerge.methods.sce import record as sce
+from pymerge.methods.sparse import record as sparse
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.statistics.record import FISHER, GRADIENT_MATCHING, REGMEAN
-from pymerge.methods.sums.record import LINEAR, TASK_ARITHMETIC
-from pymerge.methods.ties.record import TIES
+from pymerge.methods.statistics import record as statistics
+from pymerge.methods.sums import record as sums
+from pymerge.methods.ties import record as ties
 
 __all__ = ["METHODS", "REQUIRED", "MethodSpec", "Parameter", "get", "methods"]
 
+# In the order in which people see them.
+_FAMILIES = (
+    sums,
+    adamerging,
+    ties,
+    pcb,
+    sparse,
+    sce,
+    directions,
+    pointwise,
+    arcee,
+    matrices,
+    statistics,
+)
+
 METHODS: dict[str, MethodSpec] = {
-    spec.name: spec
-    for spec in (
-        LINEAR,
-        TASK_ARITHMETIC,
-        ADAMERGING,
-        TIES,
-        PCB,
-        DARE_LINEAR,
-        DARE_TIES,
-        BREADCRUMBS,
-        BREADCRUMBS_TIES,
-        DELLA,
-        DELLA_LINEAR,
-        SCE,
-        MODEL_STOCK,
-        SLERP,
-        NUSLERP,
-        MULTISLERP,
-        KARCHER,
-        NEARSWAP,
-        ARCEE_FUSION,
-        RAM,
-        RAMPLUS_TL,
-        MAGMAX,
-        CONSENSUS_TA,
-        TALL_MASKS,
-        EMR,
-        TSV_M,
-        FISHER,
-        REGMEAN,
-        GRADIENT_MATCHING,
-        PASSTHROUGH,
-    )
+    spec.name: spec for family in _FAMILIES for spec in family.RECORDS
 }
 
 

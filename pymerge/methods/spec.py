@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pymerge.engine.steps import MERGE, Step, whole_model
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["REQUIRED", "MethodSpec", "Parameter"]
@@ -123,9 +125,58 @@ class Parameter:
         return value
 
 
+Parameters = Mapping[str, Any]  # resolved, by `Parameter.name`; those of scope "model" are lists
+
+
+def never(_parameters: Parameters) -> bool:
+    return False
+
+
+def always(_parameters: Parameters) -> bool:
+    return True
+
+
+def reads_once(_parameters: Parameters, _numel: int, _total: int) -> tuple[Step, ...]:
+    return (MERGE,)
+
+
 @dataclass(frozen=True)
 class MethodSpec:
-    """The record of one merge method, from which `pymerge methods`, configs and docs are made."""
+    """The record of one merge method: it answers every question about the method.
+
+    Nothing outside a method's family compares its name. Configs, the plan, the engine, the
+    functions, `pymerge methods` and the model card read these facts.
+
+    Attributes:
+        name: as in YAML. title, summary, formula, source, url: for people.
+        run: "module:function" of what runs it, (works, source, sink, context) -> counts or None;
+            imported when it is needed.
+        parameters: what it takes.
+        needs_base: it needs a base. takes_base: it works on task vectors where a base is given,
+            else on the models.
+        min_models, max_models: how many models it takes beside the base.
+        passes: how often it reads its inputs, in words, for people. `reads` says it exactly.
+        function: the public function's name in `pymerge`; "" for the method's own.
+        reads: (parameters, elements of a tensor, elements of the model) -> the steps of a merge,
+            the merge itself last. The plan's text and bytes, and what may be merged again by
+            itself, follow from it.
+        one_op: all that is done with a tensor is one op that needs no other, so that a GPU may
+            gather those of many tensors.
+        divides: the switch that divides by the plain sum of the weights, which then must not be 0.
+        check: says what of resolved parameters does not fit together.
+        spans_model: whether one trim spans all tensors, given the global values of `semantics` and
+            `scope`: its density is one number then.
+        backends: those that have kernels for it.
+        torch_because: why only the reference computes it, where that is so.
+        torch_only: the semantics that only the reference computes, whatever backends the others
+            have.
+        for_tensor: turns resolved parameters into those of one tensor, by its name.
+        statistics: what is collected from data beside the models: "fisher" (diagonals) or "gram".
+        implied: (name of a parameter that is not set and has no default, the other parameters'
+            values by name) -> the value that it has then.
+        yaml_defaults: defaults in mergekit's YAML language that differ from the function's.
+        details: what its own family wants to know of it; nobody else looks at it.
+    """
 
     name: str
     title: str
@@ -133,27 +184,50 @@ class MethodSpec:
     formula: str
     source: str
     url: str
+    run: str
     parameters: tuple[Parameter, ...]
     needs_base: bool
-    takes_base: bool = False  # works on task vectors where a base is given, else on the models
+    takes_base: bool = False
     min_models: int = 1
     max_models: int | None = None
     passes: str = "1"
-    # The switch that divides by the plain sum of the weights, which then must not be 0.
+    function: str = ""
+    reads: Callable[[Parameters, int, int], tuple[Step, ...]] = reads_once
+    one_op: Callable[[Parameters], bool] = never
     divides: str | None = None
-    # Says what of resolved parameters does not fit together.
-    check: Callable[[Mapping[str, Any]], list[str]] | None = None
+    check: Callable[[Parameters], list[str]] | None = None
+    spans_model: Callable[[Parameters], bool] = never
     backends: tuple[str, ...] = ("reference", "cpu", "cuda", "triton")
-    # Why only the reference computes it, where that is so.
     torch_because: str = ""
-    # Turns resolved parameters into those of one tensor, by its name.
-    for_tensor: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
-    # What is collected from data beside the models: "fisher" (diagonals) or "gram".
-    statistics: Literal["fisher", "gram"] | None = None
-    # The semantics that only the reference computes, whatever backends the others have.
     torch_only: str | None = None
-    # Defaults in mergekit's YAML language that differ from those of the Python function.
+    for_tensor: Callable[[Parameters, str], dict[str, Any]] | None = None
+    statistics: Literal["fisher", "gram"] | None = None
+    implied: Callable[[str, Callable[[str], Any]], Any] | None = None
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
+    details: Any = None
+
+    def runner(self) -> Callable[..., Mapping[str, int] | None]:
+        """Return the function that runs the method."""
+        module, _, name = self.run.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def function_name(self) -> str:
+        """The name of its public function."""
+        return self.function or self.name
+
+    def steps(self, parameters: Parameters, numel: int, total: int) -> tuple[Step, ...]:
+        """Return what is read for a tensor; without parameters it is copied."""
+        return self.reads(parameters, numel, total) if parameters else (MERGE,)
+
+    def gathers(self, parameters: Parameters) -> bool:
+        """Return whether all that is done with a tensor is one op, which needs no other."""
+        return self.one_op(parameters)
+
+    def alone(self, parameters: Parameters, numel: int, total: int) -> bool:
+        """Return whether a tensor of the result depends on nothing but its own inputs and
+        parameters."""
+        return not whole_model(self.steps(parameters, numel, total))
 
     def cancelling(self, parameters: Mapping[str, Any]) -> list[float] | None:
         """Return the weights if they sum to 0 and are divided by, else None."""

@@ -12,8 +12,8 @@ from pymerge.memory import MemoryPlan, default_threads, plan_memory
 from pymerge.output import OutputTensor, plan_layout
 from pymerge.plan.inputs import FLOATS, Inputs, folded_bytes, header, open_inputs
 from pymerge.plan.parameters import (
-    PassCounter,
-    passes_over_statistics,
+    StepCounter,
+    passes_text,
     resolve_parameters,
     unused_filters,
 )
@@ -74,6 +74,8 @@ def make_plan(
             [OutputTensor(tensor.name, tensor.dtype, tensor.shape) for tensor in planned],
             shard_size,
         )
+        passes = max(tensor.passes for tensor in planned)
+        most = max(tensor.most_passes for tensor in planned)
         by_name = {tensor.name: tensor for tensor in planned}
         tensors = {name: by_name[name] for name in layout.order}
         return MergePlan(
@@ -83,9 +85,15 @@ def make_plan(
             side_files=Path(config.side_files_from),
             tensors=tensors,
             layout=layout,
-            passes=max(tensor.passes for tensor in planned),
-            passes_text=counter.text(computed[0].parameters if computed else {}, selects),
-            bytes_to_read=_bytes_to_read(config, inputs, statistics, planned),
+            passes=passes,
+            most_passes=most,
+            passes_text=passes_text(
+                (counter.steps(tensor.parameters, tensor.numel) for tensor in computed),
+                passes,
+                most,
+            ),
+            bytes_to_read=_bytes_to_read(inputs, statistics, counter, planned, "passes"),
+            most_bytes_to_read=_bytes_to_read(inputs, statistics, counter, planned, "most_passes"),
             bytes_to_write=sum(shard.nbytes for shard in layout.shards),
             memory=fitted,
             threads=threads,
@@ -118,13 +126,15 @@ def _check_numbers(memory: int, shard_size: int, threads: int | None, seed: int)
     return problems
 
 
-def _count_passes(config: MergeConfig, inputs: Inputs) -> PassCounter:
+def _count_passes(config: MergeConfig, inputs: Inputs) -> StepCounter:
     infos = {} if inputs.reference is None else inputs.reference.tensors
-    return PassCounter(config, sum(info.numel for info in infos.values() if info.dtype in FLOATS))
+    return StepCounter(
+        config.method, sum(info.numel for info in infos.values() if info.dtype in FLOATS)
+    )
 
 
 def _plan_tensors(
-    config: MergeConfig, inputs: Inputs, counter: PassCounter, problems: list[str]
+    config: MergeConfig, inputs: Inputs, counter: StepCounter, problems: list[str]
 ) -> list[PlannedTensor]:
     """Return the output's tensors; those that could not be planned are in `problems`."""
     if inputs.reference is None:
@@ -143,7 +153,9 @@ def _plan_tensors(
             dtype, compute = _dtypes(config, _dtypes_of(inputs, name))
             parameters = resolved[name]
             passes = counter.passes(parameters, info.numel)
-            planned.append(PlannedTensor(name, dtype, info.shape, compute, parameters, passes))
+            most = counter.most_passes(parameters, info.numel, compute == "F64")
+            shape = info.shape
+            planned.append(PlannedTensor(name, dtype, shape, compute, parameters, passes, most))
     return planned
 
 
@@ -209,16 +221,19 @@ def _fit_memory(
 
 
 def _bytes_to_read(
-    config: MergeConfig,
     inputs: Inputs,
     statistics: StatisticsInputs,
+    counter: StepCounter,
     planned: list[PlannedTensor],
+    passes: Literal["passes", "most_passes"],
 ) -> int:
     models = sum(
-        info.nbytes * tensor.passes for tensor in planned for info in _headers(inputs, tensor.name)
+        info.nbytes * getattr(tensor, passes)
+        for tensor in planned
+        for info in _headers(inputs, tensor.name)
     )
     extra = sum(
-        statistics.nbytes(tensor.name) * passes_over_statistics(config, tensor.parameters)
+        statistics.nbytes(tensor.name) * counter.statistics_passes(tensor.parameters, tensor.numel)
         for tensor in planned
         if tensor.compute is not None
     )

@@ -1,18 +1,16 @@
-"""Resolves the parameters of every tensor, checks them together, and counts passes."""
+"""Resolves the parameters of every tensor, checks them together, and counts what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pymerge.config import MergeConfig, TensorParameters, layer_depths
+from pymerge.engine.select import most_passes
+from pymerge.engine.steps import MERGE, Step
 from pymerge.errors import RequestError
-from pymerge.methods.sparse.record import band_counts
-from pymerge.methods.statistics.record import fisher_rule
-from pymerge.methods.ties.record import TiesRule, trim_target
+from pymerge.methods import MethodSpec
 
-__all__ = ["PassCounter", "passes_over_statistics", "resolve_parameters", "unused_filters"]
-
-_GEOMETRY = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+__all__ = ["StepCounter", "passes_text", "resolve_parameters", "unused_filters"]
 
 
 def resolve_parameters(
@@ -32,8 +30,6 @@ def resolve_parameters(
     for name in names:
         try:
             parameters = config.resolve(name, depths.get(name, 0.0))
-            if config.method.name == "ties":
-                TiesRule.of(parameters, config.where)
             if config.method.for_tensor is not None:
                 parameters = config.method.for_tensor(parameters, name)
         except RequestError as error:
@@ -68,115 +64,66 @@ def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
     return warnings
 
 
-def passes_over_statistics(config: MergeConfig, parameters: TensorParameters) -> int:
-    """Return how often the statistics of a tensor are read."""
-    if config.method.name == "regmean":
-        return 2
-    if config.method.name != "fisher":
-        return 1
-    return 1 if fisher_rule(parameters).normalize == "none" else 2
+class StepCounter:
+    """Counts what a merge reads, from the steps that the method's record names.
 
-
-class PassCounter:
-    """Tells how often a tensor's inputs are read.
-
-    A merge is one pass. TIES reads once before it where its trim needs an order statistic of
-    |delta| (over the tensor or the whole model), and once more where a zero vote takes the majority
-    sign of its tensor. The majority of a whole model is guessed from a sample and seen in the merge
-    itself, which is repeated in the rare case that the guess was wrong and mattered: that is not
-    counted.
+    Attributes:
+        total: computed elements of the whole model.
     """
 
-    def __init__(self, config: MergeConfig, numel: int) -> None:
-        self.config = config
-        self.numel = numel  # computed elements of the whole model
+    def __init__(self, method: MethodSpec, total: int) -> None:
+        self.method = method
+        self.total = total
+
+    def steps(self, parameters: TensorParameters, numel: int) -> tuple[Step, ...]:
+        """Return the steps of a tensor of that many elements, the merge last."""
+        return self.method.steps(parameters, numel, self.total)
 
     def passes(self, parameters: TensorParameters, numel: int) -> int:
-        """Return the number of passes over a tensor of that many elements."""
-        first = self.selects(parameters, numel) + self._votes_first(parameters)
-        if self.config.method.name == "pcb":
-            return 4
-        if self.config.method.name == "sce":
-            return 4 if first else 2
-        if self.config.method.name == "arcee_fusion":
-            return 4 if first else 1
-        return 1 + first + self._adds_up(parameters)
+        """Return how often a tensor's inputs are read, as a rule."""
+        return sum(step.passes for step in self._over(parameters, numel, statistics=False))
 
-    def _adds_up(self, parameters: TensorParameters) -> bool:
-        """Return whether norms or dot products come first."""
-        method = self.config.method.name
-        if method == "emr":
-            return parameters["task"] is not None
-        if method == "ramplus_tl":
-            return True
-        streamed = method.startswith(("dare", "della"))
-        return method in _GEOMETRY or (streamed and parameters["rescale"] == "l1")
+    def most_passes(self, parameters: TensorParameters, numel: int, wide: bool) -> int:
+        """Return how often a tensor's inputs are read in the worst case."""
+        steps = self._over(parameters, numel, statistics=False)
+        return sum(_most(step, wide) for step in steps)
+
+    def statistics_passes(self, parameters: TensorParameters, numel: int) -> int:
+        """Return how often the statistics of a tensor are read."""
+        return 1 + len(self._over(parameters, numel, statistics=True))
 
     def selects(self, parameters: TensorParameters, numel: int) -> bool:
-        """Return whether a trim needs an order statistic."""
-        method = self.config.method.name
-        if method == "pcb":
-            return True
-        if method == "sce":
-            return parameters["select_topk"] < 1.0
-        if method == "arcee_fusion":
-            return parameters["semantics"] == "exact"
-        if method == "dare_ties":
-            return parameters["trim"] is not None
-        if method in ("breadcrumbs", "breadcrumbs_ties"):
-            if parameters["scope"] == "row":
-                return False
-            pairs = zip(parameters["density"], parameters["gamma"], strict=True)
-            return any(band_counts(numel, *pair) != (0, 0) for pair in pairs)
-        if method != "ties" and "weighting" not in parameters:
-            return False
-        rule = TiesRule.of(parameters, self.config.where)
-        total = self.numel if rule.scope == "global" else numel
-        return any(
-            trim_target(rule, density, total).keep == "rank" for density in parameters["density"]
-        )
+        """Return whether a tensor needs an order statistic."""
+        return any(step.selects for step in self.steps(parameters, numel))
 
-    def _votes_first(self, parameters: TensorParameters) -> bool:
-        if self.config.method.name != "ties" or not parameters:
-            return False
-        rule = TiesRule.of(parameters, self.config.where)
-        return rule.scope == "tensor" and rule.zero.startswith("majority")
+    def _over(self, parameters: TensorParameters, numel: int, statistics: bool) -> list[Step]:
+        return [step for step in self.steps(parameters, numel) if step.statistics == statistics]
 
-    def text(self, parameters: TensorParameters, selects: bool) -> str:
-        """Explain the passes of the whole merge in words.
 
-        Args:
-            parameters: of any computed tensor; the dialect is the same for all.
-            selects: whether any tensor is trimmed.
-        """
-        steps: list[str] = []
-        method = self.config.method.name
-        if self.config.method.statistics is not None and parameters:
-            if passes_over_statistics(self.config, parameters) == 1:
-                return "1: read, merge and write in one go"
-            what = "sums of Gram matrices" if method == "regmean" else "norms"
-            return f"1, and one over the statistics before it: their {what}"
-        if method == "pcb":
-            return "4: two for the statistics of task vectors, one for scores, then the merge"
-        if method == "sce":
-            selection = "two for the selection, " if selects else ""
-            return f"{4 if selects else 2}: {selection}one for the weights, then the merge"
-        if method == "arcee_fusion" and selects:
-            return "4: one for the divergence of each row, two for the threshold, then the merge"
-        if selects:
-            scope = "tensor"
-            if method in ("ties", "adamerging"):
-                scope = TiesRule.of(parameters, self.config.where).scope
-            elif method == "dare_ties":
-                scope = str(parameters["trim_scope"])
-            over = "over the whole model" if scope == "global" else "in each tensor that is trimmed"
-            steps.append(f"the thresholds of |delta| {over}")
-        if self._votes_first(parameters):
-            steps.append("the majority sign of each tensor")
-        if self._adds_up(parameters):
-            counts = method == "ramplus_tl"
-            what = "counts of what changed in" if counts else "norms and dot products of"
-            steps.append(f"{what} each tensor")
-        if not steps:
-            return "1: read, merge and write in one go"
-        return f"{len(steps) + 1}: {', '.join(steps)}, then the merge"
+def _most(step: Step, wide: bool) -> int:
+    """Return the passes of a step in the worst case."""
+    if step.most is not None:
+        return step.most
+    return most_passes(wide) if step.selects else step.passes
+
+
+def passes_text(steps: Iterable[tuple[Step, ...]], passes: int, most: int) -> str:
+    """Explain in words what a merge reads.
+
+    Args:
+        steps: of all computed tensors; they differ where some are trimmed and others are not.
+        passes: of the tensor that is read most often, as a rule.
+        most: of the same in the worst case.
+    """
+    all_steps = {step.name: step for own in steps for step in own}
+    before = [step for step in all_steps.values() if step.name != MERGE.name]
+    if any(step.statistics for step in before):
+        words = ", ".join(step.words for step in before)
+        return f"1, and one over the statistics before it: their {words}"
+    if not before:
+        return "1: read, merge and write in one go"
+    words = ", ".join(
+        step.words + (f" ({step.passes} times)" if step.passes > 1 else "") for step in before
+    )
+    rarely = f"; at most {most}" if most > passes else ""
+    return f"{passes}: {words}, then the merge{rarely}"

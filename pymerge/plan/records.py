@@ -24,7 +24,8 @@ class PlannedTensor:
 
     `dtype` is the output's. `compute` is the arithmetic, "F32" or "F64"; None means that the tensor
     is copied (integers and booleans, which must be equal in all models). `parameters` are resolved
-    for this tensor. `passes` is how often its inputs are read.
+    for this tensor. `passes` is how often its inputs are read as a rule, `most_passes` in the worst
+    case.
     """
 
     name: str
@@ -33,6 +34,7 @@ class PlannedTensor:
     compute: Literal["F32", "F64"] | None
     parameters: TensorParameters
     passes: int = 1
+    most_passes: int = 1
 
     @property
     def numel(self) -> int:
@@ -44,6 +46,10 @@ class MergePlan:
     """Everything that is decided before a tensor is read. Holds the checkpoints open: close it.
 
     `base` is None for methods without one. `tensors` are in the order of the output files.
+    `passes` and `bytes_to_read` are what the steps of the method's record take as a rule,
+    `most_passes` and `most_bytes_to_read` what they take in the worst case: samples that mislead,
+    signs that were guessed wrong. Steps on one tensor follow each other while it is in the page
+    cache; `passes_text` says which go over the whole model.
     `side_files` is where the config and tokenizer files come from. `device_memory` is None where
     it is half of what a GPU has free.
     """
@@ -55,8 +61,10 @@ class MergePlan:
     tensors: dict[str, PlannedTensor]
     layout: Layout
     passes: int
+    most_passes: int
     passes_text: str
     bytes_to_read: int
+    most_bytes_to_read: int
     bytes_to_write: int
     memory: MemoryPlan
     threads: int
@@ -128,8 +136,10 @@ class MergePlan:
                 "bytes": self.bytes_to_write,
             },
             "passes": self.passes,
+            "most_passes": self.most_passes,
             "passes_text": self.passes_text,
             "bytes_to_read": self.bytes_to_read,
+            "most_bytes_to_read": self.most_bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory": {
                 "total": self.memory.total,

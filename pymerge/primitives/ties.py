@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.engine.select import KEEP_NONE, order_statistics
-from pymerge.methods.ties.record import TrimTarget
+from pymerge.engine.trim import TrimTarget
 from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.primitives.arguments import (
     backend_name,

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from pymerge.byte_sizes import format_size, parse_size
 from pymerge.config import MergeConfig, load_config
 from pymerge.dtypes import torch_dtype
-from pymerge.engine.execute import Context, execute
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError
 from pymerge.memory import MAX_SAMPLES, most_bins
 from pymerge.merging.files import CheckpointSource
 from pymerge.merging.gpu.place import choose_place
 from pymerge.merging.tensors import MemorySink
+from pymerge.methods import MethodSpec
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
 from pymerge.plan import MergePlan, make_plan
@@ -128,7 +130,7 @@ class Remerger:
 
     def resolve(self, config: MergeConfig) -> list[Work]:
         """Return the tensors to merge with the parameters that a configuration gives them."""
-        same = config.method.name == self.config.method.name
+        same = config.method is self.config.method
         if not same or config.paths != self.config.paths:
             raise RequestError(
                 f"{config.where}: method and models must be those of the first configuration"
@@ -177,8 +179,9 @@ class Remerger:
             config = load_config(config)
         works = self.resolve(config)
         merged = into if into is not None else self.memory_for()
-        method = config.method.name
-        todo = [work for work in works if not self._is_there(work, method, merged)]
+        method = config.method
+        total = sum(work.numel for work in works if not work.copied)
+        todo = [work for work in works if not _is_there(work, method, total, merged)]
         nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
         with self._lock:  # one merge takes all cores
             if len(self._memo) > _MOST_KEPT:
@@ -197,12 +200,6 @@ class Remerger:
         merged.parameters.update({work.name: work.parameters for work in works})
         merged.versions = {name: tensor._version for name, tensor in merged.tensors.items()}
         return merged
-
-    def _is_there(self, work: Work, method: str, merged: Merged) -> bool:
-        """Tell whether the last merge left what this one would make."""
-        if merged.parameters.get(work.name) != work.parameters:
-            return False
-        return _by_tensor(method, work.parameters)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -225,19 +222,11 @@ class Remerger:
         self.close()
 
 
-def _by_tensor(method: str, parameters: Mapping[str, Any]) -> bool:
-    """Tell whether a tensor of the result depends on nothing but its inputs and parameters."""
-    if not parameters:  # copied
-        return True
-    if method in ("linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher"):
-        return True
-    if method in ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "dare_linear"):
-        return True
-    if method == "ties":
-        from pymerge.methods.ties.record import TiesRule
-
-        return TiesRule.of(parameters, "ties").scope == "tensor"
-    return method == "pcb" and parameters["scope"] == "tensor"
+def _is_there(work: Work, method: MethodSpec, total: int, merged: Merged) -> bool:
+    """Return whether the last merge left what this one would make."""
+    if merged.parameters.get(work.name) != work.parameters:
+        return False
+    return work.copied or method.alone(work.parameters, work.numel, total)
 
 
 class _Held(CheckpointSource):

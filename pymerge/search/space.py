@@ -12,7 +12,6 @@ from typing import Any
 from pymerge.config import MergeConfig, load_config
 from pymerge.errors import RequestError, nearest
 from pymerge.methods import Parameter
-from pymerge.methods.pcb.record import VARIANTS
 from pymerge.search.groups import filters_of, group_tensors
 
 __all__ = ["Domain", "Space", "Variable", "make_space"]
@@ -355,9 +354,9 @@ def _initial(
         setting = entry.parameters.get(parameter.name)
         own = None if setting is None else setting.value_for("")
         current = current if own is None else own
-    if current is None and space.base.method.name == "pcb":
-        variant = VARIANTS[space.base.value("variant")]
-        current = variant.ratio if parameter.name == "ratio" else variant.coefficient
+    implied = space.base.method.implied
+    if current is None and implied is not None:
+        current = implied(parameter.name, space.base.value)
     if not isinstance(current, (int, float)) or not domain.holds(current):
         return domain.at(0.5)
     return float(current)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from pymerge.engine.steps import MERGE, Step
 from pymerge.errors import RequestError, nearest
+from pymerge.methods.parameters import NAN
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
+from pymerge.methods.ties.record import ties_reads
 
-__all__ = ["ADAMERGING", "FORMAT", "CoefficientsFile", "read_coefficients"]
+__all__ = ["FORMAT", "RECORDS", "CoefficientsFile", "read_coefficients"]
 
 FORMAT = "pymerge.adamerging.coefficients/1"
 
@@ -106,8 +108,14 @@ def _for_tensor(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
     return result
 
 
+def _reads(parameters: Mapping[str, Any], numel: int, total: int) -> tuple[Step, ...]:
+    return ties_reads(parameters, numel, total) if "weighting" in parameters else (MERGE,)
+
+
 ADAMERGING = MethodSpec(
     name="adamerging",
+    run="pymerge.methods.adamerging.passes:run",
+    reads=_reads,
     title="AdaMerging (learned coefficients)",
     summary="Adds task vectors with a coefficient for each model and tensor, read from a file.",
     formula=(
@@ -131,3 +139,5 @@ ADAMERGING = MethodSpec(
     ),
     for_tensor=_for_tensor,
 )
+
+RECORDS = (ADAMERGING,)

@@ -6,26 +6,26 @@ held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.scores import TILE
 from pymerge.engine.select import Part, order_statistics
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import Sink, Source, Work, row_length, slices
 from pymerge.methods.directions.passes import whole_rows
-from pymerge.methods.ties.record import TrimTarget
+from pymerge.methods.matrices.passes import run as run_matrices
 from pymerge.ops.arguments import DIVERGENCE, DIVERGENCE_ROWS, DIVERGENCE_STEPS
 from pymerge.ops.array import Flat, as_flat
 from pymerge.ops.call import Counters, call
 from pymerge.ops.constants import SUM_CHUNK
 from pymerge.ops.runner import fetched
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_arcee"]
+__all__ = ["run"]
 
 _CACHED = 1 << 18  # elements that stay in the caches of a processor from one op to the next
 _KEPT = 1 << 20  # rows whose divergences are held; of more, which are short, those of a tile
@@ -33,7 +33,16 @@ _QUANTILES = (0.5, 0.25, 0.75)
 _SPREAD = 1.5  # interquartile ranges from the median to the threshold
 
 
-def run_arcee(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Run the exact dialect tile by tile, mergekit's on torch."""
+    own = [work.parameters for work in works if not work.copied]
+    if any(parameters["semantics"] == "exact" for parameters in own):
+        merge_each(works, source, sink, context, _merge)
+    else:
+        run_matrices(works, source, sink, context)
+
+
+def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
     """Merge a tensor: take what of the task vector is at least median + 1.5 IQR important."""
     base, (model,) = source.load(work.name)
     assert base is not None

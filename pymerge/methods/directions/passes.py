@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.sums import gram_matrix, row_sums, square
 from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.errors import RequestError
 from pymerge.ops.array import Flat
 from pymerge.ops.call import call
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_geometry", "whole_rows"]
+__all__ = ["run", "whole_rows"]
 
 _PARALLEL = 0.9995  # |cos| from which slerp is linear
 
 
-def run_geometry(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Merge tensor by tensor."""
+    merge_each(works, source, sink, context, _merge)
+
+
+def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
     """Find the coefficients of a tensor, and add up."""
     base, models = source.load(work.name)
-    method = context.method
+    method = context.method.name
     inputs: list[Flat] = list(models)
     origin = base
     if method == "slerp":
@@ -95,11 +98,11 @@ def _run_rows(
     for row in range(coefficients.shape[1]):
         gram = grams[:, :, row]
         finite = bool(np.isfinite(gram).all())
-        if context.method == "model_stock":
+        if context.method.name == "model_stock":
             ratio = stock_ratio(gram, work.parameters["angle"]) if finite else 1.0
             coefficients[:, row] = ratio / count
         elif finite:
-            coefficients[:, row] = _coefficients(context.method, gram, work)
+            coefficients[:, row] = _coefficients(context.method.name, gram, work)
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
         for begin, end, length in whole_rows(start, stop, columns):

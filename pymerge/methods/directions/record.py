@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-__all__ = ["KARCHER", "MODEL_STOCK", "MULTISLERP", "NUSLERP", "PASSTHROUGH", "SLERP"]
+from pymerge.engine.steps import MERGE, Step
+from pymerge.methods.parameters import MERGEKIT, NAN
+from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter, always
 
-_PASSES = "2 (norms and dot products, then a weighted sum)"
+__all__ = ["RECORDS"]
+
+
+def _reads(_parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    return Step("gram", "norms and dot products of each tensor"), MERGE
+
+
+_direction = partial(
+    MethodSpec,
+    run="pymerge.methods.directions.passes:run",
+    reads=_reads,
+    passes="2 (norms and dot products, then a weighted sum)",
+)
 _WEIGHT = Parameter("weight", "float", 1.0, "Weight of model k.", scope="model")
 
-SLERP = MethodSpec(
+SLERP = _direction(
     name="slerp",
     title="SLERP",
     summary="Interpolates between the base and one model along the arc between them.",
@@ -22,25 +37,23 @@ SLERP = MethodSpec(
     url="https://doi.org/10.1145/325334.325242",
     needs_base=True,
     max_models=1,
-    passes=_PASSES,
     parameters=(
         Parameter("t", "float", REQUIRED, "0 gives the base, 1 the model."),
         NAN,
     ),
 )
 
-NUSLERP = MethodSpec(
+NUSLERP = _direction(
     name="nuslerp",
     title="NuSLERP",
     summary="SLERP of two models by weights; of their task vectors where a base is given.",
     formula="slerp(theta_1, theta_2) at t = w_2 / (w_1 + w_2), or theta_0 + slerp(tau_1, tau_2)",
     source="mergekit",
-    url="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+    url=MERGEKIT,
     needs_base=False,
     takes_base=True,
     min_models=2,
     max_models=2,
-    passes=_PASSES,
     parameters=(
         _WEIGHT,
         Parameter(
@@ -62,7 +75,7 @@ NUSLERP = MethodSpec(
     ),
 )
 
-MULTISLERP = MethodSpec(
+MULTISLERP = _direction(
     name="multislerp",
     title="MultiSLERP",
     summary="Weighted mean of directions on the sphere, by one step in its tangent space.",
@@ -71,10 +84,9 @@ MULTISLERP = MethodSpec(
         "exp_m(sum w_k (u_k - <u_k, m> m)) * sum w_k |x_k|"
     ),
     source="mergekit",
-    url="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+    url=MERGEKIT,
     needs_base=False,
     takes_base=True,
-    passes=_PASSES,
     divides="normalize_weights",
     parameters=(
         _WEIGHT,
@@ -86,7 +98,7 @@ MULTISLERP = MethodSpec(
     ),
 )
 
-KARCHER = MethodSpec(
+KARCHER = _direction(
     name="karcher",
     title="Karcher mean",
     summary="Mean of the models' directions on the sphere, times the mean of their norms.",
@@ -94,7 +106,6 @@ KARCHER = MethodSpec(
     source="Karcher, Riemannian center of mass, 1977; as in mergekit",
     url="https://doi.org/10.1002/cpa.3160300502",
     needs_base=False,
-    passes=_PASSES,
     parameters=(
         Parameter("max_iter", "int", 10, "Most iterations.", minimum=1),
         Parameter("tol", "float", 1e-5, "Ends when the step is shorter.", minimum=0.0),
@@ -102,7 +113,7 @@ KARCHER = MethodSpec(
     ),
 )
 
-MODEL_STOCK = MethodSpec(
+MODEL_STOCK = _direction(
     name="model_stock",
     title="Model Stock",
     summary="Between the base and the average, by the angle between the task vectors.",
@@ -113,7 +124,6 @@ MODEL_STOCK = MethodSpec(
     url="https://arxiv.org/abs/2403.19522",
     needs_base=True,
     min_models=2,
-    passes=_PASSES,
     parameters=(
         Parameter(
             "angle",
@@ -134,11 +144,13 @@ MODEL_STOCK = MethodSpec(
 
 PASSTHROUGH = MethodSpec(
     name="passthrough",
+    run="pymerge.methods.directions.passes:run",
+    one_op=always,
     title="Passthrough",
     summary="Copies one model, scaled if asked.",
     formula="theta = scale * theta_1",
     source="mergekit",
-    url="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+    url=MERGEKIT,
     needs_base=False,
     max_models=1,
     parameters=(
@@ -146,3 +158,5 @@ PASSTHROUGH = MethodSpec(
         NAN,
     ),
 )
+
+RECORDS = (MODEL_STOCK, SLERP, NUSLERP, MULTISLERP, KARCHER, PASSTHROUGH)

@@ -8,30 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.scores import Scores, Tile, tiles
 from pymerge.engine.select import Part, order_statistics
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.pcb.record import VARIANTS, PcbVariant
-from pymerge.methods.ties.record import TrimTarget
 from pymerge.ops.array import Flat
 from pymerge.ops.call import Counters, call
 from pymerge.ops.constants import SUM_CHUNK
 from pymerge.ops.runner import fetched
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_pcb"]
+__all__ = ["run"]
 
 
-def run_pcb(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """Run PCB over all works, with statistics over the whole model or of each tensor."""
-    from pymerge.engine.execute import copy_equal, total_bytes
-
     merged = [work for work in works if not work.copied]
     names = sorted(work.name for work in merged)
     by_name = {work.name: work for work in merged}
@@ -40,15 +36,12 @@ def run_pcb(works: Sequence[Work], source: Source, sink: Sink, context: Context)
         scope = _Scope([by_name[name] for name in names], source, context)
         shared = scope.statistics()
         reals = dict.fromkeys(names, shared)
-    context.progress.phase("pcb", total_bytes(works, source))
-    source.announce([work.name for work in works])
-    for work in works:
-        if work.copied:
-            copy_equal(work, source, sink, context)
-        else:
-            numbers = reals.get(work.name) or _Scope([work], source, context).statistics()
-            _merge(work, numbers, source, sink, context)
-        source.release(work.name)
+
+    def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
+        numbers = reals.get(work.name) or _Scope([work], source, context).statistics()
+        _merge(work, numbers, source, sink, context)
+
+    merge_each(works, source, sink, context, merge)
 
 
 def _merge(
@@ -116,12 +109,10 @@ class _Scope:
             self._quantiles(numbers)
         return numbers
 
-    def parts(self, phase: str) -> Iterator[Part]:
+    def parts(self, step: str) -> Iterator[Part]:
         """Yield the tensors of the scope in flat order."""
         if len(self.works) > 1:
-            names = [work.name for work in self.works]
-            self.context.progress.phase(phase, sum(self.source.nbytes(name) for name in names))
-            self.source.announce(names)
+            self.context.begin(step, self.works, self.source)
         for number, work in enumerate(self.works):
             base, models = self.source.load(work.name)
             assert base is not None

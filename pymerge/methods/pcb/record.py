@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from pymerge.methods.sparse.record import SCALE
+from pymerge.engine.steps import MERGE, Step
+from pymerge.methods.parameters import NAN, SCALE
 from pymerge.methods.spec import MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
 
-__all__ = ["PCB", "VARIANTS", "PcbVariant"]
+__all__ = ["RECORDS", "VARIANTS", "PcbVariant"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,44 @@ VARIANTS: dict[str, PcbVariant] = {
     "nlp": PcbVariant(1, 0.01, 0.1, 1.0),
 }
 
+
+def _reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    """Return the steps: statistics of the scope, a selection among the scores, the merge.
+
+    The authors' codes look for quantiles, and have scores below 0: where a threshold is one of
+    those, the selection is repeated from below.
+    """
+    whole = parameters["scope"] == "global"
+    scope: Literal["model", "tensor"] = "model" if whole else "tensor"
+    over = "the whole model" if whole else "each tensor"
+    code = VARIANTS[parameters["variant"]].code
+    if code == 0:
+        first = (
+            Step("extremes", f"the least and largest products over {over}", scope),
+            Step("softmax", f"the sums of exp over {over}", scope),
+        )
+    else:
+        quantiles = f"the quantiles of |delta| over {over}"
+        first = (Step("quantiles", quantiles, scope, passes=2, most=7, selects=True),)
+    again = 1 if code == 0 else 2
+    sample = Step("sample", "a sample of the scores", scope, most=again)
+    chosen = "the thresholds of the scores"
+    thresholds = Step("thresholds", chosen, scope, most=6 * again, selects=True)
+    return (*first, sample, thresholds, MERGE)
+
+
+def _implied(name: str, value: Callable[[str], Any]) -> float:
+    """Return a variant's own ratio or coefficient."""
+    variant = VARIANTS[value("variant")]
+    return variant.ratio if name == "ratio" else variant.coefficient
+
+
 PCB = MethodSpec(
     name="pcb",
+    function="pcb_merge",
+    run="pymerge.methods.pcb.passes:run",
+    reads=_reads,
+    implied=_implied,
     title="PCB-Merging (parameter competition balancing)",
     summary="Weighs each parameter by its competition within and between task vectors.",
     formula=(
@@ -45,7 +83,7 @@ PCB = MethodSpec(
     source="Du et al., Parameter Competition Balancing for Model Merging, 2024",
     url="https://arxiv.org/abs/2410.02396",
     needs_base=True,
-    passes="3 or 4 (statistics of the scope, thresholds of the scores, the merge)",
+    passes="5 (two for statistics of the scope, two for thresholds of the scores, the merge)",
     parameters=(
         Parameter(
             "variant",
@@ -86,3 +124,5 @@ PCB = MethodSpec(
         NAN,
     ),
 )
+
+RECORDS = (PCB,)

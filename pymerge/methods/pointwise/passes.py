@@ -2,28 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.sums import add_up
 from pymerge.engine.work import Sink, Source, Work
-from pymerge.errors import RequestError
-from pymerge.ops.array import Flat
+from pymerge.methods.pointwise.record import Operation, task_of
 from pymerge.ops.call import call
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["emr_rescaler", "merge_pointwise", "run_pointwise"]
+__all__ = ["merge_pointwise", "run", "run_emr", "run_ramplus"]
 
 
-def run_pointwise(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Merge a tensor piece by piece."""
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Merge by the record's operation."""
+    operation: Operation = context.method.details
+
+    def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
+        count = len(source.load(work.name)[1])
+        numbers = operation.reals(work.parameters, count)
+        stretches = [(0, work.numel, numbers)]
+        merge_pointwise(operation.kind, work, stretches, source, sink, context)
+
+    merge_each(works, source, sink, context, merge)
+
+
+def run_ramplus(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Merge by RAM, with factors from counts of what the models changed."""
+    merge_each(works, source, sink, context, _ramplus)
+
+
+def _ramplus(work: Work, source: Source, sink: Sink, context: Context) -> None:
+    """What one model alone changed is multiplied by 1 + r clip(shared / unique, 0, alpha)."""
     base, models = source.load(work.name)
-    assert base is not None
-    operation, reals = _OPERATIONS[context.method](work, base, models, context)
-    stretches = [(0, work.numel, reals)]
-    merge_pointwise(operation, work, stretches, source, sink, context)
+    parameters = work.parameters
+    epsilon = parameters["epsilon"]
+    how = {"wide": work.wide, "backend": context.backend}
+    counts = add_up("ram_counts", base, models, reals=[epsilon], **how)
+    factors = []
+    for unique, shared in zip(counts[::2], counts[1::2], strict=True):
+        ratio = shared / max(unique, epsilon)
+        factors.append(1.0 + parameters["r"] * min(max(ratio, 0.0), parameters["alpha"]))
+    merge_pointwise("ram", work, [(0, work.numel, [epsilon, *factors])], source, sink, context)
+
+
+def run_emr(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Merge by EMR: the unified model, or a task's, whose rescaler is taken first."""
+    merged = [work for work in works if not work.copied]
+    task = merged[0].parameters["task"] if merged else None
+    rescaler = 1.0 if task is None else _rescaler(merged, source, context)
+    numbers = [-1.0 if task is None else task, rescaler]
+
+    def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
+        merge_pointwise("emr", work, [(0, work.numel, numbers)], source, sink, context)
+
+    merge_each(works, source, sink, context, merge)
+
+
+def _rescaler(works: Sequence[Work], source: Source, context: Context) -> float:
+    """Return EMR's rescaler of a task: the sum of the tensors' mean |tau_k|, over that of the mean
+    |masked unified vector|."""
+    own = masked = 0.0
+    context.begin("rescaler", works, source)
+    for work in works:
+        base, models = source.load(work.name)
+        task = task_of(work.parameters, len(models))
+        if work.numel > 0:
+            how = {"wide": work.wide, "backend": context.backend}
+            found = add_up("emr", base, models, reals=[task], **how)
+            own += found[0] / work.numel
+            masked += found[1] / work.numel
+        context.progress.advance(source.nbytes(work.name))
+        source.release(work.name)
+    return own / masked if masked > 0 else 1.0
 
 
 def merge_pointwise(
@@ -56,86 +107,3 @@ def merge_pointwise(
             )
         context.check(2, source, work.name, start, stop)
         context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
-
-
-# What a method calls, and with which numbers (csrc/math/pointwise.h).
-Operation = tuple[str, list[float]]
-
-
-def _nearswap(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    return "nearswap", [work.parameters["t"], 1e-6]
-
-
-def _ram(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    return "ram", [work.parameters["epsilon"], *[1.0] * len(models)]
-
-
-def _ramplus_tl(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    """What one model alone changed is multiplied by 1 + r clip(shared / unique, 0, alpha)."""
-    parameters = work.parameters
-    epsilon = parameters["epsilon"]
-    wide, backend = work.wide, context.backend
-    counts = add_up("ram_counts", base, models, reals=[epsilon], wide=wide, backend=backend)
-    factors = []
-    for unique, shared in zip(counts[::2], counts[1::2], strict=True):
-        ratio = shared / max(unique, epsilon)
-        factors.append(1.0 + parameters["r"] * min(max(ratio, 0.0), parameters["alpha"]))
-    return "ram", [epsilon, *factors]
-
-
-def _magmax(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    return "magmax", [work.parameters["scale"]]
-
-
-def _consensus(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    parameters = work.parameters
-    return "consensus", [parameters["scale"], parameters["need"], *parameters["threshold"]]
-
-
-def _tall(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    parameters = work.parameters
-    task = checked_task(parameters, len(models))
-    return "tall", [parameters["scale"], parameters["threshold"], task]
-
-
-def _emr(work: Work, base: Flat, models: Sequence[Flat], context: Context) -> Operation:
-    task = work.parameters["task"]
-    return "emr", [-1.0 if task is None else task, context.rescaler]
-
-
-_OPERATIONS: dict[str, Callable[[Work, Flat, Sequence[Flat], Any], Operation]] = {
-    "nearswap": _nearswap,
-    "ram": _ram,
-    "ramplus_tl": _ramplus_tl,
-    "magmax": _magmax,
-    "consensus_ta": _consensus,
-    "tall_masks": _tall,
-    "emr": _emr,
-}
-
-
-def checked_task(parameters: Any, count: int) -> int:
-    task = parameters["task"]
-    if task >= count:
-        raise RequestError(f"task: expected the number of a model, 0 to {count - 1}; got {task}")
-    return task
-
-
-def emr_rescaler(works: Sequence[Work], source: Source, context: Context) -> float:
-    """Return EMR's rescaler of a task: the sum of the tensors' mean |tau_k|, over that of the mean
-    |masked unified vector|."""
-    own = masked = 0.0
-    context.progress.phase("rescaler", sum(source.nbytes(work.name) for work in works))
-    source.announce([work.name for work in works])
-    for work in works:
-        base, models = source.load(work.name)
-        task = checked_task(work.parameters, len(models))
-        if work.numel > 0:
-            found = add_up(
-                "emr", base, models, reals=[task], wide=work.wide, backend=context.backend
-            )
-            own += found[0] / work.numel
-            masked += found[1] / work.numel
-        context.progress.advance(source.nbytes(work.name))
-        source.release(work.name)
-    return own / masked if masked > 0 else 1.0

@@ -1,26 +1,67 @@
-"""Records of the methods that look at each element of all models by itself."""
+"""Records of the methods that look at each element of all models by itself.
+
+`details` of each is its `Operation`: the kind of `pointwise_` (csrc/pointwise.def) that computes
+it, and the numbers that the kind takes.
+"""
 
 from __future__ import annotations
 
-from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-__all__ = ["CONSENSUS_TA", "MAGMAX", "NEARSWAP", "RAM"]
+from pymerge.engine.steps import MERGE, Step
+from pymerge.errors import RequestError
+from pymerge.methods.parameters import MERGEKIT, NAN, SCALE
+from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter, always, never
 
-_SCALE = Parameter(
-    "scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")
+__all__ = ["RECORDS", "Operation", "task_of"]
+
+Parameters = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How elements are computed: a kind of `pointwise_`, and (parameters, number of models) -> the
+    numbers that it takes."""
+
+    kind: str
+    reals: Callable[[Parameters, int], list[float]]
+
+
+_pointwise = partial(
+    MethodSpec, run="pymerge.methods.pointwise.passes:run", needs_base=True, one_op=always
 )
 
-NEARSWAP = MethodSpec(
+
+def task_of(parameters: Parameters, count: int) -> int:
+    """Return the number of the model that `task` names, or raise RequestError."""
+    task = parameters["task"]
+    if task >= count:
+        raise RequestError(f"task: expected the number of a model, 0 to {count - 1}; got {task}")
+    return task
+
+
+def _emr_reads(parameters: Parameters, _numel: int, _total: int) -> tuple[Step, ...]:
+    rescaler = Step("rescaler", "the rescaler of the task over the whole model", "model")
+    return (MERGE,) if parameters["task"] is None else (rescaler, MERGE)
+
+
+def _ramplus_reads(_parameters: Parameters, _numel: int, _total: int) -> tuple[Step, ...]:
+    return Step("changes", "counts of what changed in each tensor"), MERGE
+
+
+NEARSWAP = _pointwise(
     name="nearswap",
+    details=Operation("nearswap", lambda p, _count: [p["t"], 1e-6]),
     title="NearSwap",
     summary="Moves the base towards the model where the two are near each other.",
     formula=(
         "theta = w theta_1 + (1 - w) theta_0, w = clamp(t / max(|theta_0 - theta_1|, 1e-6), 0, 1)"
     ),
     source="mergekit (after alchemonaut's QuartetAnemoi)",
-    url="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
-    needs_base=True,
+    url=MERGEKIT,
     max_models=1,
     parameters=(
         Parameter("t", "float", REQUIRED, "Distance up to which the model is taken as it is."),
@@ -28,33 +69,53 @@ NEARSWAP = MethodSpec(
     ),
 )
 
-RAM = MethodSpec(
+RAM = _pointwise(
     name="ram",
+    details=Operation("ram", lambda p, count: [p["epsilon"], *[1.0] * count]),
     title="RAM",
     summary="Averages, at each element, the task vectors of the models that changed it.",
     formula="theta = theta_0 + mean over {k: |tau_k| > epsilon} of tau_k",
     source="mergekit (Reinforced Agent Merging)",
-    url="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
-    needs_base=True,
+    url=MERGEKIT,
     parameters=(
         Parameter("epsilon", "float", 1e-5, "Magnitude above which an element counts as changed."),
         NAN,
     ),
 )
 
-MAGMAX = MethodSpec(
+RAMPLUS_TL = _pointwise(
+    name="ramplus_tl",
+    run="pymerge.methods.pointwise.passes:run_ramplus",
+    reads=_ramplus_reads,
+    one_op=never,
+    title="RAM+ (tensor level)",
+    summary="RAM, with what only one model changed scaled up by how much it shares elsewhere.",
+    formula="as ram; unique elements times 1 + r clip(shared_k / unique_k, 0, alpha)",
+    source="mergekit",
+    url=MERGEKIT,
+    passes="2 (what each model changed, then the merge)",
+    parameters=(
+        Parameter("r", "float", 0.1, "Strength of the rescaling.", minimum=0.0),
+        Parameter("alpha", "float", 0.2, "Most of the ratio that counts.", minimum=0.0),
+        Parameter("epsilon", "float", 1e-5, "Magnitude above which an element counts as changed."),
+        NAN,
+    ),
+)
+
+MAGMAX = _pointwise(
     name="magmax",
+    details=Operation("magmax", lambda p, _count: [p["scale"]]),
     title="MagMax",
     summary="Takes each element from the task vector in which it is largest in magnitude.",
     formula="theta = theta_0 + scale * tau_{argmax_k |tau_k|}",
     source="Marczak et al., MagMax, 2024",
     url="https://arxiv.org/abs/2407.06322",
-    needs_base=True,
-    parameters=(_SCALE, NAN),
+    parameters=(SCALE, NAN),
 )
 
-CONSENSUS_TA = MethodSpec(
+CONSENSUS_TA = _pointwise(
     name="consensus_ta",
+    details=Operation("consensus", lambda p, _count: [p["scale"], p["need"], *p["threshold"]]),
     title="Consensus task arithmetic",
     summary="Task arithmetic without the elements that matter to too few of the models.",
     formula=(
@@ -63,11 +124,8 @@ CONSENSUS_TA = MethodSpec(
     ),
     source="Wang et al., Localizing Task Information (TALL masks, Consensus), 2024",
     url="https://arxiv.org/abs/2405.07813",
-    needs_base=True,
     parameters=(
-        Parameter(
-            "scale", "float", 0.3, "Scaling coefficient (lambda).", names=("lambda", "scale")
-        ),
+        replace(SCALE, default=0.3),
         Parameter(
             "threshold",
             "float",
@@ -80,3 +138,51 @@ CONSENSUS_TA = MethodSpec(
         NAN,
     ),
 )
+
+TALL_MASKS = _pointwise(
+    name="tall_masks",
+    details=Operation("tall", lambda p, count: [p["scale"], p["threshold"], task_of(p, count)]),
+    title="TALL masks",
+    summary="The part of a merge that matters to one task: compressed fine-tuned models.",
+    formula=(
+        "theta_0 + [|tau_k| > threshold |theta_0 + scale sum_j tau_j - theta_k|] scale sum_j tau_j"
+    ),
+    source="Wang et al., Localizing Task Information (TALL masks, Consensus), 2024",
+    url="https://arxiv.org/abs/2405.07813",
+    parameters=(
+        Parameter("task", "int", 0, "Number of the model, from 0.", minimum=0, per_tensor=False),
+        Parameter("threshold", "float", 0.4, "lambda of the mask.", minimum=0.0),
+        replace(SCALE, default=0.3),
+        NAN,
+    ),
+)
+
+EMR = _pointwise(
+    name="emr",
+    run="pymerge.methods.pointwise.passes:run_emr",
+    reads=_emr_reads,
+    title="EMR-Merging",
+    summary="One unified task vector of elected signs and largest magnitudes; a mask per task.",
+    formula=(
+        "unified = sgn(sum tau) max{|tau_k| : sgn tau_k = sgn sum tau}; task k: theta_0 + "
+        "rescale_k [tau_k unified > 0] unified"
+    ),
+    source="Huang et al., EMR-Merging, 2024",
+    url="https://arxiv.org/abs/2405.17461",
+    passes="1 (2 with a task, for its rescaler)",
+    parameters=(
+        Parameter(
+            "task",
+            "int",
+            None,
+            "Number of the model whose mask and rescaler are applied, from 0; none gives the "
+            "unified model.",
+            minimum=0,
+            per_tensor=False,
+            default_doc="none",
+        ),
+        NAN,
+    ),
+)
+
+RECORDS = (NEARSWAP, RAM, RAMPLUS_TL, MAGMAX, CONSENSUS_TA, TALL_MASKS, EMR)

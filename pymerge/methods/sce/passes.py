@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.scores import TILE, Scores, Tile, tiles
 from pymerge.engine.select import KEEP_NONE, Part
 from pymerge.engine.sums import add_up
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.pointwise.passes import merge_pointwise
-from pymerge.methods.ties.record import TrimTarget
 from pymerge.ops.arguments import Kept
 from pymerge.ops.array import Flat, as_flat
 from pymerge.ops.call import Counters, call
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_sce"]
+__all__ = ["run"]
 
 _SMALL = 1e-6  # sums of mean squares below this weigh all models the same, in mergekit
 
 
-def run_sce(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Select, calculate, erase: one tensor."""
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Select, calculate, erase, tensor by tensor."""
+    merge_each(works, source, sink, context, _merge)
+
+
+def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
     base, models = source.load(work.name)
     assert base is not None
     parameters = work.parameters

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.scores import Scores, Tile
 from pymerge.engine.select import KEEP_NONE, Cut, Part, Workspace, order_statistics
 from pymerge.engine.sums import sparse_norms
+from pymerge.engine.trim import TrimTarget
 from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.methods.sparse.record import band_counts
-from pymerge.methods.ties.record import TrimTarget
 from pymerge.ops.arguments import Kept, SparseMerge, padded
 from pymerge.ops.array import Flat, as_flat
 from pymerge.ops.call import Counters, call
 from pymerge.ops.masks import keep_limit, seed_words
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_breadcrumbs", "run_dare", "run_della", "run_trimmed_dare"]
+__all__ = ["run_breadcrumbs", "run_dare", "run_della"]
 
 _SMALL = 1e-7  # L1 norms below this are not rescaled, as in mergekit
 _RANKED_AT_ONCE = 1 << 20  # ranks of all models together, or a row if that is longer
@@ -32,7 +30,26 @@ _RANKED_AT_ONCE = 1 << 20  # ranks of all models together, or a row if that is l
 Stretches = list[tuple[int, int, Kept]]
 
 
-def run_dare(
+def run_dare(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Run DARE; a trim over the whole model comes first."""
+    own = [work.parameters for work in works if not work.copied]
+    if own and own[0].get("trim") is not None and own[0]["trim_scope"] == "global":
+        _run_trimmed(works, source, sink, context)
+    else:
+        merge_each(works, source, sink, context, _dare)
+
+
+def run_breadcrumbs(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Run Breadcrumbs tensor by tensor."""
+    merge_each(works, source, sink, context, _breadcrumbs)
+
+
+def run_della(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Run DELLA tensor by tensor."""
+    merge_each(works, source, sink, context, _della)
+
+
+def _dare(
     work: Work,
     source: Source,
     sink: Sink,
@@ -87,18 +104,14 @@ def _seeds(work: Work, count: int, context: Context) -> list[int]:
     return seed_words(context.seed if seed is None else seed, work.name, count)
 
 
-def run_trimmed_dare(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """DARE with a trim over the whole model: thresholds first, then tensor by tensor."""
-    from pymerge.engine.execute import copy_equal, total_bytes
-
     merged = sorted((work for work in works if not work.copied), key=lambda work: work.name)
     wide = any(work.wide for work in merged)
     merged = [replace(work, wide=wide) for work in merged]
 
-    def parts(phase: str) -> Iterator[Part]:
-        names = [work.name for work in merged]
-        context.progress.phase(phase, sum(source.nbytes(name) for name in names))
-        source.announce(names)
+    def parts(step: str) -> Iterator[Part]:
+        context.begin(step, merged, source)
         for number, work in enumerate(merged):
             base, models = source.load(work.name)
             assert base is not None
@@ -108,15 +121,12 @@ def run_trimmed_dare(works: Sequence[Work], source: Source, sink: Sink, context:
 
     cuts = _trim_cuts(merged, parts, context) if any(work.numel for work in merged) else None
     numbers = {work.name: number for number, work in enumerate(merged)}
-    context.progress.phase(context.method, total_bytes(works, source))
-    source.announce([work.name for work in works])
-    for work in works:
-        if work.copied:
-            copy_equal(work, source, sink, context)
-        else:
-            own = replace(work, wide=wide)
-            run_dare(own, source, sink, context, cuts, numbers[work.name])
-        source.release(work.name)
+
+    def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
+        own = replace(work, wide=wide)
+        _dare(own, source, sink, context, cuts, numbers[work.name])
+
+    merge_each(works, source, sink, context, merge)
 
 
 def _trim_cuts(
@@ -165,7 +175,7 @@ def _ratios(norms: Sequence[tuple[float, float]]) -> list[float]:
     ]
 
 
-def run_breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> None:
     """Find the band of magnitudes that is kept, merge."""
     base, models = source.load(work.name)
     assert base is not None
@@ -231,7 +241,7 @@ def _stretches(
         begin = end
 
 
-def run_della(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def _della(work: Work, source: Source, sink: Sink, context: Context) -> None:
     """Draw with probabilities by ranks within rows, rescale, merge."""
     base, models = source.load(work.name)
     assert base is not None
@@ -339,7 +349,7 @@ def _merge_ranked(
 def _how(work: Work, context: Context, factors: Sequence[float]) -> SparseMerge:
     parameters = work.parameters
     weights = [float(weight) for weight in parameters["weight"]]
-    elect = context.method in ("dare_ties", "breadcrumbs_ties", "della")
+    elect = context.method.details.elects
     normalize = parameters["normalize"]
     divisor = sum(weights) if normalize and not elect else 1.0
     return SparseMerge(factors, weights, elect, elect and normalize, divisor, parameters["scale"])

@@ -1,35 +1,29 @@
-"""Records of the merges of sparse task vectors: DARE and Breadcrumbs, with or without election."""
+"""Records of the merges of sparse task vectors: DARE, Breadcrumbs and DELLA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from pymerge.engine.steps import MERGE, Step
+from pymerge.methods.parameters import INT8_MASK, NAN, NO_RESCALE, SCALE, SEED, WEIGHT, normalize
 from pymerge.methods.spec import MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
 
-__all__ = ["BREADCRUMBS", "BREADCRUMBS_TIES", "DARE_LINEAR", "DARE_TIES", "band_counts"]
+__all__ = ["RECORDS", "Sparse", "band_counts"]
 
-WEIGHT = Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model")
-SCALE = Parameter("scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale"))
-INT8_MASK = Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True)
-SEED = Parameter(
-    "seed",
-    "int",
-    None,
-    "Seed of the random masks; a mask depends on it, on the tensor's name, the model's number and "
-    "the element's index, and on nothing else.",
-    minimum=0,
-    maximum=2**63 - 1,
-    per_tensor=False,
-    default_doc="0; in YAML, --seed",
+
+@dataclass(frozen=True)
+class Sparse:
+    """What the family wants to know of a method: whether signs are elected."""
+
+    elects: bool
+
+
+_NORMS = Step("norms", "the norms of each task vector")
+_THRESHOLDS = Step(
+    "thresholds", "the thresholds of |delta| in each tensor that is trimmed", selects=True
 )
-
-
-def normalize(elect: bool) -> Parameter:
-    divided = "the weights of the models that agree" if elect else "the weights, not 0"
-    return Parameter("normalize", "bool", False, f"Divide by the sum of {divided}.")
-
 
 _TRIM = (
     Parameter(
@@ -68,6 +62,10 @@ def _check_trim(parameters: Mapping[str, Any]) -> list[str]:
 def _dare(elect: bool) -> MethodSpec:
     return MethodSpec(
         name="dare_ties" if elect else "dare_linear",
+        run="pymerge.methods.sparse.passes:run_dare",
+        reads=_dare_reads,
+        one_op=_dare_is_one_op,
+        details=Sparse(elect),
         title="DARE with sign election" if elect else "DARE",
         summary=(
             "Drops task vector elements at random, rescales the rest, elects signs, adds up."
@@ -122,6 +120,9 @@ def _dare(elect: bool) -> MethodSpec:
 def _breadcrumbs(elect: bool) -> MethodSpec:
     return MethodSpec(
         name="breadcrumbs_ties" if elect else "breadcrumbs",
+        run="pymerge.methods.sparse.passes:run_breadcrumbs",
+        reads=_breadcrumbs_reads,
+        details=Sparse(elect),
         title="Model Breadcrumbs with sign election" if elect else "Model Breadcrumbs",
         summary=(
             "Drops the largest and the smallest elements, elects signs, adds up."
@@ -171,14 +172,10 @@ def _breadcrumbs(elect: bool) -> MethodSpec:
             ),
             NAN,
             INT8_MASK,
-            Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
+            NO_RESCALE,
         ),
         yaml_defaults={"density": 1.0},
     )
-
-
-DARE_LINEAR, DARE_TIES = _dare(False), _dare(True)
-BREADCRUMBS, BREADCRUMBS_TIES = _breadcrumbs(False), _breadcrumbs(True)
 
 
 def band_counts(total: int, density: float, gamma: float) -> tuple[int, int]:
@@ -192,3 +189,127 @@ def band_counts(total: int, density: float, gamma: float) -> tuple[int, int]:
     kept, top = int(density * total), int(gamma * total)
     bottom = max(0, total - kept - top)
     return bottom, total - bottom - kept
+
+
+def _check_della(parameters: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for k, (density, epsilon) in enumerate(
+        zip(parameters["density"], parameters["epsilon"], strict=True)
+    ):
+        if density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
+            problems.append(
+                f"density +- epsilon of model {k} must lie in (0, 1), got {density:g} +- "
+                f"{epsilon:g}"
+            )
+    return problems
+
+
+def _della(elect: bool) -> MethodSpec:
+    normal = normalize(elect)
+    return MethodSpec(
+        name="della" if elect else "della_linear",
+        run="pymerge.methods.sparse.passes:run_della",
+        reads=_della_reads,
+        details=Sparse(elect),
+        title="DELLA" if elect else "DELLA without election",
+        summary=(
+            "Drops elements at random, small ones of a row more often, rescales, elects signs."
+            if elect
+            else "Drops elements at random, small ones of a row more often, rescales, adds up."
+        ),
+        formula=(
+            "keep with P = density - epsilon + 2 epsilon (rank - 1) / (columns - 1), rank of "
+            "|tau| in its row; tau / P (per_element) or tau |tau|_1 / |kept|_1 (l1)"
+        ),
+        source="Deep et al., DELLA-Merging, 2024",
+        url="https://arxiv.org/abs/2406.11617",
+        needs_base=True,
+        passes="1 (2 with rescale: l1)",
+        divides=None if elect else "normalize",
+        check=_check_della,
+        parameters=(
+            WEIGHT,
+            Parameter(
+                "density",
+                "float",
+                0.7,
+                "Mean probability with which an element is kept.",
+                scope="model",
+                minimum=0.0,
+                maximum=1.0,
+                default_doc="0.7; 1.0 in YAML, as in mergekit",
+            ),
+            Parameter(
+                "epsilon",
+                "float",
+                0.07,
+                "Half of the spread of the probabilities within a row; density +- epsilon must "
+                "lie in (0, 1), unless density is 1.",
+                scope="model",
+                minimum=0.0,
+                maximum=0.5,
+                default_doc="0.07 (the authors' window 0.14); 0.15 in YAML, as in mergekit",
+            ),
+            Parameter(
+                "rescale",
+                "str",
+                "per_element",
+                "What is kept is divided by its own probability (per_element: the authors), "
+                "multiplied by the ratio of the L1 norms (l1: mergekit's true), or not at all.",
+                choices=("per_element", "l1", "none"),
+                booleans=("l1", "none"),
+                default_doc="per_element; l1 in YAML, as in mergekit",
+            ),
+            SCALE,
+            Parameter(
+                "normalize",
+                "bool",
+                elect,
+                normal.doc,
+            ),
+            SEED,
+            NAN,
+            INT8_MASK,
+        ),
+        yaml_defaults={"density": 1.0, "epsilon": 0.15, "rescale": "l1"},
+    )
+
+
+def _dare_reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    trims = parameters.get("trim") is not None
+    if trims and parameters["trim_scope"] == "global":
+        thresholds = "the thresholds of |delta| over the whole model"
+        steps.append(Step("sample", "a sample of all tensors", "model"))
+        steps.append(Step("thresholds", thresholds, "model", selects=True))
+    if parameters["rescale"] == "l1":
+        steps.append(_NORMS)
+    if trims and parameters["trim_scope"] == "tensor":
+        steps.append(_THRESHOLDS)
+    return (*steps, MERGE)
+
+
+def _dare_is_one_op(parameters: Mapping[str, Any]) -> bool:
+    return parameters["rescale"] != "l1" and parameters.get("trim") is None
+
+
+def _breadcrumbs_reads(parameters: Mapping[str, Any], numel: int, _total: int) -> tuple[Step, ...]:
+    if parameters["scope"] == "row":
+        return (MERGE,)
+    shares = zip(parameters["density"], parameters["gamma"], strict=True)
+    drops = any(band_counts(numel, *pair) != (0, 0) for pair in shares)
+    return (_THRESHOLDS, MERGE) if drops else (MERGE,)
+
+
+def _della_reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    return (_NORMS, MERGE) if parameters["rescale"] == "l1" else (MERGE,)
+
+
+RECORDS = (
+    _dare(False),
+    _dare(True),
+    _breadcrumbs(False),
+    _breadcrumbs(True),
+    _della(True),
+    _della(False),
+)

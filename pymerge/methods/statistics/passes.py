@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from pymerge.engine.context import Context
+from pymerge.engine.execute import merge_each
 from pymerge.engine.sums import add_up
 from pymerge.engine.work import Sink, Source, TensorStatistics, Work, slices
 from pymerge.errors import RequestError
@@ -19,59 +21,76 @@ from pymerge.ops.constants import SOLVED_AT_ONCE
 if TYPE_CHECKING:
     import torch
 
-    from pymerge.engine.execute import Context
-
-__all__ = ["METHODS", "run_data_driven"]
-
-METHODS = ("fisher", "gradient_matching", "regmean")
+__all__ = ["run_fisher", "run_gradient_matching", "run_regmean"]
 
 _AT_ONCE = 1 << 16  # elements: the temporaries of a tile stay in the cache
 _SUMMED_AT_ONCE = 1 << 20
 _ASYMMETRY = 1e-4  # of the largest diagonal element; sums in float32 are off by less
 
 
-def run_data_driven(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """Run a method that has statistics beside its models."""
+Merge = Callable[[Work, TensorStatistics, ThreadPoolExecutor], None]
+
+
+def run_fisher(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Weigh by Fisher information, normalized by its norms."""
+    norms: dict[str, list[float]] = {}
+
+    def merge(work: Work, statistics: TensorStatistics, pool: ThreadPoolExecutor) -> None:
+        rule = _fisher(work, norms.get(work.name, []))
+        _run_pointwise(work, statistics, rule, source, sink, context, pool)
+
+    _run(works, source, sink, context, merge, lambda: norms.update(_norms(works, source, context)))
+
+
+def run_gradient_matching(
+    works: Sequence[Work], source: Source, sink: Sink, context: Context
+) -> None:
+    """Precondition task vectors by squared gradients."""
+
+    def merge(work: Work, statistics: TensorStatistics, pool: ThreadPoolExecutor) -> None:
+        _run_pointwise(work, statistics, _matching(work), source, sink, context, pool)
+
+    _run(works, source, sink, context, merge)
+
+
+def run_regmean(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+    """Solve the least squares of each linear layer."""
+
+    def merge(work: Work, statistics: TensorStatistics, pool: ThreadPoolExecutor) -> None:
+        _run_regmean(work, statistics, source, sink, context, pool)
+
+    _run(works, source, sink, context, merge)
+
+
+def _run(
+    works: Sequence[Work],
+    source: Source,
+    sink: Sink,
+    context: Context,
+    merge: Merge,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """Merge tensor by tensor, on threads of our own; what has no statistics is averaged."""
     import torch
 
     threads = torch.get_num_threads()
     # Products and decompositions depend on the number of threads; the output must not.
     torch.set_num_threads(1)
     try:
-        norms = _norms(works, source, context) if context.method == "fisher" else {}
+        prepare()
         # Tiles and blocks are computed each on one thread, whichever it is.
         with ThreadPoolExecutor(context.solvers or threads, "pymerge-compute") as pool:
-            _run_works(works, norms, source, sink, context, pool)
+
+            def merge_tensor(work: Work, source: Source, sink: Sink, context: Context) -> None:
+                statistics = source.statistics(work.name)
+                if all(flat is None for flat in statistics.models):
+                    _run_mean(work, source, sink, context)
+                else:
+                    merge(work, statistics, pool)
+
+            merge_each(works, source, sink, context, merge_tensor)
     finally:
         torch.set_num_threads(threads)
-
-
-def _run_works(
-    works: Sequence[Work],
-    norms: dict[str, list[float]],
-    source: Source,
-    sink: Sink,
-    context: Context,
-    pool: ThreadPoolExecutor,
-) -> None:
-    from pymerge.engine.execute import copy_equal, total_bytes
-
-    context.progress.phase(context.method, total_bytes(works, source))
-    source.announce([work.name for work in works])
-    for work in works:
-        if work.copied:
-            copy_equal(work, source, sink, context)
-            source.release(work.name)
-            continue
-        statistics = source.statistics(work.name)
-        if all(flat is None for flat in statistics.models):
-            _run_mean(work, source, sink, context)
-        elif context.method == "regmean":
-            _run_regmean(work, statistics, source, sink, context, pool)
-        else:
-            own = norms.get(work.name, [])
-            _run_pointwise(work, statistics, own, source, sink, context, pool)
-        source.release(work.name)
 
 
 # ------------------------------------------------------------------ without statistics
@@ -148,7 +167,7 @@ def _square(flat: Flat, context: Context) -> float:
 def _run_pointwise(
     work: Work,
     statistics: TensorStatistics,
-    norms: Sequence[float],
+    rule: Callable[..., torch.Tensor],
     source: Source,
     sink: Sink,
     context: Context,
@@ -156,7 +175,6 @@ def _run_pointwise(
 ) -> None:
     base, models = source.load(work.name)
     inputs, collected = _inputs(base, models), _labelled(statistics)
-    rule = _fisher(work, norms) if context.method == "fisher" else _matching(work)
 
     def compute(a: int, b: int, out: torch.Tensor) -> bool:
         """Compute elements [a, b), and tell whether the models are finite there."""

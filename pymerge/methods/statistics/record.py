@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pymerge.engine.steps import MERGE, Step
+from pymerge.methods.parameters import NAN
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
 
 __all__ = [
-    "FISHER",
     "FISHER_DIALECTS",
-    "GRADIENT_MATCHING",
-    "REGMEAN",
+    "RECORDS",
     "REGMEAN_DIALECTS",
     "FisherRule",
     "fisher_rule",
@@ -77,8 +76,21 @@ def fisher_rule(parameters: Mapping[str, Any]) -> FisherRule:
     )
 
 
+def _fisher_reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    normalize = fisher_rule(parameters).normalize
+    if normalize == "none":
+        return (MERGE,)
+    # Norms are taken before the merge, of all tensors.
+    return Step(
+        "norms", "norms", "model" if normalize == "global" else "tensor", statistics=True
+    ), MERGE
+
+
 FISHER = MethodSpec(
     name="fisher",
+    function="fisher_merge",
+    run="pymerge.methods.statistics.passes:run_fisher",
+    reads=_fisher_reads,
     title="Fisher merging",
     summary="Weighs each parameter of each model by its diagonal Fisher information.",
     formula="theta = sum_k c_k F_k theta_k / sum_k c_k F_k, c_k = weight_k / |F_k|",
@@ -141,8 +153,15 @@ def off_diagonal_of(parameters: Mapping[str, Any]) -> float:
     return float(REGMEAN_DIALECTS[parameters["semantics"]] if given is None else given)
 
 
+def _regmean_reads(_parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
+    return Step("sums", "sums of Gram matrices", statistics=True), MERGE
+
+
 REGMEAN = MethodSpec(
     name="regmean",
+    function="regmean_merge",
+    run="pymerge.methods.statistics.passes:run_regmean",
+    reads=_regmean_reads,
     title="RegMean",
     summary="Linear layers: least squares on each model's own activations; the rest is averaged.",
     formula="W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k, G_k = X_k^T X_k, W_k [in, out]",
@@ -187,6 +206,7 @@ REGMEAN = MethodSpec(
 
 GRADIENT_MATCHING = MethodSpec(
     name="gradient_matching",
+    run="pymerge.methods.statistics.passes:run_gradient_matching",
     title="Uncertainty-based gradient matching",
     summary="Adds task vectors, each preconditioned by the squared gradients of its task.",
     formula=(
@@ -224,3 +244,5 @@ GRADIENT_MATCHING = MethodSpec(
         NAN,
     ),
 )
+
+RECORDS = (FISHER, REGMEAN, GRADIENT_MATCHING)

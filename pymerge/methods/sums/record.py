@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from pymerge.methods.spec import MethodSpec, Parameter
+from pymerge.methods.parameters import INT8_MASK, NAN, NO_RESCALE, SCALE, WEIGHT
+from pymerge.methods.spec import MethodSpec, Parameter, always
 
-__all__ = ["LINEAR", "NAN", "TASK_ARITHMETIC"]
-
-NAN = Parameter(
-    "nan",
-    "str",
-    "error",
-    "What to do with NaN and infinity in an input: `error` names the model and the tensor and "
-    "writes nothing; `keep` computes on and lets them reach the output.",
-    choices=("error", "keep"),
-    per_tensor=False,
-)
+__all__ = ["RECORDS"]
 
 LINEAR = MethodSpec(
     name="linear",
+    run="pymerge.methods.sums.passes:run_linear",
+    one_op=always,
     title="Linear (weighted average)",
     summary="Weighted average of the models; with equal weights, plain averaging (model soup).",
     formula="theta = sum_k w_k theta_k / sum_k w_k   (normalize: true), else sum_k w_k theta_k",
@@ -36,6 +29,8 @@ LINEAR = MethodSpec(
 
 TASK_ARITHMETIC = MethodSpec(
     name="task_arithmetic",
+    run="pymerge.methods.sums.passes:run_task_arithmetic",
+    one_op=always,
     title="Task arithmetic",
     summary="Adds scaled task vectors to the base; negative weights negate, and make analogies.",
     formula="theta = theta_0 + scale * sum_k w_k (theta_k - theta_0)   (/ sum_k w_k if normalize)",
@@ -44,10 +39,8 @@ TASK_ARITHMETIC = MethodSpec(
     needs_base=True,
     divides="normalize",
     parameters=(
-        Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model"),
-        Parameter(
-            "scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")
-        ),
+        WEIGHT,
+        SCALE,
         Parameter(
             "normalize", "bool", False, "Divide by the sum of the weights, which must not be 0."
         ),
@@ -55,7 +48,9 @@ TASK_ARITHMETIC = MethodSpec(
         Parameter(
             "density", "float", 1.0, "Not used by this method.", scope="model", no_effect=True
         ),
-        Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True),
-        Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
+        INT8_MASK,
+        NO_RESCALE,
     ),
 )
+
+RECORDS = (LINEAR, TASK_ARITHMETIC)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pymerge.engine.context import Context, copy_equal, total_bytes
+from pymerge.engine.execute import merge_each
 from pymerge.engine.select import Cut, Part, Workspace, order_statistics, sample_parts
 from pymerge.engine.work import Sink, Source, Work
+from pymerge.methods.sums.passes import add_task_vectors
 from pymerge.methods.ties.record import TiesRule, trim_target
 from pymerge.ops.array import Array
 from pymerge.ops.call import call
 from pymerge.ops.runner import fetched, zeros
 
-if TYPE_CHECKING:
-    from pymerge.engine.execute import Context
-
-__all__ = ["run_ties", "zero_elects"]
+__all__ = ["run", "zero_elects"]
 
 _PLAIN = 6.0  # standard errors from 0 at which a sampled balance of signs is taken for plain
 
@@ -126,7 +126,7 @@ class _Merge:
         return fetched(stats)
 
 
-def run_ties(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
+def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> dict[str, int]:
     """Run TIES over all works, trimming over the whole model or tensor by tensor."""
     merged = [work for work in works if not work.copied and not work.parameters.get("fixed")]
     rules = {work.name: TiesRule.of(work.parameters, "ties") for work in merged}
@@ -142,17 +142,11 @@ def _run_tensors(
     sink: Sink,
     context: Context,
 ) -> dict[str, int]:
-    from pymerge.engine.execute import copy_equal, total_bytes
-
     merge = _Merge(source, sink, context)
-    context.progress.phase("ties", total_bytes(works, source))
-    source.announce([work.name for work in works])
     passes, workspace = 0, Workspace()
-    for work in works:
-        if work.copied:
-            copy_equal(work, source, sink, context)
-            source.release(work.name)
-            continue
+
+    def merge_tensor(work: Work, source: Source, _sink: Sink, context: Context) -> None:
+        nonlocal passes
         rule = rules[work.name]
         base, models = source.load(work.name)
         assert base is not None
@@ -160,7 +154,7 @@ def _run_tensors(
         targets = [trim_target(rule, density, work.numel) for density in work.parameters["density"]]
         cuts, counted = context.remembered(
             ("cuts", work.name, work.wide, *targets),
-            lambda part=part, targets=targets, work=work: order_statistics(
+            lambda: order_statistics(
                 lambda: iter((part,)),
                 targets,
                 work.numel,
@@ -177,7 +171,8 @@ def _run_tensors(
             signs = merge.signs(work, rule, 0, cuts)
             zero_sign = zero_elects(rule, int(signs[0]))
         merge.tensor(work, rule, 0, cuts, zero_sign)
-        source.release(work.name)
+
+    merge_each(works, source, sink, context, merge_tensor)
     return {"selection_passes": passes}
 
 
@@ -189,8 +184,6 @@ def _run_global(
     sink: Sink,
     context: Context,
 ) -> dict[str, int]:
-    from pymerge.engine.execute import copy_equal, run_task_arithmetic, total_bytes
-
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
     wide = any(work.wide for work in merged)
@@ -203,23 +196,13 @@ def _run_global(
     numbers = {work.name: number for number, work in enumerate(flat)}
     total = sum(work.numel for work in merged)
 
-    def parts() -> Iterator[Part]:
-        context.progress.phase("thresholds", total_bytes(flat, source))
-        source.announce([work.name for work in flat])
-        for number, work in enumerate(flat):
-            base, models = source.load(work.name)
-            assert base is not None
-            yield number, base, models
-            context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
-            source.release(work.name)
-
-    def sampled() -> Iterator[Part]:
-        reads = total_bytes(flat, source)
-        context.progress.phase("sample", reads)
+    def parts(step: str) -> Iterator[Part]:
+        context.begin(step, flat, source)
         # A sample touches lines all over the files. Where they are not in memory yet, reading them
         # through, which the next pass needs anyway, is faster than that many small reads; unless
         # they would be gone again by then.
-        source.announce([work.name for work in flat] if source.can_hold(reads) else [])
+        if step == "sample" and not source.can_hold(total_bytes(flat, source)):
+            source.announce([])
         for number, work in enumerate(flat):
             base, models = source.load(work.name)
             assert base is not None
@@ -228,14 +211,17 @@ def _run_global(
             source.release(work.name)
 
     # Thresholds and their sample are the same for all weights and scales.
-    samples = context.remembered(
-        ("sample", wide), lambda: sample_parts(sampled, total, context.sample)
-    )
     targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
+    samples: list[tuple[Array, list[Array]]] = []
+    if _needs_balance(rule) or any(target.keep == "rank" for target in targets):
+        samples = context.remembered(
+            ("sample", wide),
+            lambda: sample_parts(lambda: parts("sample"), total, context.sample),
+        )
     cuts, passes = context.remembered(
         ("cuts", "", wide, *targets),
         lambda: order_statistics(
-            parts,
+            lambda: parts("thresholds"),
             targets,
             total,
             bins=context.bins,
@@ -256,8 +242,7 @@ def _run_global(
         # With other weights it is most often the same sign, and the merge sees whether it was.
         counts_first, balance = False, memo["balance"]
     if counts_first:
-        context.progress.phase("signs", total_bytes(flat, source))
-        source.announce([work.name for work in flat])
+        context.begin("signs", flat, source)
         balance = 0
         for number, work in enumerate(flat):
             balance += int(merge.signs(work, rules[work.name], number, cuts)[0])
@@ -266,14 +251,14 @@ def _run_global(
     while True:
         attempts += 1
         context.stats[:] = 0
-        context.progress.phase("ties", total_bytes(works, source))
+        context.progress.phase(context.method.name, total_bytes(works, source))
         source.announce([work.name for work in works])
         with context.phase():
             for work in works:
                 if work.copied:
                     copy_equal(work, source, sink, context)
                 elif work.name not in numbers:  # the base's, whatever the models have
-                    run_task_arithmetic(work, source, sink, context)
+                    add_task_vectors(work, source, sink, context)
                 else:
                     own, number = rules[work.name], numbers[work.name]
                     merge.tensor(by_name[work.name], own, number, cuts, zero_elects(own, balance))

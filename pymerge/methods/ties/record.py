@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pymerge.engine.steps import MERGE, Step
+from pymerge.engine.trim import TrimTarget
 from pymerge.errors import RequestError, nearest
+from pymerge.methods.parameters import INT8_MASK, NAN, NO_RESCALE, SCALE, WEIGHT
 from pymerge.methods.spec import MethodSpec, Parameter
-from pymerge.methods.sums.record import NAN
 
-__all__ = ["SEMANTICS", "TIES", "TiesRule", "TrimTarget", "ties_rule", "trim_target"]
+__all__ = ["RECORDS", "SEMANTICS", "TiesRule", "ties_reads", "ties_rule", "trim_target"]
 
 Count = Literal["official", "mergelm", "mergekit", "peft", "sd_mecha"]
 
@@ -115,21 +117,6 @@ def ties_rule(
     return replace(rule, **{name: value for name, value in changes.items() if value is not None})
 
 
-@dataclass(frozen=True)
-class TrimTarget:
-    """What a trim of `total` elements keeps.
-
-    keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order
-    statistic that is the threshold. With `exact` the number kept is total - rank + 1, else every
-    element at or above it. The threshold rules' own rank keeps one element more than k; asked for
-    exactly k, they take the next rank.
-    """
-
-    keep: Literal["all", "none", "rank"]
-    rank: int = 0
-    exact: bool = False
-
-
 def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
     """Turn a density into the order statistic that the dialect's own code would take.
 
@@ -167,8 +154,50 @@ def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
     return TrimTarget("rank", rank, rule.exact_k)
 
 
+def ties_reads(parameters: Mapping[str, Any], numel: int, total: int) -> tuple[Step, ...]:
+    """Return what a merge by TIES reads for a tensor.
+
+    Over a whole model, a sample says where to look for the thresholds, and guesses the sign that
+    zero votes take. Where the sample does not make that sign plain, it is counted first; where it
+    does, the merge itself counts, and is repeated in the rare case that the guess was wrong.
+    """
+    rule = TiesRule.of(parameters, "ties")
+    whole = rule.scope == "global"
+    scope: Literal["model", "tensor"] = "model" if whole else "tensor"
+    targets = [trim_target(rule, d, total if whole else numel) for d in parameters["density"]]
+    trims = any(target.keep == "rank" for target in targets)
+    votes = rule.zero.startswith("majority")
+    over = "over the whole model" if whole else "in each tensor that is trimmed"
+    steps = []
+    if whole and (trims or votes):
+        steps.append(Step("sample", "a sample of all tensors", "model"))
+    if trims:
+        thresholds = f"the thresholds of |delta| {over}"
+        steps.append(Step("thresholds", thresholds, scope, selects=True))
+    if votes:
+        of = "the whole model" if whole else "each tensor"
+        steps.append(Step("signs", f"the majority sign of {of}", scope))
+    return (*steps, replace(MERGE, most=2) if whole and votes else MERGE)
+
+
+def _check(parameters: Mapping[str, Any]) -> list[str]:
+    """Return the contradictions of a dialect's details."""
+    try:
+        TiesRule.of(parameters, "")
+    except RequestError as error:
+        return [problem.removeprefix(": ") for problem in error.problems]
+    return []
+
+
 TIES = MethodSpec(
     name="ties",
+    function="ties_merge",
+    run="pymerge.methods.ties.passes:run",
+    reads=ties_reads,
+    check=_check,
+    spans_model=lambda chosen: (
+        ties_rule(chosen["semantics"], scope=chosen["scope"]).scope == "global"
+    ),
     title="TIES (trim, elect sign, disjoint merge)",
     summary="Keeps each task vector's largest elements, elects signs, merges what agrees.",
     formula=(
@@ -180,7 +209,7 @@ TIES = MethodSpec(
     needs_base=True,
     passes="2 (an order statistic of |delta|, then the merge)",
     parameters=(
-        Parameter("weight", "float", 1.0, "Weight w_k of task vector k.", scope="model"),
+        WEIGHT,
         Parameter(
             "density",
             "float",
@@ -191,9 +220,7 @@ TIES = MethodSpec(
             maximum=1.0,
             default_doc="0.2; 1.0 in YAML with semantics mergekit, as in mergekit",
         ),
-        Parameter(
-            "scale", "float", 1.0, "Scaling coefficient (lambda).", names=("lambda", "scale")
-        ),
+        SCALE,
         Parameter(
             "semantics",
             "str",
@@ -246,8 +273,10 @@ TIES = MethodSpec(
             per_tensor=False,
         ),
         NAN,
-        Parameter("int8_mask", "bool", False, "Not needed: no mask is stored.", no_effect=True),
-        Parameter("rescale", "bool", False, "mergekit's rescaling to the L1 norm.", only=False),
+        INT8_MASK,
+        NO_RESCALE,
     ),
     yaml_defaults={"semantics": "mergekit", "density": 1.0},
 )
+
+RECORDS = (TIES,)

@@ -12,7 +12,7 @@ import torch
 
 from pymerge.errors import RequestError
 
-__all__ = ["WHOLE"]
+__all__ = ["arcee_fusion", "tsv_m"]
 
 Tensor = torch.Tensor
 
@@ -65,6 +65,3 @@ def tsv_m(
     u_right, _, v_right = torch.linalg.svd(right, full_matrices=False)
     merged = (u_left @ v_left) @ torch.diag(middle) @ (u_right @ v_right)
     return base + parameters["scale"] * merged
-
-
-WHOLE = {"arcee_fusion": arcee_fusion, "tsv_m": tsv_m}
