@@ -335,7 +335,7 @@ def test_folding_leaves_torch_alone(family: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_kept_until_it_is_released(family: Path) -> None:
-    from pymerge.adapters.adapted import AdaptedCheckpoint
+    from pymerge.checkpoint.peft.adapted import AdaptedCheckpoint
 
     adapter, base = load(family / "a0"), open_checkpoint(family / "base", "base")
     with AdaptedCheckpoint(base, adapter, "m") as model:

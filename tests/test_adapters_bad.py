@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pymerge.adapters import add, analogy, fold, load, merge_adapters, scale
-from pymerge.adapters.build import lora
+from pymerge.checkpoint.peft.build import lora
 from pymerge.errors import CheckpointError, NonFiniteError, RequestError
 from tests import models
 from tests.adapter_files import PREFIX, State, factors, lora_tensors, save_adapter, save_lora

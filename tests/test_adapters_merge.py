@@ -11,8 +11,8 @@ import torch
 
 import pymerge
 from pymerge.adapters import Adapter, add, analogy, load, merge_adapters, negate, scale
-from pymerge.adapters.build import ia3, lora
-from pymerge.commands.adapters import run_merge_adapters
+from pymerge.adapters.config import run_merge_adapters
+from pymerge.checkpoint.peft.build import ia3, lora
 from pymerge.commands.main import main
 from pymerge.errors import RequestError
 from tests import models

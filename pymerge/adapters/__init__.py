@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymerge.adapters.adapter import Adapter
     from pymerge.adapters.arithmetic import add, analogy, negate, scale
     from pymerge.adapters.combine import merge_adapters
+    from pymerge.adapters.config import run_merge_adapters
     from pymerge.adapters.extract import ExtractReport, extract_lora
-    from pymerge.adapters.files import load
     from pymerge.adapters.fold import fold
-    from pymerge.commands.adapters import run_merge_adapters
+    from pymerge.checkpoint.peft.adapter import Adapter
+    from pymerge.checkpoint.peft.files import load
 
 __all__ = [
     "Adapter",
@@ -31,17 +31,17 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Adapter": "adapter",
-    "ExtractReport": "extract",
-    "add": "arithmetic",
-    "analogy": "arithmetic",
-    "extract_lora": "extract",
-    "fold": "fold",
-    "load": "files",
-    "merge_adapters": "combine",
-    "negate": "arithmetic",
-    "run_merge_adapters": "command",
-    "scale": "arithmetic",
+    "Adapter": "pymerge.checkpoint.peft.adapter",
+    "ExtractReport": "pymerge.adapters.extract",
+    "add": "pymerge.adapters.arithmetic",
+    "analogy": "pymerge.adapters.arithmetic",
+    "extract_lora": "pymerge.adapters.extract",
+    "fold": "pymerge.adapters.fold",
+    "load": "pymerge.checkpoint.peft.files",
+    "merge_adapters": "pymerge.adapters.combine",
+    "negate": "pymerge.adapters.arithmetic",
+    "run_merge_adapters": "pymerge.adapters.config",
+    "scale": "pymerge.adapters.arithmetic",
 }
 
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'pymerge.adapters' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(f"pymerge.adapters.{_LAZY[name]}"), name)
+    value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from pymerge.adapters.adapter import Adapter, Module
-from pymerge.adapters.build import Factors, ia3, lora
+from pymerge.checkpoint.peft.adapter import Adapter, Module
+from pymerge.checkpoint.peft.build import Factors, ia3, lora
 from pymerge.errors import RequestError
 from pymerge.ops.array import Array
 
@@ -60,7 +60,7 @@ def add(
     Raises:
         RequestError: adapters of different kinds or shapes; wrong weights.
 
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> one = lora({"fc": (np.ones((2, 1)), np.ones((1, 2)))})
     >>> add([one, one], [1.0, 2.0]).delta("fc")[0]
     array([3., 3.], dtype=float32)
@@ -93,7 +93,7 @@ def negate(adapter: Adapter, factor: float = 1.0) -> Adapter:
         adapter: without tensors in whole (modules_to_save), which cannot be negated.
         factor: finite; how much of it.
 
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> negate(lora({"fc": (np.ones((2, 1)), np.ones((1, 2)))})).delta("fc")[0]
     array([-1., -1.], dtype=float32)
     """
@@ -109,7 +109,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         adapter: without tensors in whole (modules_to_save).
         factor: finite.
 
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> scale(lora({"fc": (np.ones((2, 1)), np.ones((1, 2)))}), 0.5).delta("fc")[0]
     array([0.5, 0.5], dtype=float32)
     """
@@ -136,7 +136,7 @@ def analogy(
             the authors' code) and B = c0 B_task + c1 B_target - c1 B_source, whose product is not
             the linear analogy; ranks and scalings must be equal.
 
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> one, two = (lora({"fc": (np.full((1, 1), x), np.ones((1, 1)))}) for x in (1.0, 5.0))
     >>> analogy(one, two, one, (1, 1)).delta("fc")
     array([[5.]], dtype=float32)

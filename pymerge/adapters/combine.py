@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import (
     Whole,
     add,
@@ -20,7 +19,6 @@ from pymerge.adapters.arithmetic import (
     shared_targets,
     union,
 )
-from pymerge.adapters.build import Factors, ia3, lora
 from pymerge.adapters.decompose import LowRank, factor_matrix, factor_product
 from pymerge.adapters.deltas import merge_deltas
 from pymerge.adapters.dialects import (
@@ -30,7 +28,9 @@ from pymerge.adapters.dialects import (
     on_deltas,
     on_factors,
 )
-from pymerge.adapters.files import load
+from pymerge.checkpoint.peft.adapter import Adapter, Module
+from pymerge.checkpoint.peft.build import Factors, ia3, lora
+from pymerge.checkpoint.peft.files import load
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
@@ -92,7 +92,7 @@ def merge_adapters(
         RequestError: wrong names or values; adapters of different kinds, bases or, for methods on
             factors, ranks; NaN in an adapter.
 
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> one = lora({"fc": (np.ones((2, 1)), np.array([[1.0, 2.0, 3.0]]))})
     >>> two = lora({"fc": (np.ones((2, 1)), np.array([[-1.0, 2.0, 1.0]]))})
     >>> merge_adapters([one, two], "ties", density=1.0, rank=1).delta("fc")[0].round(3)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import union
 from pymerge.adapters.decompose import LowRank
+from pymerge.checkpoint.peft.adapter import Adapter, Module
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute
 from pymerge.engine.work import Progress, TensorStatistics, Work, no_progress

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymerge.adapters.adapter import Adapter
 from pymerge.adapters.arithmetic import union
-from pymerge.adapters.build import Factors
 from pymerge.adapters.decompose import LowRank, factor_matrix
+from pymerge.checkpoint.peft.adapter import Adapter
+from pymerge.checkpoint.peft.build import Factors
 from pymerge.errors import RequestError
 from pymerge.methods.spec import Parameter
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymerge.adapters.adapter import Kind, Module
-from pymerge.adapters.build import Factors, lora
 from pymerge.adapters.combine import check_rank
 from pymerge.adapters.decompose import LowRank, Method, factor_matrix, one_thread
 from pymerge.adapters.extract_report import Extracted, ExtractReport
-from pymerge.adapters.files import write
 from pymerge.adapters.targets import Chooser, Targets, shortest, task_type
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from pymerge.checkpoint.peft.adapter import Kind, Module
+from pymerge.checkpoint.peft.build import Factors, lora
+from pymerge.checkpoint.peft.files import write
 from pymerge.dtypes import DTYPES
 from pymerge.engine.work import slices
 from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest

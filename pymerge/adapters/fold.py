@@ -42,7 +42,7 @@ def fold(
     >>> import tempfile
     >>> import numpy as np
     >>> from safetensors.numpy import load_file, save_file
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"fc.weight": np.ones((2, 2), np.float32)}, f"{folder}/base.safetensors")
     ...     lora({"fc": (np.ones((2, 1)), np.array([[1.0, 2.0]]))}).save(f"{folder}/lora")

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pymerge.adapters.adapted import bound
-from pymerge.adapters.adapter import Adapter, Module
 from pymerge.adapters.arithmetic import Whole, saved_of
 from pymerge.adapters.deltas import DeltaSource
 from pymerge.checkpoint import Checkpoint
+from pymerge.checkpoint.peft.adapted import bound
+from pymerge.checkpoint.peft.adapter import Adapter, Module
 from pymerge.config import MergeConfig, load_config
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pymerge.adapters.adapter import Kind
 from pymerge.checkpoint import TensorInfo
+from pymerge.checkpoint.peft.adapter import Kind
 from pymerge.errors import RequestError
 
 __all__ = ["Chooser", "shortest", "task_type"]

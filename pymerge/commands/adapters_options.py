@@ -110,7 +110,7 @@ def _fold(options: argparse.Namespace) -> Any:
 
 
 def _merge_adapters(options: argparse.Namespace) -> Any:
-    from pymerge.commands.adapters import run_merge_adapters
+    from pymerge.adapters.config import run_merge_adapters
 
     return run_merge_adapters(
         options.config,

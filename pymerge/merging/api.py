@@ -12,6 +12,7 @@ from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
 from pymerge.errors import RequestError, nearest
 from pymerge.memory import most_bins
+from pymerge.merging.statistics import match_statistics
 from pymerge.merging.structures import (
     FLOATS,
     Tensors,
@@ -26,7 +27,6 @@ from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
 from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.ops.backends import resolve_for
 from pymerge.ops.runner import Runner
-from pymerge.statistics.inputs import match_statistics
 
 __all__ = ["Tensors", "linear", "merge", "task_arithmetic", "ties_merge"]
 

@@ -174,6 +174,8 @@ class MethodSpec:
         statistics: what is collected from data beside the models: "fisher" (diagonals) or "gram".
         implied: (name of a parameter that is not set and has no default, the other parameters'
             values by name) -> the value that it has then.
+        searches: settings of published searches of its coefficients, by the name of the preset
+            (docs/search.md).
         yaml_defaults: defaults in mergekit's YAML language that differ from the function's.
         details: what its own family wants to know of it; nobody else looks at it.
     """
@@ -203,6 +205,7 @@ class MethodSpec:
     for_tensor: Callable[[Parameters, str], dict[str, Any]] | None = None
     statistics: Literal["fisher", "gram"] | None = None
     implied: Callable[[str, Callable[[str], Any]], Any] | None = None
+    searches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     yaml_defaults: Mapping[str, Any] = field(default_factory=dict)
     details: Any = None
 

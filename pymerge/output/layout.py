@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
-from pymerge.checkpoint import DTYPES
+from pymerge.dtypes import DTYPES
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["INDEX_NAME", "Layout", "OutputTensor", "PlacedTensor", "Shard", "plan_layout"]

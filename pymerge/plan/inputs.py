@@ -144,8 +144,8 @@ def open_model(path: str, adapter: str | None, label: str) -> Checkpoint:
 
 
 def _adapted(base: Checkpoint, path: str, label: str) -> Checkpoint:
-    from pymerge.adapters.adapted import AdaptedCheckpoint
-    from pymerge.adapters.files import load
+    from pymerge.checkpoint.peft.adapted import AdaptedCheckpoint
+    from pymerge.checkpoint.peft.files import load
 
     try:
         adapter = load(path, label)

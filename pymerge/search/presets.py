@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from pymerge.config import MergeConfig
 from pymerge.errors import RequestError, nearest
+from pymerge.methods import METHODS
 
 __all__ = ["PRESETS", "preset"]
 
 _Settings = dict[str, Any]
-
-
-def _pcb_es(merge: MergeConfig, where: str) -> _Settings:
-    """PCB-Merging's evolutionary search (Du et al. 2024): a coefficient for each task vector.
-
-    The paper names CMA-ES. Bounds and budget are those of the authors' code for language models;
-    that for images searches in [0.8, 1.3] with 100 evaluations. The ratio is fixed there.
-    """
-    if merge.method.name != "pcb":
-        raise RequestError(
-            f"{where}: pcb_es searches the coefficients of pcb, and the merge is "
-            f"{merge.method.name}"
-        )
-    return {
-        "sampler": "cmaes",
-        "parameters": {
-            "models[*].parameters.weight": {"low": 0.5, "high": 3.0},
-            "parameters.ratio": {"low": 0.02, "high": 0.4, "scale": "log"},
-        },
-        "budget": {"evaluations": 200},
-    }
 
 
 def _mergekit_evolve(merge: MergeConfig, where: str) -> _Settings:
@@ -66,7 +47,9 @@ def _mergekit_evolve(merge: MergeConfig, where: str) -> _Settings:
     }
 
 
-PRESETS = {"pcb_es": _pcb_es, "mergekit_evolve": _mergekit_evolve}
+# Searches that publications made for a method are in its record.
+_PUBLISHED = {name: spec for spec in METHODS.values() for name in spec.searches}
+PRESETS = (*_PUBLISHED, "mergekit_evolve")
 
 
 def preset(name: str, merge: MergeConfig, where: str = "preset") -> _Settings:
@@ -79,4 +62,12 @@ def preset(name: str, merge: MergeConfig, where: str = "preset") -> _Settings:
         raise RequestError(
             f"{where}: expected one of {', '.join(PRESETS)}; got {name!r}{nearest(name, PRESETS)}"
         )
-    return PRESETS[name](merge, where)
+    if name not in _PUBLISHED:
+        return _mergekit_evolve(merge, where)
+    spec = _PUBLISHED[name]
+    if merge.method is not spec:
+        raise RequestError(
+            f"{where}: {name} searches the coefficients of {spec.name}, and the merge is "
+            f"{merge.method.name}"
+        )
+    return deepcopy(dict(spec.searches[name]))

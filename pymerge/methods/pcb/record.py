@@ -67,12 +67,25 @@ def _implied(name: str, value: Callable[[str], Any]) -> float:
     return variant.ratio if name == "ratio" else variant.coefficient
 
 
+# The evolutionary search of the paper, which names CMA-ES. Bounds and budget are those of the
+# authors' code for language models; that for images searches in [0.8, 1.3] with 100 evaluations.
+# The ratio is fixed there.
+_ES = {
+    "sampler": "cmaes",
+    "parameters": {
+        "models[*].parameters.weight": {"low": 0.5, "high": 3.0},
+        "parameters.ratio": {"low": 0.02, "high": 0.4, "scale": "log"},
+    },
+    "budget": {"evaluations": 200},
+}
+
 PCB = MethodSpec(
     name="pcb",
     function="pcb_merge",
     run="pymerge.methods.pcb.passes:run",
     reads=_reads,
     implied=_implied,
+    searches={"pcb_es": _ES},
     title="PCB-Merging (parameter competition balancing)",
     summary="Weighs each parameter by its competition within and between task vectors.",
     formula=(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.adapters.adapter import Adapter
 from pymerge.adapters.combine import (
     ADAPTER_METHODS,
     check_rank,
@@ -20,8 +19,9 @@ from pymerge.adapters.combine import (
     method_of,
 )
 from pymerge.adapters.dialects import PARAMETERS
-from pymerge.adapters.files import load, write
 from pymerge.adapters.onto import merge_onto_base
+from pymerge.checkpoint.peft.adapter import Adapter
+from pymerge.checkpoint.peft.files import load, write
 from pymerge.config.reader import config_of, read_document
 from pymerge.config.schema import dotted, shown
 from pymerge.config.yaml_lines import YamlPath

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pymerge.adapters.adapter import Adapter, Kind, Module, Saved
+from pymerge.checkpoint.peft.adapter import Adapter, Kind, Module, Saved
 from pymerge.errors import RequestError
 from pymerge.ops.array import Array
 

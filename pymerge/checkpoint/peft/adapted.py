@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pymerge.adapters.adapter import Adapter, Module, Saved
 from pymerge.checkpoint import Checkpoint, TensorInfo
+from pymerge.checkpoint.peft.adapter import Adapter, Module, Saved
 from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, nearest
 from pymerge.ops.array import Array, widen

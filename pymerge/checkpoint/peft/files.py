@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pymerge.adapters.adapter import Adapter, Module, Saved
-from pymerge.adapters.build import stored_shape
-from pymerge.adapters.settings import CONFIG, Settings
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.checkpoint.locate import read_json_file
+from pymerge.checkpoint.peft.adapter import Adapter, Module, Saved
+from pymerge.checkpoint.peft.build import stored_shape
+from pymerge.checkpoint.peft.settings import CONFIG, Settings
 from pymerge.checkpoint.problems import Problems
 from pymerge.dtypes import DTYPES
 from pymerge.errors import CheckpointError, MergeError, RequestError, nearest
@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str], label: str | None = None) -> Adapter:
         CheckpointError: listing every problem that was found.
 
     >>> import tempfile
-    >>> from pymerge.adapters.build import lora
+    >>> from pymerge.checkpoint.peft.build import lora
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     lora({"layer.fc": (np.ones((3, 2)), np.ones((2, 4)))}).save(f"{folder}/out")
     ...     load(f"{folder}/out").delta("layer.fc")[0]

@@ -222,14 +222,14 @@ class Adapter:
 
         >>> import tempfile
         >>> from pymerge.adapters import load
-        >>> from pymerge.adapters.build import lora
+        >>> from pymerge.checkpoint.peft.build import lora
         >>> one = lora({"fc": (np.ones((3, 2)), np.ones((2, 4)))})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     one.save(f"{folder}/out")
         ...     load(f"{folder}/out").rank
         2
         """
-        from pymerge.adapters.files import save
+        from pymerge.checkpoint.peft.files import save
 
         save(self, out, dtype=dtype, force=force)
 
