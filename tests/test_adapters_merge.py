@@ -229,8 +229,8 @@ def test_a_merge_is_cut_to_a_rank(two: list[Adapter]) -> None:
     assert all(share >= 0.8 for share in energetic.captured.values())
 
 
-def test_zero_votes_that_take_the_other_sign_begin_again() -> None:
-    """The official dialect may write everything twice; factors are those of the second time."""
+def test_zero_votes_take_the_sign_of_all_deltas() -> None:
+    """The sign is counted first: no sample of so few elements makes it plain."""
     ones = np.ones((4, 1))
     row = np.array([[1.0, 2.0, -3.0, 0.5, 1.0, 2.0]])
     made = [lora({"q": (ones, row)}), lora({"q": (ones, -row)}), lora({"q": (ones, row / 8)})]

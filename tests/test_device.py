@@ -25,6 +25,7 @@ from tests.host_device import HostDevice, Race
 from tests.test_data_files import write
 from tests.test_engine import METHODS as DIALECTS
 from tests.test_methods import number_of_models, parameters_of
+from tests.test_ties_restart import family
 
 merge, no_waiting = device_merges.merge, models.no_waiting
 pytestmark = [pytest.mark.usefixtures("no_waiting"), pytest.mark.compile]
@@ -73,6 +74,25 @@ def test_dialects_of_ties(name: str, sizes: DeviceSizes, merge: Merge, tmp_path:
     pymerge.merge_checkpoints(config, tmp_path / "cpu")
     merge(config, tmp_path / "out", HostDevice(), sizes)
     assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
+def test_a_sign_that_was_guessed_wrong(sizes: DeviceSizes, merge: Merge, tmp_path: Path) -> None:
+    """Everything is computed, and comes back, a second time."""
+    base, tuned = family(1, short=600, least=0)
+    for k, state in enumerate((base, *tuned)):
+        state["m.large.weight"] = torch.zeros(1000, 70)  # larger than a chunk, so that it may stay
+        if k > 0:
+            state["m.large.weight"][::5] = 3.0
+    models.save_family(tmp_path, base, tuned)
+    config = models.config(tmp_path, "ties", 3, semantics="official", density=0.9)
+    report = pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    one_merge = sum(tensor.nbytes for state in (base, *tuned) for tensor in state.values())
+    assert report.phases["ties"].bytes == 2 * one_merge
+    device = HostDevice()
+    merge(config, tmp_path / "out", device, sizes)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+    assert device.copied[OUT] == 2 * sum(tensor.nbytes for tensor in base.values())
 
 
 @pytest.mark.parametrize("sizes", [SMALL, ROOMY], ids=["tiles", "resident"])
