@@ -126,6 +126,9 @@ def test_ia3(tmp_path: Path) -> None:
     close(add([one, other], [2, 6], semantics="pem"), (k + 3 * k2) / 4, (down + 3) / 4)
     close(analogy(one, other, one), 0.5 + 0.5 * k + 0.5 * (k2 - k), np.ones_like(down))
     close(merge_adapters([one, other], "peft_linear", weights=[2, 3]), 2 * k + 3 * k2, 2 * down + 3)
+    close(
+        merge_adapters([one, other], "peft_linear", weights=[2, -3]), 2 * k - 3 * k2, 2 * down - 3
+    )
     merged = merge_adapters([one, other], "ties", density=1.0, semantics="mergekit")
     vectors = [torch.from_numpy(v) for v in (k, k2)]
     expected = pymerge.ties_merge(torch.ones(6, 1), vectors, density=1.0, semantics="mergekit")
@@ -176,6 +179,52 @@ def test_energy(two: list[Adapter], energy: float) -> None:
         rank = int((shares < energy * (1 - 1e-9)).sum()) + 1
         assert merged.modules[name].rank == rank
         assert merged.captured[name] == pytest.approx(float(shares[rank - 1]))
+
+
+# PEFT's combinations
+
+# Those that a single adapter passes through as it is.
+PLAIN: dict[str, dict[str, Any]] = {
+    "peft_linear": {},
+    "peft_ties": {"density": 1.0},
+    "peft_dare_linear": {"density": 1.0},
+    "peft_dare_ties": {"density": 1.0},
+    "peft_magnitude_prune": {"density": 1.0},
+    "peft_ties_svd": {"density": 1.0},
+    "peft_dare_linear_svd": {"density": 1.0},
+    "peft_dare_ties_svd": {"density": 1.0},
+    "peft_magnitude_prune_svd": {"density": 1.0},
+    "peft_cat": {},
+    "peft_svd": {},
+}
+
+
+@pytest.mark.parametrize("weight", [-1.7, -1.0, 0.6])
+@pytest.mark.parametrize("method", PLAIN)
+def test_one_adapter_with_a_weight(two: list[Adapter], method: str, weight: float) -> None:
+    """A negative weight negates the delta; it stands once in the product of the factors."""
+    expected = {name: weight * delta for name, delta in dense(two[0]).items()}
+    assert_deltas(merge_adapters(two[:1], method, weights=[weight], **PLAIN[method]), expected)
+
+
+@pytest.mark.parametrize("weights", [[0.7, -1.3], [-0.7, 1.3], [-0.7, -1.3]])
+def test_peft_linear_with_negative_weights(weights: list[float], tmp_path: Path) -> None:
+    """PEFT weighs both factors with sqrt(|w s|), and A with the sign too: a scaling may be
+    negative as well."""
+    pairs = [factors(SHAPES, 4, seed=seed) for seed in (1, 2)]
+    for name, pair, alpha in zip("ab", pairs, (8, -6), strict=True):
+        save_lora(tmp_path / name, pair, lora_alpha=alpha)
+    own = [weights[0] * 8 / 4, weights[1] * -6 / 4]
+    expected = {}
+    for name in SHAPES:
+        b = sum(abs(w) ** 0.5 * pair[name][0].double() for w, pair in zip(own, pairs, strict=True))
+        a = sum(
+            (1 if w > 0 else -1) * abs(w) ** 0.5 * pair[name][1].double()
+            for w, pair in zip(own, pairs, strict=True)
+        )
+        expected[name] = b @ a  # type: ignore[operator]
+    paths = [tmp_path / name for name in "ab"]
+    assert_deltas(merge_adapters(paths, "peft_linear", weights=weights), expected)
 
 
 # Merge methods on deltas
