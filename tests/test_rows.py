@@ -140,6 +140,27 @@ def test_dare_with_the_trim_of_ties(
         torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("identifier", BACKEND_IDS)
+@pytest.mark.parametrize("trim", [0.01, 0.5, 0.9])
+def test_equal_magnitudes_in_the_trim_of_dare(
+    trim: float, identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    """Over the whole model all at the threshold are kept, of one tensor as of several; tensor by
+    tensor exactly so many, those of the lowest indices."""
+    backend = use_backend(identifier)
+    ones = {"a": torch.ones(100), "b": torch.ones(10, 10)}
+    for names in (["a", "b"], ["a"]):
+        model = {name: ones[name] for name in names}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+        for scope in ("global", "tensor"):
+            merged = pymerge.dare_ties(
+                zeros, [model], density=1.0, trim=trim, trim_scope=scope, backend=backend
+            )
+            for name in names:
+                kept = 100 if scope == "global" else int(trim * 100)
+                assert merged[name].flatten().tolist() == [1.0] * kept + [0.0] * (100 - kept)
+
+
 def test_a_trim_over_all_tensors_needs_one_factor() -> None:
     base, tuned = inputs(4, 4)
     with pytest.raises(pymerge.RequestError, match="trim_scope global"):

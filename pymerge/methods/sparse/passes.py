@@ -72,7 +72,7 @@ def _dare(
         def parts(_phase: str) -> Iterator[Part]:
             yield 0, base, models
 
-        found = _trim_cuts([work], parts, context)
+        found = _trim_cuts([work], parts, context, exact=True)
         tables = [cut.thresholds(0, work.numel) for cut in found]
     stretches = [(0, work.numel, kept)]
     if tables is not None:
@@ -119,7 +119,10 @@ def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Con
             context.progress.advance(source.nbytes(work.name))
             source.release(work.name)
 
-    cuts = _trim_cuts(merged, parts, context) if any(work.numel for work in merged) else None
+    cuts = None
+    if any(work.numel for work in merged):
+        # Over the whole model, all that equal the threshold are kept.
+        cuts = _trim_cuts(merged, parts, context, exact=False)
     numbers = {work.name: number for number, work in enumerate(merged)}
 
     def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
@@ -130,9 +133,16 @@ def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Con
 
 
 def _trim_cuts(
-    works: Sequence[Work], parts: Callable[[str], Iterator[Part]], context: Context
+    works: Sequence[Work],
+    parts: Callable[[str], Iterator[Part]],
+    context: Context,
+    *,
+    exact: bool,
 ) -> list[Cut]:
-    """Return the thresholds of a trim of what was drawn, over the tensors `works` together."""
+    """Return the thresholds of a trim of what was drawn, over the tensors `works` together.
+
+    exact: keep exactly so many, else all that equal the threshold.
+    """
     total = sum(work.numel for work in works)
     wide, count = works[0].wide, len(works[0].parameters["density"])
     drawn = [_drawn(work, count, context)[0] for work in works]
@@ -164,7 +174,6 @@ def _trim_cuts(
             )
 
     share = works[0].parameters["trim"]
-    exact = len(works) == 1  # over the whole model, all that equal the threshold are kept
     targets = [_largest(total, int(share * total), exact)] * count
     return Scores(parts, total, count, score, context, wide).select(targets)
 
