@@ -268,6 +268,31 @@ def test_slerp_and_kin_keep_norms_on_the_sphere() -> None:
     assert float(tangent.norm()) < 1e-8
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_slerp_and_kin_of_opposite_vectors(seed: int) -> None:
+    """No arc is the shortest: SLERP and NuSLERP are linear then, as in mergekit; so is MultiSLERP
+    where the directions cancel, and the Karcher mean is the first direction."""
+    v = torch.randn(3, 100 + seed, generator=torch.Generator().manual_seed(seed))
+    v = (v * 256).round() / 256  # so that 1 + v is exact
+    near = 1e-5 * torch.randn(v.shape, generator=torch.Generator().manual_seed(100 + seed))
+    for t in (0.0, 0.25, 0.5, 0.9):
+        for other in (-v, -2.0 * v, -v + near * v):
+            expected = (1 - t) * v + t * other
+            got = pymerge.slerp({"w": v}, {"w": other}, t=t)["w"]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        for flatten in (True, False):
+            weights = [1 - t, t]
+            got = pymerge.nuslerp([v, -v], weights=weights, flatten=flatten)
+            torch.testing.assert_close(got, (1 - 2 * t) * v, rtol=0, atol=1e-5)
+            got = pymerge.nuslerp([1 + v, 1 - v], base=v * 0 + 1, weights=weights, flatten=flatten)
+            torch.testing.assert_close(got, 1 + (1 - 2 * t) * v, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pymerge.multislerp([v, -3 * v]), -v, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pymerge.multislerp([v, -v], weights=[3.0, 1.0]), v)
+    torch.testing.assert_close(pymerge.karcher([v, -3 * v]), 2 * v)
+    with pytest.raises(pymerge.RequestError, match="mean of the directions is 0"):
+        pymerge.multislerp([v, -v, v, -v])
+
+
 def test_consensus_and_tall_masks() -> None:
     generator = torch.Generator().manual_seed(4)
     base = torch.randn(500, generator=generator)

@@ -160,7 +160,8 @@ def nuslerp_weights(gram: np.ndarray, weights: Sequence[float]) -> list[float]:
     t = 0.5 if abs(total) < 1e-6 else weights[1] / total
     lengths = np.maximum(_norms(gram), 1e-7)
     cosine = min(1.0, max(-1.0, float(gram[0, 1] / (lengths[0] * lengths[1]))))
-    if 1.0 - cosine * cosine <= 1e-16:
+    # Nearly opposite, weights grow to 1 / sine: beyond 1e7 they are nothing but rounding in float32.
+    if 1.0 - cosine * cosine <= (1e-16 if cosine > 0 else 1e-14):
         return [1.0 - t, t]
     angle = math.acos(cosine)
     return [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
