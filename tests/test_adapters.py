@@ -60,7 +60,7 @@ def small(dtype: torch.dtype = torch.bfloat16, **options: Any) -> models.State:
         ),
         ({"alpha_pattern": {"k_proj": 1}}, 4, 2.0),
         ({"alpha_pattern": {"proj": 1}}, 4, 2.0),  # no part of a name
-        # Of several keys that match, the first counts, as in PEFT: neither the last nor the longest.
+        # Of several keys that match, the first counts, as in PEFT: not the last or the longest.
         ({"r": 9, "rank_pattern": {"q_proj": 4, "self_attn.q_proj": 3, "k_proj": 2}}, 4, 2.0),
         ({"r": 9, "rank_pattern": {"k_proj": 2, "self_attn.q_proj": 4, "q_proj": 3}}, 4, 2.0),
         ({"alpha_pattern": {"q_proj": 4, r".*\.q_proj": 16, "self_attn.q_proj": 2}}, 4, 1.0),

@@ -160,7 +160,7 @@ def nuslerp_weights(gram: np.ndarray, weights: Sequence[float]) -> list[float]:
     t = 0.5 if abs(total) < 1e-6 else weights[1] / total
     lengths = np.maximum(_norms(gram), 1e-7)
     cosine = min(1.0, max(-1.0, float(gram[0, 1] / (lengths[0] * lengths[1]))))
-    # Nearly opposite, weights grow to 1 / sine: beyond 1e7 they are nothing but rounding in float32.
+    # Nearly opposite, the weights are about 1 / sine: beyond 1e7, in float32, they are rounding.
     if 1.0 - cosine * cosine <= (1e-16 if cosine > 0 else 1e-14):
         return [1.0 - t, t]
     angle = math.acos(cosine)
