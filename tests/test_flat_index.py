@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import pymerge
-from pymerge.adapters import extract_lora
-from pymerge.adapters.command import run_merge_adapters
+from pymerge.adapters import extract_lora, run_merge_adapters
 from pymerge.checkpoint.statistics import StatisticsRecord
 from tests import models
 from tests.adapter_files import factors, save_lora

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.adapters import load
-from pymerge.adapters.command import run_merge_adapters
-from pymerge.array import Flat
-from pymerge.engine.execute import Context, execute
-from pymerge.engine.memory import MemorySource
+from pymerge.adapters import load, run_merge_adapters
+from pymerge.engine.context import Context
+from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
+from pymerge.merging.tensors import MemorySource
 from pymerge.methods import METHODS
+from pymerge.ops.array import Flat
 from tests import models, oracles
 from tests.adapter_files import lora_tensors, save_adapter
 from tests.conftest import BACKEND_IDS
@@ -143,7 +143,11 @@ def run(
     sink, phases = StrictSink(base), Phases()
     context = Context(backend=backend, progress=phases)
     statistics = execute(
-        "ties", works, MemorySource(labels, base, tuned, {n: n for n in base}), sink, context
+        METHODS["ties"],
+        works,
+        MemorySource(labels, base, tuned, {n: n for n in base}),
+        sink,
+        context,
     )
     return statistics, sink, phases.names
 
