@@ -9,7 +9,16 @@ from pymerge.errors import RequestError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "SUB_BYTE_DTYPES", "dtype_code", "torch_dtype", "torch_name"]
+__all__ = [
+    "COPIED",
+    "DTYPES",
+    "FLOATS",
+    "SUB_BYTE_DTYPES",
+    "dtype_code",
+    "is_float",
+    "torch_dtype",
+    "torch_name",
+]
 
 # code -> (bytes per element, name in torch)
 _KNOWN: dict[str, tuple[int, str]] = {
@@ -36,6 +45,15 @@ _KNOWN: dict[str, tuple[int, str]] = {
 
 DTYPES: dict[str, int] = {code: size for code, (size, _) in _KNOWN.items()}
 """Bytes per element of each safetensors dtype code."""
+
+FLOATS: tuple[str, ...] = ("F16", "BF16", "F32", "F64")
+"""Codes of the dtypes that are merged, from narrow to wide: a merge of two is at least as wide as
+both. `is_float` asks the same of torch's."""
+
+_FLOAT_NAMES = frozenset(f"torch.{_KNOWN[code][1]}" for code in FLOATS)
+
+COPIED: tuple[str, ...] = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+"""Codes of the dtypes that are copied, and must be equal in all models."""
 
 SUB_BYTE_DTYPES: tuple[str, ...] = ("F4", "F6_E2M3", "F6_E3M2")
 """Codes that safetensors knows but whose elements are no whole bytes; they are refused by name."""
@@ -64,6 +82,11 @@ def torch_dtype(code: str) -> torch.dtype:
     if found is None:
         raise RequestError(f"dtype {code}: torch {torch.__version__} has no torch.{name}")
     return found
+
+
+def is_float(dtype: torch.dtype) -> bool:
+    """Return whether tensors of a torch dtype are merged: whether it is one of `FLOATS`."""
+    return not isinstance(dtype, str) and str(dtype) in _FLOAT_NAMES
 
 
 def dtype_code(dtype: torch.dtype) -> str:

@@ -211,7 +211,7 @@ BASES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "integers": (
         {"m__q__weight": torch.ones(6, 5, dtype=torch.int8), "m__k__weight": torch.ones(4, 5)},
-        "changes 'm.q.weight' of dtype I8, expected one of F32, F16, BF16, F64",
+        "changes 'm.q.weight' of dtype I8, expected one of F16, BF16, F32, F64",
     ),
 }
 

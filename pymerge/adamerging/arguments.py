@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from pymerge.adamerging.layers import FLOATS
 from pymerge.adamerging.presets import PRESETS
 from pymerge.config.schema import read_reference
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["check_arguments", "model_names"]
@@ -50,7 +50,7 @@ def check_arguments(model: Any, models: Any, **given: Any) -> None:
         problems.append(f"density: expected a number in [0, 1], got {density!r}")
     if given["names"] is not None:
         problems += _about_names(given["names"], count)
-    if given["dtype"] is not None and given["dtype"] not in FLOATS:
+    if given["dtype"] is not None and not is_float(given["dtype"]):
         problems.append(f"dtype: expected a floating-point dtype, got {given['dtype']!r}")
     if fixed not in ("equal", "base"):
         problems.append(f"fixed: expected 'equal' or 'base', got {fixed!r}")

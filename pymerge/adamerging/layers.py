@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError, nearest
 
-__all__ = ["FLOATS", "Grouping", "Layers", "group_layers", "load_tensors", "match_layers"]
+__all__ = ["Grouping", "Layers", "group_layers", "load_tensors", "match_layers"]
 
 Tensor = torch.Tensor
 StateDict = Mapping[str, Tensor]
 Granularity = str | Sequence[str]
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHOWN = 5  # names in a message
 
 
@@ -128,7 +128,7 @@ def _misfits(label: str, tensors: StateDict, parameters: Mapping[str, nn.Paramet
                 f"{label}[{name!r}]: expected shape {tuple(parameter.shape)} like the "
                 f"architecture, got {tuple(tensor.shape)}"
             )
-        elif tensor.dtype not in FLOATS:
+        elif not is_float(tensor.dtype):
             problems.append(
                 f"{label}[{name!r}]: expected a floating-point tensor, got {tensor.dtype}"
             )

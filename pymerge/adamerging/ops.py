@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from pymerge.adamerging.layers import FLOATS
 from pymerge.adamerging.packed import Packed
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError
 from pymerge.ops import contract as contract  # declares the in-place ops that these run on
 from pymerge.ops.arguments import sums_shape
@@ -274,16 +274,16 @@ def _check_layer(
     coefficients: Any, base: Any, models: Any, dtype: torch.dtype | None, label: str
 ) -> None:
     """Raise RequestError unless a layer can be merged of these."""
-    if not isinstance(base, Tensor) or base.dtype not in FLOATS:
+    if not isinstance(base, Tensor) or not is_float(base.dtype):
         raise RequestError(f"base: expected a floating-point tensor, got {_kind(base)}")
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and not is_float(dtype):
         raise RequestError(f"dtype: expected a floating-point dtype, got {dtype}")
     if not isinstance(models, Sequence) or not models:
         raise RequestError(f"{label}: expected a list of at least one model, got {models!r:.60}")
     for k, model in enumerate(models):
         if label == "packed":
             _check_packed(model, base, f"packed[{k}]")
-        elif not isinstance(model, Tensor) or model.dtype not in FLOATS:
+        elif not isinstance(model, Tensor) or not is_float(model.dtype):
             raise RequestError(f"models[{k}]: expected a floating-point tensor, got {_kind(model)}")
         elif model.shape != base.shape or model.device != base.device:
             raise RequestError(

@@ -20,8 +20,8 @@ from pymerge.adapters.targets import Chooser, Targets, shortest, task_type
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.checkpoint.peft.adapter import Kind, Module
 from pymerge.checkpoint.peft.build import Factors, lora
-from pymerge.checkpoint.peft.files import write
-from pymerge.dtypes import DTYPES
+from pymerge.checkpoint.peft.files import CODES, write
+from pymerge.dtypes import DTYPES, FLOATS
 from pymerge.engine.work import slices
 from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest
 from pymerge.merging.progress import Recorder
@@ -32,8 +32,6 @@ from pymerge.output import OutputDirectory
 __all__ = ["EXTRACT_REPORT", "ExtractReport", "Extracted", "extract_lora"]
 
 EXTRACT_REPORT = "pymerge_extract.json"
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOATS = ("F32", "F16", "BF16", "F64")
 _SHOWN = 20
 _AT_ONCE = 1 << 22  # elements that are subtracted at a time
 
@@ -124,9 +122,7 @@ def extract_lora(
         report.warnings = [text for checkpoint in opened for text in checkpoint.warnings]
         options = {"rank": rank, "energy": energy, "most": max_rank, "method": method}
         with Recorder(quiet=quiet) as recorder:
-            work = _Work(
-                opened[0], opened[1], chooser, options, _CODES[dtype], seed, prefix, report
-            )
+            work = _Work(opened[0], opened[1], chooser, options, CODES[dtype], seed, prefix, report)
             work.run(recorder, save_changed)
             recorder.phase("write", 0)
             with directory:
@@ -159,10 +155,10 @@ def _check(rank: Any, energy: Any, max_rank: Any, method: str, dtype: str, seed:
             f"{where}: method: expected one of {', '.join(known)}, got {method!r}"
             f"{nearest(str(method), known)}"
         )
-    if dtype not in _CODES:
+    if dtype not in CODES:
         problems.append(
-            f"{where}: dtype: expected one of {', '.join(_CODES)}, got {dtype!r}"
-            f"{nearest(str(dtype), _CODES)}"
+            f"{where}: dtype: expected one of {', '.join(CODES)}, got {dtype!r}"
+            f"{nearest(str(dtype), CODES)}"
         )
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         problems.append(f"{where}: seed: expected an integer in [0, 2**32), got {seed!r}")
@@ -232,7 +228,7 @@ class _Work:
         tensors = {
             name: info
             for name, info in self._model.tensors.items()
-            if name in self._base.tensors and info.dtype in _FLOATS
+            if name in self._base.tensors and info.dtype in FLOATS
         }
         recorder.phase("extract", sum(info.nbytes for info in tensors.values()))
         total = held = 0.0

@@ -8,11 +8,11 @@ from typing import Any
 
 from pymerge.checkpoint import TensorInfo
 from pymerge.checkpoint.peft.adapter import Kind
+from pymerge.dtypes import FLOATS
 from pymerge.errors import RequestError
 
 __all__ = ["Chooser", "shortest", "task_type"]
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
 _EMBEDDING = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared)\.weight$|relative_attention_bias")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier|cls|pooler)\.")
 # Classes of transformers whose Conv1D holds weights as [in, out].
@@ -64,7 +64,7 @@ class Chooser:
 
     def kind(self, info: TensorInfo) -> Kind | None:
         """Return the kind of module that a tensor is the weight of, or None for none."""
-        if len(info.shape) != 2 or info.numel == 0 or info.dtype not in _FLOATS:
+        if len(info.shape) != 2 or info.numel == 0 or info.dtype not in FLOATS:
             return None
         if not info.name.endswith(".weight"):
             return None

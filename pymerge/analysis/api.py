@@ -14,6 +14,7 @@ from pymerge.analysis.groups import Grouper, magnitude_of
 from pymerge.analysis.names import OTHER, layer_order, places
 from pymerge.analysis.passes import Measured, Passes
 from pymerge.analysis.records import Analysis, Facts, Group, Model, Spectrum, Tensor
+from pymerge.dtypes import FLOATS
 from pymerge.engine.work import Source, Work
 from pymerge.errors import NonFiniteError, RequestError
 from pymerge.memory import PeakMemory, default_threads
@@ -222,7 +223,7 @@ def _open_files(
 ) -> _Opened:
     from pymerge.config import load_config
     from pymerge.merging.files import CheckpointSource
-    from pymerge.plan.inputs import FLOATS, header, open_inputs
+    from pymerge.plan.inputs import header, open_inputs
 
     config = load_config(
         {

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pymerge.dtypes import is_float
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
@@ -14,7 +15,6 @@ from pymerge.errors import RequestError, nearest
 from pymerge.memory import most_bins
 from pymerge.merging.statistics import match_statistics
 from pymerge.merging.structures import (
-    FLOATS,
     Tensors,
     check_tensors,
     named_tensors,
@@ -235,7 +235,7 @@ def merge_by(
     }
     check_tensors(where, inputs, first)
     statistics = match_statistics(spec, where, inputs, first, collected, names)
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and not is_float(dtype):
         raise RequestError(
             f"{where}: dtype: expected float32, float16, bfloat16 or float64; got {dtype}"
         )

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError
 
 __all__ = [
-    "FLOATS",
     "Tensors",
     "check_tensors",
     "match_tensors",
@@ -23,9 +23,6 @@ __all__ = [
 ]
 
 Tensors = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
-
-# The dtypes that are merged; others are copied.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def match_tensors(
@@ -127,7 +124,7 @@ def _refusal(tensor: torch.Tensor) -> str | None:
     """Say why a tensor cannot be merged, or return None."""
     if tensor.layout != torch.strided:
         return f"layout {tensor.layout} cannot be merged; make it dense"
-    unknown = tensor.is_floating_point() and tensor.dtype not in FLOATS
+    unknown = tensor.is_floating_point() and not is_float(tensor.dtype)
     if unknown or tensor.is_complex() or tensor.is_quantized:
         return f"dtype {tensor.dtype} cannot be merged; convert it"
     return None

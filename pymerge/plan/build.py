@@ -7,10 +7,11 @@ from typing import Literal
 
 from pymerge.checkpoint import TensorInfo
 from pymerge.config import MergeConfig
+from pymerge.dtypes import FLOATS
 from pymerge.errors import RequestError
 from pymerge.memory import MemoryPlan, default_threads, plan_memory
 from pymerge.output import OutputTensor, plan_layout
-from pymerge.plan.inputs import FLOATS, Inputs, folded_bytes, header, open_inputs
+from pymerge.plan.inputs import Inputs, folded_bytes, header, open_inputs
 from pymerge.plan.parameters import (
     StepCounter,
     passes_text,

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.config import MergeConfig
+from pymerge.dtypes import COPIED, FLOATS
 from pymerge.errors import RequestError, nearest
 
 __all__ = [
-    "COPIED",
-    "FLOATS",
     "Inputs",
     "check_exists",
     "folded_bytes",
@@ -22,10 +21,6 @@ __all__ = [
     "open_inputs",
     "open_model",
 ]
-
-# Floats from narrow to wide; a merge of two is at least as wide as both.
-FLOATS = ("F16", "BF16", "F32", "F64")
-COPIED = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 _SHOWN = 20
 _VOCABULARY = re.compile(r"embed|lm_head|wte\b|shared\.weight|output\.weight|vocab")

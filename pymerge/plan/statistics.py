@@ -9,9 +9,10 @@ from math import prod
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.checkpoint.statistics import StatisticsRecord, filename_of, shape_problem
 from pymerge.config import MergeConfig
+from pymerge.dtypes import FLOATS
 from pymerge.errors import RequestError
 from pymerge.ops.constants import SOLVED_AT_ONCE
-from pymerge.plan.inputs import FLOATS, Inputs, check_exists, header, listed
+from pymerge.plan.inputs import Inputs, check_exists, header, listed
 
 __all__ = [
     "StatisticsFile",

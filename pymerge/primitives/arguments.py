@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError
 from pymerge.ops.backends import resolve
 
 Tensor = torch.Tensor
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def flattened(tensor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def check(base: Tensor, models: Sequence[Tensor]) -> None:
     require(len(models) > 0, "models", "at least one tensor", "none")
     for label, tensor in [("base", base), *((f"models[{k}]", m) for k, m in enumerate(models))]:
         require(isinstance(tensor, Tensor), label, "a tensor", type(tensor).__name__)
-        require(tensor.dtype in FLOATS, label, "a floating-point tensor", f"{tensor.dtype}")
+        require(is_float(tensor.dtype), label, "a floating-point tensor", f"{tensor.dtype}")
         require(
             tensor.shape == base.shape,
             label,

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pymerge.dtypes import is_float
 from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.ops.arguments import sums_shape
 from pymerge.ops.call import call
 from pymerge.primitives.arguments import (
-    FLOATS,
     backend_name,
     check,
     counters_on,
@@ -88,7 +88,7 @@ def dots(
     result = torch.zeros(len(models), len(base), dtype=torch.float64)
     for layer, (gradient, origin) in enumerate(zip(gradients, base, strict=True)):
         name, shape = f"gradients[{layer}]", tuple(origin.shape)
-        floats = isinstance(gradient, Tensor) and gradient.dtype in FLOATS
+        floats = isinstance(gradient, Tensor) and is_float(gradient.dtype)
         require(floats, name, "a floating-point tensor", str(getattr(gradient, "dtype", None)))
         own = tuple(gradient.shape)
         require(own == shape, name, f"shape {shape} like base[{layer}]", f"{own}")

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from pymerge.checkpoint import Checkpoint
+from pymerge.dtypes import FLOATS
 from pymerge.errors import RequestError, nearest
-from pymerge.plan.inputs import FLOATS, header
+from pymerge.plan.inputs import header
 
 __all__ = ["Architecture"]
 

@@ -16,14 +16,13 @@ import numpy as np
 
 from pymerge.checkpoint import Checkpoint, TensorInfo
 from pymerge.checkpoint.peft.adapter import Adapter, Module, Saved
-from pymerge.dtypes import DTYPES
+from pymerge.dtypes import DTYPES, FLOATS
 from pymerge.errors import CheckpointError, nearest
 from pymerge.ops.array import Array, widen
 from pymerge.ops.native.low_rank import low_rank, rescale, store
 
 __all__ = ["AdaptedCheckpoint", "bound"]
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
 _SHOWN = 20
 
 
@@ -222,8 +221,8 @@ def _missing(module: Module, name: str, base: Checkpoint, label: str) -> str:
 def _oriented(module: Module, info: TensorInfo, saved: Saved | None) -> Module | str:
     """Return a module in the orientation of the base's weight, or what is wrong."""
     shape = info.shape if saved is None else saved.shape
-    if info.dtype not in _FLOATS:
-        return f"changes '{info.name}' of dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
+    if info.dtype not in FLOATS:
+        return f"changes '{info.name}' of dtype {info.dtype}, expected one of {', '.join(FLOATS)}"
     if module.kind == "ia3":
         side = 1 if module.feedforward != module.transposed else 0
         size = module.shape[1] if module.feedforward else module.shape[0]
@@ -257,7 +256,7 @@ def _saved_problems(own: str, saved: Saved, name: str, base: Checkpoint, label: 
             f"{label}: has '{own}' in whole with shape {saved.shape}, expected {info.shape} like "
             "the base"
         ]
-    if (info.dtype in _FLOATS) != (saved.dtype in _FLOATS):
+    if (info.dtype in FLOATS) != (saved.dtype in FLOATS):
         return [
             f"{label}: has '{own}' in whole with dtype {saved.dtype}, expected {info.dtype} like "
             "the base"

@@ -18,18 +18,18 @@ from pymerge.checkpoint.peft.adapter import Adapter, Module, Saved
 from pymerge.checkpoint.peft.build import stored_shape
 from pymerge.checkpoint.peft.settings import CONFIG, Settings
 from pymerge.checkpoint.problems import Problems
-from pymerge.dtypes import DTYPES
+from pymerge.dtypes import DTYPES, FLOATS
 from pymerge.errors import CheckpointError, MergeError, RequestError, nearest
 from pymerge.ops.array import Array, widen
 from pymerge.ops.native.low_rank import store
 from pymerge.output.layout import OutputTensor, plan_layout
 
-__all__ = ["CONFIG", "WEIGHTS", "load", "save", "write"]
+__all__ = ["CODES", "CONFIG", "WEIGHTS", "load", "save", "write"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-_FLOATS = ("F32", "F16", "BF16", "F64")
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Dtypes of the factors that are written.
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.[^.]+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<which>[AB])(\.[^.]+)?")
@@ -127,7 +127,7 @@ class _Reader:
 
     def read(self) -> None:
         for key, info in self._checkpoint.tensors.items():
-            if info.dtype not in _FLOATS and not self._is_saved(key):
+            if info.dtype not in FLOATS and not self._is_saved(key):
                 self._add(f"{key!r}: expected floats, got {info.dtype}", "dtype")
             elif not key.startswith(PREFIX):
                 self._add(
@@ -260,16 +260,16 @@ def save(
 
 def write(adapter: Adapter, directory: Path, dtype: str | None) -> None:
     """Write the two files of an adapter into an existing directory."""
-    if dtype is not None and dtype not in _CODES:
+    if dtype is not None and dtype not in CODES:
         raise RequestError(
-            f"dtype: expected one of {', '.join(_CODES)}, got {dtype!r}{nearest(dtype, _CODES)}"
+            f"dtype: expected one of {', '.join(CODES)}, got {dtype!r}{nearest(dtype, CODES)}"
         )
     tensors: dict[str, tuple[Array, tuple[int, ...], str]] = {}
     for name, module in adapter.modules.items():
         for key, which in zip(module.keys, ("A", "B"), strict=False):
             array = adapter.array(key)
             stored, shape = _stored(name, module, which)
-            tensors[PREFIX + stored] = (array, shape, _CODES[dtype] if dtype else array.code)
+            tensors[PREFIX + stored] = (array, shape, CODES[dtype] if dtype else array.code)
     for name, saved in adapter.saved.items():
         owner, _, kind = name.rpartition(".")
         # PEFT looks for what belongs to an adapted module in the layer that it wraps.
