@@ -16,6 +16,7 @@ import torch
 
 import pymerge
 from pymerge.ops.native import marshal as cpu
+from pymerge.ops.threads import kernel_threads, torch_threads
 from tests import models
 
 no_waiting = models.no_waiting
@@ -188,3 +189,49 @@ def test_the_gil_is_released() -> None:
     # Held for the whole call, the GIL would let this thread make a step or two.
     assert steps > 100, (steps, whole)
     assert longest < 0.8 * whole, (longest, whole)
+
+
+def test_numbers_of_threads_are_put_back() -> None:
+    """Requests may be nested and may overlap; what was set before the first holds in the end."""
+    cpu.set_threads(3)
+    try:
+        with kernel_threads(2):
+            assert cpu.threads() == 2
+            with kernel_threads(5):
+                assert cpu.threads() == 5
+            assert cpu.threads() == 2
+        assert cpu.threads() == 3
+        first, second = kernel_threads(2), kernel_threads(5)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert cpu.threads() == 5
+        second.__exit__(None, None, None)
+        assert cpu.threads() == 3
+        with pytest.raises(KeyError), kernel_threads(4):
+            raise KeyError
+        assert cpu.threads() == 3
+    finally:
+        cpu.set_threads(None)
+    assert cpu.set_threads(None) is None
+    before = torch.get_num_threads()
+    with torch_threads(before + 1) as was:
+        assert (was, torch.get_num_threads()) == (before, before + 1)
+    assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), torch_threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_a_merge_keeps_the_number_of_threads(tmp_path: Path) -> None:
+    state, (first,) = models.llama(1, layers=1, buffers=False)
+    models.save_family(tmp_path, state, [first])
+    config = models.config(tmp_path, "task_arithmetic", 1)
+    cpu.set_threads(3)
+    try:
+        pymerge.merge_checkpoints(config, tmp_path / "out", threads=1)
+        assert cpu.threads() == 3
+        pymerge.analyze(state, [first], threads=1)
+        assert cpu.threads() == 3
+    finally:
+        cpu.set_threads(None)

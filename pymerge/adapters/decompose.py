@@ -6,15 +6,15 @@ decides a result runs on one thread, with a generator of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-__all__ = ["LowRank", "Method", "factor_matrix", "factor_product", "one_thread"]
+from pymerge.ops.threads import torch_threads
+
+__all__ = ["LowRank", "Method", "factor_matrix", "factor_product"]
 
 Method = Literal["auto", "exact", "randomized"]
 
@@ -45,17 +45,6 @@ class LowRank:
         return self.a.shape[0]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread, so that results do not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def factor_product(b: np.ndarray, a: np.ndarray, rank: int | None, energy: float | None) -> LowRank:
     """Return the best approximation of b @ a by its singular values, without making the product.
 
@@ -66,7 +55,7 @@ def factor_product(b: np.ndarray, a: np.ndarray, rank: int | None, energy: float
         rank: of the result; fewer where the matrix has no more; None with `energy`.
         energy: the least rank that keeps this share of the squared norm.
     """
-    with one_thread():
+    with torch_threads(1):
         left, upper = torch.linalg.qr(torch.from_numpy(b).double())
         right, lower = torch.linalg.qr(torch.from_numpy(a).double().T)
         u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
@@ -101,7 +90,7 @@ def factor_matrix(
         seed: of the random columns.
     """
     full = min(matrix.shape)
-    with one_thread():
+    with torch_threads(1):
         squares = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
         wanted = min(full, most or full) if rank is None else min(rank, full)
         if squares == 0:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pymerge.adapters.combine import check_rank
-from pymerge.adapters.decompose import LowRank, Method, factor_matrix, one_thread
+from pymerge.adapters.decompose import LowRank, Method, factor_matrix
 from pymerge.adapters.extract_report import Extracted, ExtractReport
 from pymerge.adapters.targets import Chooser, Targets, shortest, task_type
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -27,6 +27,7 @@ from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest
 from pymerge.merging.progress import Recorder
 from pymerge.ops.array import Array, widen
 from pymerge.ops.native.low_rank import store
+from pymerge.ops.threads import torch_threads
 from pymerge.output import OutputDirectory
 
 __all__ = ["EXTRACT_REPORT", "ExtractReport", "Extracted", "extract_lora"]
@@ -311,7 +312,7 @@ class _Work:
     def _factor(self, matrix: torch.Tensor, norm: float) -> tuple[LowRank, float]:
         low = factor_matrix(matrix, seed=self._seed, **self._options)
         low = dataclasses.replace(low, b=self._rounded(low.b), a=self._rounded(low.a))
-        with one_thread():
+        with torch_threads(1):
             rest = torch.addmm(matrix, torch.from_numpy(low.b), torch.from_numpy(low.a), alpha=-1.0)
             error = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / norm
         return low, error

@@ -39,6 +39,7 @@ from pymerge.ops.array import Array, Flat, widen
 from pymerge.ops.call import call
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
+from pymerge.ops.threads import kernel_threads
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.output.layout import INDEX_NAME
 from pymerge.plan import MergePlan, make_plan
@@ -103,9 +104,7 @@ def merge_onto_base(
         request = _Bound(plan.models[0], config, adapters, saved, problems)
         if problems:
             raise RequestError(problems)
-        before = cpu.threads()
-        cpu.set_threads(plan.threads)
-        stack.callback(cpu.set_threads, before)
+        stack.enter_context(kernel_threads(plan.threads))
         with directory:
             runner = _stream(plan, request, adapters, directory.path, seed, recorder)
             recorder.phase("finish", 0)

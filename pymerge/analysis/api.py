@@ -23,6 +23,7 @@ from pymerge.merging.report import package_version
 from pymerge.ops.backends import BACKENDS, resolve
 from pymerge.ops.comparison import MOST_MODELS
 from pymerge.ops.runner import Runner
+from pymerge.ops.threads import kernel_threads
 
 __all__ = ["DENSITIES", "analyze"]
 
@@ -102,8 +103,7 @@ def analyze(
         chosen = "auto" if backend in (None, "auto") else str(backend)
         runner = Runner(resolve(chosen, "cpu").NAME)
         count = default_threads() if threads is None else threads
-        BACKENDS["cpu"].set_threads(count)
-        stack.callback(BACKENDS["cpu"].set_threads, None)
+        stack.enter_context(kernel_threads(count))
 
         notes = list(opened.notes)
         works = opened.works

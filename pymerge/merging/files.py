@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pymerge.merging.report import (
 from pymerge.ops.array import Flat
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
+from pymerge.ops.threads import kernel_threads, torch_threads
 from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
 from pymerge.output.layout import INDEX_NAME
 from pymerge.plan import MergePlan, make_plan
@@ -226,7 +227,9 @@ def merge_checkpoints(
             raise RequestError(problems)
         input_reports = _describe_inputs(plan, recorder if checksums else None)
 
-        stack.enter_context(_thread_count(plan.threads, place))
+        stack.enter_context(kernel_threads(plan.threads))
+        if place.backend == "reference" or place.device is not None:
+            stack.enter_context(torch_threads(plan.threads))
         warnings = [*plan.warnings, *place.warnings]
         with directory:
             runner = _stream(plan, directory.path, place, recorder)
@@ -268,25 +271,6 @@ def merge_checkpoints(
     if report_path is not None:
         _write(report_path, result.to_json())
     return result
-
-
-@contextmanager
-def _thread_count(threads: int, place: Place) -> Iterator[None]:
-    cpu.set_threads(threads)
-    before = None
-    if place.backend == "reference" or place.device is not None:
-        import torch
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if before is not None:
-            import torch
-
-            torch.set_num_threads(before)
-        cpu.set_threads(None)
 
 
 def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) -> Runner:

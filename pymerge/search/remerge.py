@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,8 @@ from pymerge.merging.files import CheckpointSource
 from pymerge.merging.gpu.place import choose_place
 from pymerge.merging.tensors import MemorySink
 from pymerge.methods import MethodSpec
-from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
+from pymerge.ops.threads import kernel_threads
 from pymerge.plan import MergePlan, make_plan
 from pymerge.plan.parameters import resolve_parameters
 
@@ -115,7 +116,8 @@ class Remerger:
         self._source = _Held(self.plan.base, self.plan.models, self.plan.statistics)
         self._lock = threading.Lock()
         self._closed = False
-        cpu.set_threads(self.plan.threads)
+        self._threads = ExitStack()
+        self._threads.enter_context(kernel_threads(self.plan.threads))
 
     def _check_memory(self, limit: int, copies: int) -> None:
         beside = self.plan.memory.total - self.plan.slots * self.plan.slot_bytes
@@ -208,7 +210,7 @@ class Remerger:
         self._closed = True
         self._source.close()
         self.plan.close()
-        cpu.set_threads(None)
+        self._threads.close()
 
     def __enter__(self) -> Remerger:
         return self

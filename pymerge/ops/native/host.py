@@ -39,6 +39,8 @@ _DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
 _DTYPES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
 # An operand that is not there.
 NOTHING = (0, 0)
+# What `set_threads` was called with last.
+_threads: int | None = None
 
 
 @functools.cache
@@ -108,11 +110,18 @@ def threads() -> int:
     return 1 if module is None else int(module.default_threads())
 
 
-def set_threads(count: int | None) -> None:
-    """Set how many threads the kernels use; None means all cores that the process may run on."""
+def set_threads(count: int | None) -> int | None:
+    """Set how many threads the kernels use; None means all cores that the process may run on.
+
+    Returns:
+        What was set before. `pymerge.ops.threads` sets it for a while.
+    """
+    global _threads
+    before, _threads = _threads, count
     module, _ = load()
     if module is not None:
         module.set_default_threads(count or 0)
+    return before
 
 
 def operand(flat: Flat, numel: int) -> tuple[int, int]:
