@@ -12,7 +12,7 @@ import torch
 
 import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from benchmarks.measure import WrongResult
-from pymerge.ops.reference.merges import HOT_CHUNK
+from pymerge.ops.constants import HOT_CHUNK
 from tests.case import Case, Inputs
 from tests.case_sums import CHUNK
 from tests.packing import CHUNK as PACKED_CHUNK

@@ -17,7 +17,7 @@ from pymerge.merging.tensors import MemorySink
 from pymerge.methods import METHODS
 from pymerge.methods.directions.passes import karcher_weights, multislerp_weights, slerp_weights
 from pymerge.ops.masks import keep_limit, mask_hash, seed_words, words_at
-from pymerge.ops.reference.pointwise import mask_hash as torch_hash
+from pymerge.ops.reference.sparse import mask_hash as torch_hash
 from tests import models
 from tests.conftest import BACKEND_IDS
 

@@ -17,7 +17,7 @@ from pymerge.ops import runner
 from pymerge.ops.backends import BACKENDS, choose, describe, has_kernel
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
-from pymerge.ops.triton import merges as triton
+from pymerge.ops.triton import library as triton
 from tests import models
 from tests.host_device import HostDevice
 

@@ -13,7 +13,7 @@ import torch
 from pymerge.engine import select
 from pymerge.engine.select import Cut, Part, order_statistics
 from pymerge.engine.trim import TrimTarget
-from pymerge.ops.reference.merges import HOT_CHUNK
+from pymerge.ops.constants import HOT_CHUNK
 
 Tensors = list[torch.Tensor]
 

@@ -261,7 +261,7 @@ def test_search_for_a_configuration(interpreter: Callable[..., Any]) -> None:
 
 def test_import_needs_no_triton() -> None:
     code = (
-        "import sys, pymerge, pymerge.ops.triton.merges as backend, pymerge.ops.contract;"
+        "import sys, pymerge, pymerge.ops.triton.backend as backend, pymerge.ops.contract;"
         "backend.reason();"
         "assert 'triton' not in sys.modules, sorted(sys.modules)"
     )

@@ -20,8 +20,8 @@ from unittest import mock
 import pytest
 import torch
 
+from pymerge.ops.triton import backend as triton
 from pymerge.ops.triton import library as triton_common
-from pymerge.ops.triton import merges as triton
 from tests.case import make_inputs
 from tests.test_triton import needs_triton, process
 from tests.triton_checks import BY_NAME

@@ -99,10 +99,10 @@ class _Backends(Mapping[str, Any]):
     """The backend modules by name, each imported when it is asked for: some import torch."""
 
     _MODULES: ClassVar[dict[str, str]] = {
-        "reference": "pymerge.ops.reference.merges",
+        "reference": "pymerge.ops.reference.backend",
         "cpu": "pymerge.ops.native.marshal",
         "cuda": "pymerge.ops.native.marshal_cuda",
-        "triton": "pymerge.ops.triton.merges",
+        "triton": "pymerge.ops.triton.backend",
     }
 
     def __getitem__(self, name: str) -> Any:

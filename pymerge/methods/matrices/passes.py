@@ -9,21 +9,15 @@ from pymerge.engine.context import Context
 from pymerge.engine.execute import merge_each
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.ops.array import as_tensor
+from pymerge.ops.threads import torch_threads
 
 __all__ = ["run"]
 
 
 def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """Run the method's function in `reference.matrices`, of the method's name, on each tensor."""
-    import torch
-
-    threads = torch.get_num_threads()
-    # torch's sums and decompositions depend on the number of threads; the output must not.
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         merge_each(works, source, sink, context, _merge)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:

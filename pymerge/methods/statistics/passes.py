@@ -17,6 +17,7 @@ from pymerge.methods.statistics.record import fisher_rule, off_diagonal_of
 from pymerge.ops.array import Flat, as_tensor
 from pymerge.ops.call import call
 from pymerge.ops.constants import SOLVED_AT_ONCE
+from pymerge.ops.threads import torch_threads
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +72,7 @@ def _run(
     prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Merge tensor by tensor, on threads of our own; what has no statistics is averaged."""
-    import torch
-
-    threads = torch.get_num_threads()
-    # Products and decompositions depend on the number of threads; the output must not.
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1) as threads:
         prepare()
         # Tiles and blocks are computed each on one thread, whichever it is.
         with ThreadPoolExecutor(context.solvers or threads, "pymerge-compute") as pool:
@@ -89,8 +85,6 @@ def _run(
                     merge(work, statistics, pool)
 
             merge_each(works, source, sink, context, merge_tensor)
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------ without statistics

@@ -1,5 +1,4 @@
-"""The reference of `compare_`: see `pymerge.ops.reference.merges` and ComparisonArgs in
-csrc/kernel_table.h."""
+"""The reference of `compare_`: see ComparisonArgs in csrc/kernel_table.h."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from pymerge.ops.comparison import BINS, EVERY, LOWEST, PARTS, Comparison
 from pymerge.ops.constants import HOT_CHUNK, SUM_CHUNK, SUM_GROUP, SUM_LANES
-from pymerge.ops.reference.pointwise import Element, keys
 from pymerge.ops.reference.sums import added, chunks_of
+from pymerge.ops.reference.value import Element, keys
 
 __all__ = ["compare"]
 

@@ -1,5 +1,4 @@
-"""The reference of divergences of rows and what is weighed by them: see
-`pymerge.ops.reference.merges`.
+"""The reference of divergences of rows and what is weighed by them.
 
 Written out step by step: csrc/math/divergence.h and triton_kernels/divergence.py are its twins.
 """
@@ -11,8 +10,8 @@ import math
 import torch
 
 from pymerge.ops.arguments import DIVERGENCE_STEPS
-from pymerge.ops.reference.pointwise import scalar, widened
 from pymerge.ops.reference.sums import added, chunks_of, extremes
+from pymerge.ops.reference.value import scalar, widened
 
 __all__ = ["divergence_sums", "row_importance"]
 

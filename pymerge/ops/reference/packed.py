@@ -1,5 +1,4 @@
-"""The reference of trimmed task vectors, stored as bit masks and values: see
-`pymerge.ops.reference.merges`."""
+"""The reference of trimmed task vectors, stored as bit masks and values."""
 
 from __future__ import annotations
 
@@ -8,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.ops.packed import check_packed, check_partials
-from pymerge.ops.reference.pointwise import scalar, widened
 from pymerge.ops.reference.sums import added, chunks_of
+from pymerge.ops.reference.value import scalar, widened
 
 __all__ = ["packed_dots", "packed_sum", "unpack"]
 

@@ -1,4 +1,4 @@
-"""The reference of sums in a fixed order: see `pymerge.ops.reference.merges`."""
+"""The reference of sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from pymerge.ops.arguments import Kept
 from pymerge.ops.constants import SUM_CHUNK, SUM_LANES
 from pymerge.ops.reference.pcb import pcb_rows
-from pymerge.ops.reference.pointwise import Element, kept_values, keys, scalar
+from pymerge.ops.reference.sparse import kept_values
+from pymerge.ops.reference.value import Element, keys, scalar
 
 __all__ = ["added", "chunk_sums", "chunks_of", "extremes"]
 

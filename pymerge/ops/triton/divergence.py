@@ -1,4 +1,4 @@
-"""The Triton backend's divergences of rows: see `pymerge.ops.triton.merges`."""
+"""The Triton backend's divergences of rows: triton_kernels/divergence.py."""
 
 from __future__ import annotations
 

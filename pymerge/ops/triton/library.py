@@ -19,8 +19,12 @@ from typing import Any
 import torch
 
 __all__ = [
+    "asked",
     "check",
     "check_counters",
+    "check_ranks",
+    "check_reals",
+    "check_shape",
     "device",
     "interprets",
     "kernels",
@@ -111,6 +115,44 @@ def check_counters(tensor: torch.Tensor, dtype: torch.dtype, least: int = 0) -> 
         raise ValueError(
             f"backend 'triton': counters must be contiguous {dtype} {device()} tensors"
         )
+
+
+def check_shape(
+    name: str, table: torch.Tensor, dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    """Refuse a table with other rows, or with rows of less than `columns`."""
+    fits = table.dim() == 2 and table.shape[0] == rows and table.shape[1] >= columns
+    if not fits or table.dtype != dtype or (columns > 1 and table.stride(1) != 1):
+        raise ValueError(
+            f"backend 'triton': {name}: expected {rows} rows of {columns} {dtype} or more, got "
+            f"{tuple(table.shape)} of {table.dtype} with strides {tuple(table.stride())}"
+        )
+
+
+def check_ranks(ranks: torch.Tensor | None, count: int, numel: int) -> int:
+    """Return how far rows of ranks are apart."""
+    if ranks is None:
+        return 0
+    check_shape("ranks", ranks, torch.int32, count, numel)
+    return ranks.stride(0)
+
+
+def check_reals(what: str, reals: Sequence[float], wanted: int, count: int) -> None:
+    """Refuse numbers that a kernel would read past the end of."""
+    if len(reals) != wanted:
+        raise ValueError(
+            f"backend 'triton': {what}: expected {wanted} numbers for {count} models, got "
+            f"{len(reals)}"
+        )
+
+
+def asked(what: str, number: float, least: int, count: int) -> int:
+    """Return the model that a call is asked about."""
+    if not least <= number < count:
+        raise ValueError(
+            f"backend 'triton': {what}: expected a model from {least} to {count - 1}, got {number}"
+        )
+    return int(number)
 
 
 def loops_over(kernel: str, models: Sequence[torch.Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""The Triton backend: marshals tensors to the kernels of `pymerge.triton_kernels`."""
+"""The Triton backend's counts of magnitudes: triton_kernels/magnitude.py."""
 
 from __future__ import annotations
 
@@ -7,124 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.ops.constants import HOT_CHUNK
-from pymerge.ops.reference.pointwise import row_ranks  # sorts, which torch does on any device
-from pymerge.ops.triton.divergence import divergence_sums, row_importance
 from pymerge.ops.triton.library import (
     check,
     check_counters,
-    device,
-    interprets,
     kernels,
     largest,
-    reason,
     run,
     tables,
 )
-from pymerge.ops.triton.packed import packed_dots, packed_sum
-from pymerge.ops.triton.pointwise import (
-    chunk_sums,
-    pcb_merge,
-    pcb_scores,
-    pointwise,
-    row_weighted_sum,
-    sparse_merge,
-)
 
-__all__ = [
-    "NAME",
-    "SUMMARY",
-    "chunk_sums",
-    "device",
-    "divergence_sums",
-    "interprets",
-    "magnitude_equal_counts",
-    "magnitude_histogram",
-    "packed_dots",
-    "packed_sum",
-    "pcb_merge",
-    "pcb_scores",
-    "pointwise",
-    "reason",
-    "row_importance",
-    "row_ranks",
-    "row_weighted_sum",
-    "slots",
-    "sparse_merge",
-    "ties",
-    "weighted_sum",
-]
-
-NAME = "triton"
-SUMMARY = "Triton kernels"
-
-
-def weighted_sum(
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    base: torch.Tensor | None,
-    models: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    scale: float,
-    divisor: float,
-    wide: bool,
-) -> None:
-    check(out.numel(), out, base, *models)
-    check_counters(stats, torch.int64, least=1)
-    if out.numel() == 0:
-        return
-    arguments = {"out": out, "stats": stats, "DIVIDE": divisor != 1.0}
-    run(
-        "weighted_sum",
-        base,
-        models,
-        arguments,
-        [0],
-        [scale, divisor, *weights],
-        wide,
-        scratch=("stats",),
-    )
-
-
-def ties(
-    out: torch.Tensor | None,
-    stats: torch.Tensor,
-    base: torch.Tensor,
-    models: Sequence[torch.Tensor],
-    thresholds: Sequence[int],
-    weights: Sequence[float],
-    weighting: str,
-    merge: str,
-    elect: str,
-    zero_sign: int,
-    scale: float,
-    want_signs: bool,
-    wide: bool,
-) -> None:
-    check(base.numel(), out, base, *models)
-    check_counters(stats, torch.int64, least=3)
-    if base.numel() == 0:
-        return
-    arguments = {
-        "out": out,
-        "stats": stats,
-        "WEIGHTING": weighting,
-        "MERGE": merge,
-        "ELECT": elect,
-        "ZERO_SIGN": zero_sign,
-        "SIGNS": want_signs,
-    }
-    limits = [min(max(threshold, 0), largest(wide)) for threshold in thresholds]
-    scales = weights if len(weights) > 0 else [1.0] * len(models)
-    run(
-        "ties",
-        base,
-        models,
-        arguments,
-        [0, *limits],
-        [scale, *scales],
-        wide,
-        scratch=("stats",),
-    )
+__all__ = ["magnitude_equal_counts", "magnitude_histogram", "slots"]
 
 
 def slots() -> int:
