@@ -43,16 +43,9 @@ def tsv_m(
 ) -> Tensor:
     """TSV-M (Gargiulo et al. 2025)."""
     deltas = [model - base for model in models]
-    if base.dim() != 2 or "text_projection" in name or min(base.shape) == 0:
-        mean = torch.zeros_like(base)
-        for delta in deltas:
-            mean = mean + delta
-        return base + parameters["scale"] * (mean / len(deltas))
-    if not all(bool(delta.isfinite().all()) for delta in deltas):
-        raise RequestError(
-            f"tsv_m: tensor {name!r} holds NaN or infinity; such a matrix has no singular "
-            "vectors; nan='keep' cannot help here"
-        )
+    if not _is_decomposed(base, name):
+        return base + parameters["scale"] * _mean(deltas)
+    _check_finite(deltas, "tsv_m", name)
     keep = max(1, min(base.shape) // len(deltas))
     parts = []
     for delta in deltas:
@@ -61,7 +54,33 @@ def tsv_m(
     left = torch.cat([u for u, _, _ in parts], dim=1)
     middle = torch.cat([s for _, s, _ in parts])
     right = torch.cat([v for _, _, v in parts], dim=0)
-    u_left, _, v_left = torch.linalg.svd(left, full_matrices=False)
-    u_right, _, v_right = torch.linalg.svd(right, full_matrices=False)
-    merged = (u_left @ v_left) @ torch.diag(middle) @ (u_right @ v_right)
+    merged = _nearest_orthogonal(left) @ torch.diag(middle) @ _nearest_orthogonal(right)
     return base + parameters["scale"] * merged
+
+
+def _is_decomposed(base: Tensor, name: str) -> bool:
+    """Return whether a tensor is a matrix to its method: the authors of TSV-M and Iso leave CLIP's
+    text projection out."""
+    return base.dim() == 2 and "text_projection" not in name and min(base.shape) > 0
+
+
+def _mean(deltas: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        total = total + delta
+    return total / len(deltas)
+
+
+def _check_finite(deltas: Sequence[Tensor], method: str, name: str) -> None:
+    if not all(bool(delta.isfinite().all()) for delta in deltas):
+        raise RequestError(
+            f"{method}: tensor {name!r} holds NaN or infinity; such a matrix has no singular "
+            "vectors; nan='keep' cannot help here"
+        )
+
+
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """Return the matrix with orthonormal rows or columns that is nearest (orthogonal
+    Procrustes)."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
