@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from pymerge.commands.collect import CollectSetup
+from pymerge.statistics.run import CollectSetup
 
 Tensor = torch.Tensor
 HERE = "tests.collect_entries"

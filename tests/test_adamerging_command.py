@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import fit as fit_of_ada
 from pymerge.adamerging.arguments import model_names
-from pymerge.commands.ada import run_ada
-from pymerge.commands.ada_config import read_config
+from pymerge.adamerging.config import read_config
+from pymerge.adamerging.run import run_ada
 from pymerge.commands.main import main
 from tests.adapter_files import factors, save_lora
 from tests.test_adamerging_save import checkpoints

@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge.commands.collect import run_collect
 from pymerge.commands.main import main
+from pymerge.statistics.run import run_collect
 from tests import collect_entries as entries
 from tests import models
 from tests.collect_entries import HERE, Tied, config, data, nets

@@ -164,7 +164,7 @@ NO_METHODS = {
     ("pymerge.checkpoint.peft.build", "linear"): "a kind of layer",
     ("pymerge.checkpoint.statistics", "fisher"): "a kind of statistics",
     ("pymerge.statistics.files", "fisher"): "a kind of statistics",
-    ("pymerge.commands.collect", "fisher"): "a kind of statistics",
+    ("pymerge.statistics.run", "fisher"): "a kind of statistics",
     ("pymerge.search.space", "linear"): "a scale of values",
 }
 

@@ -42,8 +42,8 @@ def add_collect_command(commands: Commands, device: Callable[[str], str]) -> Non
 
 def run(options: argparse.Namespace) -> None:
     """Run the command; raises as `run_collect` does."""
-    from pymerge.commands.collect import run_collect
-    from pymerge.commands.collect_show import print_table
+    from pymerge.statistics.progress import print_table
+    from pymerge.statistics.run import run_collect
 
     found = run_collect(
         options.config,

@@ -286,7 +286,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _ada(options: argparse.Namespace) -> None:
-    from pymerge.commands.ada import run_ada
+    from pymerge.adamerging.run import run_ada
 
     result, report = run_ada(
         options.config,

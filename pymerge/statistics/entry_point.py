@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge.commands.collect_config import FUNCTIONS, CollectConfig
 from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError
+from pymerge.statistics.config import FUNCTIONS, CollectConfig
 
 __all__ = ["CollectSetup", "call_entry", "functions_of", "loader_of"]
 

@@ -15,10 +15,10 @@ import torch
 
 from pymerge.checkpoint import Checkpoint, open_checkpoint
 from pymerge.checkpoint.statistics import StatisticsRecord, filename_of
-from pymerge.commands.collect_config import CollectConfig, ModelToCollect
 from pymerge.config.schema import shown
 from pymerge.errors import MergeError, RequestError
 from pymerge.hashing import sha256_of
+from pymerge.statistics.config import CollectConfig, ModelToCollect
 
 __all__ = ["Target", "make_targets", "settings_of"]
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from pymerge.checkpoint import Checkpoint
-from pymerge.commands.collect_config import CollectConfig, ModelToCollect, read_config
-from pymerge.commands.collect_show import CollectProgress, Counted
 from pymerge.errors import MergeError, RequestError
 from pymerge.plan.inputs import open_model
+from pymerge.statistics.config import CollectConfig, ModelToCollect, read_config
 from pymerge.statistics.entry_point import CollectSetup, call_entry, functions_of, loader_of
 from pymerge.statistics.files import ModelStatistics, save_statistics
 from pymerge.statistics.fisher import collect_fisher
 from pymerge.statistics.gram import collect_gram
 from pymerge.statistics.loading import Architecture
+from pymerge.statistics.progress import CollectProgress, Counted
 from pymerge.statistics.target import Target, make_targets, settings_of
 
 __all__ = ["CollectSetup", "Collected", "run_collect"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.adamerging.config import AdaConfig, read_config
 from pymerge.adamerging.correlations import batch_labels, require_scipy
 from pymerge.adamerging.fit import FitResult, batch_inputs
 from pymerge.adamerging.join import Join
 from pymerge.adamerging.module import AdaMerging
 from pymerge.byte_sizes import parse_size
-from pymerge.commands.ada_config import AdaConfig, read_config
 from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError
 from pymerge.merging.report import MergeReport

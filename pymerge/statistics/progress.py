@@ -13,7 +13,7 @@ from pymerge.errors import RequestError
 from pymerge.statistics.batches import batch_size
 
 if TYPE_CHECKING:
-    from pymerge.commands.collect import Collected
+    from pymerge.statistics.run import Collected
 
 __all__ = ["CollectProgress", "Counted", "print_table"]
 
