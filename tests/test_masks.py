@@ -1,13 +1,20 @@
-"""The hash behind random masks is as good as random: bias, neighbours, models, seeds, avalanche."""
+"""The hash behind random masks is as good as random: bias, neighbours, models, seeds, avalanche.
+
+And it is the same in every version: a mask is part of what a configuration and a seed mean.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+import pymerge
 from pymerge.ops.masks import keep_limit, mask_hash, seed_words, words_at
+from tests.conftest import BACKEND_IDS
 
 N = 1 << 18
 # Standard errors that none of some thousands of correct random numbers is away from its mean.
@@ -112,3 +119,49 @@ def test_beyond_32_bits() -> None:
     found = masks(hashes, 0.5)
     for i, first in enumerate(found):
         assert all(abs(correlation(first, other)) < FAR for other in found[:i])
+
+
+# Recorded; no version may change them.
+
+WORDS = {
+    (0, "w", 2): [0x296A8577, 0x90A498C4, 0xAE93E86D, 0x57F45922],
+    (0, "", 1): [0x6442C25C, 0x6150B18B],
+    (2**63 - 1, "model.layers.0.mlp.up_proj.weight", 1): [0x2D5D5A90, 0x558E0325],
+    (5, "gr\u00f6\u00dfe.\ud800", 1): [0x64160118, 0x1CDA6C42],
+}
+# The masks of 64 elements by seed 0 in tensor "w", the first element in the highest bit.
+MASKS = {
+    (0.25, 0): 0xC419016820C60354,
+    (0.25, 1): 0x43D0160160421850,
+    (0.5, 0): 0xE75F01EAA5C727FC,
+    (0.5, 1): 0x53FB572179D25D51,
+}
+
+
+def test_words_and_hashes_are_those_of_every_version() -> None:
+    for arguments, words in WORDS.items():
+        assert seed_words(*arguments) == words
+    words = WORDS[0, "w", 2]
+    assert words_at(words, 2**32 - 1) == words
+    assert words_at(words, 3 << 32) == [0xF3CCE85C, 0x2267F805, 0x74358546, 0xE9B7B863]
+    index = np.array([0, 1, 2, 1000, 2**32 - 1], dtype=np.uint32)
+    hashes = [0x296A8577, 0x0438E937, 0x6FABE5BC, 0x85CA5591, 0xE19AB869]
+    assert mask_hash(index, words[0], words[1]).tolist() == hashes
+    limits = [keep_limit(density) for density in (0.0, 2**-32, 0.25, 0.5, 1.0)]
+    assert limits == [-1, 0, 2**30 - 1, 2**31 - 1, 2**32 - 1]
+
+
+@pytest.mark.parametrize("identifier", BACKEND_IDS)
+def test_masks_are_those_of_every_version(
+    identifier: str, use_backend: Callable[[str], str]
+) -> None:
+    backend = use_backend(identifier)
+    zeros, ones = {"w": torch.zeros(64)}, {"w": torch.ones(64)}
+    for (density, model), bits in MASKS.items():
+        tuned = [ones if k == model else zeros for k in range(2)]
+        merged = pymerge.dare_linear(zeros, tuned, density=density, backend=backend)
+        kept = torch.tensor([bits >> (63 - index) & 1 for index in range(64)])
+        assert torch.equal(merged["w"], kept / density)
+        # DELLA compares the upper 24 bits; without epsilon all elements are alike.
+        merged = pymerge.della_linear(zeros, tuned, density=density, epsilon=0.0, backend=backend)
+        assert torch.equal(merged["w"], kept / density)
