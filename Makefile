@@ -197,17 +197,17 @@ $(PEFT)/.done/peft: constraints.txt
 # The extension is built in place: by the same Python, it is the same file.
 $(PEFT)/.done/pymerge: $(PEFT)/.done/peft $(DONE)/install
 	@echo "--- pymerge and pytest beside PEFT"
-	@$(subst $(VENV),$(PEFT),$(PIP)) -e . 'pytest>=8.1'
+	@$(subst $(VENV),$(PEFT),$(PIP)) -e . 'pytest>=8.1' pytest-timeout
 	@touch $@
 
 $(FUSION)/.done/pymerge: $(FUSION)/.done/fusion $(DONE)/install
 	@echo "--- pymerge and pytest beside FusionBench"
-	@$(subst $(VENV),$(FUSION),$(PIP)) -e . 'pytest>=8.1'
+	@$(subst $(VENV),$(FUSION),$(PIP)) -e . 'pytest>=8.1' pytest-timeout
 	@touch $@
 
 $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@echo "--- pymerge and pytest beside mergekit"
-	@$(subst $(VENV),$(PEERS),$(PIP)) -e . 'pytest>=8.1'
+	@$(subst $(VENV),$(PEERS),$(PIP)) -e . 'pytest>=8.1' pytest-timeout
 	@touch $@
 
 clean:

@@ -14,6 +14,12 @@ import torch
 import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from pymerge.ops.backends import BACKENDS
 from pymerge.ops.native import marshal as cpu
+from tests.time_limit import (  # noqa: F401  hooks
+    pytest_addoption,
+    pytest_timeout_cancel_timer,
+    pytest_timeout_set_timer,
+    pytest_unconfigure,
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -53,16 +59,22 @@ COMPILE = (
     "test_triton_compile.py",
 )
 PEERS = "peers"
+# Seconds for each test that compiles, installs or compares; others have what pyproject.toml says.
+LONG = 1800
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what compiles for minutes and what needs other programs: not part of `make test`."""
     for item in items:
         if item.path.name in COMPILE:
             item.add_marker(pytest.mark.compile)
         if item.path.parent.name == PEERS:
             item.add_marker(pytest.mark.peers)
+        if config.pluginmanager.hasplugin("timeout") and any(
+            item.get_closest_marker(name) for name in ("compile", "packaging", "peers", "browser")
+        ):
+            item.add_marker(pytest.mark.timeout(LONG))
 
 
 @pytest.fixture(autouse=True)

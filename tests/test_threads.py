@@ -101,6 +101,7 @@ def in_fork(work: Callable[[], Any]) -> int:
     if child == 0:
         code = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not the handler of pytest-timeout
             signal.alarm(30)
             torch.set_num_threads(1)  # torch's own threads (OpenMP) do not survive a fork
             code = 0 if work() else 2
