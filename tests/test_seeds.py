@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from pymerge.adapters import load
-from pymerge.cli import main
+from pymerge.commands.main import main
 from pymerge.methods import METHODS
 from pymerge.search.config import load_search
 from tests import models

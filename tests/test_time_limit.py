@@ -38,7 +38,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_endless_test_fails(tmp_path: Path) -> None:
     pytest.importorskip("pytest_timeout")
-    done = run(tmp_path, "-v", "--timeout=0.5")
+    done = run(tmp_path, "-v", "--timeout=2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "test_in_python FAILED" in done.stdout
     assert "test_quick PASSED" in done.stdout
