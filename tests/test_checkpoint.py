@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -288,6 +289,52 @@ def test_a_file_that_changes_after_opening_is_not_mapped(tmp_path: Path) -> None
     path.unlink()
     with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be read: No such file"):
         checkpoint.flat("a")
+
+
+def same_size(path: Path, value: float, changed_ns: int) -> None:
+    """Write a checkpoint whose header and size are those of another one."""
+    save_file({"a": torch.full((1000,), value)}, path)
+    os.utime(path, ns=(changed_ns, changed_ns))
+
+
+@pytest.mark.parametrize("how", ["replaced", "replaced, of the same time", "written to"])
+def test_another_file_of_the_same_size_is_not_mapped(how: str, tmp_path: Path) -> None:
+    """A file is known by its inode and its time: replaced by another, or with other content."""
+    path, other = tmp_path / "x.safetensors", tmp_path / "other.safetensors"
+    before, after = 10**18, 10**18 + (0 if how.endswith("time") else 1)
+    same_size(path, 1.0, before)
+    with open_checkpoint(path, LABEL) as untouched:
+        assert torch.equal(untouched.flat("a"), torch.ones(1000))
+    checkpoint = open_checkpoint(path, LABEL)
+    if how == "written to":
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(size - 4)
+            file.write(b"\0\0\0@")
+        os.utime(path, ns=(after, after))
+        assert path.stat().st_size == size
+    else:
+        same_size(other, 2.0, after)
+        assert other.stat().st_size == path.stat().st_size
+        os.replace(other, path)
+    for _ in range(2):
+        expected = rf"^{re.escape(LABEL)}: x\.safetensors: changed since its header was read$"
+        with pytest.raises(CheckpointError, match=expected):
+            checkpoint.flat("a")
+    with open_checkpoint(path, LABEL) as again:
+        assert float(again.flat("a")[-1]) == 2.0
+
+
+def test_what_is_mapped_stays_when_the_file_is_replaced(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.safetensors", tmp_path / "other.safetensors"
+    same_size(path, 1.0, 10**18)
+    same_size(other, 2.0, 10**18)
+    with open_checkpoint(path, LABEL) as checkpoint:
+        first = checkpoint.flat("a")
+        os.replace(other, path)
+        checkpoint.release("a")
+        assert torch.equal(checkpoint.flat("a"), torch.ones(1000))
+        assert torch.equal(first, torch.ones(1000))
 
 
 def test_planning_needs_no_torch(tmp_path: Path) -> None:

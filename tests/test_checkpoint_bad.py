@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import random
@@ -426,3 +427,30 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(tmp_path) == [f"{name}: cannot be read: Permission denied" for name in expected]
     monkeypatch.setattr(os, "listdir", denied)
     assert refusal(tmp_path) == ["the directory cannot be read: Permission denied"]
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "loses its header", "is replaced"])
+def test_a_file_that_changes_while_its_header_is_read(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size and its header are read by two calls: something else may write between them."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    size, times = path.stat().st_size, 0
+    real = builtins.open
+
+    def changing(name: Any, *args: Any, **options: Any) -> Any:
+        nonlocal times
+        if name == path:
+            times += 1
+            if times == 2 and change == "is replaced":
+                save_file({"a": torch.ones(1001)}, tmp_path / "other")
+                os.replace(tmp_path / "other", path)
+            elif times == 2:
+                ends = {"grows": size + 4, "shrinks": size - 4, "loses its header": 20}
+                os.truncate(path, ends[change])
+        return real(name, *args, **options)
+
+    monkeypatch.setattr("builtins.open", changing)
+    assert refusal(path) == ["x.safetensors: changed while it was read"]
+    assert times == 2
