@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import pymerge
 from pymerge import AdaMerging, RequestError
 from pymerge.adamerging import pack_trimmed
+from pymerge.adamerging.layers import Grouping, group_layers
 from pymerge.ops.reference.packed import unpack
 
 State = dict[str, torch.Tensor]
@@ -147,6 +148,43 @@ def test_granularity(granularity: Any, groups: list[str]) -> None:
     ada(torch.randn(2, 8)).sum().backward()
     assert ada.raw_coefficients.grad is not None
     assert ada.raw_coefficients.grad.shape == (3, len(groups))
+
+
+class Nested(nn.Module):
+    """Modules within modules, and a parameter outside of any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4, bias=False))
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.enc(x) * self.scale
+
+
+def test_a_module_is_the_innermost_one() -> None:
+    names = ["enc.0.weight", "enc.0.bias", "enc.1.weight", "scale"]
+    grouping = group_layers(names, "module")
+    assert grouping == Grouping(("enc.0", "enc.1", "scale"), (0, 0, 1, 2))
+    deep = ["a.b.0.q.weight", "a.b.1.q.weight", "a.b.0.q.bias", "a.b.0.weight", "a.weight"]
+    expected = Grouping(("a.b.0.q", "a.b.1.q", "a.b.0", "a"), (0, 1, 0, 2, 3))
+    assert group_layers(deep, "module") == expected
+    torch.manual_seed(0)
+    net = Nested()
+    base = {name: t.clone() for name, t in net.state_dict().items()}
+    models = [{name: t + torch.randn_like(t) for name, t in base.items()} for _ in range(2)]
+    ada = AdaMerging(net, base, models, "module", init=[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    assert ada.grouping.names == ("scale", "enc.0", "enc.1")
+    merged = ada.merged_state_dict()
+    for name, (first, second) in {
+        "scale": (0.1, 0.4),
+        "enc.0.weight": (0.2, 0.5),
+        "enc.0.bias": (0.2, 0.5),
+        "enc.1.weight": (0.3, 0.6),
+    }.items():
+        tau = [model[name] - base[name] for model in models]
+        expected_tensor = base[name] + first * tau[0] + second * tau[1]
+        torch.testing.assert_close(merged[name], expected_tensor)
 
 
 def test_works_in_functional_call_autocast_and_gradient_checkpointing() -> None:

@@ -95,6 +95,84 @@ def test_batches_are_padded_by_a_function() -> None:
         ada.fit(data, steps=1, join="concatenate", progress=False)
 
 
+class Tagger(nn.Module):
+    """Predicts something at every token, padding too: only the mask says which ones count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.embed(ids)))
+
+
+def padded(texts: list[list[int]], side: str, more: int, token: int) -> dict[str, torch.Tensor]:
+    """Return a batch of texts of any lengths, padded on a side beyond the longest."""
+    length = max(len(text) for text in texts) + more
+    ids, mask = [], []
+    for text in texts:
+        free = length - len(text)
+        own, counts = [token] * free, [0] * free
+        ids.append(own + text if side == "left" else text + own)
+        mask.append(counts + [1] * len(text) if side == "left" else [1] * len(text) + counts)
+    return {"ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def joined(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pad the batches of all tasks on the right to one length."""
+    length = max(batch["ids"].shape[1] for batch in batches)
+    return {
+        key: torch.cat([nn.functional.pad(b[key], (0, length - b[key].shape[1])) for b in batches])
+        for key in batches[0]
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"batches_per_task": 1},
+        {"batches_per_task": 2, "accumulate": "coefficients", "weights": [2.0, 0.5, 1.0]},
+        {"batches_per_task": 1, "tokens": 3},
+    ],
+)
+def test_each_task_may_pad_in_its_own_way(how: dict[str, Any]) -> None:
+    """Other lengths, sides and amounts: of each task, its own tokens count, and no others."""
+    torch.manual_seed(3)
+    net = Tagger()
+    base = {n: t.clone() for n, t in net.state_dict().items()}
+    models = [{n: t + 0.5 * torch.randn_like(t) for n, t in base.items()} for _ in range(3)]
+    styles = [("left", 0, 9), ("right", 3, 8), ("right", 0, 10)]
+    data = []
+    for task, (side, more, token) in enumerate(styles):
+        batches = []
+        for number in range(2):
+            lengths = [[2, 5, 3], [4, 1, 5], [6, 2, 2]][(task + number) % 3]
+            texts = [torch.randint(0, 8, (length,)).tolist() for length in lengths]
+            batches.append(padded(texts, side, more, token))
+        data.append(batches)
+    histories, learned = [], []
+    for join in (None, joined):
+        ada = AdaMerging(net, base, models)
+        result = ada.fit(data, steps=5, lr=0.02, join=join, progress=False, **how)
+        histories.append([row["tasks"] for row in result.history])
+        learned.append(ada.raw_coefficients.detach())
+    torch.testing.assert_close(torch.tensor(histories[0]), torch.tensor(histories[1]))
+    torch.testing.assert_close(*learned, rtol=0, atol=1e-5)
+    if "tokens" in how:
+        return
+    # And what it says is the mean over the tokens of the text, by themselves.
+    start = AdaMerging(net, base, models)
+    for task, batches in enumerate(data):
+        means = []
+        for batch in batches[: how["batches_per_task"]]:
+            logits = start(batch["ids"][batch["attention_mask"] != 0], None)
+            means.append(torch.distributions.Categorical(logits=logits).entropy().mean())
+        assert histories[0][0][task] == pytest.approx(
+            float(torch.stack(means).detach().mean()), rel=1e-5
+        )
+
+
 def test_structured_batches_and_outputs() -> None:
     @dataclass
     class Output:
