@@ -54,6 +54,50 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
     assert search(tmp_path / "out").resumed == 0
 
 
+def test_a_study_is_resumed_again_after_a_torn_line(tmp_path: Path) -> None:
+    """What is left of a line is taken away before another is written behind it."""
+    whole = search(tmp_path / "out")
+    journal = tmp_path / "out" / "study.jsonl"
+    content = journal.read_bytes()
+    last = content.splitlines(keepends=True)[-1]
+    journal.write_bytes(content[: -len(last) // 2])
+    assert search(tmp_path / "out").resumed == 11
+    for budget in (12, 12, 13):
+        again = search(tmp_path / "out", budget=budget)
+        assert again.resumed == 12
+        assert told(again.trials)[:12] == told(whole.trials)
+        assert not any("incomplete" in warning for warning in again.warnings)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 13
+    assert [json.loads(line)["number"] for line in lines[1:]] == list(range(13))
+
+
+@pytest.mark.parametrize("left", [1, 2, -2, -1])
+@pytest.mark.parametrize("torn", [0, 1, 3])
+def test_a_line_may_be_torn_anywhere(torn: int, left: int, tmp_path: Path) -> None:
+    """Of the header or of a trial, with one byte written or all but the end of the line."""
+    from pymerge.search.journal import Journal, Trial
+
+    trials = [Trial(number, {"w": number / 8}, "complete", 0.5) for number in range(6)]
+    trials[2] = Trial(2, {"w": 0.25}, "failed", error="gr\u00f6\u00dfer\n\u2028\x0b als erlaubt")
+    path = tmp_path / "study.jsonl"
+    journal = Journal(tmp_path, {"seed": 3})
+    for trial in trials:
+        journal.add(trial)
+    journal.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = max(0, torn - 1)  # trials before the torn line; line 0 is the header
+    path.write_bytes(b"".join(lines[:torn]) + lines[torn][:left])
+    for resumed in range(3):
+        journal = Journal(tmp_path, {"seed": 3})
+        assert list(journal.trials.values()) == trials[: kept + resumed]
+        assert bool(journal.warnings) == (resumed == 0 and torn > 0)
+        journal.add(trials[kept + resumed])
+        journal.close()
+        count = 1 + kept + resumed + 1
+        assert path.read_bytes().splitlines(keepends=True) == lines[:count]
+
+
 def test_a_study_of_another_configuration_is_refused(tmp_path: Path) -> None:
     search(tmp_path / "out", budget=2)
     merge = study()["merge"]
