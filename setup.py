@@ -275,7 +275,8 @@ setup(
     # Installed at top level, `triton_kernels` would shadow another project's package.
     package_dir={"pymerge": "pymerge", "pymerge.triton_kernels": "triton_kernels"},
     package_data={
-        "pymerge": ["py.typed", "*.pyi"],
+        "": ["*.pyi"],
+        "pymerge": ["py.typed"],
         "pymerge.analysis": ["assets/*.css", "assets/*.js"],
     },
     ext_modules=[native_extension()] if NATIVE else [],

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("ops",),
     ("memory",),
-    ("byte_sizes", "dtypes", "entry", "hashing"),
+    ("byte_sizes", "dtypes", "entry", "hashing", "lazy"),
     ("errors", "_version", "_C"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

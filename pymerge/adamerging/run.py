@@ -5,53 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from pymerge.adamerging.config import AdaConfig, read_config
-from pymerge.adamerging.correlations import batch_labels, require_scipy
-from pymerge.adamerging.fit import FitResult, batch_inputs
-from pymerge.adamerging.join import Join
+from pymerge.adamerging.config import read_config
+from pymerge.adamerging.correlations import require_scipy
+from pymerge.adamerging.entry_point import call_entry
+from pymerge.adamerging.fit import FitResult
 from pymerge.adamerging.module import AdaMerging
 from pymerge.byte_sizes import parse_size
-from pymerge.entry import as_setup, call_function
 from pymerge.errors import RequestError
 from pymerge.merging.report import MergeReport
 
-__all__ = ["AdaSetup", "run_ada"]
-
-
-@dataclass
-class AdaSetup:
-    """What a config's entry point returns (or a dictionary of the same).
-
-    model: the architecture. loaders: for each task, an iterable of batches without or with labels
-    (which are not used). heads: for each task, what makes logits, or None. inputs: what the model
-    is called with; see `pymerge.adamerging.fit.batch_inputs`. labelled: for each task, batches with
-    labels, for the correlation of entropy and loss; or None. labels: what they are, a function of a
-    batch; see `pymerge.adamerging.correlations`. join: instead of the config's; see
-    `pymerge.adamerging.fit.fit`.
-    """
-
-    model: nn.Module
-    loaders: Sequence[Iterable[Any]]
-    heads: Sequence[Callable[..., Any]] | None = None
-    inputs: Callable[[Any], Any] = batch_inputs
-    labelled: Sequence[Iterable[Any]] | None = None
-    labels: Callable[[Any], torch.Tensor] = batch_labels
-    join: str | Join | None = None
-
-
-def _entry(config: AdaConfig) -> AdaSetup:
-    """Call the entry point and check what it returns."""
-    values, where = config.values, config.where("entry")
-    found = call_function(values.entry, values.arguments, where, config.where("arguments"))
-    return as_setup(found, AdaSetup, f"{where}: {values.entry}")
+__all__ = ["run_ada"]
 
 
 def run_ada(
@@ -91,7 +57,7 @@ def run_ada(
     problems = OutputDirectory(out, force=force, inputs=inputs).check()
     if problems:
         raise RequestError(problems)
-    setup = _entry(read)
+    setup = call_entry(read)
     if setup.labelled is not None:
         require_scipy()
     clamp: Any = values.clamp

@@ -1,0 +1,48 @@
+"""The names of a package, listed once in its stub `__init__.pyi`, and loaded when first asked for.
+
+Editors and type checkers read the stub; `pymerge --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["names_of_stub"]
+
+
+def names_of_stub(
+    package: str, file: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return a package's `__getattr__`, `__dir__` and `__all__`.
+
+    Args:
+        package: its `__name__`.
+        file: its `__file__`. Beside it, `__init__.pyi` has a line `from MODULE import NAME as NAME`
+            for each name.
+    """
+    stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    homes = {
+        alias.asname: (str(line.module), alias.name)
+        for line in stub.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+        if alias.asname is not None
+    }
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, own = homes[name]
+        value = getattr(import_module(module), own)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        return sorted(homes.keys() | vars(sys.modules[package]).keys())
+
+    return load, names, sorted(homes)
