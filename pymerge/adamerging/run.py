@@ -15,7 +15,9 @@ from pymerge.adamerging.fit import FitResult
 from pymerge.adamerging.module import AdaMerging
 from pymerge.byte_sizes import parse_size
 from pymerge.errors import RequestError
+from pymerge.merging.publish import check_output
 from pymerge.merging.report import MergeReport
+from pymerge.output import write_file
 
 __all__ = ["run_ada"]
 
@@ -50,13 +52,8 @@ def run_ada(
     parse_size(memory, "memory")
     read, out = read_config(config), Path(out)
     values = read.values
-    from pymerge.output import OutputDirectory
-
-    inputs = [Path(one) for one in read.files]
     # Hours may go into the fit: what would stop the writing is found before.
-    problems = OutputDirectory(out, force=force, inputs=inputs).check()
-    if problems:
-        raise RequestError(problems)
+    check_output(out, read.files, force=force)
     setup = call_entry(read)
     if setup.labelled is not None:
         require_scipy()
@@ -132,4 +129,4 @@ def _write_side(ada: AdaMerging, result: FitResult, side: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

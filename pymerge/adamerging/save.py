@@ -85,8 +85,8 @@ def _save_tensors(ada: AdaMerging, out: Path, *, force: bool, shard_size: int | 
     from pymerge.byte_sizes import parse_size
     from pymerge.checkpoint import torch_dtype
     from pymerge.dtypes import DTYPES
-    from pymerge.output import OutputDirectory, OutputTensor, ShardWriter, plan_layout
-    from pymerge.output.layout import INDEX_NAME
+    from pymerge.merging.publish import Publication
+    from pymerge.output import OutputTensor, plan_layout
 
     codes = {torch_dtype(code): code for code in DTYPES}
     fixed = ada.fixed_tensors()
@@ -94,14 +94,12 @@ def _save_tensors(ada: AdaMerging, out: Path, *, force: bool, shard_size: int | 
     kinds |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in fixed.items()}
     outputs = [OutputTensor(name, codes[kind], shape) for name, (kind, shape) in kinds.items()]
     layout = plan_layout(outputs, parse_size(shard_size, "shard_size"))
-    with OutputDirectory(out, force=force, inputs=[]) as directory:
-        with ShardWriter(directory.path, layout) as writer:
+    with Publication(out, [], force=force) as output:
+        output.begin()
+        with output.shards(layout) as writer:
             for name in layout.order:
                 tensor = fixed[name] if name in fixed else ada.merged_tensor(name)
                 flat = tensor.detach().cpu().contiguous().view(-1)
                 for start, piece in writer.pieces(name):
                     piece.tensor().copy_(flat[start : start + piece.numel()])
-            writer.finish()
-        if layout.index is not None:
-            (directory.path / INDEX_NAME).write_bytes(layout.index)
-        directory.commit()
+        output.commit()

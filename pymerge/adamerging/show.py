@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.errors import RequestError
+from pymerge.output import write_file
 
 if TYPE_CHECKING:
     from pymerge.adamerging.coefficients import Coefficients
@@ -87,7 +88,7 @@ def save_html(table: Coefficients, path: Path) -> None:
         f"<table><thead><tr><th>group</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         "</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def _range(table: Coefficients) -> tuple[float, float]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pymerge.adapters.combine import (
@@ -21,14 +20,14 @@ from pymerge.adapters.combine import (
 from pymerge.adapters.dialects import PARAMETERS
 from pymerge.adapters.onto import merge_onto_base
 from pymerge.checkpoint.peft.adapter import Adapter
-from pymerge.checkpoint.peft.files import load, write
+from pymerge.checkpoint.peft.files import CODES, load, write
 from pymerge.config.reader import config_of, read_document
 from pymerge.config.schema import dotted, shown
 from pymerge.config.yaml_lines import YamlPath
-from pymerge.errors import MergeError, RequestError, nearest
+from pymerge.errors import RequestError, nearest
 from pymerge.merging.progress import Recorder
+from pymerge.merging.publish import Publication
 from pymerge.merging.report import MergeReport, versions
-from pymerge.output import OutputDirectory
 from pymerge.plan.parameters import resolve_parameters, unused_filters
 
 __all__ = ["REPORT", "AdaptersReport", "run_merge_adapters"]
@@ -36,7 +35,6 @@ __all__ = ["REPORT", "AdaptersReport", "run_merge_adapters"]
 REPORT = "pymerge_adapters.json"
 _OWN = ("rank", "energy", "saved", "dtype")
 _KNOWN = ("merge_method", "models", "parameters", *_OWN)
-_DTYPES = ("float32", "bfloat16", "float16")
 # Stands in the place of a base in a configuration of adapters, which need none.
 _NO_BASE = "(zero)"
 
@@ -103,26 +101,28 @@ def run_merge_adapters(
             adapters.
         MergeError: the output could not be written.
     """
-    started = time.monotonic()
     request = _Request(config)
-    directory = OutputDirectory(Path(out), force=force, inputs=[Path(p) for p in request.paths])
-    problems = request.problems + directory.check()
-    adapters: list[Adapter] = []
-    try:
+    with ExitStack() as opened:
+        adapters: list[Adapter] = []
+        output = Publication(out, request.paths, force=force, quiet=quiet)
+        output.problems += request.problems
         for path, name in zip(request.paths, request.names, strict=True):
-            _open(path, name, adapters, problems)
-        if problems:
-            raise RequestError(problems)
-        if request.onto_base:
+            label = f"{name} ({path})"
+            adapter = output.collect(lambda path=path, label=label: load(path, label))
+            if adapter is not None:
+                opened.callback(adapter.close)
+                adapters.append(adapter)
+        if request.onto_base and not output.problems:
             return request.merge_onto_base(
                 adapters, out, seed=seed, force=force, quiet=quiet, **options
             )
-        with Recorder(quiet=quiet) as recorder, directory:
-            merged = request.merge(adapters, seed, recorder)
+        with output:
+            output.begin()
+            merged = request.merge(adapters, seed, output.recorder)
             ranks = sorted(module.rank for module in merged.modules.values())
             report = AdaptersReport(
                 request.method,
-                str(Path(out).absolute()),
+                str(output.out.absolute()),
                 request.document_text,
                 {
                     adapter.label: {str(path): size for path, size in adapter.files}
@@ -133,30 +133,9 @@ def run_merge_adapters(
                 merged.captured,
                 warnings=[*request.warnings, *(w for one in adapters for w in one.warnings)],
             )
-            recorder.phase("write", 0)
-            write(merged, directory.path, request.dtype)
-            report.seconds = time.monotonic() - started
-            _write(directory.path / REPORT, report.to_json())
-            directory.commit()
-        report.warnings += directory.warnings
-        return report
-    finally:
-        for adapter in adapters:
-            adapter.close()
-
-
-def _open(path: str, name: str, adapters: list[Adapter], problems: list[str]) -> None:
-    try:
-        adapters.append(load(path, f"{name} ({path})"))
-    except RequestError as error:
-        problems += error.problems
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
+            output.recorder.phase("write", 0)
+            write(merged, output.path, request.dtype)
+            return output.publish(report, REPORT)
 
 
 class _Request:
@@ -192,7 +171,7 @@ class _Request:
             check_rank(self.rank, self.energy, self.method, self._document.name)
         except RequestError as error:
             self.problems += error.problems
-        for key, known in (("saved", ("error", "drop")), ("dtype", _DTYPES)):
+        for key, known in (("saved", ("error", "drop")), ("dtype", tuple(CODES))):
             value = self._document.data.get(key)
             if value is not None and value not in known:
                 self.problems.append(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,12 @@ from pymerge.checkpoint.peft.build import Factors, lora
 from pymerge.checkpoint.peft.files import CODES, write
 from pymerge.dtypes import DTYPES, FLOATS
 from pymerge.engine.work import slices
-from pymerge.errors import MergeError, NonFiniteError, RequestError, nearest
+from pymerge.errors import NonFiniteError, RequestError, nearest
 from pymerge.merging.progress import Recorder
+from pymerge.merging.publish import Publication
 from pymerge.ops.array import Array, widen
 from pymerge.ops.native.low_rank import store
 from pymerge.ops.threads import torch_threads
-from pymerge.output import OutputDirectory
 
 __all__ = ["EXTRACT_REPORT", "ExtractReport", "Extracted", "extract_lora"]
 
@@ -104,38 +102,30 @@ def extract_lora(
            [2., 4.],
            [0., 0.]], dtype=float32)
     """
-    started = time.monotonic()
     if rank is None and energy is None:
         rank = 16
-    problems = _check(rank, energy, max_rank, method, dtype, seed)
-    directory = OutputDirectory(Path(out), force=force, inputs=[Path(base), Path(model)])
-    problems += directory.check()
-    opened: list[Checkpoint] = []
-    try:
-        for path, name in ((base, "base"), (model, "model")):
-            _open(path, name, opened, problems)
-        if len(opened) == 2:
-            problems += _compare(*opened)
-        if problems:
-            raise RequestError(problems)
-        chooser = Chooser(modules, exclude, opened[1].config, fan_in_fan_out)
-        report = ExtractReport(str(Path(out).absolute()), os.fspath(base), os.fspath(model))
-        report.warnings = [text for checkpoint in opened for text in checkpoint.warnings]
+    with Publication(out, [base, model], force=force, quiet=quiet) as output:
+        output.problems += _check(rank, energy, max_rank, method, dtype, seed)
+        opened = [
+            output.open(lambda path=path, label=label: open_checkpoint(path, label))
+            for path, name in ((base, "base"), (model, "model"))
+            for label in [f"{name} ({os.fspath(path)})"]
+        ]
+        before, after = opened
+        if before is not None and after is not None:
+            output.problems += _compare(before, after)
+        output.begin()
+        assert before is not None
+        assert after is not None
+        chooser = Chooser(modules, exclude, after.config, fan_in_fan_out)
+        report = ExtractReport(str(output.out.absolute()), os.fspath(base), os.fspath(model))
+        report.warnings = [*before.warnings, *after.warnings]
         options = {"rank": rank, "energy": energy, "most": max_rank, "method": method}
-        with Recorder(quiet=quiet) as recorder:
-            work = _Work(opened[0], opened[1], chooser, options, CODES[dtype], seed, prefix, report)
-            work.run(recorder, save_changed)
-            recorder.phase("write", 0)
-            with directory:
-                write(work.adapter(), directory.path, dtype)
-                report.seconds = time.monotonic() - started
-                _write_report(directory.path / EXTRACT_REPORT, report)
-                directory.commit()
-        report.warnings += directory.warnings
-        return report
-    finally:
-        for checkpoint in opened:
-            checkpoint.close()
+        work = _Work(before, after, chooser, options, CODES[dtype], seed, prefix, report)
+        work.run(output.recorder, save_changed)
+        output.recorder.phase("write", 0)
+        write(work.adapter(), output.path, dtype)
+        return output.publish(report, EXTRACT_REPORT)
 
 
 def _check(rank: Any, energy: Any, max_rank: Any, method: str, dtype: str, seed: Any) -> list[str]:
@@ -166,15 +156,6 @@ def _check(rank: Any, energy: Any, max_rank: Any, method: str, dtype: str, seed:
     return problems
 
 
-def _open(
-    path: str | os.PathLike[str], name: str, opened: list[Checkpoint], problems: list[str]
-) -> None:
-    try:
-        opened.append(open_checkpoint(path, f"{name} ({os.fspath(path)})"))
-    except RequestError as error:
-        problems += error.problems
-
-
 def _compare(base: Checkpoint, model: Checkpoint) -> list[str]:
     problems: list[str] = []
     for one, other in ((base, model), (model, base)):
@@ -190,13 +171,6 @@ def _compare(base: Checkpoint, model: Checkpoint) -> list[str]:
                 f"{model.label}: '{name}' has shape {info.shape}, expected {own.shape} like base"
             )
     return problems[: 2 * _SHOWN]
-
-
-def _write_report(path: Path, report: ExtractReport) -> None:
-    try:
-        path.write_text(report.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class _Work:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pymerge.config import ModelEntry
+from pymerge.config.reader import plain_config
 from pymerge.merging.files import merge_checkpoints
 from pymerge.merging.report import MergeReport
+from pymerge.methods.directions.record import PASSTHROUGH
 
 __all__ = ["fold"]
 
@@ -51,10 +54,6 @@ def fold(
     array([[2., 3.],
            [2., 3.]], dtype=float32)
     """
-    config: dict[str, Any] = {
-        "merge_method": "passthrough",
-        "models": [{"model": {"model": os.fspath(base), "lora": os.fspath(adapter)}}],
-    }
-    if dtype is not None:
-        config["dtype"] = dtype
+    model = ModelEntry(os.fspath(base), {}, "fold", "models[0]", os.fspath(adapter))
+    config: Any = plain_config(PASSTHROUGH, [model], dtype, where="fold")
     return merge_checkpoints(config, out, **options)

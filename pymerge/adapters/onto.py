@@ -6,11 +6,7 @@ Nothing is rounded in between: deltas are merged in float32, added to the base, 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,29 +15,26 @@ from pymerge.adapters.deltas import DeltaSource
 from pymerge.checkpoint import Checkpoint
 from pymerge.checkpoint.peft.adapted import bound
 from pymerge.checkpoint.peft.adapter import Adapter, Module
-from pymerge.config import MergeConfig, load_config
+from pymerge.config import MergeConfig
+from pymerge.config.reader import plain_config
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute
 from pymerge.engine.work import Work
-from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
-from pymerge.memory import PeakMemory, most_bins
-from pymerge.merging.card import model_card
-from pymerge.merging.progress import Recorder
+from pymerge.errors import CheckpointError, NonFiniteError, RequestError
+from pymerge.memory import most_bins
+from pymerge.merging.publish import Publication
 from pymerge.merging.report import (
-    REPORT_NAME,
     InputFile,
     InputReport,
     MergeReport,
-    OutputReport,
-    package_version,
 )
+from pymerge.methods.directions.record import PASSTHROUGH
 from pymerge.ops.array import Array, Flat, widen
 from pymerge.ops.call import call
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
 from pymerge.ops.threads import kernel_threads
-from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
-from pymerge.output.layout import INDEX_NAME
+from pymerge.output import ShardWriter
 from pymerge.plan import MergePlan, make_plan
 from pymerge.plan.parameters import resolve_parameters, unused_filters
 
@@ -77,70 +70,42 @@ def merge_onto_base(
     Raises:
         RequestError, MergeError: as `merge_checkpoints`.
     """
-    started = time.monotonic()
-    base = str(config.base_model)
-    plain: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": base}]}
-    if dtype is not None:
-        plain["dtype"] = dtype
-    inputs = [Path(base), *(one.path for one in adapters if one.path is not None)]
-    directory = OutputDirectory(Path(out), force=force, inputs=inputs)
-    problems = directory.check()
-    with ExitStack() as stack:
-        peak = stack.enter_context(PeakMemory())
-        recorder = stack.enter_context(Recorder(quiet=quiet))
-        recorder.phase("plan", 0)
-        try:
-            plan = stack.enter_context(
-                make_plan(
-                    load_config(plain),
-                    memory=memory,
-                    shard_size=shard_size,
-                    threads=threads,
-                    seed=seed,
-                )
-            )
-        except RequestError as error:
-            raise RequestError([*problems, *error.problems]) from None
-        request = _Bound(plan.models[0], config, adapters, saved, problems)
-        if problems:
-            raise RequestError(problems)
-        stack.enter_context(kernel_threads(plan.threads))
-        with directory:
-            runner = _stream(plan, request, adapters, directory.path, seed, recorder)
-            recorder.phase("finish", 0)
-            _finish(plan, config, directory.path, Path(out).name)
-            result = MergeReport(
-                method=config.method.name,
-                config=config.raw,
-                config_text=config.text,
+    base = config.base
+    assert base is not None
+    inputs = [*(path for path in (base.path, base.adapter) if path is not None)]
+    inputs += [str(one.path) for one in adapters if one.path is not None]
+    with Publication(out, inputs, force=force, quiet=quiet) as output:
+        # The tensors, their dtypes, files and memory are those of a copy of the base.
+        plan = output.open(
+            lambda: make_plan(
+                plain_config(PASSTHROUGH, [base], dtype, where=config.where),
+                memory=memory,
+                shard_size=shard_size,
+                threads=threads,
                 seed=seed,
-                backend="cpu" if cpu.reason() is None else "reference",
-                isa=cpu.build().get("isa"),
-                device="cpu",
-                threads=plan.threads,
-                inputs=_inputs(plan, adapters),
-                output=OutputReport(
-                    str(Path(out).absolute()),
-                    {shard.filename: shard.nbytes for shard in plan.layout.shards},
-                    sum(shard.nbytes for shard in plan.layout.shards),
-                ),
-                tensors=len(plan.tensors),
-                parameters=plan.parameters_count,
-                phases=recorder.phases,
-                seconds=time.monotonic() - started,
-                peak_anonymous=peak.anonymous,
-                peak_resident=peak.resident,
-                warnings=[*request.warnings, *(w for one in adapters for w in one.warnings)],
-                backends=dict(sorted(runner.ran.items())),
-                why="the deltas of adapters are merged, and added to the base",
             )
-            _write(directory.path / REPORT_NAME, result.to_json())
-            directory.commit()
-        result.warnings += directory.warnings
-        recorder.close()
-        result.seconds = time.monotonic() - started
-        result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
-    return result
+        )
+        request = None
+        if plan is not None:
+            request = _Bound(plan.models[0], config, adapters, saved, output.problems)
+        output.begin()
+        assert plan is not None
+        assert request is not None
+        output.keep(kernel_threads(plan.threads))
+        runner = _stream(plan, request, adapters, output, seed)
+        output.describe(plan, config)
+        result = output.merge_report(
+            plan,
+            config,
+            backend="cpu" if cpu.reason() is None else "reference",
+            isa=cpu.build().get("isa"),
+            device="cpu",
+            inputs=_inputs(plan, adapters),
+            warnings=[*request.warnings, *(w for one in adapters for w in one.warnings)],
+            backends=dict(sorted(runner.ran.items())),
+            why="the deltas of adapters are merged, and added to the base",
+        )
+        return output.publish(result)
 
 
 class _Bound:
@@ -276,9 +241,8 @@ def _stream(
     plan: MergePlan,
     request: _Bound,
     adapters: Sequence[Adapter],
-    directory: Path,
+    output: Publication,
     seed: int,
-    recorder: Recorder,
 ) -> Runner:
     works = [
         Work(name, planned.numel, False, False, request.resolved[name], module.matrix)
@@ -287,36 +251,20 @@ def _stream(
     ]
     spec = request.spec
     source = _Source(adapters, request, spec.with_base(True))
-    writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
     runner = Runner("auto")
     nan = works[0].parameters.get("nan", "error")
-    sink = _Sum(writer, plan, request.whole, runner, nan)
     context = Context(
         backend=runner,
         bins=most_bins(len(adapters)),
         nan=nan,
         seed=seed,
-        progress=recorder,
+        progress=output.recorder,
     )
-    try:
+    with output.shards(plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots) as writer:
+        sink = _Sum(writer, plan, request.whole, runner, nan)
         execute(spec, works, source, sink, context)
         sink.finish()
-        recorder.phase("write", 0)
-        writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
-    if plan.layout.index is not None:
-        _write(directory / INDEX_NAME, plan.layout.index.decode())
     return runner
-
-
-def _finish(plan: MergePlan, config: MergeConfig, directory: Path, name: str) -> None:
-    dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
-    one = dtypes.pop() if len(dtypes) == 1 else None
-    copied = copy_side_files(plan.side_files, directory, dtype=one)
-    card = model_card(name, config, version=package_version(), side_files=copied)
-    _write(directory / "README.md", card)
 
 
 def _inputs(plan: MergePlan, adapters: Sequence[Adapter]) -> list[InputReport]:
@@ -327,10 +275,3 @@ def _inputs(plan: MergePlan, adapters: Sequence[Adapter]) -> list[InputReport]:
         files = [InputFile(path.name, size) for path, size in adapter.files]
         reports.append(InputReport(adapter.label, str(adapter.path), files))
     return reports
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error

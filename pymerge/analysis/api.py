@@ -221,21 +221,23 @@ def _open(base: Any, models: list[Any], names: Sequence[str] | None, stack: Exit
 def _open_files(
     base: Any, models: list[Any], names: Sequence[str] | None, stack: ExitStack
 ) -> _Opened:
-    from pymerge.config import load_config
+    from pymerge.config import ModelEntry
+    from pymerge.config.schema import read_reference
     from pymerge.merging.files import CheckpointSource
     from pymerge.plan.inputs import header, open_inputs
 
-    config = load_config(
-        {
-            "merge_method": "task_arithmetic",
-            "base_model": os.fspath(base),
-            "models": [
-                {"model": os.fspath(model), "parameters": {"weight": 1.0}} for model in models
-            ],
-        },
-        "analyze",
-    )
-    inputs = open_inputs(config)
+    problems: list[str] = []
+
+    def entry(path: Any, label: str) -> ModelEntry | None:
+        where = f"analyze: {label}"
+        found = read_reference(os.fspath(path), (), lambda _: where, problems)
+        return found and ModelEntry(found.path, {}, where, label, found.adapter)
+
+    given = entry(base, "base_model")
+    entries = [entry(model, f"models[{k}]") for k, model in enumerate(models)]
+    if problems:
+        raise RequestError(problems)
+    inputs = open_inputs([one for one in entries if one is not None], given)
     stack.callback(inputs.close)
     if inputs.problems:
         raise RequestError(inputs.problems)

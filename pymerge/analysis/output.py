@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.analysis.records import Analysis, Group
-from pymerge.errors import MergeError
-from pymerge.output import OutputDirectory
+from pymerge.merging import publish
+from pymerge.output import OutputDirectory, write_file
 
 __all__ = ["JSON", "check_output", "load_analysis", "tables", "write_analysis"]
 
@@ -57,11 +57,8 @@ def write_analysis(
     directory = OutputDirectory(Path(out), force=force, inputs=_inputs(analysis))
     texts = _texts(analysis)
     with directory:
-        try:
-            for name, text in texts.items():
-                (directory.path / name).write_bytes(text.encode())
-        except OSError as error:
-            raise MergeError(f"out ({out}): cannot be written: {error}") from error
+        for name, text in texts.items():
+            write_file(directory.path / name, text.encode())
         if html and has_report():
             from pymerge.analysis import report
 
@@ -79,11 +76,7 @@ def check_output(
     inputs: Sequence[Path],
 ) -> None:
     """Raise RequestError if `write_analysis` would, before anything is read."""
-    from pymerge.errors import RequestError
-
-    problems = OutputDirectory(Path(out), force=force, inputs=inputs).check()
-    if problems:
-        raise RequestError(problems)
+    publish.check_output(out, inputs, force=force)
     if html and has_report():
         from pymerge.analysis import report
 

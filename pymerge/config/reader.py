@@ -8,7 +8,7 @@ refused by name, never ignored.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -29,7 +29,7 @@ from pymerge.errors import RequestError
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 
-__all__ = ["config_of", "load_config", "read_document"]
+__all__ = ["config_of", "load_config", "plain_config", "read_document"]
 
 
 def load_config(
@@ -54,9 +54,42 @@ def read_document(
     """Return the YAML document of a configuration, and its text."""
     if isinstance(source, Mapping):
         data = _plain(source)
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        return LinedYaml(label, data), text
+        return LinedYaml(label, data), _text(data)
     return read_yaml(source)
+
+
+def plain_config(
+    method: MethodSpec, models: Sequence[ModelEntry], dtype: str | None = None, *, where: str
+) -> MergeConfig:
+    """Return the configuration of a merge that sets no parameters.
+
+    Args:
+        models: what is merged; there is no base.
+        dtype: name of the result's dtype; default that of each tensor.
+        where: what messages call it.
+
+    Raises:
+        RequestError: the dtype is unknown.
+    """
+    raw: dict[str, Any] = {
+        "merge_method": method.name,
+        "models": [
+            {"model": e.path if e.adapter is None else {"model": e.path, "lora": e.adapter}}
+            for e in models
+        ],
+    }
+    problems: list[str] = []
+    code = None
+    if dtype is not None:
+        raw["dtype"] = dtype
+        code = dtype_code(dtype, ("dtype",), lambda path: f"{where}: {dotted(path)}", problems)
+    if problems:
+        raise RequestError(problems)
+    return MergeConfig(method, None, tuple(models), {}, code, None, _text(raw), where, raw=raw)
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
 
 
 def config_of(document: LinedYaml, text: str) -> MergeConfig:

@@ -59,6 +59,13 @@ class MergeConfig:
     base_adapter: str | None = None
 
     @property
+    def base(self) -> ModelEntry | None:
+        """The base, whether the method works on it or only its other files are taken."""
+        if self.base_model is None:
+            return None
+        return ModelEntry(self.base_model, {}, self.base_where, "base_model", self.base_adapter)
+
+    @property
     def side_files_from(self) -> str:
         """The model whose config, tokenizer and other files the output gets."""
         return self.base_model if self.base_model is not None else self.models[0].path

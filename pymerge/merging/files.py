@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pymerge.byte_sizes import parse_size
 from pymerge.checkpoint import Checkpoint
-from pymerge.config import load_config
+from pymerge.config import MergeConfig, load_config
 from pymerge.engine.context import Context
 from pymerge.engine.execute import execute
 from pymerge.engine.work import Sink, Source, TensorStatistics, Work
-from pymerge.errors import MergeError, RequestError
 from pymerge.hashing import sha256_of
-from pymerge.memory import PeakMemory, available_memory
-from pymerge.merging.card import model_card
+from pymerge.memory import available_memory
 from pymerge.merging.gpu.device import open_device
 from pymerge.merging.gpu.place import Place, choose_place
 from pymerge.merging.gpu.staged import run_staged
 from pymerge.merging.progress import Recorder
-from pymerge.merging.report import (
-    REPORT_NAME,
-    InputFile,
-    InputReport,
-    MergeReport,
-    OutputReport,
-    package_version,
-)
+from pymerge.merging.publish import Publication
+from pymerge.merging.report import InputFile, InputReport, MergeReport
 from pymerge.ops.array import Flat
 from pymerge.ops.native import marshal as cpu
 from pymerge.ops.runner import Runner
 from pymerge.ops.threads import kernel_threads, torch_threads
-from pymerge.output import OutputDirectory, ShardWriter, copy_side_files
-from pymerge.output.layout import INDEX_NAME
 from pymerge.plan import MergePlan, make_plan
 from pymerge.plan.statistics import StatisticsFile, StatisticsInputs, statistics_paths
 
@@ -186,94 +174,50 @@ def merge_checkpoints(
         RequestError: something is wrong with the request or the inputs; lists every problem.
         MergeError: the output could not be written, or a GPU failed.
     """
-    started = time.monotonic()
-    settings = load_config(config if isinstance(config, Mapping) else Path(config))
-    problems: list[str] = []
-    place = Place("reference", None, "")
-    try:
-        place = choose_place(settings.dialect, device, backend, open_device)
-    except RequestError as error:
-        problems += error.problems
+    # Who has a configuration already gives that.
+    settings = config if isinstance(config, MergeConfig) else load_config(config)
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")
-    report_path = None if report is None else Path(report)
-    if report_path is not None and not report_path.parent.is_dir():
-        problems.append(f"report: the directory {report_path.parent} does not exist")
-    elif report_path is not None and report_path.is_dir():
-        problems.append(f"report: expected a file to write, got the directory {report_path}")
-
-    with ExitStack() as stack:
-        peak = stack.enter_context(PeakMemory())
-        recorder = stack.enter_context(Recorder(quiet=quiet))
-        recorder.phase("plan", 0)
-        plan: MergePlan | None = None
-        try:
-            plan = stack.enter_context(
-                make_plan(
-                    settings,
-                    memory=parse_size(memory, "memory"),
-                    shard_size=parse_size(shard_size, "shard_size"),
-                    threads=threads,
-                    seed=seed,
-                    device="cpu" if place.device is None else place.device.name,
-                    device_memory=budget,
-                )
-            )
-        except RequestError as error:
-            problems += error.problems
-        inputs = [*settings.paths, *statistics_paths(settings)]
-        directory = OutputDirectory(Path(out), force=force, inputs=[Path(path) for path in inputs])
-        problems += directory.check()
-        if problems or plan is None:
-            raise RequestError(problems)
-        input_reports = _describe_inputs(plan, recorder if checksums else None)
-
-        stack.enter_context(kernel_threads(plan.threads))
-        if place.backend == "reference" or place.device is not None:
-            stack.enter_context(torch_threads(plan.threads))
-        warnings = [*plan.warnings, *place.warnings]
-        with directory:
-            runner = _stream(plan, directory.path, place, recorder)
-            recorder.phase("finish", 0)
-            _write_side_files(plan, directory.path, Path(out).name, search)
-            result = MergeReport(
-                method=settings.method.name,
-                config=settings.raw,
-                config_text=settings.text,
+    inputs = [*settings.paths, *statistics_paths(settings)]
+    with Publication(out, inputs, force=force, quiet=quiet, report=report) as output:
+        place = output.collect(
+            lambda: choose_place(settings.dialect, device, backend, open_device)
+        ) or Place("reference", None, "")
+        plan = output.open(
+            lambda: make_plan(
+                settings,
+                memory=parse_size(memory, "memory"),
+                shard_size=parse_size(shard_size, "shard_size"),
+                threads=threads,
                 seed=seed,
-                backend=_who_ran(place, runner),
-                isa=cpu.build().get("isa") if place.backend == "cpu" else None,
-                device="cpu" if place.device is None else place.device.title,
-                threads=plan.threads,
-                inputs=input_reports,
-                output=OutputReport(
-                    str(Path(out).absolute()),
-                    {shard.filename: shard.nbytes for shard in plan.layout.shards},
-                    sum(shard.nbytes for shard in plan.layout.shards),
-                ),
-                tensors=len(plan.tensors),
-                parameters=plan.parameters_count,
-                phases=recorder.phases,
-                seconds=time.monotonic() - started,
-                peak_anonymous=peak.anonymous,
-                peak_resident=peak.resident,
-                warnings=warnings,
-                backends=dict(sorted(runner.ran.items())),
-                why=place.why,
-                peak_device=0 if place.device is None else place.device.peak(),
-                search=None if search is None else dict(search),
+                device="cpu" if place.device is None else place.device.name,
+                device_memory=budget,
             )
-            _write(directory.path / REPORT_NAME, result.to_json())
-            directory.commit()
-        result.warnings = warnings + directory.warnings
-        recorder.close()
-        result.seconds = time.monotonic() - started
-        result.peak_anonymous, result.peak_resident = peak.anonymous, peak.resident
-    if report_path is not None:
-        _write(report_path, result.to_json())
-    return result
+        )
+        output.begin()
+        assert plan is not None
+        input_reports = _describe_inputs(plan, output.recorder if checksums else None)
+        output.keep(kernel_threads(plan.threads))
+        if place.backend == "reference" or place.device is not None:
+            output.keep(torch_threads(plan.threads))
+        runner = _stream(plan, output, place)
+        output.describe(plan, settings, search)
+        result = output.merge_report(
+            plan,
+            settings,
+            backend=_who_ran(place, runner),
+            isa=cpu.build().get("isa") if place.backend == "cpu" else None,
+            device="cpu" if place.device is None else place.device.title,
+            inputs=input_reports,
+            warnings=[*plan.warnings, *place.warnings],
+            backends=dict(sorted(runner.ran.items())),
+            why=place.why,
+            peak_device=0 if place.device is None else place.device.peak(),
+            search=None if search is None else dict(search),
+        )
+        return output.publish(result)
 
 
-def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) -> Runner:
+def _stream(plan: MergePlan, output: Publication, place: Place) -> Runner:
     """Compute and write all tensors; return what ran."""
     works = [
         Work(
@@ -296,27 +240,20 @@ def _stream(plan: MergePlan, directory: Path, place: Place, recorder: Recorder) 
             nan=nan,
             seed=plan.seed,
             solvers=plan.memory.solvers,
-            progress=recorder,
+            progress=output.recorder,
         )
         execute(plan.config.method, works, source, sink, context)
 
     source = CheckpointSource(plan.base, plan.models, plan.statistics)
-    writer = ShardWriter(directory, plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots)
     runner = Runner(place.ops or place.backend)
     try:
-        if place.device is None:
-            run(runner, source, writer)
-        else:
-            runner = run_staged(place.device, place.backend, plan, run, source, writer)
-        recorder.phase("write", 0)
-        writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
+        with output.shards(plan.layout, slot_bytes=plan.slot_bytes, slots=plan.slots) as writer:
+            if place.device is None:
+                run(runner, source, writer)
+            else:
+                runner = run_staged(place.device, place.backend, plan, run, source, writer)
     finally:
         source.close()
-    if plan.layout.index is not None:
-        _write(directory / INDEX_NAME, plan.layout.index.decode())
     return runner
 
 
@@ -325,26 +262,6 @@ def _who_ran(place: Place, runner: Runner) -> str:
     if place.device is None or place.backend != "auto":
         return place.backend
     return ", ".join(sorted(set(runner.ran.values()))) or "auto"
-
-
-def _write_side_files(
-    plan: MergePlan, directory: Path, name: str, search: Mapping[str, Any] | None
-) -> None:
-    dtypes = {tensor.dtype for tensor in plan.tensors.values() if tensor.compute is not None}
-    copied = copy_side_files(
-        plan.side_files, directory, dtype=dtypes.pop() if len(dtypes) == 1 else None
-    )
-    card = model_card(
-        name, plan.config, version=package_version(), side_files=copied, search=search
-    )
-    _write(directory / "README.md", card)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _describe_inputs(plan: MergePlan, recorder: Recorder | None) -> list[InputReport]:

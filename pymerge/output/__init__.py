@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import Layout, OutputTensor, PlacedTensor, Shard, plan_layout
+from pymerge.output.replace import write_file
 from pymerge.output.side_files import copy_side_files
 from pymerge.output.writer import ShardWriter
 
@@ -16,4 +17,5 @@ __all__ = [
     "ShardWriter",
     "copy_side_files",
     "plan_layout",
+    "write_file",
 ]

@@ -1,5 +1,5 @@
 """Renames of directories that never overwrite by accident, and swap two where Linux can; files
-that are replaced as a whole."""
+that are written, or replaced as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pymerge.errors import MergeError
 
-__all__ = ["exchange", "rename_to_free_name", "replace_file"]
+__all__ = ["exchange", "rename_to_free_name", "replace_file", "write_file"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -20,6 +20,21 @@ _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a small file; text in UTF-8, and what that cannot hold as JSON escapes it.
+
+    Raises:
+        MergeError: it cannot be written.
+    """
+    try:
+        if isinstance(content, str):  # names of files need not be UTF-8
+            path.write_text(content, encoding="utf-8", errors="backslashreplace")
+        else:
+            path.write_bytes(content)
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def replace_file(path: Path, content: bytes, label: str = "") -> None:

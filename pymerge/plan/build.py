@@ -56,7 +56,9 @@ def make_plan(
     """
     problems = _check_numbers(memory, shard_size, threads, seed)
     threads = threads or default_threads()
-    inputs = open_inputs(config)
+    based = config.method.with_base(config.base is not None)
+    base, like = (config.base, None) if based else (None, config.base)
+    inputs = open_inputs(config.models, base, like=like, where=config.where)
     statistics = StatisticsInputs()
     try:
         statistics = open_statistics(config, inputs)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from pymerge.config import MergeConfig
+from pymerge.config import ModelEntry
 from pymerge.dtypes import COPIED, FLOATS
 from pymerge.errors import RequestError, nearest
 
@@ -51,17 +52,28 @@ def header(checkpoint: Checkpoint, name: str) -> TensorInfo:
     return checkpoint.tensors[checkpoint.tied[name]] if info is None else info
 
 
-def open_inputs(config: MergeConfig) -> Inputs:
-    """Open every checkpoint and compare it with the reference, collecting problems."""
+def open_inputs(
+    models: Sequence[ModelEntry],
+    base: ModelEntry | None = None,
+    *,
+    like: ModelEntry | None = None,
+    where: str = "",
+) -> Inputs:
+    """Open every checkpoint and compare it with the reference, collecting problems.
+
+    Args:
+        models, base: what is opened; the reference is the base.
+        like: without a base: the reference is the model that has its path, else the first; it must
+            exist, but is not opened.
+        where: the file that names them, for hints where a path is wrong.
+    """
     inputs = Inputs()
     missing = 0
     try:
-        if config.base_model is not None and config.method.with_base(True):
-            pair = (config.base_model, config.base_adapter)
-            inputs.base = _open(pair, "base_model", config.base_where, inputs, config)
-        for entry in config.models:
-            pair = (entry.path, entry.adapter)
-            model = _open(pair, entry.name, entry.where, inputs, config)
+        if base is not None:
+            inputs.base = _open(base, inputs, where)
+        for entry in models:
+            model = _open(entry, inputs, where)
             if model is None:
                 missing += 1
             else:
@@ -69,13 +81,13 @@ def open_inputs(config: MergeConfig) -> Inputs:
     except BaseException:
         inputs.close()
         raise
-    if config.base_model is not None and not config.method.with_base(True):
-        check_exists(config.base_model, config.base_where, inputs.problems, config)
+    if like is not None:
+        check_exists(like.path, like.where, inputs.problems, where)
 
-    if config.method.with_base(config.base_model is not None):
+    if base is not None:
         inputs.reference = inputs.base
     elif missing == 0:
-        inputs.reference = _like_base(config, inputs.models)
+        inputs.reference = _reference(models, inputs.models, like)
     for checkpoint in inputs.all:
         inputs.warnings += [f"{checkpoint.label}: {text}" for text in checkpoint.warnings]
         if inputs.reference is not None and checkpoint is not inputs.reference:
@@ -101,26 +113,26 @@ def folded_bytes(inputs: Inputs) -> int:
     return 2 * max(sizes.values(), default=0)
 
 
-def _like_base(config: MergeConfig, models: list[Checkpoint]) -> Checkpoint:
+def _reference(
+    entries: Sequence[ModelEntry], models: list[Checkpoint], like: ModelEntry | None
+) -> Checkpoint:
     """Return the model that gives the config files where it is merged too, else the first one."""
-    real = os.path.realpath(config.side_files_from)
-    for entry, model in zip(config.models, models, strict=True):
+    real = None if like is None else os.path.realpath(like.path)
+    for entry, model in zip(entries, models, strict=True):
         if entry.adapter is None and os.path.realpath(entry.path) == real:
             return model
     return models[0]
 
 
-def _open(
-    pair: tuple[str, str | None], name: str, where: str, inputs: Inputs, config: MergeConfig
-) -> Checkpoint | None:
+def _open(entry: ModelEntry, inputs: Inputs, where: str) -> Checkpoint | None:
     """Open a model, with its adapter folded in where it has one."""
-    path, adapter = pair
-    there = [check_exists(one, where, inputs.problems, config) for one in pair if one is not None]
+    paths = [path for path in (entry.path, entry.adapter) if path is not None]
+    there = [check_exists(path, entry.where, inputs.problems, where) for path in paths]
     if not all(there):
         return None
-    label = f"{name} ({path if adapter is None else f'{path}+{adapter}'})"
+    label = f"{entry.name} ({entry.shown})"
     try:
-        return open_model(path, adapter, label)
+        return open_model(entry.path, entry.adapter, label)
     except RequestError as error:
         inputs.problems += error.problems
     except OSError as error:
@@ -155,13 +167,19 @@ def _adapted(base: Checkpoint, path: str, label: str) -> Checkpoint:
         raise
 
 
-def check_exists(path: str, where: str, problems: list[str], config: MergeConfig) -> bool:
+def check_exists(path: str, where: str, problems: list[str], named_in: str) -> bool:
+    """Return whether a path exists; if not, add a problem that says where to look.
+
+    Args:
+        where: what the problem begins with.
+        named_in: the file that names the path.
+    """
     if os.path.exists(path):
         return True
     problem = f"{where}: no such file or directory: {path}"
     if not os.path.isabs(path):
         problem += f" (relative to the current directory, {os.getcwd()})"
-        beside = Path(config.where).parent / path
+        beside = Path(named_in).parent / path
         if beside.exists():
             problem += f"; it exists beside the config file: give {beside.resolve()}"
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):

@@ -123,7 +123,7 @@ def _open(
 ) -> StatisticsFile | None:
     kind = str(config.method.statistics)
     path = located(path, kind)
-    if not check_exists(path, where, found.problems, config):
+    if not check_exists(path, where, found.problems, config.where):
         return None
     label = f"{name} ({path})"
     try:

@@ -22,6 +22,7 @@ from pymerge.dtypes import DTYPES, FLOATS
 from pymerge.errors import CheckpointError, MergeError, RequestError, nearest
 from pymerge.ops.array import Array, widen
 from pymerge.ops.native.low_rank import store
+from pymerge.output import write_file
 from pymerge.output.layout import OutputTensor, plan_layout
 
 __all__ = ["CODES", "CONFIG", "WEIGHTS", "load", "save", "write"]
@@ -278,8 +279,8 @@ def write(adapter: Adapter, directory: Path, dtype: str | None) -> None:
     outputs = [OutputTensor(key, code, shape) for key, (_, shape, code) in tensors.items()]
     shard = plan_layout(outputs, sys.maxsize).shards[0]
     text = json.dumps(peft_config(adapter), indent=2, ensure_ascii=False) + "\n"
+    write_file(directory / CONFIG, text)
     try:
-        (directory / CONFIG).write_text(text, encoding="utf-8")
         with open(directory / WEIGHTS[0], "wb") as file:
             file.write(shard.header)
             for placed in shard.tensors:
