@@ -20,7 +20,7 @@ from pymerge.config import load_config
 from pymerge.memory import PeakMemory
 from pymerge.merging.tensors import MemorySink
 from pymerge.plan import make_plan
-from pymerge.statistics.files import ModelStatistics
+from pymerge.plan.statistics import matrix_bytes
 from tests import models
 
 no_waiting = models.no_waiting
@@ -136,6 +136,42 @@ def test_the_plan_shows_the_statistics(tmp_path: Path, capsys: pytest.CaptureFix
         assert 0.8 * files < plan.bytes_to_read < files
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "passes"),
+    [
+        ("regmean", {}, 2),  # their sum, then each of them
+        ("regmean", {"ridge": 1e-6}, 2),
+        ("fisher", {"normalize": "none"}, 1),
+        ("fisher", {"normalize": "global"}, 2),  # their norms first
+        ("gradient_matching", {}, 1),
+    ],
+)
+def test_bytes_to_read(
+    method: str, parameters: dict[str, Any], passes: int, tmp_path: Path
+) -> None:
+    """Models once, and statistics, those of the base too, as often as the method reads them."""
+    config = write(tmp_path, method, torch.bfloat16)
+    config["parameters"] = config.get("parameters", {}) | parameters
+    names = ["m0", "m1", *(["base"] if method == "gradient_matching" else [])]
+    kind = "gram" if method == "regmean" else "fisher"
+    read = 0
+    for name in names:
+        read += sum(tensor.nbytes for tensor in models.load_one(tmp_path / name).values())
+        statistics = load_file(tmp_path / name / f"{kind}.safetensors")
+        read += passes * sum(tensor.nbytes for tensor in statistics.values())
+    with make_plan(load_config(config)) as plan:
+        assert plan.bytes_to_read == plan.to_dict()["bytes_to_read"] == read
+        # The passes are those over the models.
+        assert plan.passes == 1
+        assert ("over the statistics before it" in plan.passes_text) == (passes == 2)
+
+
+def test_memory_of_linear_systems() -> None:
+    """Three matrices [in, in] and the result, seven blocks [in, 512] a thread, in float64."""
+    assert matrix_bytes(1000, 700, 3) == 8 * (3 * 1000**2 + 7 * 3 * 1000 * 512 + 1000 * 700)
+    assert matrix_bytes(1500, 4, 1) == 8 * (3 * 1500**2 + 7 * 1500 * 4 + 1500 * 4)
+
+
 def test_memory_of_linear_systems_is_planned(tmp_path: Path) -> None:
     config = write(tmp_path, "regmean")
     for name in ("m0", "m1"):
@@ -157,12 +193,20 @@ def test_memory_of_linear_systems_is_planned(tmp_path: Path) -> None:
     with pytest.raises(pymerge.RequestError, match=r"memory: .* is too little.*works is \d+MiB"):
         make_plan(load_config(large), memory=280 << 20)
     with make_plan(load_config(large)) as plan:
-        assert plan.memory.matrix_bytes > 3 * 8 * 1500 * 1500
+        assert plan.memory.matrix_bytes == matrix_bytes(1500, 4, plan.threads)
         least = plan.memory.matrix_bytes
     with make_plan(load_config(config), threads=64) as plan:
         assert plan.memory.solvers == 64
+        # The largest is that of mlp.down_proj, [32, 48].
+        assert plan.memory.matrix_bytes == matrix_bytes(48, 32, 64)
+        everything = plan.slots * plan.slot_bytes + plan.memory.matrix_bytes
+        assert plan.memory_bytes == (256 << 20) + everything
     with make_plan(load_config(config), threads=64, memory=263 << 20) as plan:
         assert 0 < plan.memory.solvers < 64
+        assert plan.memory.matrix_bytes == matrix_bytes(48, 32, plan.memory.solvers)
+        # One thread more, and it would not fit with the smallest slots.
+        more = matrix_bytes(48, 32, plan.memory.solvers + 1)
+        assert plan.memory_bytes <= 263 << 20 < (258 << 20) + more
     report = pymerge.merge_checkpoints(large, tmp_path / "out", memory=least + (300 << 20))
     assert report.seconds > 0
 

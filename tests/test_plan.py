@@ -239,6 +239,60 @@ def test_memory_fits_its_limit_and_the_smallest_that_works_works(
         plan_memory((least - 1) * MIB, models=models, threads=threads, selects=selects)
 
 
+@pytest.mark.parametrize("limit", [300, 500, 1100, 1500, 2048, 1 << 14])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("selects", [False, True])
+@pytest.mark.parametrize(("matrices", "folded"), [(0, 0), (12_345_678, 0), (1_000, 23_456_789)])
+def test_the_total_is_the_sum_of_its_parts(
+    limit: int, staged: bool, selects: bool, matrices: int, folded: int
+) -> None:
+    """As `MemoryPlan` documents it, whatever had to be made smaller."""
+    for models, threads in ((1, 1), (3, 8), (17, 64)):
+        asked: dict[str, Any] = {"models": models, "threads": threads, "selects": selects}
+        asked |= {"staged": staged, "matrices": matrices, "folded": folded, "solvers": 5}
+        try:
+            made = plan_memory(limit * MIB, **asked)
+        except RequestError as error:
+            least = int(str(error).rsplit(" ", 1)[1].removesuffix("MiB"))
+            assert least > limit
+            made = plan_memory(least * MIB, **asked)
+        total = 256 * MIB + (768 * MIB if staged else 0)  # Python and torch; CUDA
+        total += made.slots * made.slot_bytes
+        total += made.histogram_bins * models * threads * 4  # counts
+        total += made.histogram_bins * models * 2 * 8  # two rows of sums
+        # A model at a time: base, model and delta in float64, its key, all keys, and them
+        # partitioned; and the sample of all inputs, in float64 at most.
+        total += made.sample_elements * (6 * 8 + 8 * (models + 1))
+        total += made.buffer_bytes * (3 + 3)  # chunks on their way there, pieces on their way back
+        assert made.total == total + matrices + folded
+        assert (made.matrix_bytes, made.solvers, made.folded_bytes) == (matrices, 5, folded)
+        assert (made.buffer_bytes > 0) == staged
+
+
+def test_what_is_largest_is_made_smaller() -> None:
+    """Everything as large as is fastest, then the largest part is halved until the sum fits."""
+
+    def sizes(limit: int, **asked: Any) -> tuple[int, int, int, int, int]:
+        made = plan_memory(limit * MIB, models=4, threads=2, **asked)
+        buffer = made.buffer_bytes // MIB
+        bins, samples = made.histogram_bins, made.sample_elements
+        return made.slots, made.slot_bytes // MIB, bins, samples, buffer
+
+    # Of 4 models and 2 threads: 24 MiB of counts, 11 of samples, 64 of slots.
+    assert sizes(355, selects=True) == (4, 16, 1 << 18, 1 << 17, 0)
+    assert sizes(354, selects=True) == (4, 8, 1 << 18, 1 << 17, 0)
+    assert sizes(322, selects=True) == (4, 4, 1 << 18, 1 << 17, 0)
+    assert sizes(306, selects=True) == (4, 4, 1 << 17, 1 << 17, 0)
+    assert sizes(294, selects=True) == (4, 2, 1 << 17, 1 << 17, 0)
+    assert sizes(286, selects=True) == (4, 2, 1 << 16, 1 << 17, 0)
+    assert sizes(280, selects=True) == (4, 2, 1 << 16, 1 << 16, 0)
+    # Six buffers of 16 MiB and 768 MiB of CUDA.
+    assert sizes(1184, selects=False, staged=True) == (4, 16, 0, 0, 16)
+    assert sizes(1183, selects=False, staged=True) == (4, 16, 0, 0, 8)
+    assert sizes(1135, selects=False, staged=True) == (4, 8, 0, 0, 8)
+    assert sizes(258, selects=False) == (2, 1, 0, 0, 0)
+
+
 # The command
 
 
