@@ -174,12 +174,13 @@ def test_memory_of_linear_systems() -> None:
 
 def test_memory_of_linear_systems_is_planned(tmp_path: Path) -> None:
     config = write(tmp_path, "regmean")
+    inputs = {"a_proj": 20, "b_proj": 1500, "c_proj": 30}
     for name in ("m0", "m1"):
-        save_file({"a_proj": torch.zeros(4, 1500)}, tmp_path / f"{name}.safetensors")
-        record = StatisticsRecord("gram", model_tensors=("a_proj",))
-        pymerge.save_statistics(
-            tmp_path / f"{name}-g.safetensors", ModelStatistics({"a_proj": torch.eye(1500)}, record)
-        )
+        weights = {key: torch.zeros(4, columns) for key, columns in inputs.items()}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        record = StatisticsRecord("gram", model_tensors=tuple(inputs))
+        grams = {key: torch.eye(columns) for key, columns in inputs.items()}
+        pymerge.save_statistics(tmp_path / f"{name}-g.safetensors", ModelStatistics(grams, record))
     large = {
         "merge_method": "regmean",
         "models": [
