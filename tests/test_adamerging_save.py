@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,24 @@ def test_saving_tensors(tmp_path: Path) -> None:
         ada.save(tmp_path / "out")
     with pytest.raises(RequestError, match="save: memory: has no effect"):
         ada.save(tmp_path / "other", memory="1GiB")
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_coefficients_that_are_written_again_are_read_again(later: int, tmp_path: Path) -> None:
+    """Of the same size, under the same name, even within one tick of the file system's clock."""
+    net, base, models = make()
+    path = tmp_path / "lam.safetensors"
+    sizes = set()
+    for number, init in enumerate((0.25, 0.75, 0.5)):
+        ada = AdaMerging(net, base, models, init=init)
+        ada.save_coefficients(path)
+        os.utime(path, ns=(10**18, 10**18 + number * later))
+        sizes.add(path.stat().st_size)
+        merged = pymerge.merge("adamerging", base, models, coefficients=str(path))
+        for name in ("first.weight", "second.bias"):
+            tau = sum(model[name] - base[name] for model in models)
+            torch.testing.assert_close(merged[name], base[name] + init * tau)
+    assert len(sizes) == 1
 
 
 def test_coefficients_of_something_else(tmp_path: Path) -> None:

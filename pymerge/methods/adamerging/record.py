@@ -46,13 +46,13 @@ def read_coefficients(path: str, where: str = "coefficients") -> CoefficientsFil
     except OSError as error:
         raise RequestError(f"{where}: {path}: cannot be read: {error.strerror}") from None
     try:
-        return _read(path, status.st_mtime_ns, status.st_size)
+        return _read(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, _changed: int, _size: int) -> CoefficientsFile:
+def _read(path: str, _identity: tuple[int, ...]) -> CoefficientsFile:
     from safetensors import SafetensorError, safe_open
 
     try:
