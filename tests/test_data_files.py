@@ -21,6 +21,7 @@ from pymerge.memory import PeakMemory
 from pymerge.merging.tensors import MemorySink
 from pymerge.plan import make_plan
 from pymerge.plan.statistics import matrix_bytes
+from pymerge.statistics.files import ModelStatistics
 from tests import models
 
 no_waiting = models.no_waiting
