@@ -1,4 +1,4 @@
-"""The Python API over tensors, lists of tensors and state dicts."""
+"""Merges tensors, lists of tensors and state dicts in memory, by a method's name or record."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pymerge.merging.structures import (
     tied_names,
 )
 from pymerge.merging.tensors import MemorySink, MemorySource
-from pymerge.methods import METHODS, REQUIRED, MethodSpec, Parameter, get
+from pymerge.methods import REQUIRED, MethodSpec, Parameter, get
 from pymerge.ops import contract as contract  # declares torch.ops.pymerge
 from pymerge.ops.backends import resolve_for
 from pymerge.ops.runner import Runner
 
-__all__ = ["Tensors", "linear", "merge", "task_arithmetic", "ties_merge"]
+__all__ = ["T", "merge", "merge_by", "resolve_parameters"]
 
 T = TypeVar("T", bound=Tensors)
 
@@ -81,133 +81,6 @@ def merge(
     )
 
 
-def linear(
-    models: Sequence[T],
-    *,
-    weights: float | Sequence[float] | None = None,
-    normalize: bool = True,
-    nan: str = "error",
-    backend: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> T:
-    """Average models: sum_k w_k theta_k / sum_k w_k (Wortsman et al. 2022).
-
-    Args:
-        models: tensors, lists of tensors or state dicts, all alike; at least one.
-        weights: one for each model, or one for all; default 1.
-        normalize: divide by the sum of the weights, which then must not be 0.
-        nan: "error" or "keep".
-        backend, dtype: as in `merge`.
-
-    Raises:
-        RequestError: as in `merge`.
-
-    >>> linear([torch.tensor([1.0]), torch.tensor([3.0])])
-    tensor([2.])
-    """
-    parameters = {"normalize": normalize, "nan": nan}
-    return merge_by(LINEAR, "linear", None, models, weights, backend, dtype, parameters)
-
-
-def task_arithmetic(
-    base: T,
-    models: Sequence[T],
-    *,
-    weights: float | Sequence[float] | None = None,
-    scale: float = 1.0,
-    normalize: bool = False,
-    nan: str = "error",
-    backend: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> T:
-    """Add scaled task vectors (Ilharco et al. 2023).
-
-    theta_0 + scale * sum_k w_k (theta_k - theta_0)
-
-    A negative weight forgets a task; weights [1, 1, -1] make the analogy "C and B as A".
-
-    Args:
-        base, models: as in `merge`.
-        weights: one for each model, or one for all; default 1.
-        scale: the scaling coefficient (lambda).
-        normalize: divide the sum by the sum of the weights, which then must not be 0.
-        nan: "error" or "keep".
-        backend, dtype: as in `merge`.
-
-    Raises:
-        RequestError: as in `merge`.
-
-    >>> base = torch.zeros(2)
-    >>> task_arithmetic(base, [base + 1.0], weights=-1.0, scale=0.5)
-    tensor([-0.5000, -0.5000])
-    """
-    parameters = {"scale": scale, "normalize": normalize, "nan": nan}
-    return merge_by(
-        TASK_ARITHMETIC, "task_arithmetic", base, models, weights, backend, dtype, parameters
-    )
-
-
-def ties_merge(
-    base: T,
-    models: Sequence[T],
-    *,
-    density: float | Sequence[float] = 0.2,
-    scale: float = 1.0,
-    weights: float | Sequence[float] | None = None,
-    semantics: str = "official",
-    scope: str | None = None,
-    merge: str | None = None,
-    exact_k: bool | None = None,
-    nan: str = "error",
-    backend: str | None = None,
-    elect: str | None = None,
-    normalize: bool | None = None,
-    dtype: torch.dtype | None = None,
-) -> T:
-    """Merge by TIES: trim, elect a sign per element, merge what agrees (Yadav et al. 2023).
-
-    Args:
-        base, models: as in `merge`.
-        density: share of each task vector that is kept, in [0, 1]; one number or one for each
-            model.
-        scale: the scaling coefficient (lambda).
-        weights: one for each model, or one for all; default 1. They scale the trimmed task vectors
-            before the election ("mergekit", and as an extension the dialects that know no weights),
-            or only what is summed ("peft").
-        semantics: whose TIES: "official", "mergekit", "peft", "mergelm", "adamerging" (the same as
-            "fusionbench"), "sd_mecha". docs/methods.md lists the differences.
-        scope, merge, exact_k, elect: single details that override the semantics: "global" or
-            "tensor"; "mean", "sum" or "max"; keep exactly k or all at the threshold; "mass" or
-            "count".
-        normalize: mergekit's word for merge="mean" (True) or "sum" (False).
-        nan: "error" or "keep".
-        backend, dtype: as in `merge`.
-
-    Raises:
-        RequestError: as in `merge`.
-
-    >>> base = torch.zeros(4)
-    >>> ties_merge(base, [torch.tensor([4.0, 1.0, -2.0, 0.5]), torch.tensor([2.0, -3.0, 1.0, 0.5])],
-    ...            density=0.25)
-    tensor([ 3., -3., -2.,  0.])
-    """
-    parameters = {
-        "density": density,
-        "scale": scale,
-        "semantics": semantics,
-        "scope": scope,
-        "merge": merge,
-        "exact_k": exact_k,
-        "nan": nan,
-        "elect": elect,
-        "normalize": normalize,
-    }
-    return merge_by(TIES, "ties_merge", base, models, weights, backend, dtype, parameters)
-
-
-LINEAR, TASK_ARITHMETIC, TIES = METHODS["linear"], METHODS["task_arithmetic"], METHODS["ties"]
-
-
 def merge_by(
     spec: MethodSpec,
     where: str,
@@ -221,8 +94,10 @@ def merge_by(
     collected: tuple[Any, Any] = (None, None),
     names: tuple[str, str] = ("statistics", "base_statistics"),
 ) -> Any:
-    """
+    """Return the merged model; see `merge`.
+
     Args:
+        where: what messages begin with.
         collected: the statistics of the models and of the base.
         names: what the caller calls them.
     """

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pymerge.errors import RequestError, nearest
-from pymerge.merging.api import linear, task_arithmetic
 from pymerge.merging.structures import Tensors, named_tensors, structured
+from pymerge.methods.sums.functions import linear, task_arithmetic
 
 if TYPE_CHECKING:
     from pymerge.merging.report import MergeReport

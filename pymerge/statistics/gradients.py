@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pymerge.errors import RequestError, nearest
-from pymerge.merging.api import linear
+from pymerge.methods.sums.functions import linear
 from pymerge.statistics.batches import (
     batches,
     check_count,

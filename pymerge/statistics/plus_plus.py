@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 from pymerge.errors import RequestError, nearest
-from pymerge.merging.api import linear
 from pymerge.methods.statistics.functions import regmean_merge
+from pymerge.methods.sums.functions import linear
 from pymerge.statistics.batches import (
     Forward,
     batches,

@@ -1,22 +1,17 @@
-"""Merges that weigh parameters by statistics: `merge` with named arguments."""
+"""Merges that weigh parameters by statistics of data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 
-from pymerge.merging.api import Tensors, merge_by
-from pymerge.methods import METHODS
+from pymerge.merging.functions import Collected, Numbers, T, merges
 
 __all__ = ["fisher_merge", "gradient_matching", "regmean_merge"]
 
-T = TypeVar("T", bound=Tensors)
-Numbers = float | Sequence[float]
-Collected = Mapping[str, torch.Tensor] | Tensors
 
-
+@merges("fisher")
 def fisher_merge(
     models: Sequence[T],
     fishers: Sequence[Collected],
@@ -60,26 +55,10 @@ def fisher_merge(
     ...              [torch.tensor([1.0, 3.0]), torch.tensor([3.0, 1.0])], normalize=False)
     tensor([3., 3.])
     """
-    return merge_by(
-        METHODS["fisher"],
-        "fisher_merge",
-        None,
-        models,
-        weights,
-        backend,
-        dtype,
-        {
-            "semantics": semantics,
-            "floor": floor,
-            "floor_rule": floor_rule,
-            "normalize": normalize,
-            "nan": nan,
-        },
-        collected=(fishers, None),
-        names=("fishers", "base_fisher"),
-    )
+    ...
 
 
+@merges("regmean")
 def regmean_merge(
     models: Sequence[T],
     grams: Sequence[Collected],
@@ -128,20 +107,10 @@ def regmean_merge(
     >>> regmean_merge([a, b], [{"w": gram}, {"w": torch.eye(2)}])
     {'w': tensor([[1., 1.]])}
     """
-    return merge_by(
-        METHODS["regmean"],
-        "regmean_merge",
-        None,
-        models,
-        weights,
-        backend,
-        dtype,
-        {"semantics": semantics, "off_diagonal": off_diagonal, "ridge": ridge, "nan": nan},
-        collected=(grams, None),
-        names=("grams", "base_grams"),
-    )
+    ...
 
 
+@merges("gradient_matching")
 def gradient_matching(
     base: T,
     models: Sequence[T],
@@ -185,15 +154,4 @@ def gradient_matching(
     >>> gradient_matching(base, [base + 1.0, base + 3.0], [base + 1.0, base + 1.0], delta=2.0)
     tensor([3., 3.])
     """
-    return merge_by(
-        METHODS["gradient_matching"],
-        "gradient_matching",
-        base,
-        models,
-        weights,
-        backend,
-        dtype,
-        {"scale": scale, "base_weight": base_weight, "delta": delta, "nan": nan},
-        collected=(fishers, base_fisher),
-        names=("fishers", "base_fisher"),
-    )
+    ...
