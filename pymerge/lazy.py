@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["names_of_stub"]
 
 
 def names_of_stub(
-    package: str, file: str
+    package: str, file: str, more: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return a package's `__getattr__`, `__dir__` and `__all__`.
 
@@ -24,6 +24,7 @@ def names_of_stub(
         package: its `__name__`.
         file: its `__file__`. Beside it, `__init__.pyi` has a line `from MODULE import NAME as NAME`
             for each name.
+        more: modules by the names that they have, which the stub takes by `import *`.
     """
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
     homes = {
@@ -33,6 +34,7 @@ def names_of_stub(
         for alias in line.names
         if alias.asname is not None
     }
+    homes |= {name: (module, name) for name, module in (more or {}).items()}
 
     def load(name: str) -> Any:
         if name not in homes:

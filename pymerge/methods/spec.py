@@ -156,7 +156,8 @@ class MethodSpec:
             else on the models.
         min_models, max_models: how many models it takes beside the base.
         passes: how often it reads its inputs, in words, for people. `reads` says it exactly.
-        function: the public function's name in `pymerge`; "" for the method's own.
+        function: the public function's name in `pymerge`; "" for the method's own, None where
+            there is none.
         reads: (parameters, elements of a tensor, elements of the model) -> the steps of a merge,
             the merge itself last. The plan's text and bytes, and what may be merged again by
             itself, follow from it.
@@ -193,7 +194,7 @@ class MethodSpec:
     min_models: int = 1
     max_models: int | None = None
     passes: str = "1"
-    function: str = ""
+    function: str | None = ""
     reads: Callable[[Parameters, int, int], tuple[Step, ...]] = reads_once
     one_op: Callable[[Parameters], bool] = never
     divides: str | None = None
@@ -215,9 +216,19 @@ class MethodSpec:
         return getattr(importlib.import_module(module), name)
 
     @property
+    def callable(self) -> bool:
+        """Whether it has a public function."""
+        return self.function is not None
+
+    @property
     def function_name(self) -> str:
         """The name of its public function."""
         return self.function or self.name
+
+    @property
+    def functions(self) -> str:
+        """The module that has its public function: `functions` beside what runs it."""
+        return self.run.partition(":")[0].rpartition(".")[0] + ".functions"
 
     def steps(self, parameters: Parameters, numel: int, total: int) -> tuple[Step, ...]:
         """Return what is read for a tensor; without parameters it is copied."""

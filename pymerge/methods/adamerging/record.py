@@ -114,6 +114,7 @@ def _reads(parameters: Mapping[str, Any], numel: int, total: int) -> tuple[Step,
 
 ADAMERGING = MethodSpec(
     name="adamerging",
+    function=None,  # a config's method alone; `AdaMerging` learns the coefficients
     run="pymerge.methods.adamerging.passes:run",
     reads=_reads,
     title="AdaMerging (learned coefficients)",
