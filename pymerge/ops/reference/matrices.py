@@ -12,7 +12,7 @@ import torch
 
 from pymerge.errors import RequestError
 
-__all__ = ["arcee_fusion", "tsv_m"]
+__all__ = ["arcee_fusion", "iso_c", "iso_cts", "tsv_m"]
 
 Tensor = torch.Tensor
 
@@ -58,17 +58,60 @@ def tsv_m(
     return base + parameters["scale"] * merged
 
 
+def iso_c(
+    base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], name: str
+) -> Tensor:
+    """Iso-C (Marczak et al. 2025, algorithm 1): the spectrum of the summed task vectors, made
+    uniform."""
+    deltas = [model - base for model in models]
+    if not _is_decomposed(base, name):
+        return base + parameters["scale"] * _mean(deltas)
+    _check_finite(deltas, "iso_c", name)
+    u, s, v = torch.linalg.svd(_sum(deltas), full_matrices=False)
+    return base + parameters["scale"] * (s.mean() * (u @ v))
+
+
+def iso_cts(
+    base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], name: str
+) -> Tensor:
+    """Iso-CTS (Marczak et al. 2025, algorithm 2): the last singular vectors of the sum give way to
+    the first of each task vector outside of what remains; then as Iso-C."""
+    deltas = [model - base for model in models]
+    if not _is_decomposed(base, name):
+        return base + parameters["scale"] * _mean(deltas)
+    _check_finite(deltas, "iso_cts", name)
+    rank, count = min(base.shape), len(deltas)
+    # As in the authors' code: what is not common is divided among the tasks without a remainder.
+    wanted = rank - int(rank * parameters["common_fraction"])
+    each = min(round(wanted / count), rank // count)
+    common = rank - each * count
+    u, s, v = torch.linalg.svd(_sum(deltas), full_matrices=False)
+    parts = [(u[:, :common], s[:common], v[:common])]
+    shared = u[:, :common]
+    for delta in deltas:
+        u, s, v = torch.linalg.svd(delta - shared @ (shared.T @ delta), full_matrices=False)
+        parts.append((u[:, :each], s[:each], v[:each]))
+    left = _nearest_orthogonal(torch.cat([u for u, _, _ in parts], dim=1))
+    right = _nearest_orthogonal(torch.cat([v for _, _, v in parts], dim=0))
+    energy = torch.cat([s for _, s, _ in parts]).mean()
+    return base + parameters["scale"] * (energy * (left @ right))
+
+
 def _is_decomposed(base: Tensor, name: str) -> bool:
     """Return whether a tensor is a matrix to its method: the authors of TSV-M and Iso leave CLIP's
     text projection out."""
     return base.dim() == 2 and "text_projection" not in name and min(base.shape) > 0
 
 
-def _mean(deltas: Sequence[Tensor]) -> Tensor:
+def _sum(deltas: Sequence[Tensor]) -> Tensor:
     total = torch.zeros_like(deltas[0])
     for delta in deltas:
         total = total + delta
-    return total / len(deltas)
+    return total
+
+
+def _mean(deltas: Sequence[Tensor]) -> Tensor:
+    return _sum(deltas) / len(deltas)
 
 
 def _check_finite(deltas: Sequence[Tensor], method: str, name: str) -> None:
