@@ -20,6 +20,7 @@ from tests.packing import part_of
 
 __all__ = [
     "MODELS",
+    "SAMPLE",
     "STRETCH",
     "STRETCHES",
     "Expected",
@@ -35,7 +36,7 @@ STRETCHES, STRETCH = 64, 4096
 # Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
 # the magnitude kernels count separately.
 _TILE = math.lcm(CHUNK, HOT_CHUNK)
-_SAMPLE = 1 << 20  # elements made at once, and those that thresholds are taken from
+SAMPLE = 1 << 20  # elements made at once, and those that thresholds are taken from
 
 
 def make_arrays(elements: int, seed: int = 0) -> Inputs:
@@ -43,8 +44,8 @@ def make_arrays(elements: int, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     base = torch.empty(elements, dtype=torch.bfloat16)
     models = [torch.empty_like(base) for _ in range(MODELS)]
-    for start in range(0, elements, _SAMPLE):
-        stop = min(start + _SAMPLE, elements)
+    for start in range(0, elements, SAMPLE):
+        stop = min(start + SAMPLE, elements)
         base[start:stop] = torch.randn(stop - start, generator=generator) * 0.02
         origin = base[start:stop].float()
         for model in models:
@@ -57,13 +58,13 @@ def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     base, models = inputs
     if case.op.startswith("packed"):  # nothing in them is taken from a sample
         return case.arguments(base, models)
-    arguments = case.arguments(base[:_SAMPLE], [model[:_SAMPLE] for model in models])
+    arguments = case.arguments(base[:SAMPLE], [model[:SAMPLE] for model in models])
     whole: dict[str, Any] = {"base": base, "model": models[0]}
     # Some take one model, and dot products a gradient more.
     whole["models"] = (models * 2)[: len(arguments.get("models", ()))]
     if arguments.get("base", base) is None:
         whole["base"] = None
-    repeats = max(1, base.numel() // _SAMPLE)
+    repeats = max(1, base.numel() // SAMPLE)
     if arguments.get("ranks") is not None:  # [models, elements]
         whole["ranks"] = arguments["ranks"].repeat(1, repeats)
     if isinstance(arguments.get("weights"), torch.Tensor):  # [models, rows]

@@ -1,16 +1,37 @@
-"""Measurements of kernels, and the tables of them."""
+"""Tables of kernels, from the JSON that pytest-benchmark writes of `benchmarks/test_kernels.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.kernel_checks import MODELS, STRETCH, STRETCHES
 from benchmarks.tables import Table
 from pymerge.methods import METHODS
 
-__all__ = ["GATHERING_CASES", "METHOD_CASES", "Measurement", "methods_table", "tables"]
+__all__ = [
+    "GATHERING_CASES",
+    "MAIN_CASES",
+    "METHOD_CASES",
+    "Measurement",
+    "Measurements",
+    "all_kernels",
+    "tables",
+]
 
+# Measured on each instruction set, by one thread and by all.
+MAIN_CASES = (
+    "linear",
+    "task_arithmetic",
+    "ties_mean",
+    "ties_mergekit",
+    "ties_mean_signs",
+    "ties_signs",
+    "magnitude_histogram",
+    "magnitude_equal_counts",
+)
 # The kernel that writes what each method merges, its statistics given; and what gathers these.
 METHOD_CASES = {
     "linear": "linear",
@@ -53,10 +74,11 @@ GATHERING_CASES = {
 class Measurement:
     """One case on one instruction set and number of threads.
 
-    nbytes: read and written per call; share: speed relative to the streaming loop, in bytes per
-    second; eager: median seconds of plain torch, where there is such a version.
+    name: the benchmark's, by which runs are compared; nbytes: read and written per call; share:
+    speed relative to the streaming loop, in bytes per second.
     """
 
+    name: str
     case: str
     isa: str
     threads: int
@@ -64,23 +86,84 @@ class Measurement:
     nbytes: int
     seconds: float
     spread: float
-    repetitions: int
-    floor_seconds: float
     share: float
-    eager_seconds: float | None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Measurement:
+        """Read one of the benchmarks of the JSON."""
+        stats, more = record["stats"], record["extra_info"]
+        return cls(
+            record["fullname"],
+            **record["params"],
+            elements=more["elements"],
+            nbytes=more["bytes"],
+            seconds=stats["median"],
+            spread=stats["iqr"] / stats["median"],
+            share=more["of_streaming"],
+        )
 
     @property
     def rate(self) -> float:
+        """Bytes per second."""
         return self.nbytes / self.seconds
 
 
-def tables(measurements: Sequence[Measurement], scaling: float) -> dict[str, Table]:
-    """Return the tables: all of it, and the widest instruction set on all threads.
+class Measurements:
+    """The benchmarks of one run.
 
-    scaling: what vector_scaling found.
+    kernels: in the order in which they were measured.
+    torch: median seconds of plain torch, by case and threads.
+    scaling: how many times the vector work of one thread all threads do; None: not measured.
     """
-    first = measurements[0]
-    title = f"CPU kernels, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}"
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], isas: Sequence[str]) -> None:
+        """records: "benchmarks" of the JSON; isas: of its machine, the widest last."""
+        self.kernels: list[Measurement] = []
+        self.torch: dict[tuple[str, int], float] = {}
+        self.scaling: float | None = None
+        for record in records:
+            function = record["name"].partition("[")[0]
+            if function == "test_kernel":
+                self.kernels.append(Measurement.of(record))
+            elif function == "test_plain_torch":
+                params = record["params"]
+                self.torch[params["case"], params["threads"]] = record["stats"]["median"]
+            elif function == "test_vector_units":
+                self.scaling = record["extra_info"]["times_one_thread"]
+        self.threads = max((m.threads for m in self.kernels), default=1)
+        measured = {m.isa for m in self.kernels}
+        self.isa = next((isa for isa in reversed(isas) if isa in measured), "")
+
+    def fastest(self) -> dict[str, Measurement]:
+        """Return what the widest instruction set and all threads did, by case."""
+        return {m.case: m for m in self.kernels if m.isa == self.isa and m.threads == self.threads}
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """Return the tables of a run's JSON, by the names that documents use; only complete ones.
+
+    A run of some kernels thus takes no row away from a document.
+    """
+    isas = result["machine_info"]["isa"]
+    found = Measurements(result["benchmarks"], isas)
+    fastest = found.fastest() if found.isa == isas[-1] else {}
+    measured = {(m.case, m.isa, m.threads) for m in found.kernels}
+    made: dict[str, Table] = {}
+    if fastest.keys() >= set(MAIN_CASES):
+        made["kernels"] = _short(found, [fastest[case] for case in MAIN_CASES])
+    if measured >= set(itertools.product(MAIN_CASES, isas, {1, found.threads})):
+        main = [m for m in found.kernels if m.case in MAIN_CASES]
+        made["kernels-all"] = all_kernels(found, main)
+    if fastest.keys() >= {*METHOD_CASES.values(), *GATHERING_CASES.values()}:
+        made["methods"] = _methods(found, fastest)
+    return made
+
+
+def _title(kernels: Sequence[Measurement]) -> str:
+    return f"CPU kernels, {kernels[0].elements / 2**20:g} Mi elements, bf16, K = {MODELS}"
+
+
+def _notes(found: Measurements) -> list[str]:
     notes = [
         "GB/s: bytes read and written per second. Of streaming: relative, in bytes per second, to "
         "a loop over the same arrays that combines bits and writes them (widest instruction set, "
@@ -91,45 +174,65 @@ def tables(measurements: Sequence[Measurement], scaling: float) -> dict[str, Tab
         f"for bit, to the reference backend's: outputs on {STRETCHES} random stretches of "
         f"{STRETCH} elements, counters as a whole. Plain torch: the same in eager operators.",
     ]
-    top = max(m.threads for m in measurements)
-    if top > 1:
+    if found.scaling is not None:
         notes.append(
-            f"Vector units: with data in the cache, {top} threads of this machine do "
-            f"{scaling:.2f} times the work of one; a kernel that computes gains no more than this "
-            "by threads, while the streaming loop gains what the memory has."
+            f"Vector units: with data in the cache, {found.threads} threads of this machine do "
+            f"{found.scaling:.2f} times the work of one; a kernel that computes gains no more than "
+            "this by threads, while the streaming loop gains what the memory has."
         )
+    return notes
+
+
+def all_kernels(
+    found: Measurements, kernels: Sequence[Measurement], before: Mapping[str, float] | None = None
+) -> Table:
+    """Return the table of some kernels.
+
+    before: shares of streaming in another run, by the benchmark's name.
+    """
     columns = ["kernel", "ISA", "threads", "ms", "spread", "GB/s", "B/param", "of streaming"]
-    everything = Table(title, [*columns, "torch, ms"], notes=notes)
-    short = Table(title, ["kernel", "ms", "GB/s", "of streaming", "plain torch"], notes=notes)
-    widest = [m.isa for m in measurements][-1]
-    for m in measurements:
-        eager = "" if m.eager_seconds is None else f"{m.eager_seconds * 1e3:.0f}"
-        everything.add(
+    table = Table(_title(kernels), [*columns, "torch, ms"], notes=_notes(found))
+    if before is not None:
+        table.columns.append("before")
+        table.notes.append("Before: of streaming, in the run that this one is compared with.")
+    top = max(m.threads for m in kernels)
+    for m in kernels:
+        seconds = found.torch.get((m.case, m.threads)) if m.threads == top else None
+        cells = [
             m.case,
             m.isa,
             str(m.threads),
             f"{m.seconds * 1e3:.1f}",
             f"{m.spread:.0%}",
             f"{m.rate / 1e9:.1f}",
-            f"{m.nbytes / m.elements:g}",
+            f"{m.nbytes / m.elements:.3g}",
             f"{m.share:.0%}",
-            eager,
-        )
-        if m.threads == top and m.isa == widest:
-            versus = eager and f"{eager} ms ({(m.eager_seconds or 0) / m.seconds:.0f}x)"
-            short.add(
-                m.case, f"{m.seconds * 1e3:.1f}", f"{m.rate / 1e9:.1f}", f"{m.share:.0%}", versus
-            )
-    short.title += f", {widest}, {top} threads"
-    return {"kernels": short, "kernels-all": everything}
+            "" if seconds is None else f"{seconds * 1e3:.0f}",
+        ]
+        if before is not None:
+            cells.append(f"{before[m.name]:.0%}" if m.name in before else "")
+        table.add(*cells)
+    return table
 
 
-def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> Table:
+def _short(found: Measurements, kernels: Sequence[Measurement]) -> Table:
+    """Return the table of what the widest instruction set and all threads did."""
+    title = f"{_title(kernels)}, {found.isa}, {found.threads} threads"
+    columns = ["kernel", "ms", "GB/s", "of streaming", "plain torch"]
+    table = Table(title, columns, notes=_notes(found))
+    for m in kernels:
+        seconds = found.torch.get((m.case, m.threads))
+        versus = "" if seconds is None else f"{seconds * 1e3:.0f} ms ({seconds / m.seconds:.0f}x)"
+        table.add(m.case, f"{m.seconds * 1e3:.1f}", f"{m.rate / 1e9:.1f}", f"{m.share:.0%}", versus)
+    return table
+
+
+def _methods(found: Measurements, fastest: Mapping[str, Measurement]) -> Table:
     """Return the table of all methods' kernels."""
-    first = next(iter(measured.values()))
+    first = next(iter(fastest.values()))
     table = Table(
         f"Kernels of the methods, {first.elements / 2**20:g} Mi elements, bf16, K = {MODELS}, "
-        f"{isa}, {threads} threads",
+        f"{found.isa}, {found.threads} threads",
         ["method", "passes over the inputs", "ms", "GB/s", "B/param", "of streaming", "loop, GB/s"],
         notes=[
             "The kernel that writes the result, given thresholds, sums and ranks; below, those "
@@ -139,14 +242,14 @@ def methods_table(measured: dict[str, Measurement], isa: str, threads: int) -> T
             "kernel that computes is larger where the memory is slow."
         ],
     )
-    for name, m in measured.items():
-        spec = METHODS.get(name.partition(",")[0])
+    for name, case in (METHOD_CASES | GATHERING_CASES).items():
+        spec, m = METHODS.get(name.partition(",")[0]), fastest[case]
         table.add(
             name,
             spec.passes.partition(" (")[0] if spec else "",
             f"{m.seconds * 1e3:.1f}",
             f"{m.rate / 1e9:.1f}",
-            f"{m.nbytes / m.elements:g}",
+            f"{m.nbytes / m.elements:.3g}",
             f"{m.share:.0%}",
             f"{m.rate / m.share / 1e9:.0f}",
         )

@@ -1,184 +1,117 @@
-"""Benchmark of the CPU kernels: data in memory, bf16, K = 4, every instruction set that runs here.
-
-Each row of the case table (tests/cases.py) is timed in turns with a loop that reads the same
-arrays, writes the same output and computes nothing. What was timed is compared with the reference
-before its number is shown.
-
-    python -m benchmarks.kernels --elements 8Mi --cases linear,ties_mean
-"""
+"""A row of the case table over whole arrays: what is timed, the loop beside it, and the checks."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
 
 import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from benchmarks.eager import EAGER
-from benchmarks.kernel_checks import (
-    MODELS,
-    Expected,
-    arguments_of,
-    check,
-    check_floor,
-    expect,
-    make_arrays,
-)
-from benchmarks.kernel_tables import (
-    GATHERING_CASES,
-    METHOD_CASES,
-    Measurement,
-    methods_table,
-    tables,
-)
-from benchmarks.measure import Timing, WrongResult, interleave
-from benchmarks.tables import Table, console, save
-from pymerge.byte_sizes import parse_size
+from benchmarks.kernel_checks import Expected, arguments_of, check, check_floor, expect
+from benchmarks.measure import WrongResult
 from pymerge.ops.native import marshal as cpu
 from tests.case import Case, Inputs
-from tests.cases import CASES
 
-__all__ = ["DEFAULT_CASES", "measure_case", "run"]
-
-DEFAULT_CASES = (
-    "linear",
-    "task_arithmetic",
-    "ties_mean",
-    "ties_mergekit",
-    "ties_mean_signs",
-    "ties_signs",
-    "magnitude_histogram",
-    "magnitude_equal_counts",
-)
-# Elements for each thread that are worth a thread and stay in its core's cache.
-_CACHED = 1 << 16
+__all__ = ["Kernel", "settings_kept"]
 
 
-def packed_bytes(arguments: dict[str, Any]) -> int:
+class Kernel:
+    """One row of the case table on the CPU.
+
+    elements: of each array.
+    nbytes: read and written by one call of the kernel.
+    loop_bytes: read and written by the streaming loop over the same arrays.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs, slots: int = 2) -> None:
+        base, models = inputs
+        self.case = case
+        self.inputs = inputs
+        self.elements = base.numel()
+        self.arguments = arguments_of(case, inputs)
+        self.outputs = case.outputs(base, models, base.dtype)
+        if "counts" in self.outputs and self.outputs["counts"].dim() == 3:
+            shape = (max(2, slots), *self.outputs["counts"].shape[1:])
+            self.outputs["counts"] = self.outputs["counts"].new_zeros(shape)
+        self._out = self.outputs["out"] if case.streams_out else torch.empty_like(base)
+        self._op = getattr(torch.ops.pymerge, case.op)
+        self._base = self.arguments.get("base")
+        # The loop reads whole models where the kernel reads what they keep.
+        self._models = self.arguments.get("models", models)
+        if "model" in self.arguments:
+            self._models = [self.arguments["model"]]
+        read_bytes = sum(tensor.nbytes for tensor in self._read)
+        self.loop_bytes = read_bytes + self._out.nbytes
+        self.nbytes = _packed_bytes(self.arguments) if "masks" in self.arguments else read_bytes
+        self.nbytes += self._out.nbytes if case.streams_out else 0
+        # Ranks are read, or written, beside them.
+        ranks = self.arguments.get("ranks"), self.outputs.get("ranks")
+        self.nbytes += sum(tensor.nbytes for tensor in ranks if tensor is not None)
+
+    @property
+    def _read(self) -> list[torch.Tensor]:
+        return [*self._models, *([] if self._base is None else [self._base])]
+
+    @cached_property
+    def expected(self) -> Expected:
+        """What the reference computes from the same arguments."""
+        return expect(self.case, self.inputs, self.arguments)
+
+    def clear(self) -> None:
+        """Set what counts or sums to zero; a table is read, too, and stays."""
+        for name in self.outputs.keys() - {"out", "table"}:
+            self.outputs[name].zero_()
+
+    def call(self) -> None:
+        """Run the kernel."""
+        self._op(**self.outputs, **self.arguments, backend="cpu")
+
+    def stream(self, threads: int) -> None:
+        """Run the streaming loop: read the same arrays, write as long an output, compute nothing.
+
+        Its output is the kernel's: a kernel that is called next must write all of it again.
+        """
+        cpu.streaming_floor(self._out, self._base, self._models, threads)
+
+    def plain_torch(self) -> torch.Tensor:
+        """Compute the same in plain torch."""
+        return EAGER[self.case.name](self.arguments)
+
+    def check(self, label: str) -> None:
+        """Raise WrongResult unless the last call wrote what the reference writes, bit for bit."""
+        check(label, self.expected, self.outputs, self.elements)
+
+    def check_stream(self, threads: int) -> None:
+        """Raise WrongResult unless the streaming loop reads all that it is said to read."""
+        self.stream(threads)
+        check_floor(self._out, self._read)
+
+    def check_plain_torch(self, found: torch.Tensor) -> None:
+        """Raise WrongResult unless plain torch came close to the reference."""
+        for start, values in self.expected.stretches:
+            part = found[start : start + values.numel()]
+            close = part.dtype == values.dtype and torch.allclose(
+                part, values, rtol=2**-7, atol=1e-6
+            )
+            if not close:
+                raise WrongResult(f"{self.case.name}: plain torch computes something else")
+
+
+def _packed_bytes(arguments: dict[str, Any]) -> int:
     """Return the bytes that a kernel reads of trimmed task vectors, base and gradient."""
     whole = [arguments[name] for name in ("base", "gradient") if name in arguments]
     parts = [one for name in ("masks", "values", "offsets") for one in arguments[name]]
     return sum(tensor.nbytes for tensor in (*whole, *parts))
 
 
-def measure_case(
-    case: Case,
-    inputs: Inputs,
-    isas: Sequence[str],
-    thread_counts: Sequence[int],
-    *,
-    seconds: float = 1.0,
-    eager: bool = True,
-) -> list[Measurement]:
-    """Time one case on each instruction set and number of threads, and check what was timed.
-
-    Raises:
-        WrongResult: a kernel, the streaming loop or plain torch gave something wrong.
-    """
-    base, models = inputs
-    arguments = arguments_of(case, inputs)
-    expected = expect(case, inputs, arguments)
-    outputs = case.outputs(base, models, base.dtype)
-    if "counts" in outputs and outputs["counts"].dim() == 3:
-        shape = (max(2, *thread_counts), *outputs["counts"].shape[1:])
-        outputs["counts"] = outputs["counts"].new_zeros(shape)
-    out = outputs["out"] if case.streams_out else torch.empty_like(base)
-    floor_base = arguments.get("base")
-    # The loop reads whole models where the kernel reads what they keep.
-    floor_models = arguments.get("models", models)
-    if "model" in arguments:
-        floor_models = [arguments["model"]]
-    read = [*floor_models, *([] if floor_base is None else [floor_base])]
-    read_bytes = sum(tensor.nbytes for tensor in read)
-    nbytes = packed_bytes(arguments) if "masks" in arguments else read_bytes
-    nbytes += out.nbytes if case.streams_out else 0
-    # Ranks are read, or written, beside them.
-    nbytes += sum(t.nbytes for t in (arguments.get("ranks"), outputs.get("ranks")) if t is not None)
-    op = getattr(torch.ops.pymerge, case.op)
-
-    def kernel() -> None:
-        cpu.use_isa(isa)
-        for name in outputs.keys() - {"out", "table"}:  # a table is read, too
-            outputs[name].zero_()
-        op(**outputs, **arguments, backend="cpu")
-
-    def floor() -> None:
-        cpu.use_isa(isas[-1])
-        cpu.streaming_floor(out, floor_base, floor_models, threads)
-
-    results = []
-    with _settings_kept():
-        for threads in thread_counts:
-            cpu.set_threads(threads)
-            torch.set_num_threads(threads)
-            eager_seconds = None
-            if eager and case.name in EAGER and threads == max(thread_counts):
-                eager_seconds = _time_eager(case.name, arguments, expected).median
-            for isa in isas:
-                # The kernel comes last: the output then holds its result over the loop's.
-                times = interleave({"floor": floor, "kernel": kernel}, seconds=seconds)
-                label = f"{case.name} on {isa}, {threads} threads"
-                check(label, expected, outputs, base.numel())
-                floor()
-                check_floor(out, read)
-                # Each call beside the loop just before it: what slows both leaves the ratio alone.
-                pairs = zip(times["floor"].seconds, times["kernel"].seconds, strict=True)
-                ratio = statistics.median(before / after for before, after in pairs)
-                results.append(
-                    Measurement(
-                        case.name,
-                        isa,
-                        threads,
-                        base.numel(),
-                        nbytes,
-                        times["kernel"].median,
-                        times["kernel"].spread,
-                        len(times["kernel"].seconds),
-                        times["floor"].median,
-                        ratio * nbytes / (read_bytes + out.nbytes),
-                        eager_seconds,
-                    )
-                )
-    return results
-
-
-def vector_scaling(inputs: Inputs, isa: str, threads: int) -> float:
-    """Return how many times the vector work of one thread so many threads do together.
-
-    Measured with a kernel that computes and whose data stay in the cache, at twice the elements
-    for twice the threads. Cores that are two threads of one real core share its vector units: 1.0.
-    """
-    case = next(case for case in CASES if case.name == "pcb_vision_es")
-
-    def work(count: int) -> Callable[[], object]:
-        part = (inputs[0][:count], [model[:count] for model in inputs[1]])
-        arguments = arguments_of(case, part)
-        outputs = case.outputs(part[0], part[1], part[0].dtype)
-        op = getattr(torch.ops.pymerge, case.op)
-
-        def call() -> None:
-            cpu.set_threads(max(1, count // _CACHED))
-            op(**outputs, **arguments, backend="cpu")
-
-        return call
-
-    with _settings_kept():
-        cpu.use_isa(isa)
-        functions = {"one": work(_CACHED), "all": work(threads * _CACHED)}
-        times = interleave(functions, seconds=0.5, most=200)
-    pairs = zip(times["one"].seconds, times["all"].seconds, strict=True)
-    return threads * statistics.median(one / both for one, both in pairs)
-
-
 @contextmanager
-def _settings_kept() -> Iterator[None]:
-    """Put threads and instruction set back at the end."""
+def settings_kept() -> Iterator[None]:
+    """Put the numbers of threads and the instruction set back at the end."""
     before = torch.get_num_threads()
     try:
         yield
@@ -186,96 +119,3 @@ def _settings_kept() -> Iterator[None]:
         torch.set_num_threads(before)
         cpu.use_isa(os.environ.get("PYMERGE_CPU_ISA") or "auto")
         cpu.set_threads(None)
-
-
-def _time_eager(name: str, arguments: dict[str, Any], expected: Expected) -> Timing:
-    kept: list[torch.Tensor] = []
-
-    def call() -> None:
-        kept[:] = [EAGER[name](arguments)]
-
-    timing = interleave({"eager": call}, seconds=0.0, least=3)["eager"]
-    for start, values in expected.stretches:
-        found = kept[0][start : start + values.numel()]
-        if found.dtype != values.dtype or not torch.allclose(found, values, rtol=2**-7, atol=1e-6):
-            raise WrongResult(f"{name}: plain torch computes something else")
-    return timing
-
-
-def run(options: argparse.Namespace) -> dict[str, Table]:
-    """Measure, show and save."""
-    reason = cpu.reason()
-    if reason is not None:
-        raise RuntimeError(f"backend cpu: {reason}")
-    names = [case.name for case in CASES] if options.cases == "all" else options.cases.split(",")
-    known = {case.name: case for case in CASES}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"--cases: unknown {', '.join(unknown)}; known: all, {', '.join(known)}")
-    isas = options.isa.split(",") if options.isa else cpu.supported_isas()
-    thread_counts = sorted({1, options.threads or cpu.threads()})
-    console.print(f"kernels: making {MODELS + 1} arrays of {options.elements:,} elements")
-    inputs = make_arrays(options.elements)
-    measurements: list[Measurement] = []
-    for name in names:
-        measurements += measure_case(
-            known[name],
-            inputs,
-            isas,
-            thread_counts,
-            seconds=options.seconds,
-            eager=not options.no_eager,
-        )
-        last = measurements[-1]
-        console.print(
-            f"  {name}: {last.rate / 1e9:.1f} GB/s, {last.share:.0%} of streaming "
-            f"({last.isa}, {last.threads} threads)",
-            highlight=False,
-        )
-    scaling = 1.0
-    if thread_counts[-1] > 1:
-        scaling = vector_scaling(inputs, isas[-1], thread_counts[-1])
-    made = tables(measurements, scaling)
-    made["kernels-all"].show()
-    if options.cases == ",".join(DEFAULT_CASES):
-        measured: dict[str, Measurement] = {}
-        for name, case in (METHOD_CASES | GATHERING_CASES).items():
-            settings = {"seconds": options.seconds, "eager": False}
-            (found,) = measure_case(known[case], inputs, isas[-1:], thread_counts[-1:], **settings)
-            measured[name] = found
-            console.print(f"  {name}: {found.share:.0%} of streaming", highlight=False)
-        made["methods"] = methods_table(measured, isas[-1], thread_counts[-1])
-        made["methods"].show()
-        measurements += measured.values()
-    save("kernels", made, [asdict(m) for m in measurements], options.results)
-    return made
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's options."""
-    group = parser.add_argument_group("kernels")
-    group.add_argument(
-        "--elements",
-        type=lambda text: parse_size(text.removesuffix("B") + "B", "elements"),
-        default=64 << 20,
-        metavar="N",
-        help="elements of each array (default 64Mi)",
-    )
-    group.add_argument("--cases", default=",".join(DEFAULT_CASES), help="rows, or 'all'")
-    group.add_argument("--isa", default="", help="instruction sets (default: all that run here)")
-    group.add_argument("--threads", type=int, help="besides 1 (default: all cores)")
-    group.add_argument("--seconds", type=float, default=1.0, help="for each measurement")
-    group.add_argument("--no-eager", action="store_true", help="leave plain torch out")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
-    from benchmarks.run import parser
-
-    made = parser(__doc__ or "")
-    add_options(made)
-    run(made.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,8 @@
-"""Measures: functions interleaved with each other, and programs in processes of their own."""
+"""Measures programs in processes of their own; what a wrong result raises."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["ProcessRun", "Timing", "WrongResult", "in_threads", "interleave", "run_process"]
+__all__ = ["ProcessRun", "WrongResult", "in_threads", "run_process"]
 
 _POLL_SECONDS = 0.005
 
@@ -42,53 +41,6 @@ def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> 
             return list(pool.map(function, items))
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of every repetition."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """The distance between the quartiles, as a share of the median."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / self.median
-
-
-def interleave(
-    functions: Mapping[str, Callable[[], object]],
-    *,
-    seconds: float = 1.0,
-    least: int = 5,
-    most: int = 25,
-) -> dict[str, Timing]:
-    """Time functions in turns (A B A B ...): a busy moment of the machine meets all of them.
-
-    Args:
-        functions: what to time; each is called once before, untimed.
-        seconds: stop after a round when this much time has passed.
-        least, most: bounds on the number of rounds.
-    """
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    started = time.perf_counter()
-    for done in range(1, most + 1):
-        for name, function in functions.items():
-            before = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - before)
-        if done >= least and time.perf_counter() - started > seconds:
-            break
-    return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.kernel_tables import tables
 from benchmarks.tables import RESULTS, Table, describe_machine
 
 __all__ = ["fill", "latest_tables", "main"]
@@ -37,9 +38,14 @@ def latest_tables(directory: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     for path in sorted(directory.glob("*.json")):  # dates sort; a later file wins
         result = json.loads(path.read_text(encoding="utf-8"))
-        line = describe_machine(result["machine"], result["date"])
-        for name, values in result["tables"].items():
-            texts[name] = f"{Table(**values).markdown()}\n{line}\n"
+        if "benchmarks" in result:  # pytest-benchmark's
+            found, on, date = tables(result), result["machine_info"], result["datetime"][:10]
+        else:
+            found = {name: Table(**values) for name, values in result["tables"].items()}
+            on, date = result["machine"], result["date"]
+        line = describe_machine(on, date)
+        for name, table in found.items():
+            texts[name] = f"{table.markdown()}\n{line}\n"
     return texts
 
 
@@ -64,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     options = parser.parse_args(arguments)
-    tables = latest_tables(options.results)
+    newest = latest_tables(options.results)
     stale = False
     for document in DOCUMENTS:
         if not document.exists():
             continue
         before = document.read_text(encoding="utf-8")
-        after, missing = fill(before, tables)
+        after, missing = fill(before, newest)
         for name in missing:
             print(f"{document.name}: no result has a table {name!r}", file=sys.stderr)
         stale = stale or after != before

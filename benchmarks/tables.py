@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from pymerge.ops.native import marshal as cpu
 
-__all__ = ["RESULTS", "Table", "console", "describe_machine", "machine", "save"]
+__all__ = ["RESULTS", "Table", "console", "describe_machine", "machine", "save", "write_markdown"]
 
 RESULTS = Path(__file__).parent / "results"
 console = Console(soft_wrap=True)
@@ -107,7 +107,7 @@ def save(
     """Write `<what>-<date>.json` and `.md`; return the path of the JSON.
 
     Args:
-        what: "kernels", "engine", "peers".
+        what: "engine", "peers" and so on.
         tables: by the name that a document's marker uses.
         records: the raw measurements.
     """
@@ -123,8 +123,15 @@ def save(
     }
     path = directory / f"{what}-{date}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = "\n".join(table.markdown() for table in tables.values())
-    line = describe_machine(found, date)
+    write_markdown(path, what, tables.values(), found)
+    return path
+
+
+def write_markdown(
+    path: Path, what: str, tables: Iterable[Table], machine: Mapping[str, Any]
+) -> None:
+    """Write tables beside the JSON file of that path, whose name ends in the date."""
+    text = "\n".join(table.markdown() for table in tables)
+    line = describe_machine(machine, path.stem.removeprefix(f"{what}-"))
     path.with_suffix(".md").write_text(f"# {what}\n\n{line}\n\n{text}", encoding="utf-8")
     console.print(f"[dim]{path} and .md[/dim]", highlight=False)
-    return path

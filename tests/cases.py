@@ -1,5 +1,5 @@
 """The case table: one row per op and mode. A row gives the correctness test on every backend,
-opcheck, and the benchmark (`python -m benchmarks.run`)."""
+opcheck, and the benchmark (`pytest benchmarks`)."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from benchmarks import (
     gpu_check,
     gpu_rows,
     kernel_checks,
-    kernels,
     peers,
     readme_table,
 )
 from benchmarks.checkpoints import CheckpointSet
-from benchmarks.measure import Timing, WrongResult, interleave, run_process
+from benchmarks.kernels import Kernel, settings_kept
+from benchmarks.measure import WrongResult, run_process
 from benchmarks.tables import Table, save
 from pymerge import merge_checkpoints
 from pymerge.ops.native import marshal as cpu
@@ -48,12 +48,26 @@ def arrays() -> Inputs:
     return kernel_checks.make_arrays(10_007)
 
 
+def measured(kernel: Kernel, isa: str, threads: int) -> None:
+    """Do what a benchmark does around its clock: the loop, the kernel, the checks."""
+    with settings_kept():
+        cpu.set_threads(threads)
+        kernel.stream(threads)
+        cpu.use_isa(isa)
+        kernel.clear()
+        kernel.call()
+        kernel.check(f"{kernel.case.name} on {isa}")
+        kernel.check_stream(threads)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_can_be_measured(case: Case, arrays: Inputs) -> None:
-    isas = cpu.supported_isas()
-    found = kernels.measure_case(case, arrays, isas, [1, 2], seconds=0.0)
-    assert [(m.isa, m.threads) for m in found] == [(isa, n) for n in (1, 2) for isa in isas]
-    assert all(m.nbytes > 0 and m.seconds > 0 and m.share > 0 for m in found)
+    kernel = Kernel(case, arrays)
+    assert kernel.nbytes > 0
+    assert kernel.loop_bytes > 0
+    for threads in (1, 2):
+        for isa in cpu.supported_isas():
+            measured(kernel, isa, threads)
     assert cpu.threads() == cpu.build()["threads"]
 
 
@@ -79,7 +93,27 @@ def test_a_wrong_kernel_gives_no_figure(
     else:
         wrong("magnitude_histogram", 0, (0, 1, 3))
     with pytest.raises(WrongResult, match=name):
-        kernels.measure_case(NAMES[name], arrays, ["baseline"], [1], seconds=0.0)
+        measured(Kernel(NAMES[name], arrays), "baseline", 1)
+
+
+def test_what_the_loop_wrote_is_no_result(arrays: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop before a kernel writes to the same output: a kernel that does nothing is found."""
+    monkeypatch.setattr(cpu, "weighted_sum", lambda *arguments: None)
+    with pytest.raises(WrongResult, match="linear"):
+        measured(Kernel(NAMES["linear"], arrays), "baseline", 1)
+
+
+def test_a_loop_that_leaves_an_input_out_is_found(
+    arrays: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = cpu.streaming_floor
+    monkeypatch.setattr(
+        cpu,
+        "streaming_floor",
+        lambda out, base, models, threads: stream(out, base, models[1:], threads),
+    )
+    with pytest.raises(WrongResult, match="streaming loop"):
+        measured(Kernel(NAMES["ties_mean"], arrays), "baseline", 1)
 
 
 @pytest.mark.parametrize(
@@ -91,15 +125,16 @@ def test_counters_are_put_together_from_tiles(
 ) -> None:
     monkeypatch.setattr(kernel_checks, "_TILE", tile)
     inputs = kernel_checks.make_arrays(150_001)
-    kernels.measure_case(NAMES[name], inputs, cpu.supported_isas()[-1:], [2], seconds=0.0)
+    measured(Kernel(NAMES[name], inputs), cpu.supported_isas()[-1], 2)
 
 
-def test_plain_torch_is_checked(arrays: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.eager import EAGER
-
-    monkeypatch.setitem(EAGER, "linear", lambda arguments: arguments["models"][0])
-    with pytest.raises(WrongResult, match="plain torch"):
-        kernels.measure_case(NAMES["linear"], arrays, ["baseline"], [1], seconds=0.0)
+def test_plain_torch_is_checked(arrays: Inputs) -> None:
+    kernel = Kernel(NAMES["linear"], arrays)
+    found = kernel.plain_torch()
+    kernel.check_plain_torch(found)
+    for wrong in (found.float(), arrays[1][0]):
+        with pytest.raises(WrongResult, match="plain torch"):
+            kernel.check_plain_torch(wrong)
 
 
 @pytest.fixture(scope="module")
@@ -217,27 +252,13 @@ def test_a_terminated_benchmark_leaves_nothing_behind(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_interleave_takes_turns() -> None:
-    calls: list[str] = []
-    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = interleave(functions, seconds=0.0, least=3)
-    assert calls == ["a", "b"] * 4  # one round to warm up
-    assert [len(timing.seconds) for timing in times.values()] == [3, 3]
-
-
-def test_timing() -> None:
-    timing = Timing((4.0, 1.0, 2.0, 3.0, 10.0))
-    assert timing.median == 3.0
-    assert timing.spread == pytest.approx(2 / 3)
-
-
 def test_documents_take_their_tables_from_the_newest_results(tmp_path: Path) -> None:
     table = Table("Kernels", ["kernel", "GB/s"], notes=["checked"])
     table.add("linear", "12.3")
-    path = save("kernels", {"kernels": table}, [], tmp_path)
-    path.rename(tmp_path / "kernels-2020-01-02.json")
+    path = save("engine", {"kernels": table}, [], tmp_path)
+    path.rename(tmp_path / "engine-2020-01-02.json")
     table.rows = [["linear", "45.6"]]
-    save("kernels", {"kernels": table}, [], tmp_path)
+    save("engine", {"kernels": table}, [], tmp_path)
 
     tables = readme_table.latest_tables(tmp_path)
     text = "before\n<!-- benchmark:kernels -->\nold\n<!-- /benchmark:kernels -->\nafter\n"
