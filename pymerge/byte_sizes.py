@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them: `2GiB`, `5GB`, `512MB`, `1048576`."""
+"""Byte sizes as people write them: `2GiB`, `5GB`, `512MB`, `1048576`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_size(value: int | str, where: str = "size") -> int:
         value: bytes as an int, or a number with one of the units B, KB, MB, GB, TB (powers of
             1000), KiB, MiB, GiB, TiB (powers of 1024), in any case. A bare `G` is refused: it means
             10**9 to some and 2**30 to others.
-        where: how the argument is called in an error.
+        where: the name of the argument in an error.
 
     Raises:
         RequestError: not a size, or less than one byte.
@@ -56,7 +56,7 @@ def parse_size(value: int | str, where: str = "size") -> int:
 
 
 def format_size(size: int) -> str:
-    """Return a size for people: `0 B`, `64.0 MiB`, `1.07 GiB`."""
+    """Return a size in readable form: `0 B`, `64.0 MiB`, `1.07 GiB`."""
     if size < 1024:
         return f"{size} B"
     value, unit = float(size), "B"

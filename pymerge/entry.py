@@ -18,24 +18,24 @@ _Setup = TypeVar("_Setup")
 
 
 def load_function(name: str, where: str = "metric") -> Callable[..., Any]:
-    """Import `package.module:function`, from the current directory too.
+    """Import `package.module:function`, also from the current directory, and return it.
 
     Args:
-        name: what a config or a command line has.
-        where: what messages begin with.
+        name: the text in a config or on a command line.
+        where: the beginning of messages.
 
     Raises:
-        RequestError: it is not written so, cannot be imported, or is not callable.
+        RequestError: it has another form, cannot be imported, or is not callable.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise RequestError(f"{where}: expected package.module:function, got {name!r}")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a script beside the config is found
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: finds a script beside the config
     try:
         found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        # whatever the module itself raises: the function is what was asked for
+        # whatever the module itself raises: the user asked for the function
         raise RequestError(
             f"{where}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -60,14 +60,14 @@ def call_function(
     """Import `package.module:function`, call it, and return what it returns.
 
     Args:
-        name: what a config has.
+        name: the text in a config.
         arguments: keyword arguments.
-        where, where_arguments: what messages about the one and the other begin with.
+        where, where_arguments: the beginnings of messages about the one and the other.
 
     Raises:
-        RequestError: it cannot be imported (see `load_function`), does not take the arguments, or
-            raised.
-        OSError: it raised that: a file is missing, or the disk is full, and it says so itself.
+        RequestError: it cannot be imported (see `load_function`), does not accept the arguments, or
+            raised an exception.
+        OSError: it raised this: a file is missing or the disk is full, and the message says so.
     """
     function = load_function(name, where)
     try:
@@ -87,15 +87,15 @@ def call_function(
 
 
 def as_setup(found: Any, kind: type[_Setup], where: str) -> _Setup:
-    """Return what an entry point returned as the dataclass that it stands for.
+    """Return the result of an entry point as the dataclass that it represents.
 
     Args:
-        found: one of these, or a mapping of its fields.
+        found: an instance, or a mapping of its fields.
         kind: the dataclass.
-        where: what messages begin with.
+        where: the beginning of messages.
 
     Raises:
-        RequestError: it is neither, lacks a field that has no default, or has others.
+        RequestError: it is neither, lacks a field that has no default, or has unknown fields.
     """
     if isinstance(found, kind):
         return found

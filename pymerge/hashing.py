@@ -15,8 +15,8 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits.
 
     Args:
-        path: of the file, which is read in blocks.
-        advance: told how many bytes each block had.
+        path: the file, which is read in blocks.
+        advance: called with the number of bytes of each block.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Memory: what a merge will take (the one model that plan and engine share), and what it took."""
+"""Memory: how much a merge will take (one model for plan and engine), and how much it took."""
 
 from __future__ import annotations
 
@@ -27,43 +27,43 @@ __all__ = [
 
 MIB = 1 << 20
 
-# Python, torch (which only some backends import) and the libraries they load, measured once
-# imported, with room for a page of headers per tensor. It does not depend on the models.
+# Python, torch (which only some backends import) and the libraries they load, measured after
+# import, with room for a page of headers per tensor. It does not depend on the models.
 FIXED_BYTES = 256 * MIB
 
 MAX_SLOTS, MIN_SLOTS = 4, 2
 MAX_SLOT_BYTES, MIN_SLOT_BYTES = 16 * MIB, 1 * MIB
 MAX_BINS, MIN_BINS = 1 << 18, 1 << 12
-MAX_BINS_OF_ALL = 1 << 20  # of all models together: more models do not take more memory
+MAX_BINS_OF_ALL = 1 << 20  # for all models together: more models do not take more memory
 MAX_SAMPLES, MIN_SAMPLES = 1 << 17, 1 << 14
 
-# Computing on a GPU: page-locked chunks for inputs on their way there, tiles of inputs there, and
+# Computing on a GPU: page-locked chunks for inputs on their way to it, tiles of inputs on it, and
 # pieces of output, each of which has a buffer on both sides.
 CHUNKS, TILES, PIECES = 3, 2, 3
 MAX_BUFFER_BYTES, MIN_BUFFER_BYTES = 16 * MIB, 1 * MIB
-TILE_BUFFERS = 8  # a tile holds as much input as so many buffers
-# What torch and the driver allocate on the host for a CUDA device, roughly.
+TILE_BUFFERS = 8  # a tile holds as much input as this many buffers
+# Roughly what torch and the driver allocate on the host for a CUDA device.
 CUDA_FIXED_BYTES = 768 * MIB
 
-# Of a sampled element while one model's bracket is found: base, model and delta in float64, its
-# key, and the keys of all tensors put together and partitioned. Beside that, the sample itself.
+# For a sampled element while one model's bracket is sought: base, model and delta in float64, its
+# key, and the keys of all tensors concatenated and partitioned. The sample itself comes on top.
 SAMPLE_BYTES = 48
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How much anonymous memory a merge takes, and what it is for.
+    """How much anonymous memory a merge takes, and for what.
 
     slots x slot_bytes: output waiting to be written.
     histogram_bins: bins of each histogram of |delta|: 4-byte counts per thread and model, and two
-        rows of 8-byte sums per model. 0 where nothing is selected.
+        rows of 8-byte sums per model. 0 if nothing is selected.
     sample_elements: most elements sampled to guess where a threshold lies, one model at a time.
-    buffer_bytes: of each of CHUNKS + PIECES page-locked buffers; 0 where the CPU computes.
-    matrix_bytes: for the largest linear system (RegMean); 0 where none is solved.
-    solvers: threads that solve one, each with right sides of its own in matrix_bytes.
-    folded_bytes: for weights into which an adapter is folded, a tensor at a time.
-    total: all of it, with the interpreter and torch. Inputs are memory-mapped and belong to the
-        page cache: the kernel takes that back when it needs it.
+    buffer_bytes: size of each of CHUNKS + PIECES page-locked buffers; 0 if the CPU computes.
+    matrix_bytes: for the largest linear system (RegMean); 0 if none is solved.
+    solvers: threads that solve one, each with its own right-hand sides in matrix_bytes.
+    folded_bytes: for weights into which an adapter is folded, one tensor at a time.
+    total: everything, with the interpreter and torch. Inputs are memory-mapped and belong to the
+        page cache: the kernel reclaims that when it needs it.
     """
 
     slots: int
@@ -79,11 +79,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class DeviceSizes:
-    """How much of a GPU's memory a merge takes, and what it is for.
+    """How much of a GPU's memory a merge takes, and for what.
 
-    buffer_bytes: of each of PIECES pieces of output, and of a page-locked buffer on the host.
-    tile_bytes: of each of TILES tiles of inputs.
-    resident_bytes: for tensors that stay between the passes over them.
+    buffer_bytes: size of each of PIECES pieces of output, and of a page-locked buffer on the host.
+    tile_bytes: size of each of TILES tiles of inputs.
+    resident_bytes: for tensors that stay on the GPU between the passes over them.
     """
 
     buffer_bytes: int
@@ -95,7 +95,7 @@ class DeviceSizes:
         return _rings(self.buffer_bytes) + self.resident_bytes
 
     def halved(self) -> DeviceSizes | None:
-        """Return what to try where these were too much; None if they are the smallest."""
+        """Return the sizes to try if these were too much; None if they are the smallest."""
         if self.buffer_bytes <= MIN_BUFFER_BYTES:
             return None
         return device_sizes(self.total // 2, self.buffer_bytes // 2)
@@ -106,7 +106,7 @@ def _rings(buffer_bytes: int) -> int:
 
 
 def device_sizes(budget: int, buffer_bytes: int = MAX_BUFFER_BYTES) -> DeviceSizes:
-    """Fit a merge into a GPU's memory. Results do not depend on it.
+    """Return sizes that fit a merge into a GPU's memory. Results do not depend on them.
 
     Args:
         budget: bytes to stay within, if that is possible at all.
@@ -129,10 +129,10 @@ def plan_memory(
     solvers: int = 0,
     folded: int = 0,
 ) -> MemoryPlan:
-    """Fit a merge into a limit.
+    """Return a plan that fits a merge into a limit.
 
-    Everything starts at the size that is fastest; the largest part is halved until the sum fits.
-    Results do not depend on it.
+    Everything starts at the fastest size; the largest part is halved until the sum fits. Results
+    do not depend on the plan.
 
     Args:
         limit: bytes; `--memory`.
@@ -141,11 +141,11 @@ def plan_memory(
         selects: whether order statistics of |delta| are needed (a trim).
         staged: whether a GPU computes.
         matrices: bytes of matrices that must be held as a whole; they cannot be made smaller.
-        solvers: what they are for; only passed on.
+        solvers: number of threads that these bytes allow for; only passed on.
         folded: bytes of weights that adapters are folded into; they cannot be made smaller.
 
     Raises:
-        RequestError: not even the smallest sizes fit; names the smallest limit that works.
+        RequestError: not even the smallest sizes fit; names the smallest sufficient limit.
     """
     bins = most_bins(models) if selects else 0
     samples = MAX_SAMPLES if selects else 0
@@ -191,7 +191,7 @@ def plan_memory(
 
 
 def most_bins(models: int) -> int:
-    """Return how many bins the histogram of one model gets where memory is not short."""
+    """Return how many bins the histogram of one model gets if memory is not short."""
     bins = MAX_BINS
     while bins * models > MAX_BINS_OF_ALL and bins > MIN_BINS:
         bins //= 2
@@ -206,7 +206,7 @@ def default_threads() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that could be used without swapping, page cache included; 0 if unknown."""
+    """Return the bytes available without swapping, including the page cache; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -220,9 +220,9 @@ def available_memory() -> int:
 class PeakMemory:
     """Watches this process while a `with` block runs.
 
-    `anonymous` is the peak of RssAnon, sampled every 20 ms (memory the process allocated, without
-    mapped files); `resident` is the process's highest resident size so far. Both in bytes; where
-    the system has no /proc, `anonymous` is the resident size too.
+    `anonymous` is the peak of RssAnon, sampled every 20 ms (memory that the process allocated,
+    without mapped files); `resident` is the process's highest resident size so far. Both are in
+    bytes; if the system has no /proc, `anonymous` is the resident size too.
     """
 
     def __init__(self, interval: float = 0.02) -> None:
@@ -260,7 +260,7 @@ class PeakMemory:
 
 
 def _memory_now() -> tuple[int, int]:
-    """Return the anonymous memory now and the resident peak, in bytes."""
+    """Return the current anonymous memory and the resident peak, in bytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,1 +1,1 @@
-"""The engine: streams tiles through the ops. It knows passes, and neither files nor arithmetic."""
+"""The engine: streams tiles through the ops. It knows passes, but neither files nor arithmetic."""

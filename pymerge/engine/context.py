@@ -1,4 +1,4 @@
-"""What a method runs with: how to compute, what was counted, what is copied."""
+"""The context in which a method runs: how to compute, what was counted, and copying."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pymerge.ops.runner import Runner, fetched
 __all__ = ["Context", "copy_equal", "total_bytes"]
 
 _CHECKED_AT_ONCE = 1 << 22
-_UNSEEN = 256  # pieces whose flags a device has, before it is asked for them
+_UNSEEN = 256  # pieces whose flags stay on a device before they are read
 
 T = TypeVar("T")
 
 
 @dataclass
 class Context:
-    """How to run: backend, memory for selection, NaN, seed, method, whom to tell.
+    """How to run: backend, memory for selection, NaN, seed, method, progress.
 
     solvers: linear systems that may be solved at once; 0 for as many as torch has threads.
-    gathers: results may be computed later than the next piece is asked for.
-    stats: what merging ops count and report; on a device they are looked at from time to time.
-    memo: what was found of the same inputs before, and depends on nothing but them and its key.
+    gathers: results may be computed later than the next piece is requested.
+    stats: counts and flags of the merging ops; on a device they are read from time to time.
+    memo: earlier findings about the same inputs, which depend only on these and on the key.
     """
 
     backend: str | Runner = "auto"
@@ -49,13 +49,13 @@ class Context:
 
     @property
     def runner(self) -> Runner:
-        """What runs the ops, once `execute` has begun."""
+        """Return what runs the ops, once `execute` has begun."""
         assert isinstance(self.backend, Runner)
         return self.backend
 
     def begin(self, step: str, works: Sequence[Work], source: Source) -> None:
         """Begin a pass over the inputs of these works: one of the steps that the method's record
-        names, in the order in which they are given."""
+        names, in the order in which it gives them."""
         first, total = works[0], sum(work.numel for work in works)
         known = [one.name for one in self.method.steps(first.parameters, first.numel, total)]
         assert step in known, f"{self.method.name} reads {step!r}, its record has {known}"
@@ -63,7 +63,7 @@ class Context:
         source.announce([work.name for work in works])
 
     def remembered(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return what an earlier merge of the same inputs found under this key, or find it."""
+        """Return what an earlier merge of the same inputs found under this key, or compute it."""
         if self.memo is None:
             return compute()
         if key not in self.memo:
@@ -71,12 +71,12 @@ class Context:
         return self.memo[key]
 
     def phase(self) -> AbstractContextManager[None]:
-        """Return what gathers calls that do not depend on each other, if they may be late."""
+        """Return a context that gathers independent calls, if they may be computed later."""
         return self.runner.phase() if self.gathers else nullcontext()
 
     def check(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
-        """Raise NonFiniteError if `stats[flag]` says that [start, stop), just merged, or a piece
-        before it holds NaN or infinity; where a device counts, some time later."""
+        """Raise NonFiniteError if `stats[flag]` shows that [start, stop), just merged, or an
+        earlier piece contains NaN or infinity; if a device counts, some time later."""
         if self.nan == "keep":
             return
         self._unseen.append((flag, source, name, start, stop))
@@ -85,19 +85,19 @@ class Context:
             self.settle()
 
     def settle(self) -> None:
-        """Look at the flags of all pieces so far."""
+        """Read the flags of all pieces so far."""
         unseen, self._unseen = self._unseen, []
         if not unseen:
             return
         raised = fetched(self.stats)
         for flag, source, name, start, stop in unseen:
             self.check_finite(int(raised[flag]), source, name, start, stop)
-        # What went over the range of its dtype although all inputs are finite raises a flag too.
+        # Finite inputs whose result exceeds the range of its dtype raise a flag too.
         for flag in {flag for flag, *_ in unseen if raised[flag]}:
             self.stats[flag] = 0
 
     def check_finite(self, flag: int, source: Source, name: str, start: int, stop: int) -> None:
-        """Raise NonFiniteError naming the culprit if a kernel saw NaN or infinity in [start,
+        """Raise NonFiniteError, naming the culprit, if a kernel saw NaN or infinity in [start,
         stop)."""
         if self.nan == "keep" or not flag:
             return

@@ -1,7 +1,7 @@
 """Runs a method over a source and a sink: looks up what runs it, and drives it tensor by tensor.
 
-It knows no method and no arithmetic. Tensors in memory (`pymerge.merge`) and checkpoints
-(`merge_checkpoints`) end here.
+It knows neither methods nor arithmetic. Tensors in memory (`pymerge.merge`) and checkpoints
+(`merge_checkpoints`) both end up here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["execute", "merge_each"]
 def execute(
     method: Method, works: Sequence[Work], source: Source, sink: Sink, context: Context
 ) -> Mapping[str, int]:
-    """Compute every work and give it to the sink; return the method's statistics.
+    """Compute every work and pass it to the sink; return the method's statistics.
 
     Raises:
-        NonFiniteError: an input holds NaN or infinity (unless they are to be kept).
+        NonFiniteError: an input contains NaN or infinity (unless they are to be kept).
         RequestError: integer tensors differ between models, or the backend is not available.
     """
     # An unavailable backend is refused before anything is read.

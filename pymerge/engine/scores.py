@@ -1,6 +1,6 @@
 """Selection among numbers that are computed from the inputs: PCB's scores, SCE's variances.
 
-They are computed tile by tile, anew in each pass: those of a whole model are never held.
+They are computed tile by tile, anew in each pass: those of a whole model are never stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CACHED = 1 << 18  # elements whose scores stay in the caches of a processor unt
 TILE = 1 << 20  # elements scored at once; a multiple of the chunks of sums
 
 Parts = Callable[[], Iterable[Part]]
-Tile = tuple[int, int, Flat, Sequence[Flat]]  # number of the part, start there, base, models
+Tile = tuple[int, int, Flat, Sequence[Flat]]  # number of the part, start in it, base, models
 # (tile, room [rows, numel padded]) -> fills room[:, :numel]. Samples are tiles from anywhere.
 Score = Callable[[Tile, Counters], None]
 
@@ -34,14 +34,14 @@ def tiles(parts: Iterable[Part], most: int = TILE) -> Iterator[Tile]:
 
 
 class Scores:
-    """Rows of numbers, one for each element of a scope; only their magnitudes are looked at.
+    """Rows of numbers, one for each element of a scope; only their magnitudes matter.
 
     Args:
         parts: called with the name of a phase for each pass; yields the tensors of the scope.
         total: elements of the scope.
         rows: how many numbers each element has.
         score: computes them.
-        wide: in float64.
+        wide: whether they are in float64.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Scores:
         self._rows = rows
         self._wide = wide
         self._tile = min(_CACHED if context.runner.on_host else TILE, total)
-        # Numbers stay where they are computed.
+        # Numbers stay on the device that computes them.
         self._room = self._zeros_of(rows * padded(self._tile))
         self._zeros = self._zeros_of(self._tile)
 
@@ -68,8 +68,8 @@ class Scores:
         return self._context.runner.zeros((numel,), "float64" if self._wide else "float32")
 
     def select(self, targets: Sequence[TrimTarget]) -> list[Cut]:
-        """Return the threshold of each row. Where exactly k are kept, positions are those in the
-        only part."""
+        """Return the threshold of each row. If exactly k are kept, positions refer to the only
+        part."""
         context = self._context
         samples = []
         for base, models in sample_parts(
@@ -97,12 +97,12 @@ class Scores:
         for number, tile in enumerate(tiles(self._parts("thresholds"), self._tile)):
             numel = tile[2].numel()
             room = self._room
-            if self._total <= len(room) // self._rows:  # so few may be held all at once
+            if self._total <= len(room) // self._rows:  # few enough to hold all at once
                 room = self._zeros_of(self._rows * padded(numel))
             yield number, self._base(numel), self._rows_of(tile, room)
 
     def _base(self, numel: int) -> Flat:
-        """Return zeros, from which the numbers are the distance."""
+        """Return zeros; the numbers are their distance from these."""
         enough = numel <= len(self._zeros)
         return as_flat(self._zeros[:numel] if enough else self._zeros_of(numel))
 

@@ -1,14 +1,13 @@
 """Exact order statistics of |delta| over any number of tensors, streamed.
 
 A threshold of TIES is an order statistic of the magnitudes of one task vector, over a tensor or
-over the whole model. It is found without ever holding a task vector: magnitudes are compared by
-their bits, which are ordered as they are, and counted in a histogram over a bracket of keys. A
-sample of the data gives the first bracket, so that one counting pass nearly always suffices; the
-counts themselves show whether the wanted rank lies inside, so the result is exact whatever the
-sample was. A bracket that missed, or whose bins are wider than one key, is narrowed and counted
-again.
+over the whole model. It is found without ever storing a task vector. Magnitudes are compared by
+their bits, which have the same order, and counted in a histogram over a bracket of keys. A sample
+of the data gives the first bracket, so that one counting pass nearly always suffices. The counts
+themselves show whether the wanted rank lies inside, so the result is exact whatever the sample was.
+A bracket that missed, or whose bins are wider than one key, is narrowed and counted again.
 
-Where exactly k elements are to be kept and several equal the threshold, those with the lowest flat
+If exactly k elements are to be kept and several equal the threshold, those with the lowest flat
 index are kept: a second, cheap count finds the position of the last of them.
 """
 
@@ -43,8 +42,8 @@ KEEP_NONE = 2**63 - 1
 
 LINE = 32  # elements sampled together: a cache line of bf16
 _SPREAD = 4.0  # half-width of a sampled bracket in standard errors; a miss costs one more pass
-_SMALL = 1 << 16  # below this many elements a first bracket from a sample is not worth its cost
-_COUNTED_AT_ONCE = (1 << 31) - HOT_CHUNK  # what 32-bit counters hold, in whole chunks
+_SMALL = 1 << 16  # with fewer elements than this, a first bracket from a sample is not worth it
+_COUNTED_AT_ONCE = (1 << 31) - HOT_CHUNK  # the capacity of 32-bit counters, in whole chunks
 
 # One tensor of a scope: its number in flat order, the base, the models. All 1-D and contiguous.
 Part = tuple[int, Flat, Sequence[Flat]]
@@ -56,7 +55,7 @@ class Cut:
     """A threshold: keep keys > key everywhere, and keys == key before position (part, index) in
     flat order.
 
-    part = END keeps all that are equal.
+    part = END keeps all equal ones.
     """
 
     key: int
@@ -66,7 +65,7 @@ class Cut:
     END = 1 << 62
 
     def thresholds(self, part: int, numel: int) -> list[tuple[int, int]]:
-        """Return `(stop, least key kept)` for the stretches of one part, in order."""
+        """Return `(stop, smallest key kept)` for the stretches of one part, in order."""
         if part < self.part:
             return [(numel, self.key)]
         if part > self.part or self.index == 0:
@@ -82,7 +81,7 @@ def _after(key: int) -> int:
 
 @dataclass
 class _Search:
-    """The bracket of keys that holds one model's wanted rank."""
+    """The bracket of keys that contains one model's wanted rank."""
 
     model: int
     rank: int  # 1-based, from the smallest
@@ -93,7 +92,7 @@ class _Search:
     key: int | None = None
     below: int = 0
     equal: int = 0
-    # How often the guess occurs in each chunk of each part; kept once the guess turned out right.
+    # How often the guess occurs in each chunk of each part; kept once the guess proves right.
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     def shift(self, bins: int) -> int:
@@ -108,13 +107,14 @@ class _Search:
         return shift
 
     def narrow(self, row: np.ndarray, shift: int, wide: bool) -> None:
-        """Take one pass's counts (see `magnitude_histogram_`): finish, or set the next bracket."""
+        """Process one pass's counts (see `magnitude_histogram_`): finish, or set the next
+        bracket."""
         below, bins, hot_count = int(row[0]), row[1:-2], int(row[-1])
         sums = np.cumsum(bins, dtype=np.int64)
         sums += below
         guess = (self.hot - self.lo) >> shift if self.hot >= 0 else len(bins)
         sums[guess:] += hot_count
-        if self.rank <= below:  # the bracket lies too high
+        if self.rank <= below:  # the bracket is too high
             self.lo, self.span, self.hot = 0, self.lo, -1
         elif self.rank > sums[-1]:  # too low
             lo = self.lo + (len(bins) << shift)
@@ -134,8 +134,8 @@ class _Search:
 
 
 class Workspace:
-    """Counters that are kept between scopes: fresh memory costs more than clearing what is
-    there."""
+    """Counters that are kept between scopes: allocating fresh memory costs more than clearing
+    it."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.int32)
@@ -155,12 +155,12 @@ def _largest(wide: bool) -> int:
 
 
 def _width(span: int, bins: int) -> int:
-    """Return the least shift for which `bins` bins of 2**shift keys cover `span` keys."""
+    """Return the smallest shift for which `bins` bins of 2**shift keys cover `span` keys."""
     return max(0, (-(-span // bins) - 1).bit_length()) if span > bins else 0
 
 
 def magnitude_keys(base: Flat, model: Flat, wide: bool) -> np.ndarray:
-    """Return bits(|model - base|) of a few elements, as int64 where wide, else int32."""
+    """Return bits(|model - base|) of a few elements, as int64 if wide, else int32."""
     # Infinity minus infinity is NaN, which counts as the largest; it is reported elsewhere.
     with np.errstate(invalid="ignore", over="ignore"):
         delta = np.abs(widen(as_array(model), wide) - widen(as_array(base), wide))
@@ -168,9 +168,9 @@ def magnitude_keys(base: Flat, model: Flat, wide: bool) -> np.ndarray:
 
 
 def most_passes(wide: bool, bins: int = MIN_BINS) -> int:
-    """Return how often a selection reads its scope at most, after its sample: the bracket that the
-    sample gives, those that narrow the side that it missed, and twice for the position of the last
-    element that is kept."""
+    """Return the largest number of times that a selection reads its scope after its sample: the
+    bracket from the sample, those that narrow the side that it missed, and twice for the position
+    of the last element that is kept."""
     narrowed = math.ceil((63 if wide else 31) / math.log2(bins - 1))
     return 1 + narrowed + 2
 
@@ -183,7 +183,7 @@ def sample_size(total: int, most: int) -> int:
 
 def sample_parts(parts: Parts, total: int, most: int) -> list[tuple[Array, list[Array]]]:
     """Return small samples (base, models), spread evenly over all parts, as copies."""
-    # An odd stride does not keep hitting the same columns of a matrix.
+    # An odd stride does not hit the same columns of a matrix again and again.
     stride = max(LINE, total * LINE // sample_size(total, most)) | 1
     samples = []
     for _, base, models in parts():
@@ -207,7 +207,7 @@ def sample_brackets(
     total: int,
     wide: bool,
 ) -> tuple[int, int, int] | None:
-    """Return keys (lo, guess, hi) that very likely enclose the order statistic, or None without a
+    """Return keys (lo, guess, hi) that very likely enclose the order statistic; None without a
     sample."""
     if not samples:
         return None
@@ -243,10 +243,10 @@ def order_statistics(
     total: number of elements in the scope.
     bins: bins of a histogram, a power of two; only the memory and the number of passes depend on
         it.
-    sample: most elements to sample; as above.
-    wide: deltas and keys are of float64.
-    samples: of all parts, from `sample_parts`; taken here by default.
-    workspace: counters to use again.
+    sample: most elements to sample; same dependence.
+    wide: whether deltas and keys are in float64.
+    samples: of all parts, from `sample_parts`; by default they are taken here.
+    workspace: counters to reuse.
     """
     cuts = [Cut(KEEP_ALL if t.keep == "all" else KEEP_NONE, Cut.END) for t in targets]
     ranked = [k for k, target in enumerate(targets) if target.keep == "rank"]
@@ -288,7 +288,7 @@ def order_statistics(
 def _order_statistics_at_once(
     parts: Parts, targets: Sequence[TrimTarget], cuts: list[Cut], wide: bool
 ) -> list[Cut]:
-    """The same for a scope so small that its magnitudes can simply be held and sorted."""
+    """Do the same for a scope so small that its magnitudes can simply be held and sorted."""
     held = [(part, base, models) for part, base, models in parts() if base.numel() > 0]
     ends = np.cumsum([base.numel() for _, base, _ in held])
     for k, target in enumerate(targets):
@@ -314,9 +314,9 @@ def _count(
     backend: str | Runner,
     workspace: Workspace,
 ) -> None:
-    """Make one pass over all parts, and let every search take its counts."""
+    """Make one pass over all parts, and let every search process its counts."""
     shifts = [search.shift(bins) for search in searches]
-    # No more bins than the widest bracket needs: clearing and adding them up costs too.
+    # Use no more bins than the widest bracket needs: clearing and adding them up costs time too.
     used = max(
         -(-search.span // (1 << shift)) for search, shift in zip(searches, shifts, strict=True)
     )
@@ -360,7 +360,7 @@ def _count(
 
 
 def _add_slots(slots: np.ndarray, totals: np.ndarray | None) -> np.ndarray:
-    """Add up the slots, in 32 bits as long as that is enough."""
+    """Return the sum of the slots, in 32 bits as long as that suffices."""
     for slot in slots[1:]:
         slots[0] += slot
     return slots[0].copy() if totals is None else totals + slots[0].astype(np.int64)

@@ -11,18 +11,18 @@ __all__ = ["MERGE", "Method", "Step", "whole_model"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a merge: a pass over its inputs, or several for one purpose.
+    """One step of a merge: one pass over its inputs, or several for one purpose.
 
     Attributes:
-        name: what progress and reports call it.
-        words: what a plan says it is for.
-        scope: "tensor" where a tensor's step follows the one before it on the same tensor, while
-            that is in the page cache; "model" for a pass of its own over all tensors.
-        passes: how often it reads its scope, as a rule.
-        most: how often in the worst case; None for `passes`. A selection (`selects`) takes more
-            where its sample misleads: the engine knows how many.
-        selects: it finds order statistics, with histograms.
-        statistics: it reads what was collected from data, not the models.
+        name: its name in progress displays and reports.
+        words: its purpose, as a plan describes it.
+        scope: "tensor" if the step follows the previous one on the same tensor, while that is in
+            the page cache; "model" for a pass of its own over all tensors.
+        passes: how often it normally reads its scope.
+        most: how often in the worst case; None for `passes`. A selection (`selects`) takes more if
+            its sample misleads; the engine knows how many.
+        selects: whether it finds order statistics, with histograms.
+        statistics: whether it reads statistics collected from data, not the models.
     """
 
     name: str
@@ -43,7 +43,7 @@ def whole_model(steps: Sequence[Step]) -> bool:
 
 
 class Method(Protocol):
-    """What the engine asks a method's record."""
+    """What the engine needs from a method's record."""
 
     @property
     def name(self) -> str: ...
@@ -56,9 +56,9 @@ class Method(Protocol):
         ...
 
     def gathers(self, parameters: Mapping[str, Any]) -> bool:
-        """Return whether all that is done with a tensor is one op, which needs no other."""
+        """Return whether a tensor is merged by a single op, which needs no other."""
         ...
 
     def steps(self, parameters: Mapping[str, Any], numel: int, total: int) -> tuple[Step, ...]:
-        """Return what is read for a tensor of `numel` elements in a model of `total`."""
+        """Return the steps for a tensor of `numel` elements in a model of `total`."""
         ...

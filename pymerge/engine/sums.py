@@ -27,8 +27,8 @@ def add_up(
     wide: bool,
     backend: str | Runner,
 ) -> list[float]:
-    """Return the sums of a kind (`chunk_sums_`) over a tensor. `fsum` rounds once, so that the
-    order of chunks does not matter."""
+    """Return the sums of a kind (`chunk_sums_`) over a tensor. `fsum` rounds once, so the order of
+    chunks does not matter."""
     kept = kept or Kept()
     numel = models[0].numel()
     rows, _ = sums_shape(kind, len(models), numel, 0)
@@ -55,8 +55,8 @@ def add_up(
 
 
 def square(upper: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
-    """Return the symmetric matrices [count, count, ...] whose upper halves, row by row, are
-    given."""
+    """Return the symmetric matrices [count, count, ...] with the given upper halves, row by
+    row."""
     upper = np.asarray(upper)
     matrix = np.zeros((count, count, *upper.shape[1:]))
     rows = iter(upper)
@@ -102,6 +102,6 @@ def _row_blocks(numel: int, columns: int) -> Iterator[tuple[int, int]]:
 def sparse_norms(
     base: Flat, models: Sequence[Flat], kept: Kept, *, wide: bool, backend: str | Runner
 ) -> list[tuple[float, float]]:
-    """Return the L1 norms of each task vector and of what is kept of it."""
+    """Return the L1 norms of each task vector and of its kept part."""
     totals = add_up("sparse", base, models, kept=kept, wide=wide, backend=backend)
     return list(zip(totals[::2], totals[1::2], strict=True))

@@ -13,9 +13,9 @@ class TrimTarget:
     """What a trim of `total` elements keeps.
 
     keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order
-    statistic that is the threshold. With `exact` the number kept is total - rank + 1, else every
-    element at or above it. The threshold rules' own rank keeps one element more than k; asked for
-    exactly k, they take the next rank.
+    statistic that serves as the threshold. With `exact`, the number kept is total - rank + 1;
+    otherwise it is every element at or above the threshold. The threshold rules' own rank keeps one
+    element more than k; if exactly k are requested, they take the next rank.
     """
 
     keep: Literal["all", "none", "rank"]

@@ -1,4 +1,4 @@
-"""What the engine works on: output tensors, where their inputs come from, where results go."""
+"""What the engine works on: output tensors, the sources of their inputs, the sinks of results."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def row_length(work: Work) -> int:
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """What was collected from data of one tensor.
+    """Statistics of one tensor, collected from data.
 
-    models: of each model, in their order; all None where there are none of this tensor. base: of
-    the base, or None. transposed: the weight is [in, out]. labels: what messages call them, that of
-    the base first where it has any.
+    models: of each model, in their order; all None if there are none for this tensor. base: of the
+    base, or None. transposed: the weight is [in, out]. labels: their names in messages, that of the
+    base first if it has statistics.
     """
 
     models: Sequence[Flat | None]
@@ -58,19 +58,19 @@ class TensorStatistics:
 
 
 class Source(Protocol):
-    """Gives the inputs of a tensor: 1-D, contiguous, in their own dtypes, not to be written to."""
+    """Provides the inputs of a tensor: 1-D, contiguous, in their own dtypes, read-only."""
 
     @property
     def labels(self) -> Sequence[str]:
-        """What messages call the inputs: the base first, where there is one, then the models."""
+        """Return the names of the inputs in messages: the base first, if any, then the models."""
         ...
 
     def describe(self, name: str) -> str:
-        """Return what messages call a tensor."""
+        """Return the name of a tensor in messages."""
         ...
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes that loading a tensor reads, of all inputs together."""
+        """Return the bytes that loading a tensor reads, over all inputs."""
         ...
 
     def load(self, name: str) -> tuple[Flat | None, list[Flat]]:
@@ -78,50 +78,50 @@ class Source(Protocol):
         ...
 
     def statistics(self, name: str) -> TensorStatistics:
-        """Return what was collected of a tensor, for methods that need it."""
+        """Return the statistics of a tensor, for methods that need them."""
         ...
 
     def announce(self, names: Sequence[str]) -> None:
-        """Tell the order in which tensors are about to be loaded, so that they can be read
+        """Announce the order in which tensors are about to be loaded, so that they can be read
         ahead."""
         ...
 
     def can_hold(self, nbytes: int) -> bool:
-        """Say whether so many bytes, once read, will still be in memory for the next pass."""
+        """Return whether this many bytes, once read, will still be in memory for the next pass."""
         ...
 
     def release(self, name: str) -> None:
-        """Tell that a tensor is not needed for now."""
+        """Declare that a tensor is not needed for now."""
         ...
 
 
 class Sink(Protocol):
-    """Takes results. Tensors come in the order of the works given to the engine."""
+    """Receives results. Tensors come in the order of the works given to the engine."""
 
     def pieces(self, name: str) -> Iterable[tuple[int, Flat]]:
-        """Yield (first element, writable run of elements); each is filled before the next is asked
-        for."""
+        """Yield (first element, writable run of elements); each is filled before the next is
+        requested."""
         ...
 
     def restart(self) -> None:
-        """Begin again from the first tensor."""
+        """Start again from the first tensor."""
         ...
 
 
 class Progress(Protocol):
-    """Hears how far the work is."""
+    """Is notified of how far the work has progressed."""
 
     def phase(self, name: str, total_bytes: int) -> None:
-        """A phase begins that will read so many bytes."""
+        """A phase begins that will read this many bytes."""
         ...
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes of the phase have been read."""
+        """This many bytes of the phase have been read."""
         ...
 
 
 class NoProgress:
-    """A Progress that tells nobody."""
+    """A Progress that ignores all notifications."""
 
     def phase(self, name: str, total_bytes: int) -> None:
         pass

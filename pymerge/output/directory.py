@@ -1,4 +1,4 @@
-"""An output directory that appears under its name complete or not at all."""
+"""An output directory that appears under its name either complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class OutputDirectory:
     """A context manager around the writing of `out`.
 
     Files are written into `path`, a hidden temporary directory beside `out`; `commit` makes their
-    data durable and renames it into place. Leaving the context without `commit` removes it. What a
-    killed process left behind is removed the next time the same `out` is written.
+    data durable and renames it into place. Leaving the context without `commit` removes it.
+    Leftovers of a killed process are removed the next time the same `out` is written.
 
     Attributes:
         path: the temporary directory, inside the context.
-        warnings: what went wrong after the output was in place.
+        warnings: problems that occurred after the output was in place.
     """
 
     path: Path
 
     def __init__(self, out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
-        """Remember what is wanted; nothing is touched.
+        """Store the request; nothing is touched.
 
         Args:
             out: the directory to write; missing parents are created.
-            force: replace it if it exists.
-            inputs: the directories and files that are read, which the output must not endanger.
+            force: replace the directory if it exists.
+            inputs: the directories and files that are read; the output must not endanger them.
         """
         self.out = Path(out)
         self.warnings: list[str] = []
@@ -79,8 +79,8 @@ class OutputDirectory:
     def commit(self) -> None:
         """Make all files durable and put the directory under its name.
 
-        An existing `out` (with `force`) is swapped with it atomically where Linux and the file
-        system can, and deleted after that.
+        An existing `out` (with `force`) is swapped with it atomically if Linux and the file system
+        support this, and then deleted.
 
         Raises:
             MergeError: the output could not be put into place.
@@ -104,7 +104,7 @@ class OutputDirectory:
             try:
                 shutil.rmtree(self.path)
             except OSError as error:
-                # Another process may have removed it meanwhile, as stale.
+                # Another process may have removed it in the meantime, as stale.
                 if os.path.lexists(self.path):
                     self.warnings.append(f"the replaced {self.out} is left in {self.path}: {error}")
 
@@ -155,7 +155,8 @@ class OutputDirectory:
 
 
 def _resolve_parent(out: Path) -> Path:
-    """Return the absolute path with every link resolved but a last one, which check() refuses."""
+    """Return the absolute path, with every link resolved except a last one, which check()
+    refuses."""
     if out.name in ("", ".."):
         return out.resolve()
     return out.parent.resolve() / out.name
@@ -193,7 +194,7 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _make_temporary(target: Path) -> tuple[Path, list[int]]:
-    """Create the temporary directory; return it and the locks that say its process lives."""
+    """Create the temporary directory; return it and the locks that show its process is alive."""
     while True:
         path = _sibling(target, "tmp")
         with contextlib.suppress(FileExistsError):
@@ -203,8 +204,8 @@ def _make_temporary(target: Path) -> tuple[Path, list[int]]:
                 _claim(path, locks)
                 return path, locks
             except (FileNotFoundError, BlockingIOError):
-                # Another process took the new directory for a stale one before it was locked,
-                # and is removing it.
+                # Another process took the new directory for a stale one before it was locked, and
+                # is removing it.
                 _unlock(locks)
             except BaseException:
                 _unlock(locks)
@@ -215,23 +216,23 @@ def _make_temporary(target: Path) -> tuple[Path, list[int]]:
 def _claim(path: Path, locks: list[int]) -> None:
     """Lock a temporary directory, adding the descriptors to `locks`.
 
-    The directory itself is locked beside the lock file: commit() takes that file away before the
-    rename, and what a process leaves that dies in between must be seen as stale.
+    The directory itself is locked as well as the lock file: commit() removes that file before the
+    rename, and what a process leaves if it dies in between must be recognised as stale.
     """
     locks.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     _lock(locks[0])
     locks.append(os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
     _lock(locks[1])
-    # Gone already if another process was faster.
+    # The file is already gone if another process was faster.
     if not os.path.samestat(os.fstat(locks[1]), os.stat(path / _LOCK)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path / _LOCK))
 
 
 def _lock(fd: int) -> bool:
-    """Lock a file for as long as this process lives; False where the file system cannot.
+    """Lock a file for the lifetime of this process; return False if the file system cannot.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,7 +258,7 @@ def _remove_stale(target: Path) -> None:
                 if _is_stale(Path(entry.path), locks):
                     shutil.rmtree(entry.path, ignore_errors=True)
             except OSError as error:
-                # in use, not ours, or gone meanwhile: not a reason to stop
+                # in use, not ours, or gone in the meantime: not a reason to stop
                 if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENOENT):
                     raise
             finally:
@@ -265,7 +266,7 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_stale(path: Path, locks: list[int]) -> bool:
-    """Tell whether every lock of a temporary directory can be taken, which is then held."""
+    """Return whether every lock of a temporary directory can be taken; they are then held."""
     locks.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     stale = _lock(locks[0])
     if os.path.lexists(path / _LOCK):

@@ -1,7 +1,7 @@
-"""Writes one file at a time: preallocated, past the page cache where the file system allows it.
+"""Writes one file at a time: preallocated, bypassing the page cache if the file system can.
 
-A buffered write costs 10 to 20 times the processor time of a direct one, which the merge kernels
-need. Direct writes want aligned addresses, offsets and lengths, so the tail of a file is buffered.
+A buffered write costs 10 to 20 times the processor time of a direct one, and the merge kernels need
+that time. Direct writes require aligned addresses, offsets and lengths, so the tail is buffered.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if _fallocate is not None:
 
 
 def write_error(path: Path, error: OSError, needed: int) -> MergeError:
-    """Return the MergeError for a failed write; for a full disk it says what is missing.
+    """Return the MergeError for a failed write; for a full disk it names the missing space.
 
     Args:
         path: the file that was written.
-        error: what happened.
-        needed: bytes that the whole output takes.
+        error: the cause.
+        needed: size of the whole output in bytes.
     """
     message = f"{path}: cannot be written: {error.strerror or error}"
     if error.errno in _FULL:
@@ -44,10 +44,10 @@ def write_error(path: Path, error: OSError, needed: int) -> MergeError:
 
 
 def preallocate(path: Path, nbytes: int) -> None:
-    """Create a file and reserve its space, where the file system can.
+    """Create a file and reserve its space, if the file system can.
 
-    Linux's fallocate() is called and not posix_fallocate(): where the file system cannot reserve,
-    the C library makes the latter write a byte into every block.
+    This calls Linux's fallocate() and not posix_fallocate(): if the file system cannot reserve
+    space, the C library makes the latter write a byte into every block.
 
     Raises:
         OSError: among others ENOSPC.
@@ -68,7 +68,7 @@ def preallocate(path: Path, nbytes: int) -> None:
 
 
 class OutputFile:
-    """A preallocated file that is being written at known offsets."""
+    """A preallocated file that is written at known offsets."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,15 +82,15 @@ class OutputFile:
 
     @property
     def direct(self) -> bool:
-        """Whether aligned writes still go past the page cache."""
+        """Whether aligned writes still bypass the page cache."""
         return self._direct_fd is not None
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write all of the data; direct as far as it is aligned.
+        """Write all of the data; directly as far as it is aligned.
 
         Args:
             data: bytes; page-aligned in memory.
-            offset: where they go; a multiple of 4096 for direct writes.
+            offset: where the data goes; a multiple of 4096 for direct writes.
 
         Raises:
             OSError: the write failed.
@@ -109,7 +109,7 @@ class OutputFile:
             except OSError as error:
                 if direct is None or error.errno not in _UNSUPPORTED:
                     raise
-                self._drop_direct()  # this device wants another alignment: go on buffered
+                self._drop_direct()  # this device requires another alignment: continue buffered
                 continue
             if written <= 0:
                 raise OSError(errno.EIO, "the file system took no bytes", str(self._path))

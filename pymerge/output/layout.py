@@ -1,4 +1,4 @@
-"""Decides what goes where in the output: files, headers and offsets, before anything is written."""
+"""Plans the output: files, headers and offsets, before anything is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pymerge.errors import RequestError, nearest
 __all__ = ["INDEX_NAME", "Layout", "OutputTensor", "PlacedTensor", "Shard", "plan_layout"]
 
 INDEX_NAME = "model.safetensors.index.json"
-DATA_ALIGNMENT = 64  # a cache line and the widest vector: the first tensor of a file starts on one
+DATA_ALIGNMENT = 64  # a cache line and the widest vector: the first tensor of a file is aligned
 _METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
@@ -29,7 +29,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor and where it lies; `offset` counts from the start of its file."""
+    """A tensor and its place; `offset` counts from the start of its file."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: `header` is all that precedes the data, `nbytes` the size of the whole file."""
+    """One file: `header` is everything before the data, `nbytes` the size of the whole file."""
 
     filename: str
     header: bytes
@@ -50,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All files; `index` is the content of model.safetensors.index.json where there are several."""
+    """All files; `index` is the content of model.safetensors.index.json if there are several."""
 
     shards: tuple[Shard, ...]
     index: bytes | None
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def order(self) -> list[str]:
-        """The names of all tensors in the order in which they are written."""
+        """Return the names of all tensors in the order in which they are written."""
         return [tensor.name for shard in self.shards for tensor in shard.tensors]
 
 
@@ -68,13 +68,13 @@ def plan_layout(
     """Lay tensors out in safetensors files, named as transformers names them.
 
     The result does not depend on the order of `tensors`. Files are filled in the order of the
-    names; inside a file the tensors with the widest elements come first, so that every element is
+    names; within a file, the tensors with the widest elements come first, so that every element is
     aligned to its size.
 
     Args:
-        tensors: what to write; names are unique.
-        shard_size: most bytes of tensor data in a file, at least 1; a larger tensor gets a file of
-            its own.
+        tensors: the tensors to write; names are unique.
+        shard_size: maximum bytes of tensor data in a file, at least 1; a larger tensor gets a file
+            of its own.
         metadata: the `__metadata__` of every file.
 
     Raises:

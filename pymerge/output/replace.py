@@ -1,5 +1,5 @@
-"""Renames of directories that never overwrite by accident, and swap two where Linux can; files
-that are written, or replaced as a whole."""
+"""Renames of directories that never overwrite by accident, and swap two if Linux can; files that
+are written, or replaced as a whole."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a small file; text in UTF-8, and what that cannot hold as JSON escapes it.
+    """Write a small file; text in UTF-8, with JSON escapes for characters that UTF-8 cannot hold.
 
     Raises:
         MergeError: it cannot be written.
     """
     try:
-        if isinstance(content, str):  # names of files need not be UTF-8
+        if isinstance(content, str):  # file names need not be valid UTF-8
             path.write_text(content, encoding="utf-8", errors="backslashreplace")
         else:
             path.write_bytes(content)
@@ -38,12 +38,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes, label: str = "") -> None:
-    """Write a file that is there as a whole or as it was, also after a power failure.
+    """Write a file so that it is either new as a whole or unchanged, even after a power failure.
 
     Args:
         path: the file, new or replaced.
         content: all of it.
-        label: what a message says before the path.
+        label: text before the path in a message.
 
     Raises:
         MergeError: it cannot be written; nothing is left behind.
@@ -73,7 +73,7 @@ def rename_to_free_name(source: Path, target: Path) -> None:
 
 
 def exchange(first: Path, second: Path, aside: Path) -> None:
-    """Swap two directories: atomically where the system can, else by way of `aside`.
+    """Swap two directories: atomically if the system can, else by way of `aside`.
 
     Args:
         first: ends up at `second`.
@@ -92,7 +92,7 @@ def exchange(first: Path, second: Path, aside: Path) -> None:
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Call renameat2; False where the system or the file system does not have it."""
+    """Call renameat2; return False if the system or the file system does not support it."""
     if _renameat2 is None:
         return False
     if _renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:

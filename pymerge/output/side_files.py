@@ -1,4 +1,4 @@
-"""Copies what belongs to a model beside its weights: configuration, tokenizer, licence."""
+"""Copies the files that accompany a model's weights: configuration, tokenizer, licence."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def copy_side_files(source: Path, target: Path, *, dtype: str | None) -> list[str]:
-    """Copy the files that belong to a model beside its weights.
+    """Copy the files that accompany a model's weights.
 
-    Weights, indexes and what training leaves behind stay; directories do too, but for
+    Weights, indexes and leftovers of training are not copied; neither are directories, except
     `additional_chat_templates`.
 
     Args:
-        source: the model directory; a single weight file has nothing beside it.
+        source: the model directory; a single weight file has no accompanying files.
         target: an existing directory.
-        dtype: safetensors code of the output, which config.json is made to say where it names a
-            dtype; None leaves config.json as it is.
+        dtype: safetensors code of the output, which replaces the dtype in config.json if it names
+            one; None leaves config.json as it is.
 
     Returns:
         The names of the copied files, sorted.
@@ -121,7 +121,7 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
             config[key] = name
             changed = True
     for key, value in config.items():
-        # Parts of a multimodal model name their own; a quantization's dtype is another matter.
+        # Parts of a multimodal model name their own; a quantization's dtype is something else.
         if isinstance(value, dict) and key.endswith("_config") and "quantiz" not in key:
             changed |= _set_dtype(value, name)
     return changed

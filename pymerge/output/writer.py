@@ -1,7 +1,7 @@
 """Writes the shards of a layout from a ring of slots, while the next slot is being filled.
 
-The caller fills slots through `ShardWriter.pieces`; one background thread writes full ones. The
-bytes of a file are the same for any number and size of slots.
+The caller fills slots through `ShardWriter.pieces`; a background thread writes the full ones. The
+bytes of a file do not depend on the number and size of slots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ShardWriter"]
 
 @dataclass(frozen=True)
 class _Job:
-    """`nbytes` of a slot for `path` at `offset`; `last` closes the file after it."""
+    """`nbytes` of a slot for `path` at `offset`; `last` closes the file afterwards."""
 
     path: Path
     slot: int
@@ -40,11 +40,11 @@ class _Job:
 class ShardWriter:
     """Writes all tensors of a layout, in its order, within `slots * slot_bytes` of memory.
 
-    Fill every tensor through `pieces`, then call `finish`; call `abort` instead when something goes
+    Fill every tensor through `pieces`, then call `finish`; call `abort` instead if something goes
     wrong. As a context manager it aborts unless it was finished.
 
     Attributes:
-        bytes_written: so far, to all files, including what a `restart` made void.
+        bytes_written: so far, to all files, including bytes that a `restart` made void.
         seconds_blocked: how long the caller has waited for the disk.
     """
 
@@ -54,13 +54,13 @@ class ShardWriter:
         """Create the files at their full size.
 
         Args:
-            directory: existing, to write into.
+            directory: an existing directory to write into.
             layout: from `plan_layout`.
             slot_bytes: a positive multiple of 4096.
             slots: at least 1; with 1, filling and writing take turns.
 
         Raises:
-            MergeError: the files cannot be created, or the disk has not enough space for them.
+            MergeError: the files cannot be created, or the disk does not have enough space.
         """
         if slot_bytes < ALIGNMENT or slot_bytes % ALIGNMENT or slots < 1:
             raise ValueError(
@@ -82,7 +82,7 @@ class ShardWriter:
         self._view = memoryview(self._memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
-        # The producer's state. `_epoch` tells the generators of before a restart from those after.
+        # The producer's state. `_epoch` distinguishes generators from before and after a restart.
         self._sequence = [(shard, tensor) for shard in layout.shards for tensor in shard.tensors]
         self._epoch = 0
         self._next = 0
@@ -106,10 +106,10 @@ class ShardWriter:
     def pieces(self, name: str) -> Iterator[tuple[int, Array]]:
         """Yield the memory of a tensor piece by piece, to be filled with its output elements.
 
-        A piece must be filled before the next one is asked for, and not be touched after that.
+        A piece must be filled before the next one is requested, and not be touched after that.
 
         Args:
-            name: the next one of `layout.order`.
+            name: the next tensor of `layout.order`.
 
         Yields:
             (first element, writable array of the output dtype); nothing for an empty tensor.
@@ -134,7 +134,7 @@ class ShardWriter:
         return self._fill(shard, tensor)
 
     def restart(self) -> None:
-        """Begin again from the first tensor; what has been written is written anew.
+        """Start again from the first tensor; everything is written anew.
 
         Raises:
             MergeError: an earlier piece could not be written.
@@ -146,7 +146,7 @@ class ShardWriter:
         self._next, self._used, self._position, self._unfilled = 0, 0, 0, None
 
     def finish(self) -> None:
-        """Write what is left, wait until the disk has it, and close the files.
+        """Write the rest, wait until it is on the disk, and close the files.
 
         Raises:
             MergeError: naming the file and the reason.
@@ -189,7 +189,7 @@ class ShardWriter:
             try:
                 preallocate(path, shard.nbytes)
             except OSError as error:
-                for other in created:  # first free the space, so that the message counts it
+                for other in created:  # free the space first, so that the message counts it
                     with contextlib.suppress(OSError):
                         other.unlink()
                 raise write_error(path, error, self._needed) from error
@@ -241,7 +241,7 @@ class ShardWriter:
         return self._slot
 
     def _submit(self, shard: Shard, *, last: bool) -> None:
-        assert self._slot is not None  # a header at least has been put there
+        assert self._slot is not None  # it contains at least a header
         path = self._directory / shard.filename
         job = _Job(path, self._slot, self._used, self._position, last)
         self._position = 0 if last else self._position + self._used
@@ -251,7 +251,7 @@ class ShardWriter:
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()` or a failure, counting the time."""
+        """Wait until `ready()` or a failure, and count the time."""
         with self._changed:
             if ready() or self._error is not None:
                 return
@@ -309,7 +309,7 @@ class ShardWriter:
                 self._changed.notify_all()
         finally:
             if file is not None:
-                with contextlib.suppress(OSError):  # the failure that counts is recorded already
+                with contextlib.suppress(OSError):  # the relevant failure is already recorded
                     file.close()
 
     def _take(self) -> _Job | None:
