@@ -240,6 +240,13 @@ def test_bad_requests_exit_with_2(
 # methods, info, start-up
 
 
+def test_every_module_of_the_commands_is_a_command() -> None:
+    folder = Path(pymerge.commands.main.__file__).parent
+    found = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "options", "words"}
+    listed = {command.__name__.rpartition(".")[2] for command in pymerge.commands.main.COMMANDS}
+    assert found == listed
+
+
 def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods") == 0
     out = capsys.readouterr().out
@@ -278,12 +285,13 @@ def test_info_says_what_runs_and_why_not(
             "cpu": {"available": True, "reason": "C++"},
             "cuda": {"available": False, "reason": "no CUDA"},
         },
-        "methods": {
-            "ties": {"cpu": True, "cuda": "no CUDA"},
-            "linear": {"cpu": "odd", "cuda": True},
-        },
+    }
+    methods = {
+        "ties": {"cpu": True, "cuda": "no CUDA"},
+        "linear": {"cpu": "odd", "cuda": True},
     }
     monkeypatch.setattr("pymerge.ops.backends.describe", lambda: described)
+    monkeypatch.setattr("pymerge.commands.info.support", lambda _backends: methods)
     assert run("info") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("torch ") for line in lines)
@@ -295,6 +303,7 @@ def test_info_says_what_runs_and_why_not(
     assert run("info", "--json") == 0
     info = json.loads(capsys.readouterr().out)
     assert info["backends"] == described["backends"]
+    assert info["methods"] == methods
     assert {"pymerge", "python", "torch", "platform", "cuda", "triton"} <= set(info)
 
 

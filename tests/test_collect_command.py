@@ -57,7 +57,7 @@ def test_files_merge_as_what_python_collects(
     samples = min(options.get("samples", 256), 12)
     assert shown.out.count("collected") == 2
     assert f" {samples} " in shown.out
-    assert shown.err.count("up to") == 2
+    assert shown.err.count(": up to") == 2
     given = dict(options)
     if "accumulate" in given:
         given["accumulate"] = torch.float32

@@ -1,4 +1,4 @@
-"""`pymerge analyze`: its arguments and what it does."""
+"""`pymerge analyze BASE MODEL...`: compares task vectors before a merge."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pymerge.commands.options import Commands
 from pymerge.errors import RequestError
 
-__all__ = ["add_arguments", "run_analyze"]
+__all__ = ["add", "run"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "analyze", help="compare task vectors before a merge: angles, sign conflicts, overlaps"
+    )
     parser.add_argument("base", metavar="BASE", help="the pre-trained model")
     parser.add_argument("models", metavar="MODEL", nargs="+", help="fine-tuned models")
     parser.add_argument(
@@ -66,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print the analysis as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
 
 
 def _count(text: str) -> int:
@@ -86,8 +91,7 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
-def run_analyze(options: argparse.Namespace) -> None:
-    """Run the command; raises as `pymerge.analyze` and `write_analysis` do."""
+def run(options: argparse.Namespace) -> None:
     from pymerge.analysis import advise, analyze, write_analysis
     from pymerge.analysis.output import check_output
     from pymerge.analysis.summary import print_summary

@@ -17,7 +17,7 @@ from pymerge.output.replace import replace_file
 if TYPE_CHECKING:
     from pymerge.search.study import SearchResult
 
-__all__ = ["BEST", "MERGED", "missing_packages", "print_result", "provenance", "record", "write"]
+__all__ = ["BEST", "MERGED", "missing_packages", "provenance", "record", "write"]
 
 BEST, MERGED, RECORD = "best.yml", "merged", "search.json"
 _FORMAT = 1
@@ -190,54 +190,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def print_result(result: SearchResult, folder: Path) -> None:
-    """Print the best trials as a table, and what the search took."""
-    from rich.console import Console
-    from rich.table import Table
-
-    config = result.config
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(width=140, soft_wrap=True)
-    sign = -1.0 if config.direction == "maximize" else 1.0
-    good = [t for t in result.trials if t.value is not None]
-    ranked = sorted(good, key=lambda t: (sign * (t.value or 0.0), t.number))[:5]
-    first = result.first
-    if first is not None and first.value is not None and first not in ranked:
-        ranked.append(first)
-    table = Table(title=f"{config.metric_name} ({config.direction})", title_justify="left")
-    table.add_column("variable")
-    for trial in ranked:
-        note = " (first)" if first is not None and trial.number == first.number else ""
-        table.add_column(f"trial {trial.number}{note}", justify="right")
-    table.add_row("value", *(f"[bold]{trial.value:.6g}[/]" for trial in ranked))
-    for name in result.space.names:
-        table.add_row(_plain(name), *(f"{trial.values[name]:.4g}" for trial in ranked))
-    if ranked:
-        console.print(table)
-    failed = f", {result.failures} failed" if result.failures else ""
-    console.print(
-        f"{len(result.trials)} trials{failed}: {result.seconds_merging:.1f} s merging, "
-        f"{result.seconds_evaluating:.1f} s evaluating, {result.seconds:.1f} s in all; "
-        f"{result.finished}",
-        highlight=False,
-    )
-    console.print(f"chosen on {config.search_data}", highlight=False, markup=False)
-    if result.report is not None:
-        parts = [
-            f"{key} {result.report[key]['value']:.6g}"
-            for key in ("best", "first")
-            if key in result.report and result.report[key]["value"] is not None
-        ]
-        if parts:
-            console.print(
-                f"on {config.report_data}: {', '.join(parts)}", highlight=False, markup=False
-            )
-    if result.best is not None:
-        console.print(f"{folder / BEST}: pymerge merge merges it", highlight=False, markup=False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -1,21 +1,17 @@
-"""What `pymerge collect` shows: how far it is, and a table at the end."""
+"""What `pymerge collect` shows while it runs."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from pymerge.byte_sizes import format_size
 from pymerge.errors import RequestError
 from pymerge.statistics.batches import batch_size
 
-if TYPE_CHECKING:
-    from pymerge.statistics.run import Collected
-
-__all__ = ["CollectProgress", "Counted", "print_table"]
+__all__ = ["CollectProgress", "Counted"]
 
 _LINE_EVERY = 5.0  # seconds between plain lines
 
@@ -111,29 +107,3 @@ class CollectProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
-
-
-def print_table(found: Sequence[Collected]) -> None:
-    """Print a line for each model: its file, how many examples, the file's size, what was done."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    table = Table()
-    table.add_column("model", overflow="fold")
-    table.add_column("file", overflow="fold")
-    table.add_column("examples", justify="right", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for one in found:
-        table.add_row(
-            Text(one.model),
-            Text(str(one.file)),
-            "" if one.examples is None else f"{one.examples:,}",
-            "" if one.size is None else format_size(one.size),
-            one.state,
-        )
-    console.print(table)
