@@ -1,7 +1,7 @@
 """Rules of thumb from an analysis: where to begin a search.
 
-They are heuristics. No published statistic predicts reliably how good a merge will be, and these do
-not either.
+These are heuristics. No published statistic predicts reliably how good a merge will be, and neither
+do these.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SPREAD = (0.5, 1.5)
 class Advice:
     """Where to begin.
 
-    scale: lambda of task arithmetic with weights 1, and `scale_range` to search in; None where the
-        task vectors cancel out or are zero. density: of TIES; None if no analysed one will do.
-    averages: for each pair (i, j), alpha of alpha theta_i + (1 - alpha) theta_j; None where a task
+    scale: lambda of task arithmetic with weights 1, and `scale_range` to search in; None if the
+        task vectors cancel out or are zero. density: of TIES; None if no analysed one is suitable.
+    averages: for each pair (i, j), alpha of alpha theta_i + (1 - alpha) theta_j; None if a task
         vector is zero; empty without scores. texts: the same in words.
     """
 
@@ -40,18 +40,18 @@ class Advice:
 def averaging_coefficient(
     cosine: float, score_a: float, score_b: float, *, decisive: float = DECISIVE
 ) -> float:
-    """Return alpha of alpha theta_a + (1 - alpha) theta_b: a heuristic.
+    """Return a heuristic alpha for alpha theta_a + (1 - alpha) theta_b.
 
     alpha = 1/2 + p (1 - max(cosine, 0)) / 2,  p = clamp((score_a - score_b) / decisive, -1, 1)
 
-    Task vectors that point the same way are averaged evenly, whichever is better. The less they
-    have in common, the more the weight moves to the better model; with cosine 0 and a decisive
+    Task vectors that point the same way are averaged evenly, whichever model is better. The less
+    they have in common, the more the weight moves to the better model; with cosine 0 and a decisive
     difference, all of it.
 
     Args:
         cosine: of the two task vectors, in [-1, 1].
         score_a, score_b: of the models on validation data, the larger the better, in the same unit.
-        decisive: the difference of scores from which on one model is simply better; above 0.
+        decisive: the difference of scores from which one model is simply better; above 0.
 
     Raises:
         RequestError: a cosine out of range, scores that are not finite, decisive not above 0.
@@ -81,20 +81,20 @@ def advise(
 ) -> Advice:
     """Return rules of thumb for coefficients and densities: heuristics, where to begin a search.
 
-    Scale: the merged task vector as long as those that went into it are on average (root mean
+    Scale: the merged task vector is to be as long as those that went into it on average (root mean
     square), lambda = sqrt(mean ||tau_k||^2) / ||sum tau_k||: 1 / sqrt(K) for orthogonal ones (0.35
     for the eight tasks of Ilharco et al. 2023, who found 0.3 to 0.4), 1 / K for equal ones. Search
-    half to one and a half of it.
+    from half of it to one and a half times it.
 
-    Density: the least of the analysed ones at which a trim keeps 60 % of the squared norm of every
-    task vector; of normal numbers, 0.2 keeps 65 %.
+    Density: the lowest analysed one at which a trim keeps 60 % of the squared norm of every task
+    vector; for normal numbers, 0.2 keeps 65 %.
 
     Averages of two: `averaging_coefficient`, from cosine and scores.
 
     Args:
-        analysis: what `pymerge.analyze` returned.
-        scores: of each model on validation data (not on the test data that the merge will be judged
-            by), the larger the better; without them there is no advice on averages.
+        analysis: the result of `pymerge.analyze`.
+        scores: of each model on validation data (not on the test data by which the merge will be
+            judged), the larger the better; without them there is no advice on averages.
         decisive: see `averaging_coefficient`.
 
     Raises:
@@ -117,7 +117,7 @@ def advise(
             f"{span[1]:.2f}. With it the merged task vector is as long as those of the models."
         )
     elif count > 1:
-        texts.append("Task arithmetic: the task vectors cancel out or are zero; no lambda to name.")
+        texts.append("Task arithmetic: the task vectors cancel out or are zero; no lambda fits.")
     density = _density(analysis)
     if density is not None:
         texts.append(

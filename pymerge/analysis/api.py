@@ -1,4 +1,4 @@
-"""`pymerge.analyze`: opens the models, reads them, makes the records."""
+"""`pymerge.analyze`: opens the models, reads them, builds the records."""
 
 from __future__ import annotations
 
@@ -47,38 +47,39 @@ def analyze(
 ) -> Analysis:
     """Compare the task vectors tau_k = theta_k - theta_0 of models, before merging them.
 
-    Norms, dot products, cosines, distances, unchanged and equal weights, sign conflicts, what
-    TIES' trim keeps and how far that overlaps: of the whole model, each layer, each type of module
-    and each tensor. Checkpoints are streamed, all of them once (`thresholds="exact"`: two or three
-    times; `spectra`: once more, matrix by matrix).
+    Computes norms, dot products, cosines, distances, unchanged and equal weights, sign conflicts,
+    and what TIES' trim keeps and how far that overlaps, for the whole model, each layer, each type
+    of module and each tensor. Checkpoints are streamed, all of them once (`thresholds="exact"`: two
+    or three times; `spectra`: once more, matrix by matrix).
 
     Args:
         base: the pre-trained model: path of a checkpoint, or a state dict, list of tensors or
             tensor.
         models: 1 to 64 fine-tuned models, each like `base`: all paths, or all in memory.
-        names: what reports call the models, all different; default the names of their files, or
+        names: names of the models in reports, all different; default the names of their files, or
             "model 1" and so on.
         densities: shares of a task vector, in (0, 1], at which TIES' trim over the whole model is
-            looked at; () for none.
+            analysed; () for none.
         thresholds: of these trims. "sampled": order statistics of 131072 magnitudes, spread over
-            the model: a density of 0.2 then keeps 0.2 +- 0.004, and `Trimmed.kept` says how much.
-            "exact": those of TIES (official), by another pass over the files or two. Models of up
-            to 2^24 parameters always have exact ones.
+            the model: a density of 0.2 then keeps 0.2 +- 0.004, and `Trimmed.kept` has the exact
+            share. "exact": those of TIES (official), by one or two more passes over the files.
+            Models of up to 2^24 parameters always have exact ones.
         spectra: also compare singular values and subspaces of matrices, which takes long.
         rank: singular vectors of each model in a subspace, at least 1.
-        nan: "error", or "skip": leave tensors with NaN or infinity out, and say so in the notes.
+        nan: "error", or "skip": leave out tensors with NaN or infinity, and mention it in the
+            notes.
         backend: "cpu", "reference", or None for the fastest.
-        threads: of the CPU kernels; default one for each core the process may run on.
+        threads: of the CPU kernels; default one for each core that the process may run on.
         quiet: show no progress on stderr.
 
     Returns:
         Records of plain numbers: see `pymerge.analysis`. Tensors of integers and booleans are left
-        out. All but the facts is the same for any backend, number of threads and shard layout
-        (`spectra` excepted).
+        out. Everything except the facts (and `spectra`) is the same for any backend, number of
+        threads and shard layout.
 
     Raises:
-        RequestError: something is wrong with the request, or the models do not fit the base; lists
-            every problem.
+        RequestError: the request is invalid, or the models do not fit the base; lists every
+            problem.
         NonFiniteError: NaN or infinity in an input, unless they are skipped.
 
     >>> import torch
@@ -167,7 +168,7 @@ def _check(
     nan: Any,
     threads: Any,
 ) -> None:
-    """Raise RequestError with everything that is wrong with the arguments themselves."""
+    """Raise RequestError with every problem of the arguments themselves."""
     problems = []
     if isinstance(models, (str, os.PathLike, Mapping)) or not isinstance(models, Sequence):
         problems.append(f"models: expected a list of models, got {type(models).__name__}")
@@ -278,7 +279,7 @@ def _open_memory(base: Any, models: list[Any], names: Sequence[str] | None) -> _
         kinds = tuple(dtype_code(tensors[name].dtype) for tensors in inputs.values())
         works.append(Work(name, tensor.numel(), "F64" in kinds, False, {}, tuple(tensor.shape)))
         dtypes[name] = kinds
-    # What is on a GPU is copied here, a tensor at a time: nothing there has kernels for this.
+    # Tensors on a GPU are copied to the host, one at a time: GPUs have no kernels for this.
     host = [{name: t.cpu() for name, t in tensors.items()} for tensors in inputs.values()]
     labels = _labels(names, [f"model {k + 1}" for k in range(len(models))])
     return _Opened(
@@ -298,7 +299,7 @@ def _some(works: list[Work]) -> list[Work]:
 
 
 def _labels(names: Sequence[str] | None, found: list[str]) -> list[str]:
-    """Return unique labels: those given, else those found, numbered where they are the same."""
+    """Return unique labels: those given, else those found, numbered if they are the same."""
     if names is not None:
         return [str(name) for name in names]
     return [

@@ -1,4 +1,4 @@
-"""From sums and counts to the statistics of a group of tensors: docs/analysis.md."""
+"""Computes the statistics of a group of tensors from sums and counts: docs/analysis.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pymerge.ops.comparison import BINS, LOWEST, PARTS, Comparison
 __all__ = ["LEVELS", "Grouper", "magnitude_of"]
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)  # of quantiles
-_JOINED = 2  # bins of the kernel in one of a record
+_JOINED = 2  # bins of the kernel in one bin of a record
 
 
 def magnitude_of(key: int, wide: bool) -> float:
@@ -24,9 +24,9 @@ def magnitude_of(key: int, wide: bool) -> float:
 
 
 class Grouper:
-    """Makes groups of one analysis.
+    """Builds the groups of one analysis.
 
-    densities, thresholds: of each trim, and the least magnitude that it keeps of each model.
+    densities, thresholds: of each trim, and the smallest magnitude that it keeps of each model.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Grouper:
 
     def _cosine(self, gram: list[list[float]], i: int, j: int) -> float | None:
         squares = gram[i][i] * gram[j][j]
-        # Of equal ones this is the root of a square, and exact.
+        # For equal task vectors this is the root of a square, and exact.
         norms = math.sqrt(squares)
         if not 1e-300 < squares < 1e300:
             norms = math.sqrt(gram[i][i]) * math.sqrt(gram[j][j])
@@ -111,7 +111,7 @@ class Grouper:
         pairs: Sequence[float | None],
         present: Sequence[float] | None = None,
     ) -> Matrix:
-        """Return a symmetric matrix; None on the diagonal where `present` is 0."""
+        """Return a symmetric matrix; None on the diagonal if `present` is 0."""
         models = self.shape.models
         matrix: list[list[float | None]] = [[diagonal] * models for _ in range(models)]
         for k in range(models):
@@ -174,7 +174,7 @@ class Grouper:
         return Quantiles(LEVELS, values)
 
 
-# Magnitudes where bins begin, and where the last one ends.
+# Magnitudes at which bins begin, and at which the last one ends.
 _BORDERS = np.array(
     [math.ldexp(1 + j % PARTS / PARTS, LOWEST + j // PARTS) for j in range(BINS + 1)]
 )
@@ -195,7 +195,7 @@ def _levels(magnitudes: np.ndarray) -> tuple[float | None, ...]:
 
 
 def _histogram(own: Measured) -> Histogram:
-    """Return the bins that are in use, a few of the kernel's in one."""
+    """Return the bins that are in use, joining a few of the kernel's into one."""
     joined = own.magnitudes[:, :BINS].reshape(len(own.magnitudes), -1, _JOINED).sum(axis=2)
     zeros = tuple(round(float(value)) for value in own.magnitudes[:, BINS])
     used = np.flatnonzero(joined.any(axis=0))
@@ -208,7 +208,7 @@ def _histogram(own: Measured) -> Histogram:
 
 
 def _number(value: float) -> float | None:
-    """Return a float, or None for what is not finite."""
+    """Return a float, or None if it is not finite."""
     return float(value) if math.isfinite(value) else None
 
 

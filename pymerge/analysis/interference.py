@@ -1,16 +1,17 @@
-"""What a weighted sum of task vectors is expected to lose, from their Gram matrix alone.
+"""The expected loss of a weighted sum of task vectors, from their Gram matrix alone.
 
 The rule. Let tau_k be what fine-tuning added, m the merged model's distance from the base. Write
-m = c_k tau_k + r_k with r_k orthogonal to tau_k. If model k's loss on its own task is quadratic
-with its minimum at the fine-tune, and if it curves in the other directions `across` times as much
-as along tau_k, then of the gain of the fine-tune over the base the merge loses the share
+m = c_k tau_k + r_k with r_k orthogonal to tau_k. Assume that model k's loss on its own task is
+quadratic with its minimum at the fine-tune, and that its curvature in the other directions is
+`across` times that along tau_k. Then the merge loses the following share of the fine-tune's gain
+over the base:
 
     lost_k = (1 - c_k)^2 + across * |r_k|^2 / |tau_k|^2,
 
 with c_k = <m, tau_k> / |tau_k|^2: a second-order expansion, as in the theory of Fisher merging
 (Matena & Raffel 2022, arXiv:2111.09832). The first term is a step that is too short or too long,
-the second is interference proper. It is no fitted model and has no power to rank methods;
-docs/analysis.md has what it was worth on merges that were measured.
+the second is interference proper. It is not a fitted model and has no power to rank methods;
+docs/analysis.md shows how well it predicted measured merges.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pymerge.errors import RequestError
 
 __all__ = ["ACROSS", "Interference", "predict_interference"]
 
-# Curvature across a task vector relative to that along it. 0 is no interference at all, 1 a loss
-# that curves alike in all directions. What was measured (docs/analysis.md) lies near the lower end.
+# Curvature across a task vector relative to that along it. 0 means no interference at all, 1 a loss
+# with equal curvature in all directions. Measurements (docs/analysis.md) are near the lower end.
 ACROSS = 0.1
 
 
@@ -36,7 +37,7 @@ class Interference:
     scale: of the weighted sum. along: [K] c_k, how far the merge goes along the model's own task
         vector; 1 is all the way. across: [K] |r_k|^2 / |tau_k|^2, how far it goes astray, squared.
     lost: [K] predicted share of the fine-tune's gain that is lost; above 1 the merge is expected to
-        be worse than the base. All None for a task vector that is 0. mean: of `lost`.
+        be worse than the base. All are None for a task vector of 0. mean: of `lost`.
     """
 
     models: tuple[str, ...]
@@ -58,14 +59,14 @@ def predict_interference(
     """Predict what each model loses in `base + scale * sum_k weights[k] * tau_k`.
 
     Args:
-        analysis: of the models that are merged, and no others.
+        analysis: of exactly the models that are merged.
         scale: lambda, any finite number; 1 / K averages.
         weights: [K] finite numbers (default: all 1).
         across: curvature across a task vector relative to that along it, at least 0 (default 0.1).
-        group: of the analysis: a layer, say (default: the whole model).
+        group: of the analysis, such as a layer (default: the whole model).
 
     Returns:
-        the prediction: shares of each model's own gain, so that nothing has to be evaluated.
+        The prediction: shares of each model's own gain, so nothing has to be evaluated.
 
     Raises:
         RequestError: numbers that are not finite, a negative `across`, weights of another number.
@@ -103,7 +104,7 @@ def predict_interference(
             continue
         c = math.fsum(steps[j] * dot[j][k] for j in range(count)) / own
         along.append(c)
-        # |m|^2 = c^2 |tau|^2 + |r|^2; rounding may leave a tiny negative rest
+        # |m|^2 = c^2 |tau|^2 + |r|^2; rounding may leave a tiny negative remainder
         astray.append(max(0.0, length / own - c * c))
     lost = [
         None if c is None or r is None else (1.0 - c) ** 2 + across * r

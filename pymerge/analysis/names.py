@@ -1,4 +1,4 @@
-"""Which layer and which type of module a tensor belongs to, from its name."""
+"""The layer and the type of module to which a tensor belongs, derived from its name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OTHER = "other"  # the layer of tensors whose names have no block number
 
 @dataclass(frozen=True)
 class Place:
-    """layer: None where a name has no block number."""
+    """layer: None if the name has no block number."""
 
     layer: str | None
     module_type: str
@@ -21,10 +21,10 @@ class Place:
 def places(names: Sequence[str]) -> dict[str, Place]:
     """Return the place of each tensor.
 
-    The first component of a name that is a number is the number of a block, what comes before it
-    the stack. A layer is called by its number where the model has one stack, else "stack.number".
-    A module's type is what follows the number, without the name of the parameter (`weight`) and
-    with * for further numbers; without a number, the whole path.
+    The first component of a name that is a number is the number of a block; what comes before it is
+    the stack. A layer is called by its number if the model has one stack, else "stack.number". A
+    module's type is what follows the number, without the name of the parameter (`weight`) and with
+    * for further numbers; without a number, it is the whole path.
 
     >>> places(["model.layers.3.mlp.up_proj.weight"])["model.layers.3.mlp.up_proj.weight"]
     Place(layer='3', module_type='mlp.up_proj')
@@ -55,7 +55,7 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 
 def layer_order(layer: str) -> tuple[bool, str, int]:
-    """Return what sorts layers: by stack and number, those without a number last."""
+    """Return a sort key for layers: by stack and number, those without a number last."""
     stack, _, number = layer.rpartition(".")
     if not number.isdecimal():
         return True, layer, 0

@@ -1,4 +1,4 @@
-"""Writes an analysis: JSON, CSV, and the report where there is one."""
+"""Writes an analysis: JSON, CSV, and the report if requested."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def write_analysis(
     force: bool = False,
     advice: Sequence[str] = (),
 ) -> list[str]:
-    """Write an analysis into a new directory, which appears complete or not at all.
+    """Write an analysis into a new directory, which appears either complete or not at all.
 
     Args:
-        analysis: what `pymerge.analyze` returned.
+        analysis: the result of `pymerge.analyze`.
         out: directory to write; must not exist unless `force`.
-        html: also the report and its pictures, which need plotly and matplotlib.
+        html: also write the report and its pictures, which need plotly and matplotlib.
         force: replace an existing `out`.
         advice: paragraphs of plain text for the report; see `pymerge.analysis.advise`.
 
     Returns:
         The names of the files: analysis.json (everything; `load_analysis` reads it), groups.csv (a
         row for each group and model), pairs.csv (for each group and pair of models), spectra.csv
-        where there are spectra, and the report's.
+        if there are spectra, and those of the report.
 
     Raises:
         RequestError: `out` exists, or cannot be written, or the report's libraries are missing.
@@ -84,15 +84,15 @@ def check_output(
 
 
 def has_report() -> bool:
-    """Tell whether this installation has the module that writes reports."""
+    """Return whether this installation has the module that writes reports."""
     return importlib.util.find_spec(_REPORT) is not None
 
 
 def load_analysis(path: str | os.PathLike[str]) -> Analysis:
-    """Read an analysis: its directory, or its JSON file.
+    """Read an analysis from its directory or its JSON file, and return it.
 
     Raises:
-        RequestError: it is no analysis, or of another version.
+        RequestError: it is not an analysis, or of another version.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -115,7 +115,7 @@ def _texts(analysis: Analysis) -> dict[str, str]:
 
 
 def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables by the names of their files; what is not defined is empty."""
+    """Return the tables by the names of their files; undefined numbers are empty."""
     found = {
         GROUPS: [
             row for scope, group in _all(analysis) for row in _group_rows(analysis, scope, group)

@@ -15,8 +15,8 @@ from pymerge.analysis.tables import DataTable, number, tables
 
 __all__ = ["page"]
 
-_SCALES = tuple(n / 20 for n in range(1, 31))  # at which the loss is predicted
-# Nothing is loaded, whatever a name in a checkpoint may look like.
+_SCALES = tuple(n / 20 for n in range(1, 31))  # for which the loss is predicted
+# Nothing is loaded, whatever the names in a checkpoint contain.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
@@ -26,8 +26,8 @@ def page(analysis: Analysis, plotly: str, advice: Sequence[str]) -> str:
     """Return the page.
 
     Args:
-        analysis: what it shows.
-        plotly: plotly.js, whole.
+        analysis: the analysis to show.
+        plotly: plotly.js, the whole text.
         advice: paragraphs of plain text.
     """
     data = page_data(analysis)
@@ -65,7 +65,7 @@ def _text(value: str) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """Return JSON that cannot end the element it stands in."""
+    """Return JSON that cannot end the element that contains it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -142,7 +142,7 @@ def _advice(advice: Sequence[str]) -> str:
 
 
 def _figure(key: str, caption: str, selects: Sequence[tuple[str, str]] = (), tall: str = "") -> str:
-    """Return an empty plot with its selections (id, label), to be filled by the script."""
+    """Return an empty plot with its selections (id, label), which the script fills."""
     controls = "".join(
         f'<label>{_text(label)}<select id="{key}-{name}"></select></label>'
         for name, label in selects
@@ -223,11 +223,11 @@ def _sections(analysis: Analysis, data: dict[str, Any]) -> list[str]:
         '<div class="heuristic"><p><span class="tag">heuristic</span>The share of its fine-tune\'s '
         "gain that each model is expected to lose in base + λ (τ₁ + τ₂ + …): "
         f"(1 - c)² + {ACROSS:g} |r|² / |τ|², where c is how far the sum goes along the model's own "
-        "task vector and r what is at right angles to it. A theory of second order, which assumes "
-        "a quadratic loss. On merges that were measured it told about how much is lost, but not "
+        "task vector and r what is orthogonal to it. This is a second-order theory, which assumes "
+        "a quadratic loss. In measured merges it predicted roughly how much is lost, but not "
         "which pairs of models lose more; it cannot compare methods."
         "</p></div>",
-        _figure("predicted", "Solid: the rule. Dotted: steps too short or too long alone."),
+        _figure("predicted", "Solid: the rule. Dotted: only steps too short or too long."),
         '<h2 id="tables">Tables</h2>',
         *(f"<h3>{_text(found[k].title)}</h3>{_table(found[k])}" for k in ("layers", "types")),
         f"<h3>Tensors</h3>{_table(found['tensors'], search=True)}",

@@ -1,7 +1,7 @@
 """The numbers behind the report's plots: plain lists, rounded, of bounded size.
 
 Matrices are embedded as their upper triangles, for the whole model, layers and module types; single
-tensors only have rows of a table. The files beside the report have everything.
+tensors have only rows of a table. The files beside the report have everything.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["PAIR_NUMBERS", "mean_of", "off_diagonal", "page_data", "percent", "p
 PAIR_NUMBERS = 250_000
 _HISTOGRAM_NUMBERS = 250_000
 _SINGULAR_NUMBERS = 100_000
-# Fewer numbers have no pattern.
+# With fewer numbers there is no pattern.
 _FEWEST_PAIRS = 6
 _MOST_LAYERS = 200
 
 
 def plain(value: float | None) -> float | None:
-    """Return a number with four significant digits; None for what is not finite."""
+    """Return a number with four significant digits; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")
@@ -45,13 +45,13 @@ def off_diagonal(matrix: Matrix) -> list[float | None]:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what is defined; None of nothing."""
+    """Return the mean of the defined values; None if there are none."""
     found = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(found) / len(found) if found else None
 
 
 def page_data(analysis: Analysis) -> dict[str, Any]:
-    """Return what the page's script draws, and notes on what was left out for its size."""
+    """Return what the page's script draws, and notes on what was left out because of its size."""
     notes: list[str] = []
     pairs = _pairs(analysis, notes)
     return {
@@ -87,7 +87,7 @@ def _places(analysis: Analysis) -> list[tuple[str, Group]]:
 def _kept_places(
     analysis: Analysis, numbers: int, limit: int, what: str, notes: list[str]
 ) -> list[tuple[str, Group]]:
-    """Return the places whose numbers, `numbers` of each, fit: all, or only the first."""
+    """Return the places whose numbers, `numbers` for each, fit: all, or only the first."""
     places = _places(analysis)
     if numbers * len(places) <= limit:
         return places
@@ -150,7 +150,7 @@ def _shares(get: Callable[[Group], Sequence[float | None]]) -> Values:
 
 
 def _model_statistics(densities: Sequence[float]) -> list[tuple[str, Values]]:
-    """Return labels, and what gives the values of each model of a group."""
+    """Return labels, and functions that return the values of each model of a group."""
     found: list[tuple[str, Values]] = [
         ("share of the squared norm, %", _shares(lambda g: g.norm_share)),
         ("length, % of the base's", _relative),
@@ -166,7 +166,7 @@ def _model_statistics(densities: Sequence[float]) -> list[tuple[str, Values]]:
 
 
 def _pair_statistics(densities: Sequence[float]) -> list[tuple[str, Values]]:
-    """Return labels, and what gives values of which mean, lowest and highest are drawn."""
+    """Return labels, and functions of values whose mean, lowest and highest are drawn."""
     found: list[tuple[str, Values]] = [
         ("cosine", lambda g: off_diagonal(g.cosine)),
         ("sign conflict, %", _shares(lambda g: off_diagonal(g.sign_conflict))),
@@ -213,7 +213,7 @@ def _pairs_by_layer(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _grid(analysis: Analysis) -> dict[str, Any] | None:
-    """Return layers by module types: what can be added up from tensors exactly."""
+    """Return layers by module types: the statistics that can be added up exactly from tensors."""
     layers = [group.name for group in analysis.layers]
     types = [group.name for group in analysis.module_types]
     if len(layers) < 2 or len(types) < 2:
@@ -276,9 +276,9 @@ def _cosine(groups: Sequence[Group]) -> float | None:
 
 
 def _alike(analysis: Analysis, notes: list[str]) -> dict[str, Any] | None:
-    """Return how alike the patterns of cosines of two layers are: their correlation over pairs.
+    """Return how similar the patterns of cosines of two layers are: their correlation over pairs.
 
-    None with fewer than four models: a correlation of three numbers says nothing.
+    None with fewer than four models: a correlation of three numbers means nothing.
     """
     layers = [group.name for group in analysis.layers]
     pairs = len(analysis.models) * (len(analysis.models) - 1) // 2
@@ -293,7 +293,7 @@ def _alike(analysis: Analysis, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _correlations(rows: np.ndarray) -> np.ndarray:
-    """Return the correlation of each two rows over the columns that both have; else NaN."""
+    """Return the correlation of any two rows over the columns that both have; else NaN."""
     both = np.isfinite(rows)
     count = both.sum(axis=1, keepdims=True)
     values = np.where(both, rows, 0.0)
@@ -309,7 +309,7 @@ def _correlations(rows: np.ndarray) -> np.ndarray:
 
 
 def _histograms(analysis: Analysis, notes: list[str]) -> list[dict[str, Any]]:
-    """Return, of each place, the middles of the bins and each model's entries per octave."""
+    """Return, for each place, the centres of the bins and each model's entries per octave."""
     bins = len(analysis.whole.histogram.log2_edges) + 1
     numbers = bins * (len(analysis.models) + 1)
     found = []

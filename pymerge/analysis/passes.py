@@ -1,7 +1,7 @@
 """The passes of an analysis: thresholds of the trims, then everything else at once.
 
-Tile by tile, by one op (`compare_`). What it returns are sums of segments of 65536 elements, whose
-order is fixed, and integers: nothing depends on threads, shards or the backend.
+It proceeds tile by tile, by one op (`compare_`). This returns sums of segments of 65536 elements,
+whose order is fixed, and integers: nothing depends on threads, shards or the backend.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["SAMPLE", "Measured", "Passes"]
 SAMPLE = 1 << 17  # elements from which thresholds are taken
 _EXACT = 1 << 24  # task vectors up to this length have exact thresholds; a sample would be small
 _AT_ONCE = 1 << 26  # elements of a call, a multiple of HOT_CHUNK
-_FEW_AT_ONCE = 1 << 20  # where torch makes temporaries of that length
+_FEW_AT_ONCE = 1 << 20  # the same if torch makes temporaries of that length
 _CHECKED = 1 << 22
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What `compare_` found of some tensors together.
+    """What `compare_` returned for some tensors together.
 
     sums: [rows] of `Comparison`. counts: its levels and pairs, integers. magnitudes: [K][bins + 1]
-    numbers of elements, zeros last, scaled up where only some were looked at; looked_at: how many.
+    numbers of elements, zeros last, scaled up if only some were counted; looked_at: how many were.
     """
 
     numel: int
@@ -49,7 +49,7 @@ class Measured:
 
     @classmethod
     def together(cls, parts: Sequence[Measured]) -> Measured:
-        """Add up, rounding once."""
+        """Return the sum of the parts, rounded once."""
         return cls(
             sum(part.numel for part in parts),
             sum(part.tensors for part in parts),
@@ -61,10 +61,10 @@ class Measured:
 
 
 class Passes:
-    """Reads a source, as often as it takes.
+    """Reads a source, as often as necessary.
 
     Attributes:
-        thresholds: keys of the magnitudes from which on elements are kept: of each density, of each
+        thresholds: keys of the magnitudes from which elements are kept, for each density and each
             model. bad: for each tensor with NaN or infinity, how many of each input.
         bytes_read, passes: so far.
     """
@@ -80,7 +80,7 @@ class Passes:
         self.bad: dict[str, list[int]] = {}
         self.bytes_read = 0
         self.passes = 0
-        # One order needs one arithmetic: keys of float32 and float64 cannot be compared.
+        # A single order needs a single arithmetic: keys of float32 and float64 are not comparable.
         self.wide = any(work.wide for work in works)
 
     def _parts(self, phase: str, *, read_ahead: bool = True) -> Iterator[tuple[Work, Part]]:
@@ -97,8 +97,8 @@ class Passes:
     def select(self, densities: Sequence[float], models: int, exact: bool) -> str:
         """Find the thresholds; return "exact", "sampled" or "none".
 
-        exact: by the order statistics that TIES takes (another pass or two). Otherwise by those of
-        a sample, where the model is large.
+        exact: by the order statistics that TIES uses (one or two more passes). Otherwise by those
+        of a sample, if the model is large.
         """
         total = sum(work.numel for work in self.works)
         if not densities or total == 0:
@@ -203,7 +203,7 @@ class Passes:
 
 
 def _added(row: Sequence[float]) -> float:
-    """Add up, rounding once; NaN where the sum has none."""
+    """Return the sum, rounded once; NaN if there is none."""
     try:
         return math.fsum(row)
     except (OverflowError, ValueError):  # infinities of both signs, or too large
@@ -211,7 +211,7 @@ def _added(row: Sequence[float]) -> float:
 
 
 def _nonfinite(flat: Flat) -> int:
-    """Count NaN and infinity."""
+    """Return the number of NaN and infinite elements."""
     import torch
 
     tensor = as_tensor(flat) if isinstance(flat, Array) else flat

@@ -13,14 +13,14 @@ from pymerge.analysis.records import Analysis, Matrix
 
 __all__ = ["pictures"]
 
-_MANY = 12  # models up to which cells have numbers
+_MANY = 12  # up to this many models, cells have numbers
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#5b3fa8", "#555555")
 _DASHES = ("-", "--", ":", "-.")
 
 
 def pictures(analysis: Analysis) -> dict[str, bytes]:
-    """Return PNG files by name: `pairs.png` (with two models or more), `depth.png`,
-    `magnitudes.png`, and `spectra.png` where there are spectra."""
+    """Return PNG files by name: `pairs.png` (for two or more models), `depth.png`,
+    `magnitudes.png`, and `spectra.png` if there are spectra."""
     found = {}
     if len(analysis.models) > 1:
         found["pairs.png"] = _pairs(analysis)
@@ -48,7 +48,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _label(text: str, length: int = 26) -> str:
-    """Return a name that fits, and that matplotlib does not read as a formula."""
+    """Return a name that fits, and that matplotlib does not interpret as a formula."""
     if len(text) > length:
         half = (length - 1) // 2
         text = f"{text[: length - 1 - half]}…{text[len(text) - half :]}"

@@ -1,7 +1,7 @@
-"""What an analysis found: frozen records, and their JSON.
+"""The results of an analysis: frozen records, and their JSON.
 
 K is the number of models. Vectors have K entries, in the order of `Analysis.models`; matrices are
-K x K, lists of rows. None stands where a number is not defined: a cosine with a task vector that is
+K x K, lists of rows. None marks a number that is not defined: a cosine with a task vector that is
 zero, a share of nothing. `docs/analysis.md` has the formulas.
 """
 
@@ -38,10 +38,10 @@ Matrix = tuple[Vector, ...]  # [K][K], symmetric
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was analysed.
+    """An analysed model.
 
-    label: short and unique among the models: what plots and tables call it. path: where it is, or
-    "" for tensors in memory.
+    label: short and unique among the models, its name in plots and tables. path: where it is, or ""
+    for tensors in memory.
     """
 
     label: str
@@ -53,16 +53,16 @@ class Trimmed:
     """What TIES' trim over the whole model keeps of a group, at one density.
 
     density: the share of the whole task vector that is kept: its entries of largest magnitude.
-    threshold: [K] least magnitude kept, the same in all groups; entries equal to it are all kept,
-        so that a little more than `density` may be.
+    threshold: [K] smallest magnitude kept, the same in all groups; entries equal to it are all
+        kept, so the share may be slightly above `density`.
     kept: [K] share of this group's entries that is kept.
     kept_norm: [K] the kept entries' share of this group's squared norm; None if that is 0.
-    sign_conflict: [K][K] of the coordinates that both keep, the share with opposite signs; 0 on the
-        diagonal, None where they share none.
+    sign_conflict: [K][K] share of opposite signs among the coordinates that both keep; 0 on the
+        diagonal, None if they share none.
     sign_agreement: mean over coordinates of |#positive - #negative| / #kept (1 where nothing is
         kept), as TIES' `sign_agreement_ratio` has it.
-    overlap: [K][K] |A and B| / min(|A|, |B|) of the sets that are kept: |A and B| / k where both
-        have k; 1 on the diagonal, None where one is empty.
+    overlap: [K][K] |A and B| / min(|A|, |B|) of the sets of kept entries: |A and B| / k if both
+        have k; 1 on the diagonal, None if one is empty.
     """
 
     density: float
@@ -91,13 +91,13 @@ class Histogram:
     """How often each magnitude |tau| occurs in a group.
 
     log2_edges: [bins + 1] ascending borders in log2|tau|: 2^e times 1, 1.25, 1.5 and 1.75, so that
-        bins are not equally wide on this scale. Empty where every entry is zero.
+        bins are not equally wide on this scale. Empty if every entry is zero.
     counts: [K][bins] entries from edge j (inclusive) to edge j + 1. Magnitudes below 2^-48 and
         above 2^16 are counted in the outermost bins.
-    zeros: [K] entries that are exactly 0, which are in no bin.
-    counted: how many entries of each model were looked at: all of a tensor of up to 65536, of a
-        larger one every sixteenth, at fixed places. `counts` and `zeros` are scaled up, so that
-        they add up to the group's parameters.
+    zeros: [K] entries that are exactly 0; these are in no bin.
+    counted: how many entries of each model were counted: all of a tensor of up to 65536, every
+        sixteenth of a larger one, at fixed places. `counts` and `zeros` are scaled up, so that they
+        add up to the group's parameters.
     """
 
     log2_edges: tuple[float, ...]
@@ -115,12 +115,12 @@ class Group:
     l1, l2: [K] norms of the task vectors. norm_share: [K] this group's share of the task vector's
         squared norm over the whole model; None if that is 0.
     unchanged: [K] share of entries that are exactly 0.
-    dot, cosine: [K][K]; a cosine is None where a norm is 0.
-    l1_distance, l2_distance: [K][K] norms of the differences of two task vectors, which are those
+    dot, cosine: [K][K]; a cosine is None if a norm is 0.
+    l1_distance, l2_distance: [K][K] norms of the differences of two task vectors, which equal those
         of the models.
     equal: [K][K] share of weights that are equal in both models (1 on the diagonal).
-    sign_conflict: [K][K] share of coordinates with opposite signs among those where both are not
-        0; 0 on the diagonal, None where there are none.
+    sign_conflict: [K][K] share of opposite signs among the coordinates where neither is 0; 0 on the
+        diagonal, None if there are no such coordinates.
     sign_agreement: mean over coordinates of |#positive - #negative| / #nonzero; 1 where all are 0.
     trimmed: one for each of `Analysis.densities`.
     """
@@ -147,10 +147,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the base, and the groups that it is counted in.
+    """A tensor of the base, and the groups in which it is counted.
 
-    layer: name of its layer, or None where its name has no block number. dtypes: of base and
-    models, as safetensors writes them.
+    layer: name of its layer, or None if its name has no block number. dtypes: of base and models,
+    as safetensors writes them.
     """
 
     name: str
@@ -166,9 +166,9 @@ class Spectrum:
 
     rank: r, how many singular vectors subspaces have. effective_rank: [K] exp of the entropy of
         sigma / sum sigma (Roy & Vetterli 2007). stable_rank: [K] ||tau||_F^2 / sigma_1^2.
-    top_singular_values: [K][r] the largest ones. energy: [K] share of ||tau||_F^2 in these.
+    top_singular_values: [K][r] the largest ones. energy: [K] their share of ||tau||_F^2.
     left_overlap, right_overlap: [K][K] ||A' B||_F^2 / r of the top r left (right) singular vectors:
-        1 for equal subspaces, r / n for random ones. None where a task vector is 0.
+        1 for equal subspaces, r / n for random ones. None if a task vector is 0.
     interference: the singular task interference ||(U'U - I) S (V'V - I)||_1 of all models' top r
         triplets together (TSV; entrywise sum of magnitudes); None with one model.
     """
@@ -189,7 +189,7 @@ class Spectrum:
 class Facts:
     """How an analysis was made.
 
-    bytes_read: of all passes; passes: over the files. backend, isa: what computed. peak_anonymous:
+    bytes_read: in all passes; passes: over the files. backend, isa: what computed. peak_anonymous:
     highest anonymous memory of the process, in bytes. thresholds: "sampled" or "exact", see
     `pymerge.analyze`; "none" without densities.
     """
@@ -208,13 +208,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `pymerge.analyze` returns.
+    """The result of `pymerge.analyze`.
 
-    base: label and path. models: K of them. densities: at which the trim was looked at.
-    inventory: the tensors that were analysed, by name. tensors, layers, module_types, whole: the
-    statistics; tensors in the order of `inventory`, layers by block number ("other" last: what has
-    none). spectra: of matrices, if asked for. notes: what was left out and why, and other things a
-    reader should know.
+    base: label and path. models: K of them. densities: those at which the trim was analysed.
+    inventory: the analysed tensors, by name. tensors, layers, module_types, whole: the statistics;
+    tensors in the order of `inventory`, layers by block number ("other", for tensors without one,
+    last). spectra: of matrices, if requested. notes: what was left out and why, and other things
+    that a reader should know.
     """
 
     base: Model
@@ -231,7 +231,7 @@ class Analysis:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The models' labels."""
+        """Return the models' labels."""
         return tuple(model.label for model in self.models)
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,8 +239,8 @@ class Analysis:
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
-        """Return JSON that `from_json` reads; not defined numbers are null."""
-        # Without `to_dict`, which copies every number of hundreds of groups.
+        """Return JSON that `from_json` reads; undefined numbers are null."""
+        # This avoids `to_dict`, which copies every number of hundreds of groups.
         whole = {"schema_version": SCHEMA_VERSION, **_fields(self)}
         return json.dumps(whole, ensure_ascii=False, allow_nan=False, default=_fields)
 
@@ -249,7 +249,7 @@ class Analysis:
         """Return the analysis that `to_dict` was called on.
 
         Raises:
-            RequestError: another schema version, or fields that are missing or not known.
+            RequestError: another schema version, or fields that are missing or unknown.
         """
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -276,7 +276,7 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _decoded(kind: Any, value: Any, where: str) -> Any:
-    """Return a value of JSON as what an annotation says."""
+    """Return a value from JSON in the type that an annotation names."""
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)

@@ -16,9 +16,9 @@ HTML = "report.html"
 
 
 def require() -> None:
-    """Raise a RequestError if what draws the report is not installed.
+    """Raise a RequestError if the libraries that draw the report are not installed.
 
-    To be called before models are read, which may take long.
+    Call this before models are read, which may take long.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -33,18 +33,18 @@ def require() -> None:
 def write(
     analysis: Analysis, folder: str | os.PathLike[str], *, advice: Sequence[str] = ()
 ) -> list[Path]:
-    """Write `report.html` and PNG files into a folder, each complete or not at all.
+    """Write `report.html` and PNG files into a folder, each either complete or not at all.
 
-    The page holds plotly.js (about 5 MB), loads nothing, and is of bounded size: single tensors
-    have rows of a table, and no matrix. Files of these names are replaced.
+    The page contains plotly.js (about 5 MB), loads nothing, and is of bounded size: single tensors
+    have rows of a table, and no matrix. Files with these names are replaced.
 
     Args:
-        analysis: what `pymerge.analyze` returned.
-        folder: is made if it is not there.
+        analysis: the result of `pymerge.analyze`.
+        folder: created if it does not exist.
         advice: paragraphs of plain text, shown as heuristic.
 
     Returns:
-        what was written, the page first.
+        The written files, the page first.
 
     Raises:
         RequestError: plotly or matplotlib is missing, or `folder` is a file.

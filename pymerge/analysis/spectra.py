@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["all_spectra", "spectrum"]
 
-_NOTHING = 1e-6  # singular values below this times the largest one have no direction to speak of
+_NOTHING = 1e-6  # singular values below this times the largest have no meaningful direction
 
 
 def all_spectra(
@@ -43,15 +43,15 @@ def all_spectra(
 
 
 def spectrum(name: str, deltas: Sequence[torch.Tensor], rank: int) -> Spectrum:
-    """Return the spectrum of task vectors of one matrix.
+    """Return the spectrum of the task vectors of one matrix.
 
     Singular values are the roots of the eigenvalues of the smaller of tau' tau and tau tau', in
-    float64: those below 1e-8 of the largest are lost, which no statistic here would show.
+    float64. Those below 1e-8 of the largest are lost, which affects no statistic here.
 
     Args:
         name: of the tensor.
         deltas: matrices of float64, of equal shape.
-        rank: r, of the subspaces; no more than the smaller dimension.
+        rank: r, of the subspaces; at most the smaller dimension.
 
     >>> import torch
     >>> found = spectrum("w", [torch.diag(torch.tensor([3.0, 3.0, 0.0]).double())], 2)
@@ -77,7 +77,7 @@ def spectrum(name: str, deltas: Sequence[torch.Tensor], rank: int) -> Spectrum:
 
 def _svd(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the top left vectors [rows, <= rank], all singular values, descending, and the top
-    right vectors [columns, <= rank]; fewer vectors where singular values are nothing."""
+    right vectors [columns, <= rank]; fewer vectors where singular values are negligible."""
     import torch
 
     wide = delta.shape[0] < delta.shape[1]

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 __all__ = ["print_summary"]
 
 _PAIRS, _LAYERS = 28, 12  # rows of a table; the files have all
-_WIDTH = 140  # where nobody's terminal says how wide to be
+_WIDTH = 140  # if there is no terminal to determine the width
 
 
 def print_summary(
     analysis: Analysis, *, advice: Sequence[str] = (), stream: TextIO | None = None
 ) -> None:
-    """Print what matters most; plain text where the stream is no terminal.
+    """Print the most important results; as plain text if the stream is not a terminal.
 
     Args:
-        analysis: what `pymerge.analyze` returned.
+        analysis: the result of `pymerge.analyze`.
         advice: paragraphs, shown as heuristic.
         stream: default stdout.
     """

@@ -1,4 +1,4 @@
-"""The report's tables: columns and finished cells, which the page shows as they are."""
+"""The report's tables: columns and finished cells, which the page shows unchanged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pymerge.analysis.records import Analysis, Group, Matrix
 
 __all__ = ["NOTHING", "Column", "DataTable", "number", "tables"]
 
-NOTHING = "-"  # where a number is not defined
+NOTHING = "-"  # for a number that is not defined
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, what it means (a tooltip), and whether it has text instead of numbers."""
+    """A heading, its meaning (a tooltip), and whether it has text instead of numbers."""
 
     name: str
     about: str = ""
