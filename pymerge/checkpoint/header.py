@@ -1,4 +1,4 @@
-"""A strict reader of safetensors headers that names every problem of a file.
+"""A strict reader of safetensors headers that reports every problem of a file.
 
 A file is an 8-byte little-endian length, that many bytes of JSON, and the data, in which the
 tensors lie back to back. The safetensors library refuses the same damage, but stops at the first
@@ -28,7 +28,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies; `offset` counts from the start of `file` (0 in pickled files)."""
+    """The place of one tensor; `offset` counts from the start of `file` (0 in pickled files)."""
 
     name: str
     dtype: str
@@ -39,13 +39,13 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Return the number of elements."""
         return self.nbytes // DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells that a file on disk is still the one that was opened."""
+    """Shows whether a file on disk is still the one that was opened."""
 
     device: int
     inode: int
@@ -72,7 +72,7 @@ class Header:
 def read_start(path: Path, where: str, count: int, problems: Problems) -> tuple[bytes, int] | None:
     """Return the first bytes of a regular file and its size, or None with the problem recorded."""
     try:
-        # A named pipe would block open() for ever, so look first.
+        # Opening a named pipe would block forever, so check first.
         if not stat.S_ISREG(os.stat(path).st_mode):
             problems.add(where, "is not a regular file")
             return None
@@ -88,11 +88,11 @@ def read_header(path: Path, where: str, problems: Problems) -> Header | None:
 
     Args:
         path: the file.
-        where: how messages name it.
+        where: its name in messages.
         problems: every problem found is added to it.
 
     Returns:
-        The header, or None where there is no parsable one.
+        The header, or None if there is no header that can be parsed.
     """
     start = read_start(path, where, 64, problems)
     if start is None:
@@ -266,7 +266,7 @@ def _span(entry: dict[str, Any], found: list[tuple[str, str]]) -> tuple[int, int
 def _check_layout(
     spans: list[_Span], data_bytes: int, all_placed: bool, where: str, problems: Problems
 ) -> None:
-    """Check that the tensors fill the data section back to back."""
+    """Record a problem unless the tensors fill the data section back to back."""
     position, previous = 0, ""
     for begin, end, name in sorted(spans):
         if begin < position:

@@ -1,4 +1,4 @@
-"""Finds the weight files of a model: a directory as transformers writes it, or one file."""
+"""Finds the weight files of a model: a directory in the layout of transformers, or one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Weights", "find_weights", "read_json_file"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _LEFTOVERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state")
-# What save_statistics writes beside a model.
+# The files that save_statistics writes beside a model.
 _STATISTICS = frozenset(filename_of(kind) for kind in KINDS)
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
@@ -33,8 +33,8 @@ _OTHER_FORMATS = {
 class Weights:
     """The files of a model.
 
-    `expected` says which tensors the index promises in each file, `listed` all that it lists;
-    without an index they are None and empty.
+    `expected` lists which tensors the index assigns to each file, `listed` all tensors of the
+    index; without an index they are None and empty.
     """
 
     files: tuple[Path, ...]
@@ -207,9 +207,9 @@ def _by_index(directory: Path, index: str, pickled: bool, problems: Problems) ->
 
 
 def _unfit_name(directory: Path, filename: str) -> str | None:
-    """Return why a name in an index cannot be read; a symbolic link to elsewhere is fine.
+    """Return why a name in an index cannot be read; symbolic links to other places are fine.
 
-    The cache of the Hugging Face Hub is made of such links.
+    The cache of the Hugging Face Hub consists of such links.
     """
     name = PurePosixPath(filename)
     if name.is_absolute() or ".." in name.parts:

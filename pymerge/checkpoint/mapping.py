@@ -1,8 +1,8 @@
 """Read-only memory maps of weight files, and zero-copy arrays over them.
 
-The maps are made by the C library and not by Python's `mmap`: that one keeps a file descriptor for
-each map (a thousand shards would exhaust the usual limit), and hands torch a read-only buffer,
-about which torch warns. A map lives as long as any array or tensor over it.
+The maps are created by the C library and not by Python's `mmap`: that module keeps a file
+descriptor for each map (a thousand shards would exhaust the usual limit), and gives torch a
+read-only buffer, about which torch warns. A map lives as long as any array or tensor over it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def advise(address: int, nbytes: int, advice: str) -> None:
-    """Give madvise() advice on the pages that hold some bytes; failures do not matter.
+    """Give madvise() advice on the pages that contain some bytes; failures do not matter.
 
     Args:
         address: the first byte.
         nbytes: how many.
-        advice: the name of a MADV constant, e.g. "MADV_WILLNEED"; one that is missing is ignored.
+        advice: the name of a MADV constant, e.g. "MADV_WILLNEED"; ignored if it does not exist.
     """
     value = getattr(mmap, advice, None)
     if nbytes <= 0 or value is None:
@@ -51,13 +51,13 @@ def advise(address: int, nbytes: int, advice: str) -> None:
 
 
 class MappedFiles:
-    """The maps of a checkpoint's safetensors files, each made at its first use."""
+    """The maps of a checkpoint's safetensors files, each created on first use."""
 
     def __init__(self, label: str, identities: dict[Path, FileIdentity]) -> None:
         self._label = label
         self._identities = identities
         self._lock = threading.Lock()
-        # One ctypes array over each map. Arrays hold a reference to it; its finalizer unmaps.
+        # One ctypes array over each map. Arrays keep a reference to it; its finalizer unmaps.
         self._maps: dict[Path, ctypes.Array[ctypes.c_char]] = {}
 
     def array(self, info: TensorInfo) -> Array:
@@ -68,20 +68,20 @@ class MappedFiles:
         return Array(mapped, ctypes.addressof(mapped) + info.offset, info.dtype, info.numel)
 
     def will_need(self, info: TensorInfo, start_byte: int, stop_byte: int) -> None:
-        """Start to read bytes of a tensor into the page cache."""
+        """Start reading bytes of a tensor into the page cache."""
         if stop_byte > start_byte:
             self._advise(info, start_byte, stop_byte, "MADV_WILLNEED")
 
     def release(self, info: TensorInfo, start_byte: int, stop_byte: int) -> None:
         """Give back the page-table entries of bytes of a tensor, if its file is mapped.
 
-        Pages shared with a neighbour go too, which is safe: they come back from the file.
+        Pages shared with a neighbour go too, which is safe: they are read from the file again.
         """
         if stop_byte > start_byte and info.file in self._maps:
             self._advise(info, start_byte, stop_byte, "MADV_DONTNEED")
 
     def close(self) -> None:
-        """Let go of the maps; each is unmapped once no tensor uses it."""
+        """Release the maps; each is unmapped once no tensor uses it."""
         with self._lock:
             self._maps.clear()
 
@@ -113,6 +113,6 @@ def _map_file(path: Path, identity: FileIdentity, label: str) -> ctypes.Array[ct
     finally:
         os.close(fd)
     array = (ctypes.c_char * identity.size).from_address(address)
-    # Not at exit: the process's end unmaps, and until then other threads may still read.
+    # Not at exit: the end of the process unmaps, and until then other threads may still read.
     weakref.finalize(array, _libc.munmap, address, identity.size).atexit = False
     return array

@@ -1,4 +1,4 @@
-"""An opened checkpoint: what is in it from the headers alone, its tensors without a copy."""
+"""An opened checkpoint: its content from the headers alone, its tensors without a copy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 
 class Checkpoint:
-    """A checkpoint whose headers have been read; made by `open_checkpoint`.
+    """A checkpoint whose headers have been read; created by `open_checkpoint`.
 
     Attributes:
         path: the directory or file.
-        label: how messages call it, e.g. "models[1] (/data/llama-ft)".
+        label: its name in messages, e.g. "models[1] (/data/llama-ft)".
         tensors: by name, in the order of the names.
         files: the weight files and their sizes in bytes.
         metadata: `__metadata__` of the first file.
         config: config.json of a directory that has one.
-        warnings: what the user should know, e.g. that a file is a pickle.
+        warnings: notes for the user, e.g. that a file is a pickle.
         tied: left-out tensors that equal another one, e.g.
             {"lm_head.weight": "model.embed_tokens.weight"}.
     """
@@ -80,17 +80,17 @@ class Checkpoint:
         return self.array(name).tensor()
 
     def will_need(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Start to read elements [start, stop) into the page cache, in the background."""
+        """Start reading elements [start, stop) into the page cache, in the background."""
         info = self._info(name)
         self._storage.will_need(info, *_byte_range(info, start, stop))
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Give back the page mappings of elements [start, stop); views on them stay valid."""
+        """Release the page mappings of elements [start, stop); views on them stay valid."""
         info = self._info(name)
         self._storage.release(info, *_byte_range(info, start, stop))
 
     def close(self) -> None:
-        """Let go of the files; tensors that were returned by `flat` stay valid."""
+        """Release the files; tensors that `flat` returned stay valid."""
         self._closed = True
         self._storage.close()
 
@@ -119,13 +119,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], label: str) -> Checkpoint:
-    """Open a checkpoint and check all of its headers; no tensor of a safetensors file is read.
+    """Open a checkpoint and check all of its headers; no safetensors tensor is read.
 
     Args:
-        path: a directory with safetensors or pickled weights, or one such file. Of a directory,
-            `model.safetensors.index.json` (or its only *.safetensors.index.json) is taken before
-            model.safetensors, then its only *.safetensors file, then the pickled counterparts.
-        label: how messages call the checkpoint.
+        path: a directory with safetensors or pickled weights, or one such file. In a directory,
+            `model.safetensors.index.json` (or its only *.safetensors.index.json) takes precedence,
+            then model.safetensors, its only *.safetensors file, and the pickled counterparts.
+        label: the checkpoint's name in messages.
 
     Raises:
         CheckpointError: listing every problem that was found.
@@ -170,12 +170,12 @@ class _Reader:
         self._problems = problems
         self._warnings = warnings
         self._identities: dict[Path, FileIdentity] = {}
-        self._home: dict[str, str] = {}  # tensor -> the file where it was seen first
+        self._home: dict[str, str] = {}  # tensor -> the file in which it was first seen
 
     def files(self) -> None:
         pickles = PickledFiles()
         for path in self._weights.files:
-            # An index may name files in sub-directories; messages give the name that it gives.
+            # An index may name files in sub-directories; messages use the name in the index.
             base = self._weights.directory
             where = path.name if base is None else path.relative_to(base).as_posix()
             if self._weights.pickled:
@@ -203,7 +203,7 @@ class _Reader:
             self._problems.add("", "holds no tensors")
 
     def _compare(self, where: str, names: set[str]) -> None:
-        """Compare what a file holds with what the index says, and with the files before it."""
+        """Compare the content of a file with the index, and with the files before it."""
         weights, problems = self._weights, self._problems
         if weights.expected is None:
             return

@@ -37,7 +37,7 @@ class PickledFiles:
     ) -> list[TensorInfo] | None:
         """Load one file and return its tensors, or None with the problems recorded.
 
-        What the user should know of a file that loads goes to `notes`.
+        Notes for the user about a file that loads are added to `notes`.
         """
         start = read_start(path, where, 4, problems)
         if start is None:
@@ -69,12 +69,12 @@ class PickledFiles:
         return infos
 
     def array(self, info: TensorInfo) -> Array:
-        """Return a tensor as an array; a copy only where it is not contiguous."""
+        """Return a tensor as an array; a copy only if it is not contiguous."""
         tensor = self._tensors[info.name].resolve_conj().resolve_neg()
         return as_array(tensor.contiguous().view(-1))
 
     def will_need(self, info: TensorInfo, start_byte: int, stop_byte: int) -> None:
-        """Start to read bytes of a tensor into the page cache."""
+        """Start reading bytes of a tensor into the page cache."""
         tensor = self._tensors[info.name]
         if tensor.is_contiguous():
             advise(tensor.data_ptr() + start_byte, stop_byte - start_byte, "MADV_WILLNEED")
@@ -83,7 +83,7 @@ class PickledFiles:
         """Do nothing: torch's private maps may hold data that is not in the file (byte-swapped)."""
 
     def close(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self._tensors.clear()
 
 
@@ -91,13 +91,13 @@ def _torch_load(path: Path, mapped: bool) -> Any:
     import torch
 
     with warnings.catch_warnings():
-        # About pickle protocols and old storages; what they lead to is reported where it matters.
+        # About pickle protocols and old storages; their consequences are reported elsewhere.
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong, without torch's advice to load the file unsafely."""
+    """Return the cause, without torch's advice to load the file unsafely."""
     text = str(error).strip()
     found = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
     if found:
@@ -109,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _state_dict(loaded: Any, where: str, problems: Problems) -> dict[str, Any] | None:
-    """Return the flat dict of a file, which may lie under the single key "state_dict"."""
+    """Return the flat dict of a file, which may be nested under the single key "state_dict"."""
     if isinstance(loaded, dict) and list(loaded) == ["state_dict"]:
         loaded = loaded["state_dict"]
     expected = 'expected a dict of tensors, or one under the single key "state_dict"'

@@ -1,4 +1,4 @@
-"""A collector of problems that keeps a damaged file from flooding the message."""
+"""A collector of problems that prevents a damaged file from flooding the message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LIMIT = 20
 
 
 class Problems:
-    """Collects messages by kind; of each kind the first 20 are kept and the rest counted."""
+    """Collects messages by kind; of each kind, the first 20 are kept and the rest counted."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -19,9 +19,9 @@ class Problems:
         """Record one problem.
 
         Args:
-            where: the file it is in, or "" for the checkpoint as a whole.
+            where: the file that has it, or "" for the checkpoint as a whole.
             text: the message.
-            kind: what similar problems of one file have in common; None for the text itself.
+            kind: a key shared by similar problems of one file; None for the text itself.
         """
         group = (where, text if kind is None else kind)
         kept = self._kept.setdefault(group, [])

@@ -18,7 +18,7 @@ def tied_aliases(names: Iterable[str], config: dict[str, Any] | None) -> dict[st
     Args:
         names: of the checkpoint's tensors.
         config: config.json, if there is one; only a true `tie_word_embeddings` in it (or in its
-            `text_config`) makes an alias.
+            `text_config`) creates an alias.
     """
     if config is None or not _says_tied(config):
         return {}

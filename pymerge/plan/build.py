@@ -46,10 +46,10 @@ def make_plan(
         memory: bytes of anonymous memory that the merge may take.
         shard_size: bytes of an output file; a larger tensor gets a file of its own.
         threads: compute threads; default one per processor.
-        seed: of random masks, 0 <= seed < 2**63.
-        device: "cpu", or the GPU that computes, "cuda" or "cuda:N"; it is not looked at.
+        seed: for random masks, 0 <= seed < 2**63.
+        device: "cpu", or the GPU that computes, "cuda" or "cuda:N"; it is not accessed.
         device_memory: bytes of the GPU's memory that the merge may take; default half of what is
-            free there when it begins.
+            free when it begins.
 
     Raises:
         RequestError: listing every problem of the request and of all inputs.
@@ -141,7 +141,7 @@ def _plan_tensors(
 ) -> list[PlannedTensor]:
     """Return the output's tensors; those that could not be planned are in `problems`."""
     if inputs.reference is None:
-        # Without a model to take the names from, settings can still be checked against each other.
+        # Without a model that provides the names, settings can still be checked for consistency.
         if not any(clause.filter is not None for clause in config.clauses()):
             resolve_parameters(config, ["*"], problems)
         return []
@@ -163,7 +163,7 @@ def _plan_tensors(
 
 
 def _dtypes_of(inputs: Inputs, name: str) -> list[str]:
-    """Return the dtypes of a tensor in all checkpoints that have it as a float."""
+    """Return the dtypes of a tensor in all checkpoints in which it is a float."""
     return [info.dtype for info in _headers(inputs, name) if info.dtype in FLOATS]
 
 
@@ -182,7 +182,7 @@ def _dtypes(config: MergeConfig, dtypes: list[str]) -> tuple[str, Literal["F32",
         return config.out_dtype, compute
     if config.dtype is not None:
         return config.dtype, compute
-    # neither of F16 and BF16 holds the other
+    # neither F16 nor BF16 can represent the other
     if "F16" in dtypes and "BF16" in dtypes:
         dtypes = [*dtypes, "F32"]
     return max(dtypes, key=FLOATS.index), compute
@@ -216,7 +216,7 @@ def _fit_memory(
             found[:] = error.problems
             return None
 
-    # As many threads solve the largest system at once as there is memory for.
+    # As many threads solve the largest system at once as memory allows.
     attempts = (fitted(count) for count in ([0] if system is None else range(threads, 0, -1)))
     plan = next((plan for plan in attempts if plan is not None), None)
     problems += [] if plan is not None else found

@@ -1,4 +1,4 @@
-"""Opens the checkpoints of a merge and checks that they fit each other, headers only."""
+"""Opens the checkpoints of a merge and checks that they are compatible, headers only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VOCABULARY = re.compile(r"embed|lm_head|wte\b|shared\.weight|output\.weight|voc
 
 @dataclass
 class Inputs:
-    """The open checkpoints; `reference` is the one whose tensors the output has."""
+    """The open checkpoints; the output has the tensors of `reference`."""
 
     base: Checkpoint | None = None
     models: list[Checkpoint] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Inputs:
 
 
 def header(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    """Return the header of a tensor, or of the tensor that it is tied to."""
+    """Return the header of a tensor, or of the tensor to which it is tied."""
     info = checkpoint.tensors.get(name)
     return checkpoint.tensors[checkpoint.tied[name]] if info is None else info
 
@@ -62,10 +62,10 @@ def open_inputs(
     """Open every checkpoint and compare it with the reference, collecting problems.
 
     Args:
-        models, base: what is opened; the reference is the base.
-        like: without a base: the reference is the model that has its path, else the first; it must
+        models, base: those to open; the reference is the base.
+        like: without a base: the reference is the model with this path, else the first; it must
             exist, but is not opened.
-        where: the file that names them, for hints where a path is wrong.
+        where: the file that names them, for hints if a path is wrong.
     """
     inputs = Inputs()
     missing = 0
@@ -101,10 +101,10 @@ def open_inputs(
 
 
 def folded_bytes(inputs: Inputs) -> int:
-    """Return the memory for weights that adapters are folded into.
+    """Return the memory for weights into which adapters are folded.
 
-    A tensor at a time, of all models together; while the next one is computed the last one may
-    still be there.
+    This counts one tensor at a time, of all models together; while the next one is computed, the
+    last one may still be in memory.
     """
     sizes: dict[str, int] = {}
     for checkpoint in inputs.all:
@@ -116,7 +116,7 @@ def folded_bytes(inputs: Inputs) -> int:
 def _reference(
     entries: Sequence[ModelEntry], models: list[Checkpoint], like: ModelEntry | None
 ) -> Checkpoint:
-    """Return the model that gives the config files where it is merged too, else the first one."""
+    """Return the model that provides the config files if it is also merged, else the first one."""
     real = None if like is None else os.path.realpath(like.path)
     for entry, model in zip(entries, models, strict=True):
         if entry.adapter is None and os.path.realpath(entry.path) == real:
@@ -125,7 +125,7 @@ def _reference(
 
 
 def _open(entry: ModelEntry, inputs: Inputs, where: str) -> Checkpoint | None:
-    """Open a model, with its adapter folded in where it has one."""
+    """Open a model, with its adapter folded in if it has one."""
     paths = [path for path in (entry.path, entry.adapter) if path is not None]
     there = [check_exists(path, entry.where, inputs.problems, where) for path in paths]
     if not all(there):
@@ -141,10 +141,10 @@ def _open(entry: ModelEntry, inputs: Inputs, where: str) -> Checkpoint | None:
 
 
 def open_model(path: str, adapter: str | None, label: str) -> Checkpoint:
-    """Open a checkpoint, with an adapter folded in where one is given; headers only.
+    """Open a checkpoint, with an adapter folded in if one is given; headers only.
 
     Raises:
-        CheckpointError: what is wrong with them.
+        CheckpointError: listing their problems.
     """
     checkpoint = open_checkpoint(path, label)
     return checkpoint if adapter is None else _adapted(checkpoint, adapter, label)
@@ -168,10 +168,10 @@ def _adapted(base: Checkpoint, path: str, label: str) -> Checkpoint:
 
 
 def check_exists(path: str, where: str, problems: list[str], named_in: str) -> bool:
-    """Return whether a path exists; if not, add a problem that says where to look.
+    """Return whether a path exists; if not, add a problem that suggests where to look.
 
     Args:
-        where: what the problem begins with.
+        where: the beginning of the problem's text.
         named_in: the file that names the path.
     """
     if os.path.exists(path):
@@ -189,7 +189,7 @@ def check_exists(path: str, where: str, problems: list[str], named_in: str) -> b
 
 
 def _compare(reference: Checkpoint, model: Checkpoint, inputs: Inputs) -> None:
-    """Find missing and extra tensors, and those of another shape or kind of dtype."""
+    """Report missing and extra tensors, and those of another shape or kind of dtype."""
     like = _short(reference)
     missing = [
         name for name in reference.tensors if name not in model.tensors and name not in model.tied

@@ -21,7 +21,7 @@ def resolve_parameters(
     Args:
         config: the configuration.
         names: the tensors that are computed (not copied).
-        problems: gets what is wrong: weights that sum to 0, details of a dialect that contradict
+        problems: gets the problems: weights that sum to 0, details of a dialect that contradict
             each other, a required parameter that is not set.
     """
     resolved: dict[str, TensorParameters] = {}
@@ -56,7 +56,7 @@ def resolve_parameters(
 
 
 def unused_filters(config: MergeConfig, names: Sequence[str]) -> list[str]:
-    """Return a warning for each filter that is in no tensor's name."""
+    """Return a warning for each filter that matches no tensor's name."""
     warnings: list[str] = []
     for clause in config.clauses():
         if clause.filter is not None and not any(clause.matches(name) for name in names):
@@ -76,11 +76,11 @@ class StepCounter:
         self.total = total
 
     def steps(self, parameters: TensorParameters, numel: int) -> tuple[Step, ...]:
-        """Return the steps of a tensor of that many elements, the merge last."""
+        """Return the steps of a tensor with this many elements, the merge last."""
         return self.method.steps(parameters, numel, self.total)
 
     def passes(self, parameters: TensorParameters, numel: int) -> int:
-        """Return how often a tensor's inputs are read, as a rule."""
+        """Return how often a tensor's inputs are normally read."""
         return sum(step.passes for step in self._over(parameters, numel, statistics=False))
 
     def most_passes(self, parameters: TensorParameters, numel: int, wide: bool) -> int:
@@ -108,12 +108,12 @@ def _most(step: Step, wide: bool) -> int:
 
 
 def passes_text(steps: Iterable[tuple[Step, ...]], passes: int, most: int) -> str:
-    """Explain in words what a merge reads.
+    """Return what a merge reads, in words.
 
     Args:
-        steps: of all computed tensors; they differ where some are trimmed and others are not.
-        passes: of the tensor that is read most often, as a rule.
-        most: of the same in the worst case.
+        steps: of all computed tensors; they differ if some are trimmed and others are not.
+        passes: of the tensor that is normally read most often.
+        most: of the same tensor in the worst case.
     """
     all_steps = {step.name: step for own in steps for step in own}
     before = [step for step in all_steps.values() if step.name != MERGE.name]

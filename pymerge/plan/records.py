@@ -1,4 +1,4 @@
-"""What a plan holds."""
+"""The records of a plan."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PlannedTensor:
 
     `dtype` is the output's. `compute` is the arithmetic, "F32" or "F64"; None means that the tensor
     is copied (integers and booleans, which must be equal in all models). `parameters` are resolved
-    for this tensor. `passes` is how often its inputs are read as a rule, `most_passes` in the worst
-    case.
+    for this tensor. `passes` is how often its inputs are normally read, `most_passes` how often in
+    the worst case.
     """
 
     name: str
@@ -43,15 +43,15 @@ class PlannedTensor:
 
 @dataclass
 class MergePlan:
-    """Everything that is decided before a tensor is read. Holds the checkpoints open: close it.
+    """Everything that is decided before a tensor is read. It keeps the checkpoints open: close it.
 
     `base` is None for methods without one. `tensors` are in the order of the output files.
-    `passes` and `bytes_to_read` are what the steps of the method's record take as a rule,
+    `passes` and `bytes_to_read` are what the steps of the method's record normally take,
     `most_passes` and `most_bytes_to_read` what they take in the worst case: samples that mislead,
     signs that were guessed wrong. Steps on one tensor follow each other while it is in the page
-    cache; `passes_text` says which go over the whole model.
-    `side_files` is where the config and tokenizer files come from. `device_memory` is None where
-    it is half of what a GPU has free.
+    cache; `passes_text` describes which go over the whole model.
+    `side_files` is the source of the config and tokenizer files. `device_memory` is None if it is
+    half of the GPU's free memory.
     """
 
     config: MergeConfig
@@ -76,7 +76,7 @@ class MergePlan:
 
     @property
     def inputs(self) -> list[Checkpoint]:
-        """The base, where there is one, the models, and the statistics of any of them."""
+        """Return the base, if there is one, the models, and all files of statistics."""
         models = [*([] if self.base is None else [self.base]), *self.models]
         return [*models, *(file.checkpoint for file in self.statistics.all)]
 

@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass
 class StatisticsFile:
-    """An open file of statistics, and what it says of itself."""
+    """An open file of statistics, and its description of itself."""
 
     checkpoint: Checkpoint
     record: StatisticsRecord
@@ -76,13 +76,14 @@ def statistics_paths(config: MergeConfig) -> list[str]:
 
 
 def located(path: str, kind: str) -> str:
-    """Return the file that a path means: of a directory, `fisher.safetensors` or
+    """Return the file that a path refers to: for a directory, `fisher.safetensors` or
     `gram.safetensors` in it."""
     return os.path.join(path, filename_of(kind)) if os.path.isdir(path) else path
 
 
 def open_statistics(config: MergeConfig, inputs: Inputs) -> StatisticsInputs:
-    """Open what the configuration names, and compare it with the models, collecting problems."""
+    """Open the files that the configuration names, and compare them with the models, collecting
+    problems."""
     found = StatisticsInputs()
     kind = config.method.statistics
     if kind is None:
@@ -148,7 +149,7 @@ def _open(
 
 
 def _compare(file: StatisticsFile, reference: Checkpoint, found: StatisticsInputs) -> None:
-    """Find statistics of tensors that the model does not have, or that are of another shape."""
+    """Report statistics of tensors that the model does not have, or that have another shape."""
     label, record = file.checkpoint.label, file.record
     names: dict[str, list[str]] = {name: [name] for name in file.checkpoint.tensors}
     for alias, name in record.aliases.items():
@@ -173,7 +174,8 @@ def _compare(file: StatisticsFile, reference: Checkpoint, found: StatisticsInput
 
 
 def _check_coverage(found: StatisticsInputs, reference: Checkpoint) -> None:
-    """All models must have the statistics of a tensor, or none; none is a plain average."""
+    """Report a tensor for which some models have statistics and others do not; if none has any,
+    it is a plain average."""
     averaged: list[str] = []
     for name, info in reference.tensors.items():
         if info.dtype not in FLOATS:
@@ -204,7 +206,7 @@ def _check_coverage(found: StatisticsInputs, reference: Checkpoint) -> None:
         if not any(name in file.record.model_tensors for file in found.models)
     ]
     if len(averaged) == sum(info.dtype in FLOATS for info in reference.tensors.values()):
-        return  # every tensor is foreign: said already
+        return  # every tensor is foreign: already reported
     if unknown:
         found.warnings.append(
             f"statistics: {len(unknown)} tensors are averaged, because the models that statistics "
@@ -229,6 +231,6 @@ def largest_system(
 def matrix_bytes(inputs: int, outputs: int, solvers: int) -> int:
     """Return the bytes that a linear system takes: see `reference.statistics.RegMean`."""
     square, block = inputs * inputs, inputs * min(outputs, SOLVED_AT_ONCE)
-    # The sum of Gram matrices, its factor and the copy that LAPACK takes of it; right sides of each
-    # thread with rows of a Gram matrix; the result.
+    # The sum of Gram matrices, its factor and LAPACK's copy of it; for each thread, right-hand
+    # sides with rows of a Gram matrix; the result.
     return 8 * (3 * square + 7 * solvers * block + inputs * outputs)

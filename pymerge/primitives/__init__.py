@@ -1,9 +1,9 @@
-"""The operations that the methods are made of, over tensors: for methods of one's own.
+"""The operations that the methods consist of, on tensors: for methods of your own.
 
 All run on any backend and give the same bits on each. A *task vector* (delta) is `model - base`, in
-float32 (float64 if an input is), and is never stored where it need not be. Inputs are tensors of
-one shape, on one device, of dtypes float32, float16, bfloat16 or float64 in any mixture; where
-tensors are asked for as a sequence, each layer is one of them.
+float32 (float64 if an input is), and is never stored unless necessary. Inputs are tensors of one
+shape, on one device, of dtypes float32, float16, bfloat16 or float64 in any mixture; if a sequence
+of tensors is expected, each of them is a layer.
 
 Example:
     >>> import torch

@@ -1,4 +1,4 @@
-"""What all primitives ask of their arguments, and what they make of them for an op."""
+"""Checks that all primitives make of their arguments, and the conversion of these for an op."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Tensor = torch.Tensor
 
 
 def flattened(tensor: Tensor) -> Tensor:
-    """Return a tensor as ops take it: contiguous, of one dimension."""
+    """Return a tensor in the form that ops accept: contiguous, with one dimension."""
     return tensor.detach().contiguous().view(-1)
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    """Tell whether it is computed in float64, which one such input decides."""
+    """Return whether the result is computed in float64; one such input is enough."""
     return any(tensor.dtype == torch.float64 for tensor in tensors)
 
 
@@ -29,7 +29,7 @@ def delta_dtype(wide: bool) -> torch.dtype:
 
 
 def backend_name(name: str | None, tensor: Tensor) -> str:
-    """Return the backend that was asked for, or the fastest for a tensor."""
+    """Return the requested backend, or the fastest for a tensor."""
     return resolve(name, tensor.device).NAME
 
 
@@ -39,18 +39,18 @@ def counters_on(tensor: Tensor, backend: str | None) -> torch.device | str:
 
 
 def require(holds: bool, argument: str, expected: str, got: str) -> None:
-    """Raise RequestError about an argument unless something holds."""
+    """Raise RequestError about an argument unless a condition holds."""
     if not holds:
         raise RequestError(f"{argument}: expected {expected}; got {got}")
 
 
 def check_count(name: str, values: Sequence[object], models: Sequence[Tensor]) -> None:
-    """Raise RequestError unless there is one value a model."""
+    """Raise RequestError unless there is one value for each model."""
     require(len(values) == len(models), name, f"{len(models)}, one a model", f"{len(values)}")
 
 
 def check(base: Tensor, models: Sequence[Tensor]) -> None:
-    """Raise RequestError unless there are models, tensors of floats like the base."""
+    """Raise RequestError unless there are models, all of them float tensors like the base."""
     require(len(models) > 0, "models", "at least one tensor", "none")
     for label, tensor in [("base", base), *((f"models[{k}]", m) for k, m in enumerate(models))]:
         require(isinstance(tensor, Tensor), label, "a tensor", type(tensor).__name__)

@@ -1,4 +1,4 @@
-"""What decides which elements are kept, element by element: ranks in rows, random masks."""
+"""Ranks in rows and random masks, which decide element by element what is kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_mask(
         density: probability that an element is kept, in [0, 1].
         name: the tensor's name; model: the model's number, from 0.
 
-    Returns: bool, of that shape.
+    Returns: bool, of the given shape.
     """
     require(0 <= density <= 1, "density", "a number in [0, 1]", f"{density}")
     numel, limit = math.prod(shape), keep_limit(density)

@@ -36,7 +36,7 @@ def weighted_sum(
 ) -> list[Tensor]:
     """Return `theta_0^l + sum_k lambda_k^l (theta_k^l - theta_0^l)`, layer by layer.
 
-    The forward pass of AdaMerging (Yang et al. 2024, eq. 3); `dots` is its adjoint.
+    This is the forward pass of AdaMerging (Yang et al. 2024, eq. 3); `dots` is its adjoint.
 
     Args:
         base: L tensors. models: K sequences of L tensors.
@@ -75,8 +75,8 @@ def dots(
     """Return `<g^l, theta_k^l - theta_0^l>` for all models and layers: the adjoint of
     `weighted_sum`.
 
-    Differences are taken element by element before they are multiplied; sums are of doubles, in an
-    order that does not depend on the backend.
+    Differences are computed element by element before they are multiplied; sums are in double
+    precision, in an order that does not depend on the backend.
 
     Args:
         gradients, base: L tensors. models: K sequences of L tensors.
@@ -102,8 +102,7 @@ def dots(
 class Statistics:
     """Statistics of vectors; each a float64 tensor: [models], or [models, rows].
 
-    least, largest: the extremes (NaN counts for nothing). l1: sum of magnitudes. l2: the Euclidean
-    norm.
+    least, largest: the extremes (NaN is ignored). l1: sum of magnitudes. l2: the Euclidean norm.
     """
 
     least: Tensor
@@ -119,7 +118,7 @@ def statistics(
     rows: bool = False,
     backend: str | None = None,
 ) -> Statistics:
-    """Return extremes and norms of the models, or of their task vectors where there is a base.
+    """Return extremes and norms of the models, or of their task vectors if there is a base.
 
     Args:
         rows: of each row, a vector of the last dimension, instead of each tensor.

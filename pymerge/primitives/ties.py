@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 def task_vector(base: Tensor, model: Tensor, *, backend: str | None = None) -> Tensor:
-    """Return `model - base`, computed without copies of either in float32.
+    """Return `model - base`, computed without float32 copies of either.
 
     Returns: float32, or float64 if an input is; of the inputs' shape.
     """
@@ -42,15 +42,15 @@ def magnitude_thresholds(
 ) -> list[int]:
     """Return the keys at which each task vector's largest elements begin: exact order statistics.
 
-    A key is `bits(|delta|)`, which is ordered as `|delta|` is. Sequences of tensors are one vector:
-    the threshold is over all of them together (Yadav et al. 2023, whole-model trim). Nothing is
-    sorted and no task vector is held.
+    A key is `bits(|delta|)`, which has the same order as `|delta|`. A sequence of tensors is one
+    vector: the threshold is over all of them together (Yadav et al. 2023, whole-model trim).
+    Nothing is sorted and no task vector is stored.
 
     Args:
         density: share of the elements in [0, 1] that are at or above the threshold, for all models
             or for each; `int(density * n)` elements, and all that equal the last of them.
 
-    Returns: a key for each model, to be given to `trim`, `elect_signs` and `disjoint_merge`.
+    Returns: a key for each model, to be passed to `trim`, `elect_signs` and `disjoint_merge`.
     """
     layers = [base] if isinstance(base, Tensor) else list(base)
     stacks = [[m] if isinstance(m, Tensor) else list(m) for m in models]
@@ -97,7 +97,7 @@ def trim(
     Args:
         thresholds: a key for each model.
         last: the largest key that is kept, for each model; with it, a band of magnitudes is kept
-            (Breadcrumbs), or all but the largest ones.
+            (Breadcrumbs), or all except the largest ones.
 
     Returns: float32 (float64 if an input is), one for each model.
     """
@@ -179,7 +179,7 @@ def disjoint_merge(
     scale: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Return `base + scale * merge of what agrees with the elected sign`: TIES, thresholds given.
+    """Return `base + scale * merge of the values that agree with the elected sign`, as in TIES.
 
     Args:
         merge: "mean", "sum" or "max".

@@ -1,1 +1,2 @@
-"""Adapters as PEFT stores them: read, checked, written; a base with one as a checkpoint."""
+"""Adapters as PEFT stores them: reading, checking, writing; a base with an adapter as a
+checkpoint."""

@@ -1,8 +1,8 @@
-"""A checkpoint with an adapter folded in: its tensors are computed when they are asked for.
+"""A checkpoint with an adapter folded in: its tensors are computed when they are requested.
 
 To the plan and the engine it is a checkpoint like any other: names, shapes and dtypes of the base,
-and the tensors that merge_and_unload of PEFT would make. A tensor is computed from the mapped files
-into memory of its own, in the dtype of the base, and is let go when the engine releases it.
+and the tensors that merge_and_unload of PEFT would produce. A tensor is computed from the mapped
+files into its own memory, in the dtype of the base, and freed when the engine releases it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SHOWN = 20
 
 
 class AdaptedCheckpoint(Checkpoint):
-    """A base checkpoint and an adapter, as the model that they make.
+    """A base checkpoint and an adapter, combined into one model.
 
     Attributes:
-        base, adapter: what it is made of; `close` closes both.
-        folded: the tensors that are computed, those that the adapter has in whole included.
+        base, adapter: its parts; `close` closes both.
+        folded: the tensors that are computed, including those that the adapter stores whole.
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter, label: str) -> None:
-        """Bind the modules to the base's tensors; nothing is read.
+        """Match the modules with the base's tensors; nothing is read.
 
         Raises:
             CheckpointError: the adapter does not belong to this base; lists every reason.
@@ -118,14 +118,14 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _rescale(self, out: Array, base: Array, info: TensorInfo, module: Module) -> None:
         vector = self.adapter.vector(module.name)
-        if len(info.shape) == 1:  # a bias belongs to what comes out
+        if len(info.shape) == 1:  # a bias belongs to the output
             rescale(out, base, vector.reshape(-1, 1), 1)
         else:
             rescale(out, base, vector.T if module.transposed else vector, info.shape[1])
 
 
 def _renamed(adapter: Adapter, names: dict[str, str]) -> list[str]:
-    """Return what to tell where the base calls its tensors otherwise than the adapter."""
+    """Return a note if the names of the base's tensors differ from the adapter's."""
     other = next(((own, name) for own, name in sorted(names.items()) if own != name), None)
     return [] if other is None else [f"{adapter.label}: '{other[0]}' is '{other[1]}' of the base"]
 
@@ -135,7 +135,7 @@ def bound(
 ) -> tuple[dict[str, Module], dict[str, str]]:
     """Return ({tensor of the base: the module that changes it}, {the adapter's name: the base's}).
 
-    Modules are oriented as the base's weights are. Biases that IA3 rescales have theirs, too.
+    Modules are oriented like the base's weights. Biases that IA3 rescales have an entry, too.
 
     Raises:
         CheckpointError: listing every module that does not fit the base.
@@ -178,8 +178,8 @@ def bound(
 def _names(wanted: list[str], base: Checkpoint) -> dict[str, str]:
     """Return the base's name of each tensor.
 
-    Classes of transformers with a head hold the model under a name, which checkpoints of the bare
-    model do not have: one leading part is taken away or put before where all names fit then.
+    Classes of transformers with a head store the model under a name, which checkpoints of the bare
+    model do not have: one leading part is removed or added if all names fit then.
     """
     if all(name in base.tensors for name in wanted):
         return {name: name for name in wanted}
@@ -219,7 +219,7 @@ def _missing(module: Module, name: str, base: Checkpoint, label: str) -> str:
 
 
 def _oriented(module: Module, info: TensorInfo, saved: Saved | None) -> Module | str:
-    """Return a module in the orientation of the base's weight, or what is wrong."""
+    """Return a module in the orientation of the base's weight, or a description of the problem."""
     shape = info.shape if saved is None else saved.shape
     if info.dtype not in FLOATS:
         return f"changes '{info.name}' of dtype {info.dtype}, expected one of {', '.join(FLOATS)}"
@@ -234,7 +234,7 @@ def _oriented(module: Module, info: TensorInfo, saved: Saved | None) -> Module |
     if shape == module.shape:
         return module
     if module.kind == "linear" and shape == module.shape[::-1]:
-        # PEFT goes by the class of the layer and not by the config's fan_in_fan_out.
+        # PEFT decides by the class of the layer and not by the config's fan_in_fan_out.
         return replace(module, shape=shape, transposed=not module.transposed)
     return (
         f"is for a weight of shape {module.shape} (rank {module.rank}), but '{info.name}' has "

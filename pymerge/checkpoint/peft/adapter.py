@@ -1,4 +1,4 @@
-"""An adapter: which modules it changes, and by what. Tensors are read when they are asked for."""
+"""An adapter: the modules it changes, and how. Tensors are read when they are requested."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Module:
     Attributes:
         name: of the module in the base model, e.g. "model.layers.0.self_attn.q_proj".
         kind: "linear" (also transformers' Conv1D), "embedding", "conv" (any dimension), or "ia3".
-        shape: of the weight that it belongs to, as the adapter has it; of an IA3 module that of its
-            vector: (out, 1), or (1, in) where `feedforward`.
-        rank: r; 0 of an IA3 module.
+        shape: of its weight, as the adapter has it; for an IA3 module that of its vector: (out, 1),
+            or (1, in) if `feedforward`.
+        rank: r; 0 for an IA3 module.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA).
         transposed: the weight is [in, out], so that B A is transposed (Conv1D, embeddings).
-        feedforward: IA3 rescales what goes into the module, and not what comes out of it.
-        keys: where its tensors are: of A and of B; of the vector.
+        feedforward: IA3 rescales the module's input, and not its output.
+        keys: names of its stored tensors: of A and B, or of the vector.
     """
 
     name: str
@@ -52,24 +52,24 @@ class Module:
 
     @property
     def weight(self) -> str:
-        """The name of the weight in a checkpoint."""
+        """Return the name of the weight in a checkpoint."""
         return f"{self.name}.weight"
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The weight's shape as a matrix: rows, columns."""
+        """Return the weight's shape as a matrix: rows, columns."""
         return self.shape[0], prod(self.shape[1:])
 
     @property
     def features(self) -> tuple[int, int]:
-        """(rows of B, columns of A)."""
+        """Return (rows of B, columns of A)."""
         rows, columns = self.matrix
         return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor that an adapter has in whole: of `modules_to_save`, or a trained bias."""
+    """A tensor that an adapter stores whole: one of `modules_to_save`, or a trained bias."""
 
     key: str
     dtype: str
@@ -81,15 +81,15 @@ class Adapter:
 
     Attributes:
         peft_type: "LORA" or "IA3".
-        config: what adapter_config.json says.
-        modules: what it changes, by the module's name, sorted.
-        saved: tensors that replace the base's, by their name there.
-        label: how messages call it.
+        config: the content of adapter_config.json.
+        modules: those it changes, by the module's name, sorted.
+        saved: tensors that replace the base's, by their name in the base.
+        label: its name in messages.
         path: the directory it was read from, or None.
         files: its weight files and their sizes; empty in memory.
-        warnings: what the user should know.
-        captured: of a result that was cut to a rank: the share of the squared norm of each module's
-            delta that the factors hold.
+        warnings: notes for the user.
+        captured: for a result that was truncated to a rank: the share of the squared norm of each
+            module's delta that the factors retain.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """The name or path of the base model that the config names."""
+        """Return the name or path of the base model that the config names."""
         return self.config.get("base_model_name_or_path")
 
     @property
     def rank(self) -> int:
-        """The largest rank of a module."""
+        """Return the largest rank of a module."""
         return max((module.rank for module in self.modules.values()), default=0)
 
     def module(self, name: str) -> Module:
@@ -144,10 +144,10 @@ class Adapter:
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (B, A) of a LoRA module, float32 [out, r] and [r, in], without the scaling.
 
-        Of a convolution A is flattened to [r, in * kernel].
+        For a convolution, A is flattened to [r, in * kernel].
 
         Raises:
-            NonFiniteError: a factor holds NaN or infinity.
+            NonFiniteError: a factor contains NaN or infinity.
         """
         module = self.module(name)
         if module.kind == "ia3":
@@ -164,10 +164,10 @@ class Adapter:
         return self._values(module.keys[0], name, "vector").reshape(module.shape)
 
     def delta(self, name: str, transposed: bool | None = None) -> np.ndarray:
-        """Return what a LoRA module adds to its weight: float32, in the weight's shape.
+        """Return the change that a LoRA module adds to its weight: float32, in the weight's shape.
 
-        scaling * (B A), transposed where the weight is [in, out]; the products of an element are
-        added up in the order of the rank. `transposed` overrides the module's.
+        scaling * (B A), transposed if the weight is [in, out]; the products of an element are added
+        up in the order of the rank. `transposed` overrides the module's.
         """
         module = self.module(name)
         if transposed is not None and transposed != module.transposed:
@@ -195,12 +195,12 @@ class Adapter:
         return self._read(key)
 
     def will_need(self, key: str) -> None:
-        """Start to read a tensor into the page cache."""
+        """Start reading a tensor into the page cache."""
         if self._checkpoint is not None:
             self._checkpoint.will_need(key)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the files."""
         if self._checkpoint is not None:
             self._checkpoint.close()
 
@@ -209,11 +209,11 @@ class Adapter:
     ) -> None:
         """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors.
 
-        The directory appears complete or not at all.
+        The directory appears either complete or not at all.
 
         Args:
             out: the directory; must not exist unless `force`.
-            dtype: "float32", "bfloat16" or "float16" of the factors; default as they are.
+            dtype: "float32", "bfloat16" or "float16" for the factors; default unchanged.
             force: replace an existing `out`.
 
         Raises:

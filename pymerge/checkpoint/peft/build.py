@@ -1,4 +1,4 @@
-"""Adapters made of arrays: what computations return."""
+"""Adapters built from arrays: the results of computations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ia3", "like", "lora", "stored_shape"]
 
 Factors = tuple[np.ndarray, np.ndarray]
 
-# Of a config, what says how adapters were trained and not what they compute.
+# The parts of a config that describe an adapter's training and not what it computes.
 _KEPT = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
 
 
@@ -30,13 +30,13 @@ def lora(
     target_modules: Sequence[str] | str | None = None,
     captured: Mapping[str, float] | None = None,
 ) -> Adapter:
-    """Make a LoRA adapter whose delta is B A, with a scaling of 1.
+    """Return a LoRA adapter whose delta is B A, with a scaling of 1.
 
     Args:
         factors: (B, A) by module: [out, r] and [r, in], any real dtype; kept as float32.
-        patterns: modules of that kind, shape and orientation; default linear ones.
-        config: of an adapter whose base model and task are taken over.
-        saved: whole tensors by the name of the base's, with their shapes.
+        patterns: modules of the same kind, shape and orientation; default linear ones.
+        config: of an adapter whose base model and task are adopted.
+        saved: whole tensors by the base's names, with their shapes.
         target_modules: for the config; default the names of all modules.
         captured: see `Adapter.captured`.
     """
@@ -66,7 +66,7 @@ def lora(
 
 
 def ia3(vectors: Mapping[str, np.ndarray], like_this: Adapter, label: str = "adapter") -> Adapter:
-    """Make an IA3 adapter with other vectors."""
+    """Return an IA3 adapter with other vectors."""
     modules, kept = {}, {}
     for name, vector in vectors.items():
         modules[name] = replace(like_this.modules[name], keys=(name,))
@@ -81,7 +81,7 @@ def like(
     saved: Mapping[str, tuple[Array, tuple[int, ...]]] | None = None,
     label: str = "adapter",
 ) -> Adapter:
-    """Make an adapter of arrays that are in memory."""
+    """Return an adapter of arrays that are in memory."""
     arrays = dict(kept)
     records: dict[str, Saved] = {}
     for name, (array, shape) in (saved or {}).items():
@@ -92,7 +92,7 @@ def like(
 
 
 def stored_shape(module: Module, factor: str) -> tuple[int, ...]:
-    """Return the shape that PEFT's files have of a factor, "A" or "B"."""
+    """Return the shape in which PEFT's files store a factor, "A" or "B"."""
     rows, columns = module.features
     if module.kind == "conv":
         ones = (1,) * (len(module.shape) - 2)

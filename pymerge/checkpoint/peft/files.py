@@ -40,16 +40,16 @@ _WRAPPED = re.compile(r"\.(modules_to_save(\.[^.]+(?=\.))?|base_layer)(?=\.)")
 
 
 def load(path: str | os.PathLike[str], label: str | None = None) -> Adapter:
-    """Open a LoRA or IA3 adapter; its tensors are read when they are asked for.
+    """Open a LoRA or IA3 adapter; its tensors are read when they are requested.
 
     Everything is checked against adapter_config.json: the rank of every module, its rank_pattern
-    and alpha_pattern, that A and B belong together. What pymerge cannot compute exactly (DoRA, a
-    bias in lora_B, PiSSA and the like) is refused by name.
+    and alpha_pattern, that A and B belong together. Adapters that pymerge cannot compute exactly
+    (DoRA, a bias in lora_B, PiSSA and the like) are refused by name.
 
     Args:
         path: a directory with adapter_config.json and adapter_model.safetensors (or .bin, which is
             read with weights_only and a warning).
-        label: how messages call it; default its path.
+        label: its name in messages; default its path.
 
     Raises:
         CheckpointError: listing every problem that was found.
@@ -273,7 +273,7 @@ def write(adapter: Adapter, directory: Path, dtype: str | None) -> None:
             tensors[PREFIX + stored] = (array, shape, CODES[dtype] if dtype else array.code)
     for name, saved in adapter.saved.items():
         owner, _, kind = name.rpartition(".")
-        # PEFT looks for what belongs to an adapted module in the layer that it wraps.
+        # PEFT looks for the tensors of an adapted module in the layer that it wraps.
         stored = f"{owner}.base_layer.{kind}" if owner in adapter.modules else name
         tensors[PREFIX + stored] = (adapter.array(saved.key), saved.shape, saved.dtype)
     outputs = [OutputTensor(key, code, shape) for key, (_, shape, code) in tensors.items()]
@@ -291,7 +291,7 @@ def write(adapter: Adapter, directory: Path, dtype: str | None) -> None:
 
 
 def _stored(name: str, module: Module, which: str) -> tuple[str, tuple[int, ...]]:
-    """Return the key and shape that PEFT's files have of a tensor of a module."""
+    """Return the key and shape with which PEFT's files store a tensor of a module."""
     if module.kind == "ia3":
         return f"{name}.ia3_l", module.shape
     shape = stored_shape(module, which)
@@ -312,14 +312,14 @@ def _as(array: Array, code: str) -> Array:
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
     config = {"inference_mode": True, **adapter.config}
-    if adapter.path is not None:  # it says what it did
+    if adapter.path is not None:  # its own config describes it
         return config
     owners = {name.rpartition(".")[0] for name in adapter.saved}
     config["modules_to_save"] = sorted(owners - adapter.modules.keys()) or None
     if adapter.peft_type == "IA3":
         return config
     ranks = {name: module.rank for name, module in adapter.modules.items()}
-    # The rank that most modules have is that of the config; of equally frequent ones the largest.
+    # The config's rank is the one that most modules have; of equally frequent ones the largest.
     counts = Counter(ranks.values())
     common = max(counts, key=lambda rank: (counts[rank], rank))
     own = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
@@ -328,7 +328,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         lora_alpha=common,
         use_rslora=False,
         rank_pattern=own,
-        # PEFT divides by the rank: equal numbers make a scaling of 1.
+        # PEFT divides by the rank: equal numbers give a scaling of 1.
         alpha_pattern=dict(own),
         lora_dropout=0.0,
         bias="all" if any(name.endswith(".bias") for name in adapter.saved) else "none",

@@ -1,4 +1,4 @@
-"""What adapter_config.json says, checked; what pymerge cannot do right is refused by name."""
+"""The content of adapter_config.json, checked; unsupported options are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Settings", "matches"]
 
 CONFIG = "adapter_config.json"
 _TYPES = ("LORA", "IA3")
-# Options of LoRA that make more of a weight than base + scaling * B A.
+# Options of LoRA that do more to a weight than base + scaling * B A.
 _REFUSED = {
     "use_dora": "DoRA (weight-decomposed LoRA)",
     "lora_bias": "a bias in lora_B",
@@ -28,13 +28,13 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-# Initialisations that subtract something from the base model: the base that the adapter belongs to
-# is not the one that its config names.
+# Initialisations that subtract something from the base model: the adapter belongs to a base other
+# than the one that its config names.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Tell whether a key of rank_pattern or alpha_pattern means a module, as PEFT decides it."""
+    """Return whether a key of rank_pattern or alpha_pattern matches a module, as in PEFT."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
@@ -111,7 +111,7 @@ class Settings:
         return kept
 
     def rank(self, module: str) -> int:
-        """Return the rank that the config gives a module."""
+        """Return the rank that the config assigns to a module."""
         return self._of(self._ranks, module, self.config["r"])
 
     def scaling(self, module: str, rank: int) -> float:
@@ -123,14 +123,14 @@ class Settings:
         return next((value for key, value in patterns.items() if matches(key, module)), default)
 
     def is_feedforward(self, module: str) -> bool:
-        """Tell whether IA3 rescales the module's input, as PEFT decides it."""
+        """Return whether IA3 rescales the module's input, as PEFT decides it."""
         chosen = self.config.get("feedforward_modules")
         if isinstance(chosen, str):
             return re.fullmatch(chosen, module) is not None
         return isinstance(chosen, Iterable) and any(module.endswith(str(key)) for key in chosen)
 
     def untouched(self, modules: Iterable[str]) -> list[str]:
-        """Return the targets that are listed by name and of which there is no module."""
+        """Return the targets that are listed by name but have no module."""
         targets = self.config.get("target_modules")
         if not isinstance(targets, list):
             return []
