@@ -1,6 +1,6 @@
-"""Searches the coefficients of a merge: grids, random points, CMA-ES; `pymerge search`.
+"""Searches for the coefficients of a merge: grids, random points, CMA-ES; `pymerge search`.
 
-See docs/search.md. `run_search` searches; `Remerger` merges the same checkpoints again and again.
+See docs/search.md. `run_search` searches; `Remerger` merges the same checkpoints repeatedly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which data chooses coefficients and which reports, and what keeps the two apart."""
+"""Which data chooses coefficients and which reports, and checks that keep the two apart."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TEST = re.compile(r"(?<![a-z])test(ing|s|set)?(?![a-z])", re.IGNORECASE)
 class Split:
     """A part of the data.
 
-    name: what the metric calls it ("validation"). path: its file or folder, if it has one. hash:
-    SHA-256 of the content of `path`, or whatever identifies the data where there is no path.
+    name: its name for the metric ("validation"). path: its file or folder, if it has one. hash:
+    SHA-256 of the content of `path`, or whatever identifies the data if there is no path.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Split:
 
 
 def read_split(value: str | Mapping[str, Any], where: str) -> Split:
-    """Read `validation` or `{name: ..., path: ..., hash: ...}`, and hash what lies at the path.
+    """Read `validation` or `{name: ..., path: ..., hash: ...}`, and hash the content of the path.
 
     Raises:
-        RequestError: unknown keys, no name, a path where nothing is, a hash that is not that of it.
+        RequestError: unknown keys, no name, a path that does not exist, a hash that differs.
     """
     if isinstance(value, str):
         value = {"name": value}
@@ -67,7 +67,7 @@ def read_split(value: str | Mapping[str, Any], where: str) -> Split:
 
 
 def content_hash(path: Path, where: str = "path") -> str:
-    """Return the SHA-256 of a file; of a folder, that of its files' names and contents."""
+    """Return the SHA-256 of a file, or, for a folder, that of its files' names and contents."""
     try:
         if path.is_file():
             return sha256_of(path)
@@ -84,7 +84,7 @@ def content_hash(path: Path, where: str = "path") -> str:
 def check_splits(
     search: Split, report: Split | None, allow_test_split: bool, where: str = "data"
 ) -> list[str]:
-    """Return what is wrong: a search on test data, or on the data of the report."""
+    """Return the problems: a search on test data, or on the data of the report."""
     problems = []
     places = [("name", search.name), ("path", Path(search.path).name if search.path else "")]
     for key, text in places:

@@ -1,5 +1,4 @@
-"""Evaluates trials: merges, calls the metric, and records what came of it; one or several at a
-time."""
+"""Evaluates trials: merges, calls the metric, and records the result; one or several at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ Asked = tuple[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a merge may take: memory of all workers together, threads of the kernels, a backend."""
+    """Resources of a merge: memory of all workers together, threads of the kernels, a backend."""
 
     memory: int = 8 << 30
     threads: int | None = None
@@ -47,13 +46,13 @@ class Limits:
 
 
 class Evaluator:
-    """Merges and calls the metric; used by one thread at a time, but for `remerger`.
+    """Merges and calls the metric; except for `remerger`, only one thread at a time may use it.
 
     Args:
         config: the search.
-        space: what values mean.
+        space: the meaning of the values.
         limits: of a merge.
-        remerger: shared with others, where the metric receives tensors.
+        remerger: shared with others, if the metric receives tensors.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Evaluator:
         self.metric = Metric(function, config.arguments, config.optimise)
 
     def evaluate(self, asked: Asked, data: Split | None = None) -> Trial:
-        """Return what a point is worth, on the search's data unless another part is given."""
+        """Return the result for a point, on the search's data unless other data is given."""
         number, values = asked
         split = data or self._config.search_data
         before = time.perf_counter()
@@ -107,7 +106,7 @@ class Evaluator:
         if self._merged is None:
             self._merged = self._remerger.memory_for()
         self._remerger.merge(self._space.config(values), self._merged)
-        # A new mapping: what a metric does to it is its own affair.
+        # A new mapping, so that the metric may change it.
         return dict(self._merged.tensors)
 
     def _merge_folder(self, values: dict[str, float], out: Path) -> Path:
@@ -136,10 +135,10 @@ def _failed(
 
 
 class Workers:
-    """Evaluates points by one worker, by threads, or by processes.
+    """Evaluates points in one worker, in threads, or in processes.
 
-    Threads share opened files and what was found of them; each has a merged model and an object of
-    the metric's class. Processes share nothing but the page cache.
+    Threads share opened files and everything known about them; each has a merged model and an
+    object of the metric's class. Processes share nothing except the page cache.
     """
 
     def __init__(self, config: SearchConfig, space: Space, limits: Limits) -> None:
@@ -166,7 +165,7 @@ class Workers:
                 copies=config.workers,
             )
         try:
-            # Here, so that a metric that cannot be had stops the search before it begins.
+            # Here, so that a metric that cannot be created stops the search before it begins.
             self.first = None if self.processes else self._own()
             if self.first is not None:
                 self.first.metric.prepare()
@@ -178,7 +177,7 @@ class Workers:
     def _own(self) -> Evaluator:
         found = getattr(self._local, "evaluator", None)
         if found is None:
-            # The one that the main thread made serves a thread too: they do not work together.
+            # The main thread's evaluator also serves one thread: they do not work simultaneously.
             with self._guard:
                 found = self._spare.pop() if self._spare else None
             if found is None:
@@ -187,7 +186,7 @@ class Workers:
         return found
 
     def run(self, asked: Iterable[Asked]) -> Iterator[Trial]:
-        """Yield trials as they are done."""
+        """Yield trials as they are completed."""
         count = self._config.workers
         if count == 1:
             for one in asked:
@@ -219,7 +218,7 @@ class Workers:
         if self._pool is None and not self.processes:
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="pymerge-search")
         elif self._pool is None:
-            tensors = self._config.receives == "tensors"  # a folder's merge divides it itself
+            tensors = self._config.receives == "tensors"  # a folder's merge divides memory itself
             share = Limits(
                 self._limits.memory // (count if tensors else 1),
                 self._limits.threads or max(1, (os.cpu_count() or 1) // count),
@@ -241,20 +240,20 @@ class Workers:
         return self._pool
 
     def evaluate_on(self, asked: Asked, data: Split) -> Trial:
-        """Evaluate one point on another part of the data."""
+        """Return the trial of one point on another part of the data."""
         if self.processes:
             return self._opened().submit(_evaluate_here, asked, data).result()
         return self._own().evaluate(asked, data)
 
     def takes_data(self) -> bool:
-        """Tell whether the metric is told which part of the data it is to look at."""
+        """Return whether the metric accepts a `data` argument."""
         if self.first is not None:
             return self.first.metric.takes_data
         assert isinstance(self._config.metric, str)
         return Metric(load_metric(self._config.metric)).takes_data
 
     def close(self) -> None:
-        """End the workers and let go of the files."""
+        """Stop the workers and release the files."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._remerger is not None:
@@ -267,7 +266,7 @@ _here: Evaluator | None = None
 def _begin_here(config: SearchConfig, raw: dict[str, Any], space: Space, limits: Limits) -> None:
     global _here
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    merge = load_config(raw)  # records of methods are compared by identity, and do not travel
+    merge = load_config(raw)  # records of methods are compared by identity, and are not pickled
     config, space = replace(config, merge=merge), replace(space, base=merge)
     remerger = None
     if config.receives == "tensors":
@@ -281,7 +280,7 @@ def _begin_here(config: SearchConfig, raw: dict[str, Any], space: Space, limits:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone, killed or not: nobody waits for it."""
+    """End this process when its parent is gone, even if it was killed: nobody waits for it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Groups of tensors that share a coefficient, and the `filter` lists that a config has for them."""
+"""Groups of tensors that share a coefficient, and the `filter` lists that express them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ def group_tensors(
     """Return the tensors of each group.
 
     Args:
-        groups: "thirds" or a number of equal stretches of depth (what is in no layer is the group
+        groups: "thirds" or a number of equal stretches of depth (tensors in no layer are the group
             "rest"); "layers" for each layer alone; or regular expressions by the group's name, of
-            which the first that is found in a tensor's name takes it (others keep the config's
-            value).
+            which the first that matches a tensor's name takes it (others keep the config's value).
         names: of all tensors that are merged.
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
-        RequestError: an expression that is not one, or that finds no tensor; no layers.
+        RequestError: an invalid expression, or one that matches no tensor; no layers.
     """
     if isinstance(groups, Mapping):
         return _by_expressions(groups, names, where)
@@ -86,13 +85,13 @@ def _by_expressions(
 def filters_of(
     groups: Mapping[str, Sequence[str]], names: Sequence[str], where: str
 ) -> list[tuple[str, str]]:
-    """Return (filter, group) in order of precedence: substrings that find each group's tensors.
+    """Return (filter, group) in order of precedence: substrings that select each group's tensors.
 
-    A filter takes every tensor in whose name it occurs, so the longest come first: whole
-    layers ("model.layers.3.") where that is enough, else whole names.
+    A filter takes every tensor whose name contains it, so the longest come first: whole layers
+    ("model.layers.3.") if that is enough, else whole names.
 
     Raises:
-        RequestError: a tensor of no group has the name of one of a group within its own.
+        RequestError: the name of a tensor in no group contains the name of one in a group.
     """
     home = {name: label for label, own in groups.items() for name in own}
     short: set[tuple[str, str]] = set()

@@ -1,4 +1,4 @@
-"""The function that a search optimises: found by name, called, and its answer checked."""
+"""The function that a search optimises: found by name, called, and its result checked."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["Metric", "MetricFailure", "check_answer", "load_metric"]
 
 
 class MetricFailure(Exception):
-    """A metric raised, or its answer is no finite number."""
+    """A metric raised, or its result is not a finite number."""
 
 
 class Metric:
-    """A metric as the search calls it.
+    """A metric, called in the way the search needs.
 
-    A class is made once, with `arguments`, and its object is called with the model. A function is
-    called with the model and `arguments`. Either gets `data=Split` too if it takes that name.
+    A class is instantiated once, with `arguments`, and its object is called with the model. A
+    function is called with the model and `arguments`. Either also gets `data=Split` if it accepts
+    an argument of that name.
 
     Args:
         function: the function or class.
         arguments: keyword arguments.
-        optimise: of several values, the name of that which is searched for.
+        optimise: the name of the value to optimise, if there are several.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Metric:
         self.takes_data = _takes(called, "data")
 
     def prepare(self) -> None:
-        """Make the object of a class.
+        """Create the object of a class.
 
         Raises:
             RequestError: its constructor raised.
@@ -70,10 +71,10 @@ class Metric:
     def __call__(
         self, model: Mapping[str, Any] | Path, data: Split | None
     ) -> tuple[float, dict[str, float]]:
-        """Return the value that is searched for, and all values by name.
+        """Return the value to optimise, and all values by name.
 
         Raises:
-            MetricFailure: it raised, or the answer is no finite number.
+            MetricFailure: it raised, or its result is not a finite number.
         """
         self.prepare()
         assert self._call is not None
@@ -95,10 +96,10 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def check_answer(answer: Any, optimise: str | None) -> tuple[float, dict[str, float]]:
-    """Return the value that is searched for, and all values by name, of what a metric returned.
+    """Return the value to optimise, and all values by name, from the result of a metric.
 
     Raises:
-        MetricFailure: what is searched for is no finite number, or is not among the values.
+        MetricFailure: the value to optimise is missing, or is not a finite number.
     """
     if not isinstance(answer, Mapping):
         if optimise is not None:
@@ -123,7 +124,7 @@ def check_answer(answer: Any, optimise: str | None) -> tuple[float, dict[str, fl
 
 
 def _number_or_nan(value: Any) -> float:
-    """What is not searched for may be anything."""
+    """Return a value that is not optimised, which may be anything, as a number."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):

@@ -81,8 +81,8 @@ def mean_entropy(
     """Return the mean entropy of the predictions in nats (AdaMerging's objective; to minimise).
 
     Args:
-        model, head: as of `accuracy`.
-        batches: inputs, or (inputs, labels), of which labels are not used.
+        model, head: as for `accuracy`.
+        batches: inputs, or (inputs, labels); the labels are not used.
 
     Raises:
         RequestError: there are no examples.
@@ -103,20 +103,20 @@ def mean_entropy(
 
 
 class Perplexity:
-    """Perplexity of a causal language model of the transformers library on a text (to minimise).
+    """Perplexity of a causal language model of the transformers library on a text (minimise it).
 
     As a metric: `metric: pymerge.search.objectives:Perplexity`, `arguments: {model: ./base}`,
     `direction: minimize`, and `data: {search: {name: validation, path: valid.txt}}`.
 
     Args:
         model: directory with config.json and the tokenizer, usually the base model's.
-        text: path of a text file; default the path of the part of the data that is searched on.
+        text: path of a text file; default the path of the data for the search.
         length: tokens of a window; windows follow each other without overlap.
-        limit: use at most so many tokens of the text.
-        dtype: what the model computes in: "float32" or "bfloat16".
+        limit: use at most this many tokens of the text.
+        dtype: the dtype in which the model computes: "float32" or "bfloat16".
 
     Raises:
-        RequestError: a text without two tokens, or none given.
+        RequestError: the text has fewer than two tokens, or none is given.
     """
 
     def __init__(

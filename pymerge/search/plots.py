@@ -21,7 +21,7 @@ _MOST_VARIABLES = 24  # of one plot; the page and the tables have all
 
 
 def best_so_far(result: SearchResult) -> list[tuple[int, float]]:
-    """Return (trial, best value until then) where there is one."""
+    """Return (trial, best value until then), from the first trial with a value."""
     sign = 1.0 if result.config.direction == "maximize" else -1.0
     best: float | None = None
     found = []
@@ -117,7 +117,7 @@ def _label(result: SearchResult, variable: Variable) -> str:
 
 
 def html(result: SearchResult) -> str:
-    """Return a page that needs nothing else: plots, and a table of all trials."""
+    """Return a self-contained page: plots, and a table of all trials."""
     import plotly.graph_objects as go
     import plotly.io
 

@@ -1,4 +1,4 @@
-"""Searches with a name: which variables, ranges, sampler and budget a publication used."""
+"""Named searches: the variables, ranges, sampler and budget that a publication used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _Settings = dict[str, Any]
 
 
 def _mergekit_evolve(merge: MergeConfig, where: str) -> _Settings:
-    """mergekit-evolve's genome: weights (and densities) of each model for each group of layers.
+    """Return mergekit-evolve's genome: weights (and densities) of each model for each group.
 
-    Step size 1/6 and 100 evaluations are its defaults; weights begin at 1/K and are not negative,
-    densities begin at 1.
+    The groups are those of layers. Step size 1/6 and 100 evaluations are its defaults; weights
+    begin at 1/K and are not negative, densities begin at 1.
     """
     method = merge.method
     weight, density = method.parameter("weight"), method.parameter("density")
@@ -47,16 +47,16 @@ def _mergekit_evolve(merge: MergeConfig, where: str) -> _Settings:
     }
 
 
-# Searches that publications made for a method are in its record.
+# Searches that publications made for a method are in the method's record.
 _PUBLISHED = {name: spec for spec in METHODS.values() for name in spec.searches}
 PRESETS = (*_PUBLISHED, "mergekit_evolve")
 
 
 def preset(name: str, merge: MergeConfig, where: str = "preset") -> _Settings:
-    """Return the settings of a preset, of which a config may change any.
+    """Return the settings of a preset, any of which a config may change.
 
     Raises:
-        RequestError: there is none of that name, or it is not for that method.
+        RequestError: there is no such preset, or it is not for this method.
     """
     if name not in PRESETS:
         raise RequestError(

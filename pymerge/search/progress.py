@@ -1,4 +1,4 @@
-"""Shows how far a search is, with the best so far: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a search and the best so far: a bar on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shown_values(values: dict[str, float]) -> str:
 
 
 class Progress:
-    """Hears of trials."""
+    """Is notified of trials."""
 
     def __init__(
         self, config: SearchConfig, space: Space, *, quiet: bool, stream: TextIO | None = None
@@ -41,7 +41,7 @@ class Progress:
         self._done = 0
 
     def begin(self, total: int | None, done: int, best: Trial | None) -> None:
-        """The search begins, or goes on."""
+        """The search begins, or continues."""
         self._total, self._done = total, done
         if self._quiet:
             return
@@ -68,7 +68,7 @@ class Progress:
             )
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
-        """A trial is done."""
+        """A trial is complete."""
         self._done += 1
         if self._quiet:
             return
@@ -94,7 +94,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Merges the same checkpoints again and again, with other coefficients.
+"""Merges the same checkpoints repeatedly, with other coefficients.
 
-What does not change is kept: opened and mapped files, thresholds by density, scores' thresholds by
-ratio, Gram matrices, and tensors whose parameters are those of the last merge.
+Whatever does not change is kept: opened and mapped files, thresholds by density, scores' thresholds
+by ratio, Gram matrices, and tensors whose parameters are the same as in the last merge.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Merged", "Remerger"]
 
-_MOST_KEPT = 1 << 16  # statistics of scopes, under the settings that they depend on
+_MOST_KEPT = 1 << 16  # statistics of scopes, keyed by the settings on which they depend
 
 
 @dataclass
 class Merged:
-    """The memory of a merged model, and with which parameters each tensor in it was merged.
+    """The memory of a merged model, and the parameters with which each tensor was merged.
 
     A worker has one and uses it for every merge. `tensors` are those that the checkpoint would
-    have, by name; whoever gets them must not write to them, nor keep them.
+    have, by name; the receiver must neither write to them nor keep them.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -60,7 +60,7 @@ class Merged:
         return None
 
     def forget(self) -> None:
-        """Merge all tensors anew the next time."""
+        """Make the next merge compute all tensors anew."""
         self.parameters.clear()
 
 
@@ -72,14 +72,14 @@ class Remerger:
 
     Args:
         config: a merge configuration, as for `merge_checkpoints`.
-        memory: what merged models may take together, and what the merge needs beside them.
+        memory: limit for the merged models together, and what merging itself needs.
         threads: of the CPU kernels; default one for each core.
         backend: "auto", "cpu" or "reference" (slow).
-        seed: of random masks.
+        seed: for random masks.
         copies: merged models that will be held at the same time.
 
     Raises:
-        RequestError: something is wrong with the configuration, or the merged models are larger
+        RequestError: the configuration is invalid, or the merged models are larger
             than `memory`.
 
     >>> with Remerger("merge.yml") as remerger:  # doctest: +SKIP
@@ -108,7 +108,7 @@ class Remerger:
             raise
         self.seed = seed
         self.warnings = [*self.plan.warnings, *place.warnings]
-        # The first configuration may select nothing where others do.
+        # The first configuration may select nothing while others do.
         self._bins = self.plan.memory.histogram_bins or most_bins(len(self.plan.models) + 1)
         self._sample = self.plan.memory.sample_elements or MAX_SAMPLES
         self._runner_name = place.ops or place.backend
@@ -131,7 +131,7 @@ class Remerger:
             )
 
     def resolve(self, config: MergeConfig) -> list[Work]:
-        """Return the tensors to merge with the parameters that a configuration gives them."""
+        """Return the tensors to merge, with the parameters that a configuration assigns."""
         same = config.method is self.config.method
         if not same or config.paths != self.config.paths:
             raise RequestError(
@@ -173,7 +173,7 @@ class Remerger:
             into: from an earlier merge or `memory_for`; default new memory.
 
         Raises:
-            RequestError: a parameter is out of range, or an input holds NaN or infinity.
+            RequestError: a parameter is out of range, or an input contains NaN or infinity.
         """
         if config is None:
             config = self.config
@@ -185,7 +185,7 @@ class Remerger:
         total = sum(work.numel for work in works if not work.copied)
         todo = [work for work in works if not _is_there(work, method, total, merged)]
         nan = next((work.parameters["nan"] for work in works if not work.copied), "error")
-        with self._lock:  # one merge takes all cores
+        with self._lock:  # one merge uses all cores
             if len(self._memo) > _MOST_KEPT:
                 self._memo.clear()
             context = Context(
@@ -204,7 +204,7 @@ class Remerger:
         return merged
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the files."""
         if self._closed:
             return
         self._closed = True
@@ -225,14 +225,14 @@ class Remerger:
 
 
 def _is_there(work: Work, method: MethodSpec, total: int, merged: Merged) -> bool:
-    """Return whether the last merge left what this one would make."""
+    """Return whether the last merge left the tensor that this one would compute."""
     if merged.parameters.get(work.name) != work.parameters:
         return False
     return work.copied or method.alone(work.parameters, work.numel, total)
 
 
 class _Held(CheckpointSource):
-    """Checkpoints that stay mapped between merges: nothing is given back."""
+    """Checkpoints that stay mapped between merges: nothing is released."""
 
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)

@@ -1,4 +1,4 @@
-"""Writes what a search found: best.yml, tables, the record, plots."""
+"""Writes the results of a search: best.yml, tables, the record, plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMAT = 1
 
 
 def missing_packages() -> list[str]:
-    """Return a warning for each package without which there are fewer plots."""
+    """Return a warning for each missing package that some plots need."""
     found = []
     for name, what in (("matplotlib", "PNGs"), ("plotly", "search.html")):
         if importlib.util.find_spec(name) is None:
@@ -35,7 +35,7 @@ def missing_packages() -> list[str]:
 
 
 def provenance(result: SearchResult) -> dict[str, Any]:
-    """Return what chose the coefficients, for reports and cards."""
+    """Return how the coefficients were chosen, for reports and cards."""
     config, best = result.config, result.best
     assert best is not None
     found: dict[str, Any] = {
@@ -105,7 +105,7 @@ def record(result: SearchResult) -> dict[str, Any]:
 
 
 def best_text(result: SearchResult) -> str:
-    """Return best.yml."""
+    """Return the text of best.yml."""
     assert result.best is not None
     config, best = result.config, result.best
     lines = [
@@ -121,7 +121,7 @@ def best_text(result: SearchResult) -> str:
 
 
 def write(result: SearchResult, folder: Path, *, plots: bool = True) -> None:
-    """Write everything but the merged model.
+    """Write everything except the merged model.
 
     Raises:
         MergeError: something cannot be written.

@@ -1,8 +1,8 @@
-"""Where to look next: grids, random points, CMA-ES.
+"""Generators of the points to evaluate: grids, random points, CMA-ES.
 
 A sampler yields batches of points and is sent their scores (None for a failure). Its points follow
-from its arguments and the scores alone, in the order of the points: so an interrupted search goes
-on by being asked again, and the points do not depend on how many are evaluated at a time.
+from its arguments and the scores alone, in the order of the points. So an interrupted search
+continues by asking again, and the points do not depend on how many are evaluated at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def grid_points(space: Space) -> list[Point]:
     """Return all points of the grid, the last variable changing fastest.
 
     Raises:
-        RequestError: more points than anybody evaluates.
+        RequestError: more points than anybody would evaluate.
     """
     axes = [variable.domain.grid(_GRID_POINTS) for variable in space.variables]
     total = 1
@@ -52,9 +52,9 @@ def grid(points: list[Point]) -> Batches:
 
 
 def random_points(space: Space, seed: int) -> Batches:
-    """Yield the initial point, then points drawn evenly from the ranges, without end.
+    """Yield the initial point, then points drawn uniformly from the ranges, without end.
 
-    Point n depends on the seed and on n alone.
+    Point n depends only on the seed and on n.
     """
     yield [space.initial]
     for first in itertools.count(1, _BATCH):
@@ -71,8 +71,8 @@ def cmaes_points(
     """Yield the initial point, then the generations of CMA-ES (Hansen 2016, arXiv:1604.00772).
 
     It works in the unit cube, from the initial point with step size `sigma` (default 0.2); points
-    outside are drawn again. A failure counts as the worst that was seen. When it has converged it
-    begins anew from a random point with twice the population (IPOP, Auger and Hansen 2005).
+    outside are drawn again. A failure counts as the worst so far. Once it has converged, it
+    restarts from a random point with twice the population (IPOP, Auger and Hansen 2005).
     """
     import cmaes
 

@@ -1,4 +1,4 @@
-"""What is searched: variables, their ranges, and the merge configuration that values make."""
+"""The search space: variables, their ranges, and the merge configuration that values produce."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Domain:
     points: int | None = None
 
     def at(self, unit: float) -> float:
-        """Return the value at a place in [0, 1]."""
+        """Return the value at a position in [0, 1]."""
         unit = min(max(float(unit), 0.0), 1.0)
         if self.values:
             return self.values[min(int(unit * len(self.values)), len(self.values) - 1)]
@@ -50,7 +50,7 @@ class Domain:
         return min(max(value, self.low), self.high)
 
     def unit(self, value: float) -> float:
-        """Return a place in [0, 1] whose value this is, or is nearest."""
+        """Return a position in [0, 1] whose value equals this one, or is nearest to it."""
         if self.values:
             places = range(len(self.values))
             place = min(places, key=lambda n: abs(self.values[n] - value))
@@ -79,7 +79,7 @@ class Domain:
         return list(dict.fromkeys(found))
 
     def holds(self, value: float) -> bool:
-        """Tell whether a value is one of these."""
+        """Return whether a value is in the domain."""
         if self.values:
             return value in self.values
         whole = not self.integer or float(value).is_integer()
@@ -88,7 +88,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Variable:
-    """One number that is searched: where in the config it goes, and its range."""
+    """One number to search for: its place in the config, and its range."""
 
     name: str
     parameter: str
@@ -100,9 +100,9 @@ class Variable:
 
 @dataclass
 class Space:
-    """All variables, and the configuration that they are put into.
+    """All variables, and the configuration into which they are inserted.
 
-    `groups` has, of each parameter with groups, the filters by their group.
+    `groups` has, for each parameter with groups, the filters by their group.
     """
 
     raw: dict[str, Any]
@@ -118,15 +118,15 @@ class Space:
 
     @property
     def initial(self) -> dict[str, float]:
-        """The values to begin with."""
+        """Return the initial values."""
         return {variable.name: variable.initial for variable in self.variables}
 
     def at(self, units: Sequence[float]) -> dict[str, float]:
-        """Return the values at a place in the unit cube."""
+        """Return the values at a position in the unit cube."""
         return {v.name: v.domain.at(u) for v, u in zip(self.variables, units, strict=True)}
 
     def units(self, values: Mapping[str, float]) -> list[float]:
-        """Return a place in the unit cube of these values."""
+        """Return a position of these values in the unit cube."""
         return [v.domain.unit(values[v.name]) for v in self.variables]
 
     def config(self, values: Mapping[str, float]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Space:
         section[parameter] = value
 
     def _others(self, section: Mapping[str, Any], parameter: str) -> list[dict[str, Any]]:
-        """Return what the configuration says of tensors in no group."""
+        """Return the configuration's settings for tensors in no group."""
         for name in self._spellings(parameter):
             if name in section:
                 value = section[name]
@@ -186,17 +186,17 @@ def make_space(
     tensors: Sequence[str],
     where: str = "parameters",
 ) -> Space:
-    """Read what is searched.
+    """Return the search space of a merge configuration and its searched parameters.
 
     Args:
         merge: a merge configuration.
         parameters: by path (`models[0].parameters.weight`, `models[*].parameters.weight`,
             `parameters.lambda`), a mapping of `low`, `high`, `scale`, `values`, `points`,
             `initial`, `groups`, `shared`.
-        tensors: names of those that are merged.
+        tensors: names of the merged tensors.
 
     Raises:
-        RequestError: listing everything that is wrong.
+        RequestError: listing all problems.
     """
     space = Space(copy.deepcopy(dict(merge)), load_config(merge))
     problems: list[str] = []
@@ -283,7 +283,7 @@ def _is_number(parameter: Parameter) -> bool:
 
 
 def _models(space: Space, index: str | None, where: str) -> tuple[int, ...] | None:
-    """Return places in the file's list of models; a base that is listed is none of them."""
+    """Return positions in the file's list of models, without a base that is listed there."""
     if index is None:
         return None
     taken = [entry.name for entry in space.base.models]

@@ -24,17 +24,16 @@ from pymerge.search.space import Space, make_space
 
 __all__ = ["SearchResult", "run_search"]
 
-_SAMPLED = 1 << 20  # bytes at the beginning and at the end of a file of weights that tell it apart
+_SAMPLED = 1 << 20  # bytes at both ends of a file of weights that identify it
 
 
 @dataclass
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
-    trials: in their order. best: with the largest value (smallest, where that is searched for), the
-    first of equal ones; None where all failed. report: of the best and the first point on the data
-    of the report. seconds: of searching, over all runs of the study. resumed: trials that were
-    there.
+    trials: in their order. best: with the largest value (smallest, if that is sought), the first of
+    equal ones; None if all failed. report: of the best and the first point on the data of the
+    report. seconds: of searching, over all runs of the study. resumed: trials that already existed.
     """
 
     config: SearchConfig
@@ -63,7 +62,7 @@ class SearchResult:
 
     @property
     def first(self) -> Trial | None:
-        """The initial point, trial 0, that the others are compared with; a grid has none."""
+        """Return the initial point, trial 0, the baseline of the others; a grid has none."""
         return self.trials[0] if self.trials and self.config.sampler != "grid" else None
 
     def best_config(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class SearchResult:
 
 
 def better(config: SearchConfig, trial: Trial, than: Trial | None) -> bool:
-    """Tell whether a trial is better than another, or earlier and as good."""
+    """Return whether a trial is better than another, or earlier and equally good."""
     if trial.value is None or than is None or than.value is None:
         return trial.value is not None
     sign = 1.0 if config.direction == "maximize" else -1.0
@@ -99,31 +98,31 @@ def run_search(
     quiet: bool = True,
     plots: bool = True,
 ) -> SearchResult:
-    """Search the coefficients of a merge with which a metric is best.
+    """Search for the coefficients of a merge that are best according to a metric.
 
     Args:
         config: path of a YAML file (docs/search.md), or its content as a mapping.
-        out: folder of the study. If it has one of the same configuration, the search goes on from
-            there; a search that was killed loses the trials that were being evaluated.
+        out: folder of the study. If it contains one of the same configuration, the search continues
+            from there; a search that was killed loses the trials that were being evaluated.
         metric: a function (or class), or its name as `package.module:function`; default the
             config's. It gets the merged tensors by name (or a folder), and returns a number, or a
             mapping of numbers by name.
-        evaluations, seconds, seed, workers, executor: instead of the config's.
-        memory: what merged models may take together, with what merging needs.
+        evaluations, seconds, seed, workers, executor: override the config's.
+        memory: limit for the merged models together, with what merging needs.
         threads: of the merging kernels; default one for each core.
         backend: "auto", "cpu" or "reference".
         merge: write the best model to `out`/merged.
-        restart: forget the trials of an earlier run.
+        restart: discard the trials of an earlier run.
         quiet: show no progress.
-        plots: draw what is found (PNG with matplotlib, HTML with plotly).
+        plots: draw the results (PNG with matplotlib, HTML with plotly).
 
     Returns:
         All trials, and the best. `out` gets study.jsonl, best.yml, trials.csv, trials.json,
         search.json, search.html and PNGs.
 
     Raises:
-        RequestError: something is wrong with the request, or too many trials failed in a row.
-        MergeError: something cannot be written.
+        RequestError: the request is invalid, or too many trials failed in a row.
+        MergeError: a file cannot be written.
 
     >>> run_search("search.yml", "found", metric=lambda model: -float(model["w"].norm()))
     ... # doctest: +SKIP
@@ -201,7 +200,7 @@ def run_search(
 
 
 def _look(settings: SearchConfig, limits: Limits) -> tuple[Space, list[dict[str, Any]], list[str]]:
-    """Open the checkpoints, headers only: what is searched, what is merged, warnings."""
+    """Open the checkpoints, headers only; return the space, the works to merge, and warnings."""
     with make_plan(settings.merge, memory=limits.memory, threads=limits.threads) as plan:
         names = [name for name, tensor in plan.tensors.items() if tensor.compute is not None]
         inputs = [
@@ -216,7 +215,7 @@ def _look(settings: SearchConfig, limits: Limits) -> tuple[Space, list[dict[str,
 
 
 def _sampled(path: Path) -> str:
-    """Return a hash of the beginning and the end of a file: whether it is another is seen there."""
+    """Return a hash of the beginning and the end of a file, which identifies it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(_SAMPLED))
@@ -235,7 +234,7 @@ def _need_cmaes() -> None:
 
 
 class _Search:
-    """Goes through a sampler's batches; what the journal has is not evaluated again."""
+    """Goes through a sampler's batches; trials in the journal are not evaluated again."""
 
     def __init__(
         self,
@@ -266,7 +265,7 @@ class _Search:
         return self._before + time.perf_counter() - self._started
 
     def ordered(self) -> list[Trial]:
-        """Return the trials within the budget, which may be smaller than it was."""
+        """Return the trials within the budget, which may be smaller than before."""
         most = self._settings.budget.evaluations
         found = (self._journal.trials[number] for number in sorted(self._journal.trials))
         return [trial for trial in found if most is None or trial.number < most]
@@ -341,7 +340,7 @@ class _Search:
 
 
 def _same(known: Mapping[str, float], asked: Mapping[str, float]) -> bool:
-    """Compare values; those of another processor may differ in the last place."""
+    """Return whether values are equal; those of another processor may differ in the last place."""
     return known.keys() == asked.keys() and all(
         math.isclose(known[name], value, rel_tol=1e-9, abs_tol=1e-12)
         for name, value in asked.items()
