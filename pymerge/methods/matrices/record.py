@@ -33,12 +33,13 @@ TSV_M = _matrix_method(
     ),
 )
 
-_ISO = {
-    "source": "Marczak et al., No Task Left Behind: Isotropic Model Merging, 2025",
-    "url": "https://arxiv.org/abs/2502.04959",
-}
+_iso = partial(
+    _matrix_method,
+    source="Marczak et al., No Task Left Behind: Isotropic Model Merging, 2025",
+    url="https://arxiv.org/abs/2502.04959",
+)
 
-ISO_C = _matrix_method(
+ISO_C = _iso(
     name="iso_c",
     title="Iso-C (isotropic merging in the common subspace)",
     summary="Adds up the task vectors of each matrix, and makes all singular values equal.",
@@ -47,10 +48,9 @@ ISO_C = _matrix_method(
         "tau_k"
     ),
     parameters=(SCALE, NAN),
-    **_ISO,
 )
 
-ISO_CTS = _matrix_method(
+ISO_CTS = _iso(
     name="iso_cts",
     title="Iso-CTS (isotropic merging in common and task-specific subspaces)",
     summary="Iso-C, with the weakest common directions replaced by each task's strongest others.",
@@ -71,7 +71,6 @@ ISO_CTS = _matrix_method(
         ),
         NAN,
     ),
-    **_ISO,
 )
 
 RECORDS = (TSV_M, ISO_C, ISO_CTS)
