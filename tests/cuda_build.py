@@ -104,16 +104,19 @@ def build_for_host() -> Path:
     assert command is not None
 
     def make(folder: Path) -> None:
-        sources = sorted([*CUDA.glob("*.cu"), SHIM / "shim.cpp"])
-        objects = [folder / f"{source.stem}.o" for source in sources]
+        units = [(unit.name, unit.source, unit.definitions) for unit in build_module().units()]
+        units.append(("shim", SHIM / "shim.cpp", ()))
+        objects = [folder / f"{name}.o" for name, _, _ in units]
 
-        def compile_one(source: Path, target: Path) -> None:
-            call = [command, *HOST_FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)]
+        def compile_one(source: Path, definitions: tuple[str, ...], target: Path) -> None:
+            flags = [*HOST_FLAGS, *definitions]
+            call = [command, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
             done = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert done.returncode == 0, done.stdout
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(compile_one, sources, objects))
+            sources, definitions = [unit[1] for unit in units], [unit[2] for unit in units]
+            list(pool.map(compile_one, sources, definitions, objects))
         link = [command, "-shared", "-o", str(folder / "host.so"), *map(str, objects)]
         subprocess.run(link, check=True)
 
@@ -128,10 +131,11 @@ def build_for_device(arch: str) -> tuple[Path, dict[str, str]]:
     def make(folder: Path) -> None:
         cores = len(os.sched_getaffinity(0))
         module.build(folder / "_cuda.so", folder, archs=arch, jobs=cores, nvcc=nvcc)
-        for name in PTX:
-            flags = [*module.FLAGS, f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-ptx"]
-            source, target = CUDA / f"{name}.cu", folder / f"{name}.ptx"
-            subprocess.run([nvcc, *flags, str(source), "-o", str(target)], check=True)
+        for unit in module.units():
+            if unit.name in PTX:
+                flags = [*module.FLAGS, *unit.definitions, f"-arch=sm_{arch}", "-ptx"]
+                target = folder / f"{unit.name}.ptx"
+                subprocess.run([nvcc, *flags, str(unit.source), "-o", str(target)], check=True)
 
     folder = _kept(f"sm_{arch}", _digest(nvcc, arch), make)
     logs = {path.stem: path.read_text() for path in folder.glob("*.log")}

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_editable_install(tmp_path: Path) -> None:
 def check_cuda_in_place(install: tuple[str | Path, ...], sources: Path, folder: Path) -> None:
     """The CUDA library appears where it is wanted, compiled once, and goes where it is not."""
     nvcc = str(stand_in_for_nvcc(folder))
-    count = sum(1 for _ in sources.glob("csrc/cuda/*.cu"))
+    count = len(runpy.run_path(str(sources / "csrc" / "cuda" / "build.py"))["units"]())
     for stale in (count, 0):
         said = succeed(*install, cwd=folder, PYMERGE_CUDA="auto", NVCC=nvcc)
         assert f"pymerge: building with CUDA: {nvcc} (PYMERGE_CUDA=auto)" in said

@@ -6,38 +6,44 @@
 namespace pymerge {
 namespace cuda {
 
-Kernel any_weighted_sum(bool wide) {
-  return wide ? any_weighted_sum_kernel<double> : any_weighted_sum_kernel<float>;
+Kernel weighted_sum_kernel_of(Kind kind, int num_models, bool has_base) {
+  if (kind.mixed || num_models > kUnrolledModels) {
+    const bool wide = kind.dtype == Dtype::kF64;
+    return wide ? any_weighted_sum_kernel<double> : any_weighted_sum_kernel<float>;
+  }
+  return by_dtype(kind.dtype, [&](auto io) -> Kernel {
+    return weighted_sum_of_dtype<decltype(io)>(num_models, has_base);
+  });
 }
 
-Kernel any_ties(bool wide) { return wide ? any_ties_kernel<double> : any_ties_kernel<float>; }
-
-Kernel sparse_kernel(Kind kind, int num_models, SparseForm form, bool elect) {
-  switch (kind.mixed ? Dtype::kF64 : kind.dtype) {
-    case Dtype::kBF16:
-      return sparse_bf16(num_models, form, elect);
-    case Dtype::kF16:
-      return sparse_f16(num_models, form, elect);
-    case Dtype::kF32:
-      return sparse_f32(num_models, form, elect);
-    default:
-      return kind.dtype == Dtype::kF64 ? pick_sparse<Mixed<double>, 0>(num_models, form, elect)
-                                       : pick_sparse<Mixed<float>, 0>(num_models, form, elect);
+Kernel ties_kernel_of(Kind kind, int num_models, TiesForm form) {
+  if (kind.mixed || num_models > kUnrolledModels) {
+    return kind.dtype == Dtype::kF64 ? any_ties_kernel<double> : any_ties_kernel<float>;
   }
+  return by_dtype(kind.dtype,
+                  [&](auto io) -> Kernel { return ties_of_dtype<decltype(io)>(num_models, form); });
 }
 
-Kernel pointwise_kernel(Kind kind, int num_models, Pointwise op) {
-  switch (kind.mixed ? Dtype::kF64 : kind.dtype) {
-    case Dtype::kBF16:
-      return pointwise_bf16(num_models, op);
-    case Dtype::kF16:
-      return pointwise_f16(num_models, op);
-    case Dtype::kF32:
-      return pointwise_f32(num_models, op);
-    default:
-      return kind.dtype == Dtype::kF64 ? pick_pointwise<Mixed<double>, 0>(num_models, op)
-                                       : pick_pointwise<Mixed<float>, 0>(num_models, op);
-  }
+Kernel sparse_kernel_of(Kind kind, int num_models, SparseForm form, bool elect) {
+  return by_kind(kind.dtype, kind.mixed, [&](auto io) -> Kernel {
+    using Io = decltype(io);
+    if constexpr (Elements<Io>::kMixed) {
+      return pick_sparse<Io, 0>(num_models, form, elect);
+    } else {
+      return sparse_of_dtype<Io>(num_models, form, elect);
+    }
+  });
+}
+
+Kernel pointwise_kernel_of(Kind kind, int num_models, Pointwise op) {
+  return by_kind(kind.dtype, kind.mixed, [&](auto io) -> Kernel {
+    using Io = decltype(io);
+    if constexpr (Elements<Io>::kMixed) {
+      return pick_pointwise<Io, 0>(num_models, op);
+    } else {
+      return pointwise_of_dtype<Io>(num_models, op);
+    }
+  });
 }
 
 Kernel row_sum_kernel_of(Kind kind) {

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent
@@ -38,7 +39,32 @@ FLAGS = [
     "-Xfatbin=-compress-all",
     # Registers and spills of every kernel, for the tests.
     "-Xptxas=-v",
+    f"-I{CSRC}",
 ]
+
+# Sources that are compiled once for each dtype: they take longest.
+OF_DTYPES = ("ties", "pointwise", "sparse")
+DTYPES = {"bf16": "Bf16", "f16": "F16", "f32": "F32"}
+
+
+class Unit(NamedTuple):
+    """What one call of the compiler makes an object of."""
+
+    name: str
+    source: Path
+    definitions: tuple[str, ...] = ()
+
+
+def units() -> list[Unit]:
+    """Return all units of the library, those that take longest first."""
+    sources = {source.stem: source for source in sorted(HERE.glob("*.cu"))}
+    of_dtypes = [
+        Unit(f"{stem}_{name}", sources[stem], (f"-DPYMERGE_DTYPE={dtype}",))
+        for stem in OF_DTYPES
+        for name, dtype in DTYPES.items()
+    ]
+    others = [Unit(stem, path) for stem, path in sources.items() if stem not in OF_DTYPES]
+    return [*of_dtypes, *others]
 
 
 class BuildError(Exception):
@@ -108,29 +134,27 @@ def build(
     flags = [*FLAGS, *gencode(archs)]
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [_settings(folder, [nvcc, _output(nvcc, "--version"), *flags])]
-    inputs += [path for path in CSRC.rglob("*.h") if path.parent.name != "cpu"]
+    inputs += [*CSRC.glob("*.h"), *CSRC.glob("math/*.h"), *HERE.glob("*.h")]
     newest = max(path.stat().st_mtime for path in inputs)
-    # The largest sources take longest: they go first.
-    sources = sorted(HERE.glob("*.cu"), key=lambda path: (not path.stem.startswith("t"), path.name))
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    objects = {unit: folder / f"{unit.name}.o" for unit in units()}
     stale = [
-        (source, target)
-        for source, target in zip(sources, objects, strict=True)
-        if not _is_newer(target, max(newest, source.stat().st_mtime))
+        unit
+        for unit, target in objects.items()
+        if not _is_newer(target, max(newest, unit.source.stat().st_mtime))
     ]
     print(f"pymerge: CUDA for {archs}: {len(stale)} of {len(objects)} files to compile", flush=True)
 
-    def compile_one(pair: tuple[Path, Path]) -> None:
-        source, target = pair
-        command = [nvcc, *flags, f"-I{CSRC}", "-c", str(source), "-o", str(target)]
+    def compile_one(unit: Unit) -> None:
+        target = objects[unit]
+        command = [nvcc, *flags, *unit.definitions, "-c", str(unit.source), "-o", str(target)]
         target.unlink(missing_ok=True)
         target.with_suffix(".log").write_text(_output(*command))
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(compile_one, stale))
     if stale or not output.is_file():
-        _link(nvcc, gencode(archs), objects, output)
-    return [target.with_suffix(".log") for target in objects]
+        _link(nvcc, gencode(archs), list(objects.values()), output)
+    return [target.with_suffix(".log") for target in objects.values()]
 
 
 def _link(nvcc: str, flags: Sequence[str], objects: Sequence[Path], output: Path) -> None:

@@ -44,9 +44,9 @@ Status merge_sparse(const SparseArgs& args) {
     record.model(k).factor = args.factors[k];
     record.model(k).factor32 = static_cast<float>(args.factors[k]);
   }
-  return record.run_tiles(
-      args.execution, sparse_kernel(kind_of(operands, args.compute), args.num_models, form_of(args),
-                                    args.elect != 0));
+  return record.run_tiles(args.execution,
+                          sparse_kernel_of(kind_of(operands, args.compute), args.num_models,
+                                           form_of(args), args.elect != 0));
 }
 
 }  // namespace
@@ -72,8 +72,8 @@ Status pointwise(const PointwiseArgs* args) {
   const Operands operands = record.set_operands(*args, args->compute, &args->out);
   record.set_numbers(args->reals, args->num_reals, wide);
   record.head().stats = args->nonfinite;
-  return record.run_tiles(args->execution, pointwise_kernel(kind_of(operands, args->compute),
-                                                            args->num_models, args->op));
+  return record.run_tiles(args->execution, pointwise_kernel_of(kind_of(operands, args->compute),
+                                                               args->num_models, args->op));
 }
 
 Status pcb(const PcbArgs* args) {

@@ -149,14 +149,20 @@ PM_DEVICE void store_any(void* p, int32_t dtype, int64_t i, F x) {
 template <class F>
 struct Mixed {};
 
+// Calls pick with the Io of a dtype of 16 or 32 bits.
+template <class Pick>
+auto by_dtype(Dtype dtype, Pick pick) {
+  if (dtype == Dtype::kBF16) return pick(Bf16{});
+  if (dtype == Dtype::kF16) return pick(F16{});
+  return pick(F32{});
+}
+
 // Calls pick with the Io of a kind of operands.
 template <class Pick>
 auto by_kind(Dtype dtype, bool mixed, Pick pick) {
   if (dtype == Dtype::kF64) return pick(Mixed<double>{});
   if (mixed) return pick(Mixed<float>{});
-  if (dtype == Dtype::kBF16) return pick(Bf16{});
-  if (dtype == Dtype::kF16) return pick(F16{});
-  return pick(F32{});
+  return by_dtype(dtype, pick);
 }
 
 // Elements of a stream, one at a time, for a kernel over one dtype or over Mixed.

@@ -25,13 +25,8 @@ Status weighted_sum(const WeightedSumArgs* args) {
   for (int k = 0; k < count; ++k) record.set_weight(k, args->weights[k]);
   record.set_scale(args->scale, args->divisor);
   record.head().stats = args->nonfinite;
-  Kernel kernel = any_weighted_sum(args->compute == Dtype::kF64);
-  if (operands.uniform && count <= kUnrolledModels) {
-    kernel = operands.dtype == Dtype::kBF16  ? weighted_sum_bf16(count, has_base)
-             : operands.dtype == Dtype::kF16 ? weighted_sum_f16(count, has_base)
-                                             : weighted_sum_f32(count, has_base);
-  }
-  return record.run_tiles(args->execution, kernel);
+  return record.run_tiles(
+      args->execution, weighted_sum_kernel_of(kind_of(operands, args->compute), count, has_base));
 }
 
 Status streaming_floor(const WeightedSumArgs* args) {
@@ -90,7 +85,6 @@ Status ties(const TiesArgs* args) {
   if (args->weighting != Weighting::kNone && args->weights == nullptr) return refuse("no weights");
   if (too_many<Elementwise>(count)) return refuse(kTooMany);
   const bool wide = args->compute == Dtype::kF64;
-  const TiesForm form = form_of(*args);
   Elementwise record(count);
   const Operands operands =
       record.set_operands(*args, args->compute, args->out.data != nullptr ? &args->out : nullptr);
@@ -105,13 +99,8 @@ Status ties(const TiesArgs* args) {
   record.head().flags |= ties_flags(*args);
   record.head().stats = args->stats;
   record.head().zero_sign = args->zero_sign;
-  Kernel kernel = any_ties(wide);
-  if (operands.uniform && count <= kUnrolledModels) {
-    kernel = operands.dtype == Dtype::kBF16  ? ties_bf16(count, form)
-             : operands.dtype == Dtype::kF16 ? ties_f16(count, form)
-                                             : ties_f32(count, form);
-  }
-  return record.run_tiles(args->execution, kernel);
+  return record.run_tiles(args->execution,
+                          ties_kernel_of(kind_of(operands, args->compute), count, form_of(*args)));
 }
 
 using Magnitudes = Record<MagnitudeHead, MagnitudeModel>;

@@ -25,18 +25,7 @@ enum class TiesForm { kPlain, kWeighted, kSigns, kCareful };
 // What decides which elements of sparse task vectors are kept.
 enum class SparseForm { kBand, kDrawn, kBoth, kRanks };
 
-// One dtype; num_models in 1 .. kUnrolledModels.
-Kernel weighted_sum_bf16(int num_models, bool has_base);
-Kernel weighted_sum_f16(int num_models, bool has_base);
-Kernel weighted_sum_f32(int num_models, bool has_base);
-Kernel ties_bf16(int num_models, TiesForm form);
-Kernel ties_f16(int num_models, TiesForm form);
-Kernel ties_f32(int num_models, TiesForm form);
 Kernel floor_of_streams(int num_streams);
-
-// Any dtypes, any number of models.
-Kernel any_weighted_sum(bool wide);
-Kernel any_ties(bool wide);
 
 // Where the bins of a histogram are: none are wanted, in shared memory, or in device memory.
 enum class Bins { kNone, kShared, kDevice };
@@ -51,24 +40,29 @@ struct Kind {
 Kernel magnitudes(Kind kind, Bins bins);
 
 // Of any number of models.
-Kernel sparse_kernel(Kind kind, int num_models, SparseForm form, bool elect);
-Kernel pointwise_kernel(Kind kind, int num_models, Pointwise op);
+Kernel weighted_sum_kernel_of(Kind kind, int num_models, bool has_base);
+Kernel ties_kernel_of(Kind kind, int num_models, TiesForm form);
+Kernel sparse_kernel_of(Kind kind, int num_models, SparseForm form, bool elect);
+Kernel pointwise_kernel_of(Kind kind, int num_models, Pointwise op);
 Kernel row_sum_kernel_of(Kind kind);
 Kernel divergence_kernel_of(Kind kind, Divergence divergence);
 Kernel importance_kernel_of(Kind kind, bool merge);
 Kernel sums_kernel(Kind kind, int num_models, SumsKind sums, bool ranks);
 Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge);
-
-// Families that are large have a file for each dtype or kind: files are compiled in parallel.
-Kernel sparse_bf16(int num_models, SparseForm form, bool elect);
-Kernel sparse_f16(int num_models, SparseForm form, bool elect);
-Kernel sparse_f32(int num_models, SparseForm form, bool elect);
-Kernel pointwise_bf16(int num_models, Pointwise op);
-Kernel pointwise_f16(int num_models, Pointwise op);
-Kernel pointwise_f32(int num_models, Pointwise op);
 Kernel pairs_kernel_of(Kind kind, int num_models, SumsKind sums);
 Kernel exp_kernel_of(Kind kind, int num_models);
 Kernel pcb_paper(int num_models, bool merge);
+
+// Of one dtype: Bf16, F16 or F32. Large families are compiled once for each, all in parallel. Of
+// weighted sums and TIES, num_models is in 1 .. kUnrolledModels.
+template <class Io>
+Kernel weighted_sum_of_dtype(int num_models, bool has_base);
+template <class Io>
+Kernel ties_of_dtype(int num_models, TiesForm form);
+template <class Io>
+Kernel sparse_of_dtype(int num_models, SparseForm form, bool elect);
+template <class Io>
+Kernel pointwise_of_dtype(int num_models, Pointwise op);
 
 // Picks from kernels that are templates over the number of models.
 template <template <int> class Instance, int... K>

@@ -11,17 +11,14 @@ struct FloorInstance {
 
 }  // namespace
 
-Kernel weighted_sum_bf16(int num_models, bool has_base) {
-  return pick_weighted_sum<Bf16>(num_models, has_base);
+template <class Io>
+Kernel weighted_sum_of_dtype(int num_models, bool has_base) {
+  return pick_weighted_sum<Io>(num_models, has_base);
 }
 
-Kernel weighted_sum_f16(int num_models, bool has_base) {
-  return pick_weighted_sum<F16>(num_models, has_base);
-}
-
-Kernel weighted_sum_f32(int num_models, bool has_base) {
-  return pick_weighted_sum<F32>(num_models, has_base);
-}
+template Kernel weighted_sum_of_dtype<Bf16>(int, bool);
+template Kernel weighted_sum_of_dtype<F16>(int, bool);
+template Kernel weighted_sum_of_dtype<F32>(int, bool);
 
 Kernel floor_of_streams(int num_streams) {
   return pick_instance<FloorInstance>(num_streams,
