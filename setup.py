@@ -135,7 +135,8 @@ def native_extension() -> Extension:
     paths.sort(key=lambda path: not path.stem.startswith("isa_"))
     if not paths:
         stop("csrc/ is missing: this source tree is incomplete")
-    macros: list[tuple[str, str | None]] = []
+    abi = runpy.run_path(str(CSRC / "abi.py"))["abi"]()
+    macros: list[tuple[str, str | None]] = [("PYMERGE_ABI", abi)]
     if not targets_x86_64():
         paths = [path for path in paths if path.stem not in ISA_FLAGS]
         macros.append(("PYMERGE_BASELINE_ONLY", None))

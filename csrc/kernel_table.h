@@ -5,15 +5,16 @@
 // output overlaps an input. On CUDA all data and counters are in device memory and a call only
 // queues work: nothing waits for the device. Small arrays of the arguments (models, weights,
 // thresholds, lo, shift, hot) are read before a call returns, everywhere. Flags ("non-finite seen")
-// are added to on the CPU; CUDA raises them to at least 1. Bump kAbiVersion with every change of a
-// struct below; `struct_size` catches the rest.
+// are added to on the CPU; CUDA raises them to at least 1.
 #pragma once
 
 #include <cstdint>
 
 namespace pymerge {
 
-constexpr uint32_t kAbiVersion = 8;
+// A hash of this file, which the build computes (csrc/abi.py). A backend that was built from
+// another is refused.
+constexpr uint64_t kAbi = PYMERGE_ABI;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 
@@ -413,8 +414,7 @@ struct ComparisonArgs {
 };
 
 struct KernelTable {
-  uint32_t abi_version;
-  uint32_t struct_size;
+  uint64_t abi;      // kAbi
   const char* name;  // "baseline", "avx2", "avx512", "cuda"
   Status (*weighted_sum)(const WeightedSumArgs*);
   Status (*ties)(const TiesArgs*);

@@ -64,6 +64,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
+def abi() -> str:
+    """Return the hash that a library must have to be loaded: the value of PYMERGE_ABI."""
+    return str(runpy.run_path(str(ROOT / "csrc" / "abi.py"))["abi"]())
+
+
 def _digest(*settings: str) -> str:
     # Only the CPU's own sources play no part.
     sources = [
@@ -109,7 +114,7 @@ def build_for_host() -> Path:
         objects = [folder / f"{name}.o" for name, _, _ in units]
 
         def compile_one(source: Path, definitions: tuple[str, ...], target: Path) -> None:
-            flags = [*HOST_FLAGS, *definitions]
+            flags = [*HOST_FLAGS, f"-DPYMERGE_ABI={abi()}", *definitions]
             call = [command, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
             done = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert done.returncode == 0, done.stdout

@@ -205,6 +205,36 @@ def test_another_library_is_refused() -> None:
     native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_library_of_another_table_is_refused(same: bool, tmp_path: Path) -> None:
+    """By the hash of kernel_table.h, the first word of its table."""
+    native, error = cpu_native.load()
+    command = cuda_build.compiler()
+    if native is None or command is None:
+        pytest.skip(f"the native library or a compiler is not there: {error}")
+    value = cuda_build.abi() if same else "0x0123456789abcdefULL"
+    source, library = tmp_path / "other.cpp", tmp_path / "_cuda.so"
+    source.write_text(
+        f"static const unsigned long long table[64] = {{{value}}};\n"
+        'extern "C" const void* pymerge_cuda_table() { return table; }\n'
+    )
+    subprocess.run([command, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    try:
+        if same:
+            native.load_cuda(str(library))
+            return
+        with pytest.raises(
+            RuntimeError,
+            match=rf"_cuda\.so was built from another kernel table \(0123456789abcdef\) than "
+            rf"pymerge\._C \({native.abi}\); build both from the same sources: PYMERGE_CUDA=1 pip",
+        ):
+            native.load_cuda(str(library))
+        with pytest.raises(RuntimeError, match="the CUDA library is not loaded"):
+            native.begin(0, 0)
+    finally:
+        native.load_cuda("" if cuda.reason() else str(cuda_native.LIBRARY))
+
+
 @pytest.fixture(name="module")
 def build_module() -> SimpleNamespace:
     return cuda_build.build_module()
@@ -259,11 +289,10 @@ def test_reason_names_what_is_missing() -> None:
 
 
 def test_table_of_the_library(built: tuple[Path, dict[str, Report]]) -> None:
-    """Its first words are the version and the size of the struct that _C expects."""
+    """Its first word is the hash that _C expects."""
     native, _ = cpu_native.load()
     library = ctypes.CDLL(str(built[0]))
-    library.pymerge_cuda_table.restype = ctypes.POINTER(ctypes.c_uint32)
-    version = library.pymerge_cuda_table()[0]
-    header = (cuda_build.ROOT / "csrc" / "kernel_table.h").read_text()
-    assert f"kAbiVersion = {version};" in header
-    assert native is None or native.abi_version == version
+    library.pymerge_cuda_table.restype = ctypes.POINTER(ctypes.c_uint64)
+    found = f"{library.pymerge_cuda_table()[0]:016x}"
+    assert cuda_build.abi() == f"0x{found}ULL"
+    assert native is None or native.abi == found

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <stdexcept>
 
 #include "cpu/tables.h"
@@ -20,14 +21,13 @@ const CpuVariant* find_variant(const std::string& name, CpuVariant* variants) {
   return nullptr;
 }
 
-const KernelTable* checked(const KernelTable* table, const std::string& name) {
-  if (table->abi_version != kAbiVersion || table->struct_size != sizeof(KernelTable)) {
-    throw std::runtime_error("kernel table '" + name + "' has another ABI; rebuild pymerge");
-  }
-  return table;
-}
-
 }  // namespace
+
+std::string abi_text(uint64_t abi) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(abi));
+  return text;
+}
 
 void use_isa(const std::string& name) {
   CpuVariant variants[3];
@@ -38,7 +38,7 @@ void use_isa(const std::string& name) {
   if (!variant->supported) {
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
   }
-  active = checked(variant->table, name);
+  active = variant->table;
 }
 
 void load_cuda(const std::string& path) {
@@ -49,7 +49,15 @@ void load_cuda(const std::string& path) {
   using Entry = const KernelTable* (*)();
   const auto entry = reinterpret_cast<Entry>(dlsym(library, "pymerge_cuda_table"));
   if (entry == nullptr) throw std::runtime_error(path + " is not pymerge's CUDA library");
-  cuda = checked(entry(), path);
+  // Where the hash differs, nothing else of the table may be read: it may be of another shape.
+  const KernelTable* loaded = entry();
+  if (loaded->abi != kAbi) {
+    throw std::runtime_error(path + " was built from another kernel table (" +
+                             abi_text(loaded->abi) + ") than pymerge._C (" + abi_text(kAbi) +
+                             "); build both from the same sources: PYMERGE_CUDA=1 pip install "
+                             "--force-reinstall --no-deps pymerge-kernels");
+  }
+  cuda = loaded;
 }
 
 const KernelTable& table(int32_t device) {

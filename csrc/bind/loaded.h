@@ -10,6 +10,9 @@
 
 namespace pymerge::bind {
 
+// KernelTable::abi in hexadecimal digits.
+std::string abi_text(uint64_t abi);
+
 // Chooses the kernels of the CPU: a name of `isa_list`, or "auto".
 void use_isa(const std::string& name);
 

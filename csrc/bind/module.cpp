@@ -330,7 +330,7 @@ py::dict isa_dict() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pymerge. Use pymerge or torch.ops.pymerge, not this module.";
-  m.attr("abi_version") = kAbiVersion;
+  m.attr("abi") = abi_text(kAbi);
   m.attr("hot_chunk") = kHotChunk;
   m.attr("compiler") = __VERSION__;
   m.attr("version") = PYMERGE_VERSION;

@@ -18,6 +18,7 @@ namespace pymerge {
 namespace {
 
 void fill_table(KernelTable& table) {
+  table.abi = kAbi;
   table.weighted_sum = weighted_sum;
   table.ties = ties;
   table.magnitude_histogram = magnitude_histogram;

@@ -7,8 +7,6 @@ namespace pymerge {
 const KernelTable* avx2_table() {
   static const KernelTable table = [] {
     KernelTable all{};
-    all.abi_version = kAbiVersion;
-    all.struct_size = sizeof(KernelTable);
     all.name = "avx2";
     fill_table(all);
     return all;

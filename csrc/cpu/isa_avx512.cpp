@@ -7,8 +7,6 @@ namespace pymerge {
 const KernelTable* avx512_table() {
   static const KernelTable table = [] {
     KernelTable all{};
-    all.abi_version = kAbiVersion;
-    all.struct_size = sizeof(KernelTable);
     all.name = "avx512";
     fill_table(all);
     return all;

@@ -7,8 +7,6 @@ namespace pymerge {
 const KernelTable* baseline_table() {
   static const KernelTable table = [] {
     KernelTable all{};
-    all.abi_version = kAbiVersion;
-    all.struct_size = sizeof(KernelTable);
     all.name = "baseline";
     fill_table(all);
     return all;

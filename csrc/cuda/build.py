@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ FLAGS = [
     "-Xfatbin=-compress-all",
     # Registers and spills of every kernel, for the tests.
     "-Xptxas=-v",
+    f"-DPYMERGE_ABI={runpy.run_path(str(CSRC / 'abi.py'))['abi']()}",
     f"-I{CSRC}",
 ]
 

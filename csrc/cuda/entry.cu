@@ -193,8 +193,7 @@ Status check_device(const Execution* execution) { return check(execution, floor_
 
 KernelTable make_table() {
   KernelTable table{};
-  table.abi_version = kAbiVersion;
-  table.struct_size = sizeof(KernelTable);
+  table.abi = kAbi;
   table.name = "cuda";
   table.weighted_sum = weighted_sum;
   table.ties = ties;

@@ -88,7 +88,7 @@ def build() -> dict[str, Any]:
         "isa": module.isa(),
         "isa_built": {name: bool(supported) for name, supported in module.isa_list().items()},
         "compiler": module.compiler,
-        "abi_version": module.abi_version,
+        "abi_version": module.abi,
         "threads": module.default_threads(),
     }
 
