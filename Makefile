@@ -30,7 +30,8 @@ TUNER  := $(shell grep '^peft==' constraints.txt)
 BENCH  := $(shell sed -n 's/^\(fusion-bench==[^;]*\).*/\1/p' constraints.txt)
 NATIVE := $(shell find csrc -type f) setup.py pymerge/_version.py
 PINS   := pyproject.toml constraints.txt
-CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
+	-o -name '*.def')
 
 # Weights and data of the demos: only files inside these packages are read, so none of the programs
 # that they depend on (compilers, plotting, a GUI) is installed.

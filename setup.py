@@ -245,7 +245,7 @@ class BuildNative(build_ext):
         if not record.is_file() or record.read_text() != written:
             folder.mkdir(parents=True, exist_ok=True)
             record.write_text(written)
-        inputs = [record, *CSRC.rglob("*.h")]
+        inputs = [record, *CSRC.rglob("*.h"), *CSRC.rglob("*.def")]
         return max(path.stat().st_mtime for path in inputs)
 
 

@@ -12,8 +12,8 @@
 
 namespace pymerge {
 
-// A hash of this file, which the build computes (csrc/abi.py). A backend that was built from
-// another is refused.
+// A hash of this file and of the .def files, which the build computes (csrc/abi.py). A backend that
+// was built from others is refused.
 constexpr uint64_t kAbi = PYMERGE_ABI;
 
 enum class Dtype : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
@@ -23,6 +23,7 @@ enum class Status : int32_t {
   kBadArgument = 1,    // a size, dtype or mode that this backend does not take
   kOutOfMemory = 2,    // workspace could not be allocated
   kDeviceFailure = 3,  // the device reported an error
+  kUnknownKind = 4,    // no such kind of an op
 };
 
 // A contiguous run of elements. It need not be aligned, not even to its element size.
@@ -159,36 +160,22 @@ struct SparseArgs {
 };
 
 enum class Pointwise : int32_t {
-  kNearswap = 0,
-  kRam = 1,
-  kMagmax = 2,
-  kConsensus = 3,
-  kTall = 4,
-  kEmr = 5,
-  kVariance = 6,
-  kSce = 7,
+#define PM_POINTWISE(kind, name, reals, models) kind,
+#include "pointwise.def"
 };
 
-// How many `reals` an op takes.
-constexpr int64_t pointwise_reals(Pointwise op, int64_t num_models) {
-  switch (op) {
-    case Pointwise::kMagmax:
-      return 1;
-    case Pointwise::kNearswap:
-    case Pointwise::kEmr:
-      return 2;
-    case Pointwise::kTall:
-      return 3;
-    case Pointwise::kRam:
-      return 1 + num_models;
-    case Pointwise::kConsensus:
-    case Pointwise::kSce:
-      return 2 + num_models;
-    case Pointwise::kVariance:
-      return 0;
+// How many `reals` a kind takes where there are K models; -1: there is no such kind.
+static constexpr int64_t pointwise_reals(Pointwise kind, int64_t K) {
+  switch (kind) {
+#define PM_POINTWISE(kind, name, reals, models) \
+  case Pointwise::kind:                         \
+    return reals;
+#include "pointwise.def"
   }
-  return 0;
+  return -1;
 }
+
+static constexpr bool known(Pointwise kind) { return pointwise_reals(kind, 1) >= 0; }
 
 // out from each element of base and models alone: csrc/math/pointwise.h.
 struct PointwiseArgs {
@@ -227,16 +214,31 @@ struct PcbArgs {
 };
 
 enum class SumsKind : int32_t {
-  kSparse = 0,
-  kGram = 1,
-  kPcbExtremes = 2,
-  kPcbExp = 3,
-  kDots = 4,
-  kStatistics = 5,
-  kRamCounts = 6,
-  kEmr = 7,
-  kSce = 8,
+#define PM_SUMS(kind, name, rows, reals, inputs) kind,
+#include "sums.def"
 };
+
+// What a kind of sums looks at: see sums.def.
+enum class SumsInputs { kAny, kDeltas, kFloatDeltas };
+
+// The rows of partial sums of a kind (-1: there is no such kind), and how many `reals` it takes.
+struct SumsShape {
+  int64_t rows;
+  int64_t reals;
+  SumsInputs inputs;
+};
+
+static constexpr SumsShape sums_shape(SumsKind kind, int64_t K) {
+  switch (kind) {
+#define PM_SUMS(kind, name, rows, reals, inputs) \
+  case SumsKind::kind:                           \
+    return {rows, reals, SumsInputs::inputs};
+#include "sums.def"
+  }
+  return {-1, 0, SumsInputs::kAny};
+}
+
+static constexpr bool known(SumsKind kind) { return sums_shape(kind, 1).rows >= 0; }
 
 // Sums over chunks of kSumChunk elements, in a fixed order (csrc/cpu/kernels_sums.h), or over rows
 // of `columns` elements: the sums of a row's chunks, which begin at its beginning, in their order.
@@ -259,7 +261,7 @@ struct SumsArgs {
   Operand base;
   const Operand* models;
   SumsKind kind;
-  int32_t reserved;
+  int32_t num_reals;
   const int64_t* lo;  // as in SparseArgs; but for kSce's lo[0], read by kSparse only
   const int64_t* last;
   const int64_t* seeds;
@@ -336,8 +338,34 @@ struct RowSumArgs {
   int64_t* nonfinite;
 };
 
-enum class Divergence : int32_t { kMaxima = 0, kExp = 1, kDivergence = 2, kAll = 3 };
+enum class Divergence : int32_t {
+#define PM_DIVERGENCE(kind, name, first, rows) kind,
+#include "divergence.def"
+};
+
 constexpr int kDivergenceRows = 5;
+
+// The rows of the table that a kind fills; none: there is no such kind.
+struct DivergenceRows {
+  int first;
+  int count;
+};
+
+static constexpr DivergenceRows divergence_rows(Divergence kind) {
+  switch (kind) {
+#define PM_DIVERGENCE(kind, name, first, rows) \
+  case Divergence::kind:                       \
+    return {first, rows};
+#include "divergence.def"
+  }
+  return {0, 0};
+}
+
+static constexpr bool known(Divergence kind) { return divergence_rows(kind).count > 0; }
+
+// What kAll consists of, in order.
+constexpr Divergence kDivergenceSteps[] = {Divergence::kMaxima, Divergence::kExp,
+                                           Divergence::kDivergence};
 
 // What a row of a model (models[0]; num_models is 1) and of the base have to do with each other, in
 // doubles: csrc/math/divergence.h. Chunks, rows and the order of sums are those of SumsArgs. With c

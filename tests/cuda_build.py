@@ -76,7 +76,7 @@ def _digest(*settings: str) -> str:
     ]
     found = hashlib.sha256(repr(settings).encode())
     for path in sorted([*sources, *SHIM.rglob("*")]):
-        if path.suffix in (".h", ".cpp", ".cu", ".py", ".map"):
+        if path.suffix in (".h", ".cpp", ".cu", ".def", ".py", ".map"):
             found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 

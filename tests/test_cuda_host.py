@@ -22,6 +22,7 @@ from pymerge.ops.native import marshal_cuda as cuda
 from tests import cuda_build
 from tests.case import DTYPES, Case, Inputs, make_inputs, seen
 from tests.cases import GPU_CASES
+from tests.kind_checks import kinds_of_ops, wrong_statuses, wrongly_named
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack
 from tests.test_ops import SPECIAL, reference, same
@@ -354,7 +355,7 @@ def test_too_many_models_are_refused(name: str, models: int) -> None:
 def test_unfit_tables_are_refused() -> None:
     base, models = make_inputs(2048, 2, [torch.float32])
     ops = torch.ops.pymerge
-    with pytest.raises(ValueError, match=r"table of shape \(3, 2\), got \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"partials of shape \(3, 2\), got \(3, 3\)"):
         ops.chunk_sums_(
             torch.zeros(3, 3, dtype=torch.float64), base, models, "gram", backend="cuda"
         )
@@ -362,3 +363,11 @@ def test_unfit_tables_are_refused() -> None:
         ops.row_ranks_(torch.zeros(2, 64, dtype=torch.int32), base, models, 64, backend="cuda")
     with pytest.raises(ValueError, match="contiguous float64"):
         ops.chunk_sums_(torch.zeros(3, 2), base, models, "gram", backend="cuda")
+
+
+@pytest.mark.usefixtures("launches")
+def test_unknown_kinds_are_refused() -> None:
+    """By name, and by the library itself."""
+    kinds = kinds_of_ops(native())
+    assert wrongly_named("cuda", kinds) == []
+    assert wrong_statuses(native().table(0), kinds) == []

@@ -186,7 +186,7 @@ def test_wheel_is_one_package(distributions: tuple[Path, Path]) -> None:
     assert f"{information}/licenses/LICENSE" in names
     assert f"pymerge/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert "pymerge/_cuda.so" in names
-    assert [name for name in names if name.endswith((".h", ".cpp", ".o"))] == []
+    assert [name for name in names if name.endswith((".h", ".def", ".cpp", ".o"))] == []
 
 
 @BUILDS

@@ -20,8 +20,10 @@ import pymerge
 from pymerge.adamerging import ops
 from pymerge.methods import METHODS
 from pymerge.ops.backends import resolve
+from pymerge.ops.native.host import native
 from tests import cases
 from tests.case import DTYPES, Case, Inputs, make_inputs
+from tests.kind_checks import kinds_of_ops, wrongly_named
 from tests.models import llama
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack
@@ -240,6 +242,7 @@ def refusals(device: str) -> list[str]:
         with pytest.raises(ValueError, match="backend 'triton'") as caught:
             getattr(torch.ops.pymerge, op)(*arguments, backend="triton")
         said.append(str(caught.value))
+    said += wrongly_named("triton", kinds_of_ops(native()), device)
     kept = pack([torch.ones(2000)], [0.5])
     kept = {name: [tensor.to(device) for tensor in own] for name, own in kept.items()}
     at = torch.zeros(2000, device=device)

@@ -50,20 +50,24 @@ inline void require_size(const char* name, size_t size, size_t expected) {
   }
 }
 
-inline void require(Status status, const char* what, const KernelTable& by) {
+// Raises for a call that failed. kind: of the op `what`, or empty.
+[[noreturn]] inline void raise(Status status, const std::string& what, const std::string& kind,
+                               const KernelTable& by) {
+  const std::string op = kind.empty() ? what : what + " '" + kind + "'";
   const std::string detail = by.last_error != nullptr ? by.last_error() : "";
   const std::string reason = detail.empty() ? "" : ": " + detail;
   switch (status) {
-    case Status::kOk:
-      return;
     case Status::kOutOfMemory:
       throw std::bad_alloc();
     case Status::kBadArgument:
-      throw std::invalid_argument(std::string(what) + ": the kernel refused its arguments" +
-                                  reason);
-    default:
-      throw std::runtime_error(std::string(what) + ": the device failed" + reason);
+      throw std::invalid_argument(op + ": the kernel refused its arguments" + reason);
+    case Status::kUnknownKind:
+      throw std::invalid_argument(op + ": '" + by.name + "' has no such kind");
+    case Status::kOk:
+    case Status::kDeviceFailure:
+      break;
   }
+  throw std::runtime_error(op + ": the device failed" + reason);
 }
 
 template <class Args>
@@ -71,8 +75,8 @@ using KernelOf = Status (*)(const Args*);
 
 // Runs a kernel without the GIL; raises if it failed.
 template <class Args>
-void call(KernelOf<Args> KernelTable::* kernel, const Args& args, const char* what,
-          int32_t device) {
+void call(KernelOf<Args> KernelTable::* kernel, const Args& args, const char* what, int32_t device,
+          const std::string& kind = "") {
   const KernelTable& by = table(device);
   if (by.*kernel == nullptr) {
     throw std::invalid_argument(std::string(what) + ": '" + by.name + "' has no such kernel");
@@ -82,7 +86,7 @@ void call(KernelOf<Args> KernelTable::* kernel, const Args& args, const char* wh
     py::gil_scoped_release release;
     status = (by.*kernel)(&args);
   }
-  require(status, what, by);
+  if (status != Status::kOk) raise(status, what, kind, by);
 }
 
 // What is kept of sparse task vectors: one of each for each model, seeds two or none.

@@ -1,5 +1,6 @@
 // pymerge._C: a function for each kernel. Pointers come as integers; the Python side has already
-// validated everything (pymerge/ops/native/marshal.py, cuda.py). Device -1 is the CPU.
+// validated what they point to (pymerge/ops/native/marshal.py, marshal_cuda.py). Device -1 is the
+// CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "bind/call.h"
+#include "bind/kinds.h"
 #include "bind/loaded.h"
 #include "cpu/thread_pool.h"
 #include "kernel_table.h"
@@ -153,33 +155,46 @@ void sparse_merge(const py::tuple& common, Address out, uintptr_t stats,
   call(&KernelTable::sparse_merge, args, "sparse_merge", all.device);
 }
 
-void pointwise(const py::tuple& common, Address out, uintptr_t stats, int32_t op,
+void pointwise(const py::tuple& common, Address out, uintptr_t stats, const std::string& kind,
                const std::vector<double>& reals) {
   const Common all(common);
   PointwiseArgs args{};
   all.fill(args);
   args.out = output(out);
-  args.op = static_cast<Pointwise>(op);
+  args.op = kind_named(kPointwise, kind, "pointwise_", all.device);
+  require_reals(reals.size(), pointwise_reals(args.op, args.num_models), kind, all.inputs.size(),
+                "pointwise_", all.device);
   args.num_reals = static_cast<int32_t>(reals.size());
   args.reals = reals.data();
   args.nonfinite = pointer<int64_t>(stats) + 2;
-  call(&KernelTable::pointwise, args, "pointwise", all.device);
+  call(&KernelTable::pointwise, args, "pointwise", all.device, kind);
 }
 
-void chunk_sums(const py::tuple& common, uintptr_t partials, int64_t num_chunks, int32_t kind,
-                int64_t columns, const std::vector<int64_t>& lo, const std::vector<int64_t>& last,
-                const std::vector<int64_t>& seeds, const std::vector<int64_t>& limits,
-                int64_t start, std::pair<uintptr_t, int64_t> ranks,
-                const std::vector<double>& chances, const std::vector<double>& reals) {
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + (shape.size() == 1 ? ",)" : ")");
+}
+
+// shape: that of the partials, [sums, chunks or rows].
+void chunk_sums(const py::tuple& common, uintptr_t partials, const std::vector<int64_t>& shape,
+                const std::string& kind, int64_t columns, const std::vector<int64_t>& lo,
+                const std::vector<int64_t>& last, const std::vector<int64_t>& seeds,
+                const std::vector<int64_t>& limits, int64_t start,
+                std::pair<uintptr_t, int64_t> ranks, const std::vector<double>& chances,
+                const std::vector<double>& reals) {
   const Common all(common);
   const Kept kept{lo, last, seeds, limits};
   SumsArgs args{};
   all.fill(args);
-  const size_t pairs = all.inputs.size() * (all.inputs.size() + 1) / 2;
-  args.kind = static_cast<SumsKind>(kind);
-  if (args.kind == SumsKind::kPcbExp) require_size("reals", reals.size(), 2 * pairs);
-  if (args.kind == SumsKind::kRamCounts || args.kind == SumsKind::kEmr) {
-    require_size("reals", reals.size(), 1);
+  args.kind = kind_named(kSums, kind, "chunk_sums_", all.device);
+  const SumsShape wanted = sums_shape(args.kind, args.num_models);
+  require_reals(reals.size(), wanted.reals, kind, all.inputs.size(), "chunk_sums_", all.device);
+  const int64_t length = columns > 0 ? columns : kSumChunk;
+  const std::vector<int64_t> expected{wanted.rows, (args.numel + length - 1) / length};
+  if (shape != expected) {
+    throw std::invalid_argument(where("chunk_sums_", all.device) + "expected partials of shape " +
+                                shape_text(expected) + ", got " + shape_text(shape));
   }
   if (args.kind == SumsKind::kSparse) {
     kept.check(all.inputs.size());
@@ -190,12 +205,13 @@ void chunk_sums(const py::tuple& common, uintptr_t partials, int64_t num_chunks,
     require_size("lo", lo.size(), 1);
     args.lo = lo.data();
   }
+  args.num_reals = static_cast<int32_t>(reals.size());
   args.reals = reals.data();
   args.start = start;
   args.columns = columns;
-  args.num_chunks = num_chunks;
+  args.num_chunks = expected[1];
   args.partials = pointer<double>(partials);
-  call(&KernelTable::chunk_sums, args, "chunk_sums", all.device);
+  call(&KernelTable::chunk_sums, args, "chunk_sums", all.device, kind);
 }
 
 void pcb(const py::tuple& common, Address out, uintptr_t stats, uintptr_t scores, int64_t stride,
@@ -275,16 +291,16 @@ void row_weighted_sum(const py::tuple& common, Address out, uintptr_t stats, uin
   call(&KernelTable::row_weighted_sum, args, "row_weighted_sum", all.device);
 }
 
-void divergence_sums(const py::tuple& common, uintptr_t table, int64_t num_chunks, int32_t kind,
-                     int64_t columns) {
+void divergence_sums(const py::tuple& common, uintptr_t table, int64_t num_chunks,
+                     const std::string& kind, int64_t columns) {
   const Common all(common);
   DivergenceArgs args{};
   all.fill(args);
-  args.kind = static_cast<Divergence>(kind);
+  args.kind = kind_named(kDivergences, kind, "divergence_sums_", all.device);
   args.columns = columns;
   args.num_chunks = num_chunks;
   args.table = pointer<double>(table);
-  call(&KernelTable::divergence_sums, args, "divergence_sums", all.device);
+  call(&KernelTable::divergence_sums, args, "divergence_sums", all.device, kind);
 }
 
 void row_importance(const py::tuple& common, Address out, uintptr_t stats, uintptr_t divergences,
@@ -326,6 +342,32 @@ py::dict isa_dict() {
   return result;
 }
 
+// The kinds of an op -> what `numbers` says of each.
+template <class Kind, size_t kCount, class Numbers>
+py::dict kinds_of(const Named<Kind> (&all)[kCount], Numbers numbers) {
+  py::dict result;
+  for (const Named<Kind>& one : all) result[one.name] = numbers(one.kind);
+  return result;
+}
+
+py::dict pointwise_kinds(int64_t models) {
+  return kinds_of(kPointwise, [&](Pointwise kind) { return pointwise_reals(kind, models); });
+}
+
+py::dict sums_kinds(int64_t models) {
+  return kinds_of(kSums, [&](SumsKind kind) {
+    const SumsShape shape = sums_shape(kind, models);
+    return std::pair(shape.rows, shape.reals);
+  });
+}
+
+py::dict divergence_kinds() {
+  return kinds_of(kDivergences, [](Divergence kind) {
+    const DivergenceRows rows = divergence_rows(kind);
+    return std::pair(rows.first, rows.count);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -339,6 +381,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(table(-1).name); });
   m.def("default_threads", &default_threads);
   m.def("set_default_threads", &set_default_threads);
+  m.def(
+      "table", [](int32_t device) { return reinterpret_cast<uintptr_t>(&table(device)); },
+      "Address of the kernel table (csrc/kernel_table.h) in use, or of the CUDA library's.",
+      "device"_a = -1);
+  m.def("pointwise_kinds", &pointwise_kinds, "Kinds -> how many reals each takes.", "models"_a);
+  m.def("sums_kinds", &sums_kinds, "Kinds -> rows of partial sums, and reals.", "models"_a);
+  m.def("divergence_kinds", &divergence_kinds, "Kinds -> first row of the table, and how many.");
   m.def("load_cuda", &load_cuda, "Load the CUDA library at a path; an empty path forgets it.");
   m.def("begin", &phase<&KernelTable::begin>, "Queue what follows on a device and stream.");
   m.def("end", &phase<&KernelTable::end>, "Launch what is queued.");

@@ -178,9 +178,9 @@ void step_of_long_row(const DivergenceArgs& args, Divergence kind, RowRoom<V>& r
             });
     }
   });
-  const int to = 2 * static_cast<int>(kind);
-  columns[to] = own;
-  if (kind != Divergence::kDivergence) columns[to + 1] = other;
+  const DivergenceRows rows = divergence_rows(kind);
+  columns[rows.first] = own;
+  if (rows.count > 1) columns[rows.first + 1] = other;
 }
 
 // The same of a row that is held: its exp are computed once.
@@ -288,10 +288,9 @@ bool divergences_of(const DivergenceArgs& args, int64_t first, int64_t last) {
   const int64_t length = args.columns > 0 ? args.columns : kSumChunk;
   if (length > kRowRoom) {
     for (int64_t c = first; c < last; ++c) {
-      for (int step = 0; step < 3; ++step) {
-        const Divergence kind = static_cast<Divergence>(step);
-        if (args.kind != kind && args.kind != Divergence::kAll) continue;
-        step_of_long_row(args, kind, room, c * length, length, Columns(args, c));
+      for (const Divergence step : kDivergenceSteps) {
+        if (args.kind != step && args.kind != Divergence::kAll) continue;
+        step_of_long_row(args, step, room, c * length, length, Columns(args, c));
       }
     }
     return true;
@@ -325,12 +324,12 @@ void divergence_range(void* opaque, int64_t first, int64_t last, int) {
 }
 
 Status divergence_sums(const DivergenceArgs* args) {
+  if (!known(args->kind)) return Status::kUnknownKind;
   const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
   if (args->num_models != 1 || args->numel < 0 || args->columns < 0 ||
       args->num_chunks != (args->numel + length - 1) / length ||
       (args->columns > 0 && args->numel % args->columns != 0) || args->base.data == nullptr ||
-      (args->numel > 0 && args->table == nullptr) || args->kind < Divergence::kMaxima ||
-      args->kind > Divergence::kAll) {
+      (args->numel > 0 && args->table == nullptr)) {
     return Status::kBadArgument;
   }
   DivergenceContext context{args, 0};

@@ -9,36 +9,25 @@ namespace {
 
 #define PM_ALWAYS __attribute__((always_inline))
 
-// Calls function with what computes an element: a type for each op, so that a loop is compiled for
-// it alone.
+// Calls function with what computes an element: a type for each kind, so that a loop is compiled
+// for it alone.
 template <class Function>
 PM_INLINE void with_point(Pointwise op, Function&& function) {
   switch (op) {
-    case Pointwise::kNearswap:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return nearswap_point(base, load, call); });
-    case Pointwise::kRam:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return ram_point(base, load, call); });
-    case Pointwise::kMagmax:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return magmax_point(base, load, call); });
-    case Pointwise::kConsensus:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return consensus_point(base, load, call); });
-    case Pointwise::kTall:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return tall_point(base, load, call); });
-    case Pointwise::kEmr:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return emr_point(base, load, call); });
-    case Pointwise::kVariance:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return variance_point(base, load, call); });
-    case Pointwise::kSce:
-      return function([](auto base, auto load, const auto& call)
-                          PM_ALWAYS { return sce_point(base, load, call); });
+#define PM_POINTWISE(kind, name, reals, models)                \
+  case Pointwise::kind:                                        \
+    return function([](auto base, auto load, const auto& call) \
+                        PM_ALWAYS { return name##_point(base, load, call); });
+#include "pointwise.def"
   }
+}
+
+// The most reals that a kind takes of K models.
+constexpr int64_t most_pointwise_reals(int64_t K) {
+  int64_t most = 1;
+#define PM_POINTWISE(kind, name, reals, models) most = most < (reals) ? (reals) : most;
+#include "pointwise.def"
+  return most;
 }
 
 // SCE with its mask everywhere, of finite numbers: sce_point at two thirds of its operations. The
@@ -143,7 +132,7 @@ struct PointwiseKernel {
 
   template <class Io, int K, class Point>
   void loop(Point compute, const char* const* streams, char* out, int64_t n, Store store) {
-    float numbers[2 + K];
+    float numbers[most_pointwise_reals(K)];
     const int64_t many = pointwise_reals(op, K);
     for (int64_t i = 0; i < many; ++i) numbers[i] = reals[i];
     const PointwiseCall<F> call{numbers, K};
@@ -267,8 +256,8 @@ void pointwise_range(void* opaque, int64_t begin, int64_t end, int) {
 }
 
 Status pointwise(const PointwiseArgs* args) {
+  if (!known(args->op)) return Status::kUnknownKind;
   if (args->num_models < 1 || args->numel < 0 || args->base.data == nullptr ||
-      args->op < Pointwise::kNearswap || args->op > Pointwise::kSce ||
       args->num_reals != pointwise_reals(args->op, args->num_models)) {
     return Status::kBadArgument;
   }

@@ -52,9 +52,90 @@ void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values
   for (int i = n; i < kSumChunk; ++i) kept[i] = 0;
 }
 
+int64_t rows_of(const SumsArgs& args) { return sums_shape(args.kind, args.num_models).rows; }
+
+// Room of one thread: a chunk of every input, one more, and what conversions need.
+template <class V>
+struct ChunkRoom {
+  V* values;  // [models][kSumChunk]
+  V* base;
+  V* more;
+  char* raw;
+  char* scratch;
+  double* found;  // [rows]
+  double* total;  // [rows]
+
+  V* model(int k) const { return values + static_cast<int64_t>(k) * kSumChunk; }
+
+  bool take(const SumsArgs& args) {
+    const int64_t models = args.num_models, rows = rows_of(args);
+    const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
+    const int64_t bytes = (models + 2) * chunk + 2 * kSumChunk * 8 + 2 * rows * 8;
+    char* memory = static_cast<char*>(thread_workspace(bytes));
+    if (memory == nullptr) return false;
+    values = reinterpret_cast<V*>(memory);
+    base = values + models * kSumChunk;
+    more = base + kSumChunk;
+    raw = reinterpret_cast<char*>(more + kSumChunk);
+    scratch = raw + kSumChunk * 8;
+    found = reinterpret_cast<double*>(scratch + kSumChunk * 8);
+    total = found + rows;
+    return true;
+  }
+};
+
+// A function for each kind of sums.def, name##_sums: the sums of n <= kSumChunk elements from `at`
+// on, which room.values holds, to room.found.
+
+// What there is of each task vector, and what of it a sparse merge keeps.
+template <class V>
+void sparse_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
+  for (int k = 0; k < args.num_models; ++k) {
+    if (args.ranks != nullptr) {
+      keep_ranked(args, k, at, n, room.model(k), room.more);
+    } else {
+      keep_sparse(args, k, args.start + at, room.model(k), room.more);
+    }
+    room.found[2 * k] = sum_in_lanes(room.model(k));
+    room.found[2 * k + 1] = sum_in_lanes(room.more);
+  }
+}
+
+template <class V>
+void gram_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
+  gram_in_lanes(room.values, args.num_models, room.found);
+}
+
+template <class V>
+void pcb_extremes_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int n) {
+  if constexpr (sizeof(V) == 4) pcb_chunk(args, room.values, n, room.more, room.found);
+}
+
+template <class V>
+void pcb_exp_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int n) {
+  if constexpr (sizeof(V) == 4) pcb_chunk(args, room.values, n, room.more, room.found);
+}
+
+// The last of the models is the gradient.
+template <class V>
+void dots_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
+  const int deltas = args.num_models - 1;
+  dots_in_lanes(room.model(deltas), room.values, deltas, room.found);
+}
+
+template <class V>
+void statistics_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int n) {
+  for (int k = 0; k < args.num_models; ++k) {
+    extremes_of(room.model(k), n, room.found + 4 * k);
+    norms_in_lanes(room.model(k), room.found + 4 * k + 2);
+  }
+}
+
 // RAM: how many elements each model alone changed, and how many with others.
 template <class V>
-void ram_chunk(const SumsArgs& args, const V* values, double* found) {
+void ram_counts_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
+  const V* values = room.values;
+  double* found = room.found;
   const V epsilon = static_cast<V>(args.reals[0]);
   for (int k = 0; k < 2 * args.num_models; ++k) found[k] = 0;
   for (int i = 0; i < kSumChunk; ++i) {
@@ -73,7 +154,8 @@ void ram_chunk(const SumsArgs& args, const V* values, double* found) {
 
 // EMR: |tau_t|, and what its mask keeps of the unified vector.
 template <class V>
-void emr_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
+void emr_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
+  const V* values = room.values;
   const int task = static_cast<int>(args.reals[0]);
   for (int i = 0; i < kSumChunk; ++i) {
     V sum = 0, largest = 0;
@@ -87,15 +169,16 @@ void emr_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
     }
     const V own = values[static_cast<int64_t>(task) * kSumChunk + i];
     const bool agrees = sum > 0 ? own > 0 : own < 0;
-    room[i] = agrees ? largest : V(0);
+    room.more[i] = agrees ? largest : V(0);
   }
-  found[0] = sum_in_lanes(values + static_cast<int64_t>(task) * kSumChunk);
-  found[1] = sum_in_lanes(room);
+  room.found[0] = sum_in_lanes(room.model(task));
+  room.found[1] = sum_in_lanes(room.more);
 }
 
 // SCE: squares of each task vector where the models differ most.
 template <class V>
-void sce_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
+void sce_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
+  const V* values = room.values;
   const int count = args.num_models;
   const V many = static_cast<V>(count);
   constexpr int64_t largest = KeyOf<V>::kLargest;
@@ -112,63 +195,11 @@ void sce_chunk(const SumsArgs& args, const V* values, V* room, double* found) {
     chosen[i] = args.lo[0] <= largest && scalar_key(squares / many) >= args.lo[0];
   }
   for (int k = 0; k < count; ++k) {
-    const V* own = values + static_cast<int64_t>(k) * kSumChunk;
-    for (int i = 0; i < kSumChunk; ++i) room[i] = chosen[i] ? own[i] : V(0);
-    found[k] = dot_in_lanes(room, room);
+    const V* own = room.model(k);
+    for (int i = 0; i < kSumChunk; ++i) room.more[i] = chosen[i] ? own[i] : V(0);
+    room.found[k] = dot_in_lanes(room.more, room.more);
   }
 }
-
-int64_t rows_of(const SumsArgs& args) {
-  const int64_t k = args.num_models, pairs = k * (k + 1) / 2;
-  switch (args.kind) {
-    case SumsKind::kSparse:
-    case SumsKind::kRamCounts:
-      return 2 * k;
-    case SumsKind::kGram:
-      return pairs;
-    case SumsKind::kPcbExtremes:
-      return 2 * pairs;
-    case SumsKind::kPcbExp:
-      return pairs + k;
-    case SumsKind::kDots:
-      return k - 1;
-    case SumsKind::kStatistics:
-      return 4 * k;
-    case SumsKind::kEmr:
-      return 2;
-    case SumsKind::kSce:
-      return k;
-  }
-  return 0;
-}
-
-// Room of one thread: a chunk of every input, one more, and what conversions need.
-template <class V>
-struct ChunkRoom {
-  V* values;  // [models][kSumChunk]
-  V* base;
-  V* more;
-  char* raw;
-  char* scratch;
-  double* found;  // [rows]
-  double* total;  // [rows]
-
-  bool take(const SumsArgs& args) {
-    const int64_t models = args.num_models, rows = rows_of(args);
-    const int64_t chunk = kSumChunk * static_cast<int64_t>(sizeof(V));
-    const int64_t bytes = (models + 2) * chunk + 2 * kSumChunk * 8 + 2 * rows * 8;
-    char* memory = static_cast<char*>(thread_workspace(bytes));
-    if (memory == nullptr) return false;
-    values = reinterpret_cast<V*>(memory);
-    base = values + models * kSumChunk;
-    more = base + kSumChunk;
-    raw = reinterpret_cast<char*>(more + kSumChunk);
-    scratch = raw + kSumChunk * 8;
-    found = reinterpret_cast<double*>(scratch + kSumChunk * 8);
-    total = found + rows;
-    return true;
-  }
-};
 
 // Asks for the chunk after the one at `at`: what adds up a chunk is too long to look ahead.
 PM_INLINE void prefetch_chunk(const Operand& operand, int64_t at) {
@@ -189,45 +220,15 @@ void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
     prefetch_chunk(args.base, at);
   }
   for (int k = 0; k < count; ++k) {
-    V* own = room.values + static_cast<int64_t>(k) * kSumChunk;
     const V* minus = has_base && k < deltas ? room.base : nullptr;
-    widen_part(args.models[k], at, n, kSumChunk, own, room.raw, room.scratch, minus);
+    widen_part(args.models[k], at, n, kSumChunk, room.model(k), room.raw, room.scratch, minus);
     prefetch_chunk(args.models[k], at);
   }
-  const auto model = [&](int k) { return room.values + static_cast<int64_t>(k) * kSumChunk; };
-  double* found = room.found;
   switch (args.kind) {
-    case SumsKind::kSparse:
-      for (int k = 0; k < count; ++k) {
-        if (args.ranks != nullptr) {
-          keep_ranked(args, k, at, n, model(k), room.more);
-        } else {
-          keep_sparse(args, k, args.start + at, model(k), room.more);
-        }
-        *found++ = sum_in_lanes(model(k));
-        *found++ = sum_in_lanes(room.more);
-      }
-      return;
-    case SumsKind::kGram:
-      return gram_in_lanes(room.values, count, found);
-    case SumsKind::kDots:
-      return dots_in_lanes(model(deltas), room.values, deltas, found);
-    case SumsKind::kStatistics:
-      for (int k = 0; k < count; ++k) {
-        extremes_of(model(k), n, found + 4 * k);
-        norms_in_lanes(model(k), found + 4 * k + 2);
-      }
-      return;
-    case SumsKind::kRamCounts:
-      return ram_chunk(args, room.values, found);
-    case SumsKind::kEmr:
-      return emr_chunk(args, room.values, room.more, found);
-    case SumsKind::kSce:
-      return sce_chunk(args, room.values, room.more, found);
-    case SumsKind::kPcbExtremes:
-    case SumsKind::kPcbExp:
-      if constexpr (sizeof(V) == 4) pcb_chunk(args, room.values, n, room.more, found);
-      return;
+#define PM_SUMS(kind, name, rows, reals, inputs) \
+  case SumsKind::kind:                           \
+    return name##_sums(args, room, at, n);
+#include "sums.def"
   }
 }
 
@@ -283,16 +284,14 @@ void sums_range(void* opaque, int64_t first, int64_t last, int) {
 }
 
 Status chunk_sums(const SumsArgs* args) {
-  const SumsKind kind = args->kind;
+  if (!known(args->kind)) return Status::kUnknownKind;
+  const SumsShape shape = sums_shape(args->kind, args->num_models);
   const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
-  const bool pcb = kind == SumsKind::kPcbExtremes || kind == SumsKind::kPcbExp;
-  const bool needs_base = pcb || kind == SumsKind::kSparse || kind == SumsKind::kRamCounts ||
-                          kind == SumsKind::kEmr || kind == SumsKind::kSce;
-  if (args->num_models < 1 || args->numel < 0 || args->columns < 0 ||
-      args->num_chunks != (args->numel + length - 1) / length ||
+  if (args->num_models < 1 || args->numel < 0 || args->columns < 0 || shape.rows < 1 ||
+      args->num_reals != shape.reals || args->num_chunks != (args->numel + length - 1) / length ||
       (args->columns > 0 && args->numel % args->columns != 0) ||
-      (needs_base && args->base.data == nullptr) || (pcb && args->compute == Dtype::kF64) ||
-      (kind == SumsKind::kDots && args->num_models < 2)) {
+      (shape.inputs != SumsInputs::kAny && args->base.data == nullptr) ||
+      (shape.inputs == SumsInputs::kFloatDeltas && args->compute == Dtype::kF64)) {
     return Status::kBadArgument;
   }
   const int64_t last = args->start + args->numel - 1;

@@ -136,7 +136,7 @@ def build(
     flags = [*FLAGS, *gencode(archs)]
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [_settings(folder, [nvcc, _output(nvcc, "--version"), *flags])]
-    inputs += [*CSRC.glob("*.h"), *CSRC.glob("math/*.h"), *HERE.glob("*.h")]
+    inputs += [*CSRC.glob("*.def"), *CSRC.glob("*.h"), *CSRC.glob("math/*.h"), *HERE.glob("*.h")]
     newest = max(path.stat().st_mtime for path in inputs)
     objects = {unit: folder / f"{unit.name}.o" for unit in units()}
     stale = [
@@ -163,8 +163,9 @@ def _link(nvcc: str, flags: Sequence[str], objects: Sequence[Path], output: Path
     # nvcc finds the runtime by itself, also where it is only a wrapper in another folder.
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh = output.with_name(f".{output.name}.{os.getpid()}")
-    exports = f"-Xlinker=--version-script={HERE / 'exports.map'}"
-    shared = [nvcc, "-shared", "-cudart=static", *flags, exports]
+    # A function that no source defines is an error here, not where the library is loaded.
+    rules = f"-Xlinker=--no-undefined,--version-script={HERE / 'exports.map'}"
+    shared = [nvcc, "-shared", "-cudart=static", *flags, rules]
     _output(*shared, *map(str, objects), "-o", str(fresh))
     fresh.replace(output)
 

@@ -11,13 +11,13 @@ constexpr int64_t kStretchesOfBlock = kThreads / 16;  // as in kernels_sums.h
 }  // namespace
 
 Status divergence_sums(const DivergenceArgs* args) {
+  if (!known(args->kind)) return Status::kUnknownKind;
   if (args->num_models != 1 || args->numel < 0 || args->columns < 0) {
     return refuse("num_models or numel");
   }
   const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
   if (args->columns > 0 && args->numel % args->columns != 0) return refuse("columns");
   if (args->num_chunks != (args->numel + length - 1) / length) return refuse("num_chunks");
-  if (args->kind < Divergence::kMaxima || args->kind > Divergence::kAll) return refuse("kind");
   if (args->numel == 0) return Status::kOk;  // nothing has no address
   if (args->base.data == nullptr || args->table == nullptr) return refuse("null argument");
   Record<RowsHead, Model> record(1);
@@ -25,10 +25,9 @@ Status divergence_sums(const DivergenceArgs* args) {
   record.head().out = args->table;
   record.head().stride = args->num_chunks;
   record.head().columns = args->columns;
-  for (int step = 0; step < 3; ++step) {
-    const auto kind = static_cast<Divergence>(step);
-    if (args->kind != kind && args->kind != Divergence::kAll) continue;
-    const Kernel kernel = divergence_kernel_of(kind_of(operands, args->compute), kind);
+  for (const Divergence step : kDivergenceSteps) {
+    if (args->kind != step && args->kind != Divergence::kAll) continue;
+    const Kernel kernel = divergence_kernel_of(kind_of(operands, args->compute), step);
     const Status status = record.run_blocks(
         args->execution, kernel, (args->num_chunks + kStretchesOfBlock - 1) / kStretchesOfBlock);
     if (status != Status::kOk) return status;

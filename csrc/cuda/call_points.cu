@@ -60,9 +60,9 @@ Status sparse_merge(const SparseArgs* args) {
 }
 
 Status pointwise(const PointwiseArgs* args) {
+  if (!known(args->op)) return Status::kUnknownKind;
   if (const char* why = unfit_call(*args)) return refuse(why);
   if (args->base.data == nullptr) return refuse("null argument");
-  if (args->op < Pointwise::kNearswap || args->op > Pointwise::kSce) return refuse("op");
   if (args->num_reals != pointwise_reals(args->op, args->num_models)) return refuse("num_reals");
   using AnyRecord = Record<Head, Model>;
   const bool wide = args->compute == Dtype::kF64;

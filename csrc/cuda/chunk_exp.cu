@@ -3,7 +3,7 @@
 namespace pymerge {
 namespace cuda {
 
-Kernel exp_kernel_of(Kind kind, int num_models) {
+Kernel pcb_exp_sums(Kind kind, int num_models, bool) {
   return pick_pairs<ExpPairs, kUnrolledPoints>(kind, num_models);
 }
 

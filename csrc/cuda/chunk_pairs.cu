@@ -3,9 +3,12 @@
 namespace pymerge {
 namespace cuda {
 
-Kernel pairs_kernel_of(Kind kind, int num_models, SumsKind sums) {
-  return sums == SumsKind::kGram ? pick_pairs<GramPairs, kUnrolledPoints>(kind, num_models)
-                                 : pick_pairs<ExtremePairs, kUnrolledPoints>(kind, num_models);
+Kernel gram_sums(Kind kind, int num_models, bool) {
+  return pick_pairs<GramPairs, kUnrolledPoints>(kind, num_models);
+}
+
+Kernel pcb_extremes_sums(Kind kind, int num_models, bool) {
+  return pick_pairs<ExtremePairs, kUnrolledPoints>(kind, num_models);
 }
 
 }  // namespace cuda

@@ -1,3 +1,4 @@
+// Which kernel makes the sums of a kind. Those over pairs of models have files of their own.
 #include "cuda/kernels_sums.h"
 
 namespace pymerge {
@@ -13,26 +14,25 @@ Kernel pick_terms(Kind kind) {
 
 }  // namespace
 
-Kernel sums_kernel(Kind kind, int num_models, SumsKind sums, bool ranks) {
+Kernel sparse_sums(Kind kind, int, bool ranks) {
+  return ranks ? pick_terms<SparseTerms<KeptByRank>>(kind)
+               : pick_terms<SparseTerms<KeptByKey<true, true>>>(kind);
+}
+
+Kernel dots_sums(Kind kind, int, bool) { return pick_terms<DotTerms>(kind); }
+Kernel statistics_sums(Kind kind, int, bool) { return pick_terms<StatisticsTerms>(kind); }
+Kernel ram_counts_sums(Kind kind, int, bool) { return pick_terms<RamTerms>(kind); }
+Kernel emr_sums(Kind kind, int, bool) { return pick_terms<EmrTerms>(kind); }
+Kernel sce_sums(Kind kind, int, bool) { return pick_terms<SceTerms>(kind); }
+
+Kernel sums_kernel_of(Kind kind, int num_models, SumsKind sums, bool ranks) {
   switch (sums) {
-    case SumsKind::kSparse:
-      return ranks ? pick_terms<SparseTerms<KeptByRank>>(kind)
-                   : pick_terms<SparseTerms<KeptByKey<true, true>>>(kind);
-    case SumsKind::kDots:
-      return pick_terms<DotTerms>(kind);
-    case SumsKind::kStatistics:
-      return pick_terms<StatisticsTerms>(kind);
-    case SumsKind::kRamCounts:
-      return pick_terms<RamTerms>(kind);
-    case SumsKind::kEmr:
-      return pick_terms<EmrTerms>(kind);
-    case SumsKind::kSce:
-      return pick_terms<SceTerms>(kind);
-    case SumsKind::kPcbExp:
-      return exp_kernel_of(kind, num_models);
-    default:
-      return pairs_kernel_of(kind, num_models, sums);
+#define PM_SUMS(of_kind, name, rows, reals, inputs) \
+  case SumsKind::of_kind:                           \
+    return name##_sums(kind, num_models, ranks);
+#include "sums.def"
   }
+  return nullptr;
 }
 
 }  // namespace cuda

@@ -3,17 +3,31 @@
 namespace pymerge {
 namespace cuda {
 
-Kernel divergence_kernel_of(Kind kind, Divergence divergence) {
+namespace {
+
+template <class Io, class Terms, Divergence kStep>
+Kernel step_kernel() {
+  constexpr DivergenceRows rows = divergence_rows(kStep);
+  static_assert(rows.count == Terms::kSlots, "a sum for each row");
+  return divergence_kernel<Io, Terms, rows.first>;
+}
+
+}  // namespace
+
+Kernel divergence_kernel_of(Kind kind, Divergence step) {
   return by_kind(kind.dtype, kind.mixed, [&](auto io) -> Kernel {
     using Io = decltype(io);
-    switch (divergence) {
+    switch (step) {
       case Divergence::kMaxima:
-        return divergence_kernel<Io, LargestOfRow, 0>;
+        return step_kernel<Io, LargestOfRow, Divergence::kMaxima>();
       case Divergence::kExp:
-        return divergence_kernel<Io, ExpOfRow, 2>;
-      default:
-        return divergence_kernel<Io, DivergenceOfRow, 4>;
+        return step_kernel<Io, ExpOfRow, Divergence::kExp>();
+      case Divergence::kDivergence:
+        return step_kernel<Io, DivergenceOfRow, Divergence::kDivergence>();
+      case Divergence::kAll:
+        break;  // one step after the other
     }
+    return nullptr;
   });
 }
 

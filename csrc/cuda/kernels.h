@@ -47,10 +47,8 @@ Kernel pointwise_kernel_of(Kind kind, int num_models, Pointwise op);
 Kernel row_sum_kernel_of(Kind kind);
 Kernel divergence_kernel_of(Kind kind, Divergence divergence);
 Kernel importance_kernel_of(Kind kind, bool merge);
-Kernel sums_kernel(Kind kind, int num_models, SumsKind sums, bool ranks);
+Kernel sums_kernel_of(Kind kind, int num_models, SumsKind sums, bool ranks);
 Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge);
-Kernel pairs_kernel_of(Kind kind, int num_models, SumsKind sums);
-Kernel exp_kernel_of(Kind kind, int num_models);
 Kernel pcb_paper(int num_models, bool merge);
 
 // Of one dtype: Bf16, F16 or F32. Large families are compiled once for each, all in parallel. Of
@@ -63,6 +61,11 @@ template <class Io>
 Kernel sparse_of_dtype(int num_models, SparseForm form, bool elect);
 template <class Io>
 Kernel pointwise_of_dtype(int num_models, Pointwise op);
+
+// Of one kind of sums. `ranks`: they decide what sparse keeps.
+#define PM_SUMS(kind, name, rows, reals, inputs) \
+  Kernel name##_sums(Kind kind, int num_models, bool ranks);
+#include "sums.def"
 
 // Picks from kernels that are templates over the number of models.
 template <template <int> class Instance, int... K>

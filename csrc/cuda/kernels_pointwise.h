@@ -7,31 +7,18 @@
 namespace pymerge {
 namespace cuda {
 
-// Unrolled for up to `most` models; nearswap has one.
+// Unrolled for up to `most` models, or for as many as the kind looks at.
 template <class Io, int most>
 Kernel pick_pointwise(int num_models, Pointwise op) {
+  constexpr int K = most;
   switch (op) {
-    case Pointwise::kNearswap:
-      return PointInstances<Io, PointwisePoint<Pointwise::kNearswap>>::template pick<(
-          most < 1 ? most : 1)>(num_models);
-    case Pointwise::kRam:
-      return PointInstances<Io, PointwisePoint<Pointwise::kRam>>::template pick<most>(num_models);
-    case Pointwise::kMagmax:
-      return PointInstances<Io, PointwisePoint<Pointwise::kMagmax>>::template pick<most>(
-          num_models);
-    case Pointwise::kConsensus:
-      return PointInstances<Io, PointwisePoint<Pointwise::kConsensus>>::template pick<most>(
-          num_models);
-    case Pointwise::kTall:
-      return PointInstances<Io, PointwisePoint<Pointwise::kTall>>::template pick<most>(num_models);
-    case Pointwise::kEmr:
-      return PointInstances<Io, PointwisePoint<Pointwise::kEmr>>::template pick<most>(num_models);
-    case Pointwise::kVariance:
-      return PointInstances<Io, PointwisePoint<Pointwise::kVariance>>::template pick<most>(
-          num_models);
-    default:
-      return PointInstances<Io, PointwisePoint<Pointwise::kSce>>::template pick<most>(num_models);
+#define PM_POINTWISE(kind, name, reals, models)                                 \
+  case Pointwise::kind:                                                         \
+    return PointInstances<Io, PointwisePoint<Pointwise::kind>>::template pick<( \
+        most < (models) ? most : (models))>(num_models);
+#include "pointwise.def"
   }
+  return nullptr;
 }
 
 }  // namespace cuda

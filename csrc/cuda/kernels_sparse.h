@@ -23,9 +23,10 @@ Kernel pick_sparse(int num_models, SparseForm form, bool elect) {
       return pick_sparse_kept<Io, most, KeptByKey<false, true>>(num_models, elect);
     case SparseForm::kBoth:
       return pick_sparse_kept<Io, 0, KeptByKey<true, true>>(num_models, elect);
-    default:
+    case SparseForm::kRanks:
       return pick_sparse_kept<Io, 0, KeptByRank>(num_models, elect);
   }
+  return nullptr;
 }
 
 }  // namespace cuda

@@ -209,9 +209,10 @@ Kernel pick_ties(int num_models, TiesForm form) {
       return TiesInstances<Io, TiesForm::kWeighted>::pick(num_models);
     case TiesForm::kSigns:
       return TiesInstances<Io, TiesForm::kSigns>::pick(num_models);
-    default:
+    case TiesForm::kCareful:
       return TiesInstances<Io, TiesForm::kCareful>::pick(num_models);
   }
+  return nullptr;
 }
 
 }  // namespace cuda

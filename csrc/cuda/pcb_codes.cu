@@ -11,9 +11,10 @@ Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge) {
       return pick_pcb<PcbVariant::kVision>(num_models, merge);
     case PcbVariant::kVisionEs:
       return pick_pcb<PcbVariant::kVisionEs>(num_models, merge);
-    default:
+    case PcbVariant::kPaper:
       return pcb_paper(num_models, merge);
   }
+  return nullptr;
 }
 
 }  // namespace cuda

@@ -21,24 +21,9 @@ struct PointwisePoint {
     finite = finite & is_finite(base);
 #pragma unroll
     for (int k = 0; k < (K > 0 ? K : count); ++k) finite = finite & is_finite(load(k));
-    switch (kOp) {
-      case Pointwise::kNearswap:
-        return nearswap_point(base, load, call);
-      case Pointwise::kRam:
-        return ram_point(base, load, call);
-      case Pointwise::kMagmax:
-        return magmax_point(base, load, call);
-      case Pointwise::kConsensus:
-        return consensus_point(base, load, call);
-      case Pointwise::kTall:
-        return tall_point(base, load, call);
-      case Pointwise::kEmr:
-        return emr_point(base, load, call);
-      case Pointwise::kVariance:
-        return variance_point(base, load, call);
-      default:
-        return sce_point(base, load, call);
-    }
+#define PM_POINTWISE(kind, name, reals, models) \
+  if constexpr (kOp == Pointwise::kind) return name##_point(base, load, call);
+#include "pointwise.def"
   }
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,41 +12,17 @@ __all__ = [
     "DIVERGENCE",
     "DIVERGENCE_ROWS",
     "DIVERGENCE_STEPS",
-    "POINTWISE",
-    "SUMS",
     "Kept",
     "SparseMerge",
     "check_divergences",
+    "check_kind",
     "divergence_columns",
     "padded",
     "sums_shape",
 ]
 
-# Codes of csrc/kernel_table.h.
-POINTWISE = {
-    name: code
-    for code, name in enumerate(
-        ("nearswap", "ram", "magmax", "consensus", "tall", "emr", "variance", "sce")
-    )
-}
-SUMS = {
-    name: code
-    for code, name in enumerate(
-        (
-            "sparse",
-            "gram",
-            "pcb_extremes",
-            "pcb_exp",
-            "dots",
-            "statistics",
-            "ram_counts",
-            "emr",
-            "sce",
-        )
-    )
-}
-# The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many. Codes
-# are the order.
+# The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many;
+# csrc/divergence.def has the same.
 DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
 DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # what "all" is made of
 DIVERGENCE_ROWS = 5
@@ -89,12 +65,18 @@ class SparseMerge:
     bare: bool = False
 
 
+def check_kind(op: str, kind: str, known: Iterable[str], backend: str) -> None:
+    """Raise ValueError unless a kind of an op is one of those that a backend knows."""
+    kinds = list(known)
+    if kind not in kinds:
+        raise ValueError(
+            f"backend {backend!r}: {op}: expected one of {', '.join(kinds)}; got {kind!r}"
+        )
+
+
 def divergence_columns(kind: str, table: Any, numel: int, columns: int, backend: str) -> int:
     """Return the columns of a table of divergences; raise ValueError if it has another shape."""
-    if kind not in DIVERGENCE:
-        raise ValueError(
-            f"backend {backend!r}: kind: expected one of {', '.join(DIVERGENCE)}; got {kind!r}"
-        )
+    check_kind("divergence_sums_", kind, DIVERGENCE, backend)
     shape = DIVERGENCE_ROWS, -(-numel // (columns or SUM_CHUNK))
     if tuple(table.shape) != shape:
         raise ValueError(
@@ -118,7 +100,7 @@ def padded(numel: int) -> int:
 
 
 def sums_shape(kind: str, models: int, numel: int, columns: int) -> tuple[int, int]:
-    """Return the shape of the partial sums of a kind."""
+    """Return the shape of the partial sums of a kind; csrc/sums.def has the same rows."""
     pairs = models * (models + 1) // 2
     rows = {
         "sparse": 2 * models,

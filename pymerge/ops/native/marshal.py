@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymerge.ops.arguments import (
-    DIVERGENCE,
-    POINTWISE,
-    SUMS,
     Kept,
     SparseMerge,
     check_divergences,
     divergence_columns,
     padded,
-    sums_shape,
 )
 from pymerge.ops.array import Flat
 from pymerge.ops.constants import HOT_CHUNK
@@ -226,7 +222,7 @@ def pointwise(
         common_arguments(base, models, wide),
         operand(out, models[0].numel()),
         counters_at(stats, least=3),
-        POINTWISE[op],
+        op,
         reals,
     )
 
@@ -241,16 +237,11 @@ def chunk_sums(
     columns: int,
     wide: bool,
 ) -> None:
-    shape = sums_shape(kind, len(models), models[0].numel(), columns)
-    if tuple(partials.shape) != shape:
-        raise ValueError(
-            f"backend 'cpu': expected partials of shape {shape}, got {tuple(partials.shape)}"
-        )
     native().chunk_sums(
         common_arguments(base, models, wide),
         counters_at(partials, "float64"),
-        shape[1],
-        SUMS[kind],
+        tuple(partials.shape),
+        kind,
         columns,
         *kept.numbers(),
         kept.start,
@@ -333,7 +324,7 @@ def divergence_sums(
 ) -> None:
     count = divergence_columns(kind, table, base.numel(), columns, NAME)
     common, address = common_arguments(base, [model], wide), counters_at(table, "float64")
-    native().divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
+    native().divergence_sums(common, address, count, kind, columns)
 
 
 def row_importance(

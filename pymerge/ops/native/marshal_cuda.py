@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pymerge.ops.arguments import (
-    DIVERGENCE,
-    POINTWISE,
-    SUMS,
     Kept,
     SparseMerge,
     check_divergences,
     divergence_columns,
-    sums_shape,
 )
 from pymerge.ops.constants import HOT_CHUNK
 from pymerge.ops.native.device import NOTHING, Call
@@ -202,9 +198,7 @@ def pointwise(
 ) -> None:
     call = Call(out)
     common = call.common(base, models, wide)
-    call.native.pointwise(
-        common, call.address(out), call.counters(stats, least=3), POINTWISE[op], reals
-    )
+    call.native.pointwise(common, call.address(out), call.counters(stats, least=3), op, reals)
 
 
 def chunk_sums(
@@ -218,12 +212,11 @@ def chunk_sums(
     wide: bool,
 ) -> None:
     call = Call(models[0])
-    shape = sums_shape(kind, len(models), call.numel, columns)
     call.native.chunk_sums(
         call.common(base, models, wide),
-        call.table(partials, shape),
-        shape[1],
-        SUMS[kind],
+        call.counters(partials, "float64"),
+        tuple(partials.shape),
+        kind,
         columns,
         *kept.numbers(),
         kept.start,
@@ -317,7 +310,7 @@ def divergence_sums(
     call = Call(base)
     count = divergence_columns(kind, table, call.numel, columns, NAME)
     common, address = call.common(base, [model], wide), call.counters(table, "float64")
-    call.native.divergence_sums(common, address, count, list(DIVERGENCE).index(kind), columns)
+    call.native.divergence_sums(common, address, count, kind, columns)
 
 
 def row_importance(

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from pymerge.ops.arguments import DIVERGENCE_STEPS
+from pymerge.ops.arguments import DIVERGENCE, DIVERGENCE_STEPS, check_kind
 from pymerge.ops.reference.sums import added, chunks_of, extremes
 from pymerge.ops.reference.value import scalar, widened
 
@@ -87,6 +87,7 @@ def divergence_sums(
 ) -> None:
     """Row by row, or chunk by chunk: maxima, sums of exp(x - maximum), then the divergence
     KL(softmax(model) || softmax(base)) with 1e-8 added to each probability."""
+    check_kind("divergence_sums_", kind, DIVERGENCE, "reference")
     if base.numel() == 0:
         return
     if kind == "all":

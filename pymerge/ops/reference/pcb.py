@@ -196,13 +196,12 @@ def pcb_merge(
 
 def pcb_rows(
     kind: str,
-    base: torch.Tensor | None,
+    base: torch.Tensor,
     models: Sequence[torch.Tensor],
     reals: Sequence[float],
 ) -> list[tuple[str, torch.Tensor]]:
     """Return what the paper's softmax needs of each pair: extremes of the products (least, largest)
     or exp(x_ij), then exp(K x_kk); reals: min and inverse range of each pair."""
-    assert base is not None
     taus = _taus(base, models)
     pairs = _pairs(len(taus))
     if kind == "pcb_extremes":

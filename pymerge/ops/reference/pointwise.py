@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pymerge.ops.arguments import check_kind
 from pymerge.ops.reference.value import Element, keys, scalar
 
-__all__ = ["pointwise"]
+__all__ = ["POINTWISE", "pointwise"]
 
 
 def _nearswap(element: Element, reals: Sequence[float]) -> torch.Tensor:
@@ -93,7 +94,7 @@ def _sce(element: Element, reals: Sequence[float]) -> torch.Tensor:
     return element.base + torch.where(total.isnan(), total, merged)
 
 
-_POINTWISE: dict[str, Callable[[Element, Sequence[float]], torch.Tensor]] = {
+POINTWISE: dict[str, Callable[[Element, Sequence[float]], torch.Tensor]] = {
     "nearswap": _nearswap,
     "ram": _ram,
     "magmax": _magmax,
@@ -115,5 +116,6 @@ def pointwise(
     wide: bool,
 ) -> None:
     """A method that looks at each element alone."""
+    check_kind("pointwise_", op, POINTWISE, "reference")
     stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, *models)))
-    out.copy_(_POINTWISE[op](Element(base, models, wide), reals).to(out.dtype))
+    out.copy_(POINTWISE[op](Element(base, models, wide), reals).to(out.dtype))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from pymerge.ops.arguments import Kept
+from pymerge.ops.arguments import Kept, check_kind
 from pymerge.ops.constants import SUM_CHUNK, SUM_LANES
 from pymerge.ops.reference.pcb import pcb_rows
 from pymerge.ops.reference.sparse import kept_values
 from pymerge.ops.reference.value import Element, keys, scalar
 
-__all__ = ["added", "chunk_sums", "chunks_of", "extremes"]
+__all__ = ["SUMS", "added", "chunk_sums", "chunks_of", "extremes"]
 
 Row = tuple[str, torch.Tensor]  # how ("sum", "min", "max"), values
+Rows = Callable[[Element, Sequence[float], Kept], list[Row]]  # of an element, reals, what is kept
 _AT_ONCE = 1 << 20
 
 
@@ -51,38 +52,65 @@ def added(chunks: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _sum_rows(kind: str, element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
-    """Return what is added up, row by row: values, and how ("sum", "min", "max")."""
-    deltas = element.deltas
-    if kind == "gram":
-        doubles = [delta.to(torch.float64) for delta in deltas]
-        return [("sum", a * b) for i, a in enumerate(doubles) for b in doubles[i:]]
-    if kind == "dots":
-        gradient = element.models[-1].to(torch.float64)
-        return [("sum", gradient * delta.to(torch.float64)) for delta in deltas[:-1]]
-    if kind == "sparse":
-        pairs = [(delta, kept_values(delta, k, kept)) for k, delta in enumerate(deltas)]
-        return [("sum", values.abs()) for pair in pairs for values in pair]
-    if kind == "statistics":
-        rows: list[Row] = []
-        for delta in deltas:
-            double = delta.to(torch.float64)
-            rows += [("min", delta), ("max", delta), ("sum", delta.abs()), ("sum", double * double)]
-        return rows
-    if kind == "ram_counts":
-        active = [delta.abs() > scalar(reals[0], delta) for delta in deltas]
-        count = torch.stack(active).sum(dim=0)
-        masks = [mask for own in active for mask in (own & (count == 1), own & (count > 1))]
-        return [("sum", mask.to(torch.float64)) for mask in masks]
-    if kind == "emr":
-        positive, largest = element.unified()
-        own = deltas[int(reals[0])]
-        agrees = torch.where(positive, own > 0, own < 0)
-        return [("sum", own.abs()), ("sum", torch.where(agrees, largest, element.zero))]
-    assert kind == "sce"
+def _gram(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    doubles = [delta.to(torch.float64) for delta in element.deltas]
+    return [("sum", a * b) for i, a in enumerate(doubles) for b in doubles[i:]]
+
+
+def _dots(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    gradient = element.models[-1].to(torch.float64)
+    return [("sum", gradient * delta.to(torch.float64)) for delta in element.deltas[:-1]]
+
+
+def _sparse(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    pairs = [(delta, kept_values(delta, k, kept)) for k, delta in enumerate(element.deltas)]
+    return [("sum", values.abs()) for pair in pairs for values in pair]
+
+
+def _statistics(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    rows: list[Row] = []
+    for delta in element.deltas:
+        double = delta.to(torch.float64)
+        rows += [("min", delta), ("max", delta), ("sum", delta.abs()), ("sum", double * double)]
+    return rows
+
+
+def _ram_counts(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    active = [delta.abs() > scalar(reals[0], delta) for delta in element.deltas]
+    count = torch.stack(active).sum(dim=0)
+    masks = [mask for own in active for mask in (own & (count == 1), own & (count > 1))]
+    return [("sum", mask.to(torch.float64)) for mask in masks]
+
+
+def _emr(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
+    positive, largest = element.unified()
+    own = element.deltas[int(reals[0])]
+    agrees = torch.where(positive, own > 0, own < 0)
+    return [("sum", own.abs()), ("sum", torch.where(agrees, largest, element.zero))]
+
+
+def _sce(element: Element, reals: Sequence[float], kept: Kept) -> list[Row]:
     chosen = keys(element.variance()) >= kept.lo[0]
-    masked = [torch.where(chosen, delta, element.zero).to(torch.float64) for delta in deltas]
-    return [("sum", values * values) for values in masked]
+    deltas = [torch.where(chosen, delta, element.zero) for delta in element.deltas]
+    return [("sum", delta.to(torch.float64) * delta.to(torch.float64)) for delta in deltas]
+
+
+def _pcb(kind: str) -> Rows:
+    return lambda element, reals, kept: pcb_rows(kind, element.base, element.models, reals)
+
+
+# What is added up, row by row: values, and how.
+SUMS: dict[str, Rows] = {
+    "sparse": _sparse,
+    "gram": _gram,
+    "pcb_extremes": _pcb("pcb_extremes"),
+    "pcb_exp": _pcb("pcb_exp"),
+    "dots": _dots,
+    "statistics": _statistics,
+    "ram_counts": _ram_counts,
+    "emr": _emr,
+    "sce": _sce,
+}
 
 
 def extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
@@ -104,10 +132,8 @@ def chunk_sums(
     wide: bool,
 ) -> None:
     """Sums in a fixed order: SumsArgs in csrc/kernel_table.h says of what."""
-    if kind.startswith("pcb"):
-        rows = pcb_rows(kind, base, models, reals)
-    else:
-        rows = _sum_rows(kind, Element(base, models, wide), reals, kept)
+    check_kind("chunk_sums_", kind, SUMS, "reference")
+    rows = SUMS[kind](Element(base, models, wide), reals, kept)
     if models[0].numel() == 0:
         return
     summed = [number for number, (how, _) in enumerate(rows) if how == "sum"]

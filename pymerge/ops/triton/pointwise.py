@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.ops.arguments import check_kind
 from pymerge.ops.triton.library import asked, check, check_counters, check_reals, run
 
-__all__ = ["pointwise"]
+__all__ = ["REALS", "pointwise"]
 
-# Numbers of a method beside those of each model, and whether there are those.
-_REALS = {
+# Numbers of a method beside those of each model, and whether there are those: csrc/pointwise.def.
+REALS = {
     "nearswap": (2, False),
     "ram": (1, True),
     "magmax": (1, False),
@@ -35,9 +36,10 @@ def pointwise(
     wide: bool,
 ) -> None:
     numel, count = base.numel(), len(models)
+    check_kind("pointwise_", op, REALS, "triton")
     check(numel, out, base, *models)
     check_counters(stats, torch.int64, least=3)
-    own, of_each = _REALS[op]
+    own, of_each = REALS[op]
     check_reals(op, reals, own + (count if of_each else 0), count)
     which = 0
     if op in _ASKS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pymerge.ops.arguments import Kept, sums_shape
+from pymerge.ops.arguments import Kept, check_kind, sums_shape
 from pymerge.ops.constants import SUM_CHUNK
 from pymerge.ops.triton.library import (
     asked,
@@ -20,10 +20,10 @@ from pymerge.ops.triton.library import (
 )
 from pymerge.ops.triton.sparse import decides, rules_of
 
-__all__ = ["chunk_sums"]
+__all__ = ["ROWS", "chunk_sums"]
 
 # Rows of sums that belong together, and to what: each model, each pair, or all models.
-_ROWS = {
+ROWS = {
     "sparse": (2, "model"),
     "gram": (1, "pair"),
     "dots": (1, "pair"),
@@ -67,6 +67,7 @@ def chunk_sums(
     wide: bool,
 ) -> None:
     numel, count = models[0].numel(), len(models)
+    check_kind("chunk_sums_", kind, ROWS, "triton")
     check(numel, base, *models)
     shape = sums_shape(kind, count, numel, columns)
     if tuple(partials.shape) != shape:
@@ -82,7 +83,7 @@ def chunk_sums(
     integers, numbers = _tables_of(kind, count, reals, kept, wide)
     rows, units = shape[0], 1
     if loops_over("chunk_sums", models):
-        rows, of = _ROWS[kind]
+        rows, of = ROWS[kind]
         if of == "pair":
             pairs = _pairs(kind, count)
             units = len(pairs)
