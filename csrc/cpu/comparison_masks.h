@@ -1,6 +1,7 @@
 // Bit masks of a chunk of task vectors (bit i: element i), and what is counted with them.
 #pragma once
 
+#include "cpu/elementwise.h"
 #include "cpu/sum_lanes.h"
 
 namespace pymerge {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/comparison_masks.h"
-#include "cpu/kernels_sums.h"
+#include "cpu/elementwise.h"
 
 namespace pymerge {
 namespace {

@@ -2,7 +2,8 @@
 // and their dot products with a gradient. The same bits as those of dense task vectors with zeros.
 #pragma once
 
-#include "cpu/kernels_sums.h"
+#include "cpu/elementwise.h"
+#include "cpu/sum_lanes.h"
 
 namespace pymerge {
 namespace {

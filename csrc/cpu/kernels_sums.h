@@ -3,6 +3,7 @@
 // is exact or rounded once: products of two floats fit a double.
 #pragma once
 
+#include "cpu/elementwise.h"
 #include "cpu/pcb_sums.h"
 #include "cpu/sum_lanes.h"
 #include "math/sparse.h"

@@ -31,8 +31,8 @@
 
 #include <cmath>
 
-#include "cpu/elementwise.h"
 #include "cpu/lane_choice.h"
+#include "cpu/simd.h"
 #include "math/pcb.h"
 
 namespace pymerge {

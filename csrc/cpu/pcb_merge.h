@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/compact.h"
+#include "cpu/elementwise.h"
 #include "cpu/pcb_filter.h"
 #include "cpu/pcb_scores.h"
 #include "cpu/pcb_single.h"

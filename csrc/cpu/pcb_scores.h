@@ -1,7 +1,7 @@
 // PCB-Merging: the scores of a vector of elements, and loops for each variant and number of models.
 #pragma once
 
-#include "cpu/elementwise.h"
+#include "cpu/simd.h"
 #include "math/pcb.h"
 
 namespace pymerge {

@@ -1,7 +1,7 @@
 // What the sums of a chunk are made of: vectors of its lanes, and products added to them.
 #pragma once
 
-#include "cpu/elementwise.h"
+#include "cpu/simd.h"
 
 namespace pymerge {
 namespace {

@@ -1,4 +1,5 @@
 #include "cuda/kernels_sums.h"
+#include "cuda/sum_terms.h"
 
 namespace pymerge {
 namespace cuda {

@@ -1,5 +1,7 @@
 // Which kernel makes the sums of a kind. Those over pairs of models have files of their own.
 #include "cuda/kernels_sums.h"
+#include "cuda/sparse_points.h"
+#include "cuda/sum_terms.h"
 
 namespace pymerge {
 namespace cuda {

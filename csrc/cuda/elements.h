@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/table.h"
-#include "cuda/values.h"
+#include "math/value.h"
 
 namespace pymerge {
 namespace cuda {

@@ -4,6 +4,8 @@
 
 #include "cuda/elements.h"
 #include "cuda/kernels_ties.h"
+#include "cuda/values.h"
+#include "math/weighted_sum.h"
 
 namespace pymerge {
 namespace cuda {

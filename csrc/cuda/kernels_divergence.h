@@ -5,6 +5,7 @@
 
 #include "cuda/kernels_sums.h"
 #include "cuda/reduce.h"
+#include "cuda/values.h"
 #include "math/divergence.h"
 
 namespace pymerge {

@@ -8,6 +8,7 @@
 #include "cuda/elements.h"
 #include "cuda/kernels.h"
 #include "cuda/reduce.h"
+#include "cuda/values.h"
 
 namespace pymerge {
 namespace cuda {

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "cuda/kernels_sums.h"
+#include "cuda/sum_terms.h"
+#include "math/weighted_sum.h"
 
 namespace pymerge {
 namespace cuda {

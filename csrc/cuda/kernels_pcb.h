@@ -5,6 +5,7 @@
 #include "cuda/elements.h"
 #include "cuda/kernels.h"
 #include "cuda/reduce.h"
+#include "cuda/values.h"
 #include "math/pcb.h"
 
 namespace pymerge {

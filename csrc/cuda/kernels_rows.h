@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/elements.h"
-#include "cuda/kernels.h"
 #include "cuda/reduce.h"
+#include "cuda/values.h"
 
 namespace pymerge {
 namespace cuda {

@@ -8,7 +8,6 @@
 
 #include "cuda/elements.h"
 #include "cuda/kernels.h"
-#include "cuda/sum_terms.h"
 
 namespace pymerge {
 namespace cuda {

@@ -4,6 +4,8 @@
 #include "cuda/elements.h"
 #include "cuda/kernels.h"
 #include "cuda/reduce.h"
+#include "cuda/values.h"
+#include "math/weighted_sum.h"
 
 namespace pymerge {
 namespace cuda {

@@ -1,6 +1,7 @@
 // Methods that look at each element by itself: math/pointwise.h.
 #pragma once
 
+#include "cuda/table.h"
 #include "cuda/values.h"
 #include "math/pointwise.h"
 

@@ -3,8 +3,10 @@
 // computed again rather than kept.
 #pragma once
 
+#include "cuda/table.h"
 #include "cuda/values.h"
 #include "math/sparse.h"
+#include "math/ties.h"
 
 namespace pymerge {
 namespace cuda {

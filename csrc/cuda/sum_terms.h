@@ -4,8 +4,10 @@
 // together by join(slot, a, b).
 #pragma once
 
-#include "cuda/sparse_points.h"
+#include "cuda/table.h"
+#include "cuda/values.h"
 #include "math/pcb.h"
+#include "math/sparse.h"
 
 namespace pymerge {
 namespace cuda {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/values.h"
+#include "math/ties.h"
 
 namespace pymerge {
 namespace cuda {

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "cuda/intrinsics.h"
-#include "math/ties.h"
-#include "math/weighted_sum.h"
+#include "math/value.h"
 
 namespace pymerge {
 

@@ -7,6 +7,8 @@
 // from the inputs themselves, each is exact to a few units in the last place, however small.
 #pragma once
 
+#include <cstdint>
+
 #include "math/value.h"
 
 namespace pymerge {

@@ -3,6 +3,8 @@
 // Within 2 units in the last place of the exact value.
 #pragma once
 
+#include <cstdint>
+
 #include "math/value.h"
 
 namespace pymerge {

@@ -16,6 +16,8 @@
 //          out = base + scale * sum_i l_i c_i s_i / max(sum_i s_i, 1e-12)
 #pragma once
 
+#include <cstdint>
+
 #include "math/functions.h"
 
 namespace pymerge {

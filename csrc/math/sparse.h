@@ -12,6 +12,8 @@
 //   out = base + scale m
 #pragma once
 
+#include <cstdint>
+
 #include "math/value.h"
 
 namespace pymerge {

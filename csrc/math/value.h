@@ -6,9 +6,6 @@
 // instruction sets into one library, and a shared symbol would let one set's code run on another.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #if defined(__CUDACC__)
 #define PM_INLINE static __device__ __forceinline__
 // What is indexed in a loop stays in registers only where the loop is unrolled.
