@@ -15,7 +15,8 @@ from pymerge import _C
 from pymerge.ops.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
 from pymerge.ops.reference.pointwise import POINTWISE
 from pymerge.ops.reference.sums import SUMS
-from pymerge.ops.triton import pointwise as triton, sums as triton_sums
+from pymerge.ops.triton import pointwise as triton
+from pymerge.ops.triton import sums as triton_sums
 from tests.case import make_inputs
 from tests.cases import CASES
 from tests.conftest import BACKEND_IDS, NATIVE
