@@ -1,4 +1,4 @@
-"""The model card: a README.md that says what was merged and how, as the hub reads it."""
+"""The model card: a README.md that describes what was merged and how, in the hub's format."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def model_card(
 
     Args:
         name: of the model, usually that of its directory.
-        config: what was merged.
+        config: the configuration that was merged.
         version: of pymerge.
-        side_files: names of the files copied beside the weights; a config.json among them makes it
-            a model of the transformers library.
-        search: what chose the coefficients; see `pymerge.search`.
+        side_files: names of the files copied beside the weights; if config.json is among them, it
+            is a model of the transformers library.
+        search: how the coefficients were chosen; see `pymerge.search`.
     """
     method = config.method
     metadata: dict[str, object] = {}
@@ -94,12 +94,12 @@ def _searched(search: Mapping[str, Any]) -> str:
 
 
 def _shown(path: str) -> str:
-    """Return a path without the directories of the machine it was merged on."""
+    """Return a path without the directories of the machine on which it was merged."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def _code(text: str) -> str:
-    """Return text as inline code, whatever backticks and line breaks it holds."""
+    """Return text as inline code, whatever backticks and line breaks it contains."""
     text = " ".join(text.split())
     ticks = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""

@@ -18,7 +18,7 @@ _LINE_EVERY = 5.0  # seconds between plain lines
 class Recorder:
     """A Progress that keeps the seconds and bytes of each phase and, unless quiet, shows them.
 
-    Phases of equal name (a repeated pass) are added up.
+    Phases with equal names (a repeated pass) are added up.
     """
 
     def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
@@ -33,7 +33,7 @@ class Recorder:
         self._started = self._spoken = time.monotonic()
 
     def phase(self, name: str, total_bytes: int) -> None:
-        """Begin a phase; the one before ends."""
+        """Begin a phase, which ends the previous one."""
         self._end()
         self._name, self._total, self._done = name, total_bytes, 0
         self._started = self._spoken = time.monotonic()
@@ -93,7 +93,7 @@ class Recorder:
         self._name = None
 
     def close(self) -> None:
-        """End the last phase and take the bar away."""
+        """End the last phase and remove the bar."""
         self._end()
         if self._bar is not None:
             self._bar.stop()

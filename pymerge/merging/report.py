@@ -29,7 +29,7 @@ _FORMAT = 1
 
 @dataclass
 class InputFile:
-    """A weight file that was read; `sha256` (hex) where checksums were asked for."""
+    """A weight file that was read; `sha256` (hex) if checksums were requested."""
 
     name: str
     bytes: int
@@ -38,7 +38,7 @@ class InputFile:
 
 @dataclass
 class InputReport:
-    """A checkpoint that was read; `label` is what messages call it."""
+    """A checkpoint that was read; `label` is its name in messages."""
 
     label: str
     path: str
@@ -47,7 +47,7 @@ class InputReport:
 
 @dataclass
 class OutputReport:
-    """What was written: file names with their sizes, and the sum."""
+    """The written files: names with their sizes, and the sum."""
 
     path: str
     shards: dict[str, int]
@@ -64,12 +64,13 @@ class Phase:
 
 @dataclass
 class MergeReport:
-    """What was merged, how, and what it took.
+    """What was merged, how, and at what cost.
 
-    `tensors` and `parameters` count the output's; `phases` are in order; `seconds` is the whole
+    `tensors` and `parameters` count the output's; `phases` are in order; `seconds` is the total
     wall time; `peak_anonymous` (RssAnon: allocated memory) and `peak_resident` (VmHWM: with mapped
-    inputs) are bytes. `backends` tells which ran each op, `why` the reason; `peak_device` is what
-    was taken of a GPU's memory; `search` says what chose the coefficients, where a search did.
+    inputs) are bytes. `backends` names the one that ran each op, `why` gives the reason;
+    `peak_device` is the peak of the GPU's memory; `search` records how the coefficients were
+    chosen, if a search chose them.
     """
 
     method: str
@@ -109,10 +110,10 @@ class MergeReport:
 
     @classmethod
     def from_json(cls, text: str) -> MergeReport:
-        """Read a report back.
+        """Return the report that a JSON text contains.
 
         Raises:
-            RequestError: not a report, or of a format this version does not know.
+            RequestError: not a report, or of a format that this version does not know.
         """
         try:
             data = json.loads(text)
@@ -131,7 +132,7 @@ class MergeReport:
             raise RequestError(f"report: not a pymerge report: {error!r}") from None
 
     def summary(self) -> str:
-        """Return a few lines for people."""
+        """Return a readable summary of a few lines."""
         files = "1 file" if len(self.output.shards) == 1 else f"{len(self.output.shards)} files"
         isa = f" ({self.isa})" if self.isa else ""
         lines = [
@@ -158,9 +159,9 @@ class MergeReport:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
+    """Return the versions of the packages on which a result depends."""
     found = {"pymerge": package_version(), "python": platform.python_version()}
-    # never imported for the version alone: that takes a second
+    # never import it only for the version: that takes a second
     torch = sys.modules.get("torch")
     found["torch"] = str(torch.__version__) if torch is not None else distribution_version("torch")
     found["platform"] = platform.platform()

@@ -1,5 +1,5 @@
-"""Structures of tensors: a tensor, a list of tensors, a state dict. Here all become dictionaries of
-tensors by name, are compared with each other, and take their structure again.
+"""Structures of tensors: a tensor, a list of tensors, a state dict. Here they are all converted to
+dictionaries of tensors by name, compared with each other, and converted back.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Tensors = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 def match_tensors(
     where: str, base: Any, models: Sequence[Any]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Return base and models as dictionaries of tensors that fit each other, by their labels, and
-    what messages call each tensor; raise RequestError listing what does not fit."""
+    """Return base and models as dictionaries of compatible tensors, by their labels, and the name
+    of each tensor in messages; raise RequestError listing what is not compatible."""
     inputs = {"base": named_tensors(base, f"{where}: base", base)}
     inputs |= {
         f"models[{k}]": named_tensors(model, f"{where}: models[{k}]", base)
@@ -40,7 +40,7 @@ def match_tensors(
 
 
 def named_tensors(value: Any, where: str, like: Any) -> dict[str, torch.Tensor]:
-    """Return a structure as a dictionary of tensors; lists get names whose order is the list's."""
+    """Return a structure as a dictionary of tensors; names of lists sort in the list's order."""
     kinds = {torch.Tensor: "a tensor", Mapping: "a state dict", Sequence: "a list of tensors"}
     kind = next((k for k in kinds if isinstance(value, k)), None)
     expected = next((k for k in kinds if isinstance(like, k)), None)
@@ -74,12 +74,12 @@ def _suffix(name: str, like: Any) -> str:
 
 
 def shown_name(name: str, like: Any) -> str:
-    """Return what messages call a tensor."""
+    """Return the name of a tensor in messages."""
     return f"tensor{_suffix(name, like)}" if _suffix(name, like) else "the tensor"
 
 
 def check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], like: Any) -> None:
-    """Raise RequestError listing everything by which tensors cannot be merged, or differ from the
+    """Raise RequestError listing every reason why tensors cannot be merged, or differ from the
     first input's: keys, shapes, dtypes, devices."""
     labels = list(inputs)
     leader, first = labels[0], inputs[labels[0]]
@@ -121,7 +121,7 @@ def check_tensors(where: str, inputs: Mapping[str, dict[str, torch.Tensor]], lik
 
 
 def _refusal(tensor: torch.Tensor) -> str | None:
-    """Say why a tensor cannot be merged, or return None."""
+    """Return why a tensor cannot be merged, or None."""
     if tensor.layout != torch.strided:
         return f"layout {tensor.layout} cannot be merged; make it dense"
     unknown = tensor.is_floating_point() and not is_float(tensor.dtype)
@@ -131,7 +131,7 @@ def _refusal(tensor: torch.Tensor) -> str | None:
 
 
 def tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """Return {name: the earlier name it shares its memory with in the first input and equals in
+    """Return {name: the earlier name with which it shares memory in the first input and equals in
     all}."""
     seen: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
@@ -153,7 +153,7 @@ def tied_names(inputs: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def structured(like: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return tensors by name as the structure that another one is: undoes `named_tensors`."""
+    """Return tensors by name in the structure of another value: undoes `named_tensors`."""
     if isinstance(like, torch.Tensor):
         return tensors[""]
     if isinstance(like, Mapping):

@@ -1,4 +1,4 @@
-"""Task vectors: what fine-tuning changed, to add, negate, scale and apply (Ilharco et al. 2023)."""
+"""Task vectors, the changes of fine-tuning: add, negate, scale, apply (Ilharco et al. 2023)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Model = Tensors | str | os.PathLike[str]
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A model, in memory or on disk; tensors on disk are mapped, not read, until they are used."""
+    """A model, in memory or on disk; tensors on disk are mapped, and read only when used."""
 
     given: Any
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
@@ -39,7 +39,7 @@ class _Side:
 
     @property
     def headers(self) -> Mapping[str, torch.Tensor]:
-        """The tensors, or meta tensors like those on disk, of which nothing is read."""
+        """Return the tensors; for those on disk, meta tensors, for which nothing is read."""
         return self.tensors.headers() if isinstance(self.tensors, _Mapped) else self.tensors
 
     def same_as(self, other: _Side) -> bool:
@@ -86,9 +86,8 @@ class TaskVector(Mapping[str, torch.Tensor]):
     """A linear combination of task vectors, sum_i c_i (theta_i - theta_0i), computed when it is
     used.
 
-    Nothing is subtracted or copied before it is asked for: `tv[name]` computes one tensor,
-        `apply_to` streams.
-    Make one with `from_models`; combine with `+`, `-`, unary `-`, `*` and `/` by a number.
+    Nothing is subtracted or copied beforehand: `tv[name]` computes one tensor, `apply_to` streams.
+    Create one with `from_models`; combine with `+`, `-`, unary `-`, `*` and `/` by a number.
 
     >>> base = {"w": torch.zeros(2)}
     >>> german = TaskVector.from_models(base, {"w": torch.tensor([1.0, 0.0])})
@@ -118,7 +117,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
         return cls([term])
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return one tensor of the combination, in float32 (float64 where an input is)."""
+        """Return one tensor of the combination, in float32 (float64 if an input is)."""
         if name not in self._terms[0].base.tensors:
             hint = nearest(name, self._terms[0].base.tensors)
             raise KeyError(f"task vector has no tensor {name!r}{hint}")
@@ -191,8 +190,8 @@ class TaskVector(Mapping[str, torch.Tensor]):
         """Return base + scale * (this task vector).
 
         Args:
-            base: a tensor, list, state dict, or path of a checkpoint; it need not be the base that
-                the task vector was made from.
+            base: a tensor, list, state dict, or path of a checkpoint; it need not be the base from
+                which the task vector was made.
             scale: the scaling coefficient (lambda).
             out: with a checkpoint as base, the directory to write; then every model must be a
                 checkpoint too, the merge is streamed, and `options` go to `merge_checkpoints`.
@@ -200,12 +199,11 @@ class TaskVector(Mapping[str, torch.Tensor]):
             backend: as in `merge`.
 
         Returns:
-            The structure of `base` (a state dict where `base` is a path); the MergeReport where
-            `out` is given.
-            Integer and boolean tensors must be equal in all models, and are copied.
+            The structure of `base` (a state dict if `base` is a path); the MergeReport if `out` is
+            given. Integer and boolean tensors must be equal in all models, and are copied.
 
         Raises:
-            RequestError: tensors that do not fit, or `out` for models in memory.
+            RequestError: tensors that are not compatible, or `out` for models in memory.
         """
         target = _Side.of(base, "base")
         first = self._terms[0].base.headers
@@ -270,7 +268,7 @@ class TaskVector(Mapping[str, torch.Tensor]):
             }
         else:
             entries = [_entry(side, weight) for side, weight in self._weighted(target, scale)]
-            # A weighted sum is of the widest dtype; what is asked for is the base's.
+            # A weighted sum has the widest dtype; the base's is wanted.
             kinds = {t.dtype for t in target.headers.values() if t.is_floating_point()}
             if dtype is None and len(kinds) > 1:
                 raise RequestError(

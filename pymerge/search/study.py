@@ -200,7 +200,7 @@ def run_search(
 
 
 def _look(settings: SearchConfig, limits: Limits) -> tuple[Space, list[dict[str, Any]], list[str]]:
-    """Open the checkpoints, headers only; return the space, the works to merge, and warnings."""
+    """Open the checkpoints, headers only; return the space, the inputs, and the warnings."""
     with make_plan(settings.merge, memory=limits.memory, threads=limits.threads) as plan:
         names = [name for name, tensor in plan.tensors.items() if tensor.compute is not None]
         inputs = [

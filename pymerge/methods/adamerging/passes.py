@@ -1,4 +1,4 @@
-"""The merge with learned coefficients: of task vectors as they are, or trimmed as TIES trims."""
+"""The merge with learned coefficients: of task vectors as they are, or trimmed as in TIES."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["run"]
 def run(
     works: Sequence[Work], source: Source, sink: Sink, context: Context
 ) -> Mapping[str, int] | None:
-    """Run over all works; `for_tensor` of the record has put TIES' details where there is a
+    """Run over all works; `for_tensor` of the record has added TIES' details if there is a
     trim."""
     trims = any("weighting" in work.parameters for work in works)
     return (run_ties if trims else run_task_arithmetic)(works, source, sink, context)

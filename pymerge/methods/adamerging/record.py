@@ -24,8 +24,8 @@ FORMAT = "pymerge.adamerging.coefficients/1"
 class CoefficientsFile:
     """Coefficients of merged tensors, as they are used.
 
-    rows: for each tensor, one number a model. fixed: tensors that are the base's. trimmed, density:
-    whether TIES' trim and election come first (AdaMerging++), and what they keep.
+    rows: for each tensor, one number per model. fixed: tensors that are the base's. trimmed,
+    density: whether TIES' trim and election come first (AdaMerging++), and the share they keep.
     """
 
     models: tuple[str, ...]
@@ -39,7 +39,7 @@ def read_coefficients(path: str, where: str = "coefficients") -> CoefficientsFil
     """Read a file that `AdaMerging.save_coefficients` wrote.
 
     Raises:
-        RequestError: it cannot be read, or is no such file.
+        RequestError: it cannot be read, or is not such a file.
     """
     try:
         status = os.stat(path)
@@ -77,7 +77,7 @@ def _read(path: str, _identity: tuple[int, ...]) -> CoefficientsFile:
 
 
 def _for_tensor(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what the engine needs to know for one tensor: weights, and how to trim."""
+    """Return what the engine needs for one tensor: weights, and how to trim."""
     path = parameters["coefficients"]
     found = read_coefficients(path)
     weights = parameters["weight"]

@@ -1,7 +1,7 @@
 """Arcee Fusion in its exact dialect: divergences of rows, the threshold, the merge.
 
-Everything is computed tile by tile; of a tensor, only a number for each of at most `_KEPT` rows is
-held.
+Everything is computed tile by tile; for a tensor, only one number for each of at most `_KEPT` rows
+is stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pymerge.ops.runner import fetched
 __all__ = ["run"]
 
 _CACHED = 1 << 18  # elements that stay in the caches of a processor from one op to the next
-_KEPT = 1 << 20  # rows whose divergences are held; of more, which are short, those of a tile
+_KEPT = 1 << 20  # rows whose divergences are stored; if there are more, only those of a tile
 _QUANTILES = (0.5, 0.25, 0.75)
 _SPREAD = 1.5  # interquartile ranges from the median to the threshold
 
@@ -43,7 +43,7 @@ def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> 
 
 
 def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Merge a tensor: take what of the task vector is at least median + 1.5 IQR important."""
+    """Merge a tensor: take the elements whose importance is at least median + 1.5 IQR."""
     base, (model,) = source.load(work.name)
     assert base is not None
     if not work.shape:
@@ -59,7 +59,7 @@ def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
 
 
 def _take_model(work: Work, model: Flat, source: Source, sink: Sink, context: Context) -> None:
-    """A single number has no row to compare: mergekit takes the model's."""
+    """Copy the model's tensor, as mergekit does for a single number, which has no row."""
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
         arguments = (out, context.stats, [model[start:stop]], [1.0], 1.0)
@@ -69,7 +69,7 @@ def _take_model(work: Work, model: Flat, source: Source, sink: Sink, context: Co
 
 
 class _Fusion:
-    """A base and a model: how important each element of the model's task vector is."""
+    """A base and a model, and the importance of each element of the model's task vector."""
 
     def __init__(self, work: Work, base: Flat, model: Flat, context: Context) -> None:
         self._numel = work.numel
@@ -102,12 +102,12 @@ class _Fusion:
             )
 
     def threshold(self) -> float:
-        """Return median + 1.5 (upper - lower quartile) of the importances, in the type that they
-        are computed in."""
+        """Return median + 1.5 (upper - lower quartile) of the importances, in the type in which
+        they are computed."""
         last = self._numel - 1
         targets = [TrimTarget("rank", int(share * last) + 1) for share in _QUANTILES]
-        # No sample says where to look: its lines would need the whole rows that they are from. With
-        # all keys in the first bracket, float32 takes two passes, where a sample seldom saves one.
+        # No sample gives a first bracket: its lines would need the whole rows they come from. With
+        # all keys in the first bracket, float32 takes two passes, where a sample rarely saves one.
         cuts, _ = order_statistics(
             self._scored,
             targets,
@@ -123,7 +123,7 @@ class _Fusion:
             return float(median + median.dtype.type(_SPREAD) * (high - low))
 
     def _scored(self) -> Iterator[Part]:
-        # What is so short that a selection holds all of it is one tile: the room is used again.
+        # A tensor so short that a selection holds all of it is one tile: its memory is reused.
         runner = self._context.runner
         room = runner.zeros((self._tile,), self._dtype)
         zeros = runner.zeros((self._tile,), self._dtype)
@@ -138,7 +138,7 @@ class _Fusion:
         columns, on_host = self._columns, self._context.runner.on_host
         if columns > (_CACHED if on_host else TILE):
             return np.array([self._of_long_row(row) for row in range(first, last)])
-        # A device cuts a call into tiles itself.
+        # A device divides a call into tiles itself.
         step = max(1, _CACHED // columns) if on_host else last - first
         found = []
         for begin in range(first, last, step):
@@ -153,7 +153,7 @@ class _Fusion:
         call("divergence_sums_", table, base, model, kind, columns, **self._how)
 
     def _of_long_row(self, row: int) -> float:
-        """Return the divergence of a row, chunk by chunk: the same bits as of a row at once."""
+        """Return the divergence of a row, chunk by chunk: the same bits as for a row at once."""
         given: list[float] = []
         for kind in DIVERGENCE_STEPS:
             first, count = DIVERGENCE[kind]
@@ -167,7 +167,7 @@ class _Fusion:
                 for i, values in enumerate(fetched(table)[first : first + count].tolist()):
                     if len(totals) <= i:
                         totals.append(values.pop(0))
-                    for value in values:  # in order: a sum may depend on it
+                    for value in values:  # in order: a sum may depend on the order
                         totals[i] = max(totals[i], value) if kind == "maxima" else totals[i] + value
             given += totals
         return given[-1]

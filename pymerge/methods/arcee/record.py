@@ -16,7 +16,7 @@ def _reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Ste
     if parameters["semantics"] != "exact":
         return (MERGE,)
     divergence = Step("divergence", "the divergence of each row")
-    # No sample says where to look, so that all float32 keys are in the first bracket.
+    # No sample gives a first bracket, so all float32 keys are in it.
     threshold = Step("thresholds", "the threshold of each tensor", passes=2, selects=True)
     return divergence, threshold, MERGE
 

@@ -1,7 +1,7 @@
 """Methods that are weighted sums with weights from norms and angles: SLERP and its kin.
 
-All vectors that these methods make are weighted sums of the inputs, so that their norms and angles
-follow from the inputs' Gram matrix: one pass for that, and one for the sum.
+All vectors that these methods compute are weighted sums of the inputs, so their norms and angles
+follow from the inputs' Gram matrix: one pass for that matrix, and one for the sum.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> 
 
 
 def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Find the coefficients of a tensor, and add up."""
+    """Compute the coefficients of a tensor, and add up."""
     base, models = source.load(work.name)
     method = context.method.name
     inputs: list[Flat] = list(models)
@@ -46,13 +46,13 @@ def _merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
         scale, coefficients = 1.0, [float(work.parameters["scale"][0])]
     elif method == "model_stock":
         gram = _gram(work, base, inputs, context)
-        # Where an input is not finite there is no angle: the plain average then.
+        # If an input is not finite there is no angle: use the plain average.
         finite = bool(np.isfinite(gram).all())
         scale = stock_ratio(gram, work.parameters["angle"]) if finite else 1.0
         coefficients = [1.0 / len(inputs)] * len(inputs)
     else:
         gram = _gram(work, origin, inputs, context)
-        # NaN in an input is an error that the weighted sum reports; here it must do no harm.
+        # NaN in an input is an error that the weighted sum reports; here it must not cause any.
         scale, coefficients = 1.0, [1.0] * len(inputs)
         if np.isfinite(gram).all():
             coefficients = _coefficients(method, gram, work)
@@ -90,7 +90,7 @@ def _run_rows(
     sink: Sink,
     context: Context,
 ) -> None:
-    """The same with coefficients of its own for each row: each vector of the last dimension."""
+    """Do the same with separate coefficients for each row, a vector of the last dimension."""
     columns, how = row_length(work), {"wide": work.wide, "backend": context.backend}
     count = len(inputs)
     grams = square(row_sums("gram", origin, inputs, columns, **how), count)
@@ -123,7 +123,7 @@ def _run_rows(
 
 
 def whole_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a stretch into a part of a row, whole rows, and a part of a row: (begin, end, row
+    """Divide a stretch into a part of a row, whole rows, and a part of a row: (begin, end, row
     length)."""
     first, last = -(-start // columns) * columns, stop // columns * columns
     if first > last:  # inside one row
@@ -142,9 +142,9 @@ def _norms(gram: np.ndarray) -> np.ndarray:
 
 
 def slerp_weights(gram: np.ndarray, t: float, *, norm_floor: float) -> list[float]:
-    """Return the weights of two vectors; linear where they are nearly parallel.
+    """Return the weights of two vectors; linear if they are nearly parallel.
 
-    Vectors of norms up to `norm_floor` are taken as they are, not as directions.
+    Vectors with norms up to `norm_floor` are taken as they are, not as directions.
     """
     lengths = [norm if norm > norm_floor else 1.0 for norm in _norms(gram)]
     cosine = float(gram[0, 1] / (lengths[0] * lengths[1]))
@@ -160,7 +160,7 @@ def nuslerp_weights(gram: np.ndarray, weights: Sequence[float]) -> list[float]:
     t = 0.5 if abs(total) < 1e-6 else weights[1] / total
     lengths = np.maximum(_norms(gram), 1e-7)
     cosine = min(1.0, max(-1.0, float(gram[0, 1] / (lengths[0] * lengths[1]))))
-    # Nearly opposite, the weights are about 1 / sine: beyond 1e7, in float32, they are rounding.
+    # If nearly opposite, the weights are about 1 / sine: beyond 1e7, in float32, they are rounding.
     if 1.0 - cosine * cosine <= (1e-16 if cosine > 0 else 1e-14):
         return [1.0 - t, t]
     angle = math.acos(cosine)
@@ -172,7 +172,7 @@ def multislerp_weights(
 ) -> list[float]:
     """Return the weights of K vectors.
 
-    Raises ValueError where the mean direction of three or more vanishes.
+    Raises ValueError if the mean direction of three or more vanishes.
     """
     count = len(weights)
     if count == 1:
@@ -223,7 +223,7 @@ def karcher_weights(gram: np.ndarray, max_iter: int, tol: float) -> list[float]:
             if angle < tol:
                 continue
             sine = math.sin(angle)
-            if sine < tol:  # opposite: every direction is as good
+            if sine < tol:  # opposite: every direction is equally good
                 continue
             tangent += share * (angle / sine) * (unit - cosine * mean)
         size = math.sqrt(max(0.0, float(tangent @ gram @ tangent)))

@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 
 def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """Run the method's function in `reference.matrices`, of the method's name, on each tensor."""
+    """Run the function of `reference.matrices` that has the method's name, on each tensor."""
     with torch_threads(1):
         merge_each(works, source, sink, context, _merge)
 

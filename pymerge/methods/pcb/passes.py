@@ -1,6 +1,6 @@
 """The passes of PCB-Merging: statistics of the scope, thresholds of the scores, the merge.
 
-Scores are computed tile by tile, anew in each pass: no score of a whole model is ever held.
+Scores are computed tile by tile, anew in each pass: those of a whole model are never stored.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _merge(
 
 
 class _Scope:
-    """The tensors over which statistics are taken."""
+    """The tensors over which statistics are computed."""
 
     def __init__(self, works: Sequence[Work], source: Source, context: Context) -> None:
         self.works = works
@@ -90,7 +90,7 @@ class _Scope:
         """Return the numbers that the merge needs (PcbArgs.reals in csrc/kernel_table.h)."""
         if self.total == 0:
             return _Numbers(self.variant, self.count, self.weights).reals()
-        # Scores know nothing of weights, and their statistics nothing of the ratio.
+        # Scores do not depend on weights, and their statistics do not depend on the ratio.
         scope = self.works[0].name, self.total, self.variant
         numbers = self.context.remembered(("pcb", *scope, self.ratio), self._numbers)
         return numbers.reals(self.weights)
@@ -123,7 +123,7 @@ class _Scope:
                 self.source.release(work.name)
 
     def _products(self, numbers: _Numbers) -> None:
-        """The paper: least and largest products of pairs, and the sums of exp."""
+        """Compute, for the paper, extreme products of pairs and the sums of exp."""
         pairs = self.count * (self.count + 1) // 2
         least, most = np.full(pairs, math.inf), np.full(pairs, -math.inf)
         for _, _, base, models in tiles(self.parts("extremes")):
@@ -148,7 +148,7 @@ class _Scope:
         numbers.pair_norm, numbers.norm = norms[:pairs], norms[pairs:]
 
     def _quantiles(self, numbers: _Numbers) -> None:
-        """The authors' codes: magnitudes between which task vectors are clipped."""
+        """Compute, for the authors' codes, the magnitudes to which task vectors are clipped."""
         clip, total = self.variant.clip, self.total
         low = int(total * clip)
         high = max(0, int(total * (1.0 - clip) - 1.0))
@@ -175,12 +175,12 @@ class _Scope:
         ]
 
     def _thresholds(self, numbers: _Numbers) -> None:
-        """The score from which on elements are kept, and the largest score, of each model."""
+        """Find, for each model, the score from which elements are kept, and the largest score."""
         index = min(int(self.total * (1.0 - self.ratio)), self.total - 1)
         targets = [TrimTarget("rank", index + 1)] * self.count
         finder = _Finder(self, numbers)
         positive = finder.select(targets, 1.0)
-        # A threshold of 0 or less lies among the scores that are not positive: look from below.
+        # A threshold of 0 or less is among the scores that are not positive: search from below.
         q = positive
         if any(value <= 0 for value in positive) and self.variant.code != 0:
             below = [TrimTarget("rank", self.total - index)] * self.count
@@ -195,19 +195,19 @@ class _Scope:
 
 
 class _Finder:
-    """Finds order statistics of the scores, and their maxima on the way."""
+    """Finds order statistics of the scores, and their maxima along the way."""
 
     def __init__(self, scope: _Scope, numbers: _Numbers) -> None:
         self.scope = scope
         self.reals = numbers.reals()
-        # Where scores are computed: the largest, and the least of what is not positive, negated.
+        # On the device of the scores: the largest, and the least nonpositive one, negated.
         self._largest = scope.context.runner.zeros((scope.count,), "float32")
         self._least = scope.context.runner.zeros((scope.count,), "float32")
         self._least[:] = math.inf
 
     @property
     def largest(self) -> np.ndarray:
-        """The largest score of each model."""
+        """Return the largest score of each model."""
         largest, least = fetched(self._largest), fetched(self._least)
         below = np.where(np.isfinite(least), -least, 0.0)
         return np.where(largest > 0, largest, below)
@@ -269,10 +269,10 @@ class _Numbers:
 
 
 def _magnitude(key: int) -> float:
-    """Return the number whose magnitude has that key."""
+    """Return the number whose magnitude has this key."""
     return float(np.array([min(key, 0x7FFFFFFF)], np.uint32).view(np.float32)[0])
 
 
 def _single(value: float) -> float:
-    """Round to single precision, staying finite."""
+    """Return a number rounded to single precision, staying finite."""
     return float(np.float32(min(max(value, -3e38), 3e38)))

@@ -15,7 +15,7 @@ __all__ = ["RECORDS", "VARIANTS", "PcbVariant"]
 
 @dataclass(frozen=True)
 class PcbVariant:
-    """What tells one variant from another.
+    """The numbers that distinguish a variant from the others.
 
     code: the formula, as in csrc/math/pcb.h. clip: share of the smallest and of the largest
     magnitudes that are clipped (the authors' codes). ratio, coefficient: the code's own defaults.
@@ -39,8 +39,8 @@ VARIANTS: dict[str, PcbVariant] = {
 def _reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
     """Return the steps: statistics of the scope, a selection among the scores, the merge.
 
-    The authors' codes look for quantiles, and have scores below 0: where a threshold is one of
-    those, the selection is repeated from below.
+    The authors' codes look for quantiles, and have scores below 0: if a threshold is one of those,
+    the selection is repeated from below.
     """
     whole = parameters["scope"] == "global"
     scope: Literal["model", "tensor"] = "model" if whole else "tensor"
@@ -68,8 +68,8 @@ def _implied(name: str, value: Callable[[str], Any]) -> float:
 
 
 # The evolutionary search of the paper, which names CMA-ES. Bounds and budget are those of the
-# authors' code for language models; that for images searches in [0.8, 1.3] with 100 evaluations.
-# The ratio is fixed there.
+# authors' code for language models; the code for images searches in [0.8, 1.3] with 100
+# evaluations. Both fix the ratio.
 _ES = {
     "sampler": "cmaes",
     "parameters": {

@@ -1,4 +1,4 @@
-"""Methods of one pass that look at each element by itself, and what they want to know before."""
+"""Methods of one pass that treat each element by itself, and what they need beforehand."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> 
 
 
 def run_ramplus(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """Merge by RAM, with factors from counts of what the models changed."""
+    """Merge by RAM, with factors from counts of the elements that the models changed."""
     merge_each(works, source, sink, context, _ramplus)
 
 
 def _ramplus(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """What one model alone changed is multiplied by 1 + r clip(shared / unique, 0, alpha)."""
+    """Merge a tensor; changes of one model alone are multiplied by 1 + r clip(shared / unique, 0,
+    alpha)."""
     base, models = source.load(work.name)
     parameters = work.parameters
     epsilon = parameters["epsilon"]
@@ -47,7 +48,7 @@ def _ramplus(work: Work, source: Source, sink: Sink, context: Context) -> None:
 
 
 def run_emr(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """Merge by EMR: the unified model, or a task's, whose rescaler is taken first."""
+    """Merge by EMR: the unified model, or that of a task, whose rescaler is computed first."""
     merged = [work for work in works if not work.copied]
     task = merged[0].parameters["task"] if merged else None
     rescaler = 1.0 if task is None else _rescaler(merged, source, context)
@@ -85,7 +86,7 @@ def merge_pointwise(
     sink: Sink,
     context: Context,
 ) -> None:
-    """Merge a tensor; each stretch (begin, end, reals) has numbers of its own."""
+    """Merge a tensor; each stretch (begin, end, reals) has its own numbers."""
     base, models = source.load(work.name)
     assert base is not None
     for start, out in sink.pieces(work.name):

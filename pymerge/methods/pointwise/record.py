@@ -1,7 +1,7 @@
-"""Records of the methods that look at each element of all models by itself.
+"""Records of the methods that treat each element of all models by itself.
 
-`details` of each is its `Operation`: the kind of `pointwise_` (csrc/pointwise.def) that computes
-it, and the numbers that the kind takes.
+The `details` of each are its `Operation`: the kind of `pointwise_` (csrc/pointwise.def) that
+computes it, and the numbers that the kind needs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Parameters = Mapping[str, Any]
 @dataclass(frozen=True)
 class Operation:
     """How elements are computed: a kind of `pointwise_`, and (parameters, number of models) -> the
-    numbers that it takes."""
+    numbers that it needs."""
 
     kind: str
     reals: Callable[[Parameters, int], list[float]]

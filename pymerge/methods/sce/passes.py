@@ -21,7 +21,7 @@ from pymerge.ops.call import Counters, call
 
 __all__ = ["run"]
 
-_SMALL = 1e-6  # sums of mean squares below this weigh all models the same, in mergekit
+_SMALL = 1e-6  # in mergekit, sums of mean squares below this give all models the same weight
 
 
 def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
@@ -72,8 +72,8 @@ def _weights(energies: np.ndarray, everywhere: bool) -> list[float]:
 def _selected(
     work: Work, base: Flat, models: Sequence[Flat], context: Context
 ) -> list[tuple[int, int, int]]:
-    """Return (begin, end, least key) of the variances that are selected: exactly so many, of equal
-    ones those of the lowest index."""
+    """Return (begin, end, smallest key) of the selected variances: exactly this many, of equal ones
+    those with the lowest index."""
     dtype = "float64" if work.wide else "float32"
     runner = context.runner
 
@@ -107,7 +107,7 @@ def _selected(
 
 
 def _variance(key: int, wide: bool) -> float:
-    """Return the number whose key that is; NaN, which nothing reaches, for KEEP_NONE."""
+    """Return the number with this key; NaN, which nothing reaches, for KEEP_NONE."""
     if key == KEEP_NONE:
         return math.nan
     bits = np.array([key], np.int64 if wide else np.int32)

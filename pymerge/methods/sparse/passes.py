@@ -26,7 +26,7 @@ __all__ = ["run_breadcrumbs", "run_dare", "run_della"]
 _SMALL = 1e-7  # L1 norms below this are not rescaled, as in mergekit
 _RANKED_AT_ONCE = 1 << 20  # ranks of all models together, or a row if that is longer
 
-# Stretches of a tensor over which one rule says what is kept.
+# Stretches of a tensor over which a single rule determines what is kept.
 Stretches = list[tuple[int, int, Kept]]
 
 
@@ -58,7 +58,7 @@ def _dare(
     part: int = 0,
 ) -> None:
     """Drop at random, rescale, merge. cuts: of a trim over the whole model; part: this tensor's
-    number there."""
+    number in it."""
     base, models = source.load(work.name)
     assert base is not None
     parameters = work.parameters
@@ -84,7 +84,7 @@ def _dare(
 
 
 def _drawn(work: Work, count: int, context: Context) -> tuple[Kept, list[float]]:
-    """Return what is drawn of each task vector of a tensor, and the factors of what is kept."""
+    """Return what is drawn of each task vector of a tensor, and the factors of kept elements."""
     densities = work.parameters["density"]
     limits = [keep_limit(density) for density in densities]
     kept = Kept(
@@ -105,7 +105,7 @@ def _seeds(work: Work, count: int, context: Context) -> list[int]:
 
 
 def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """DARE with a trim over the whole model: thresholds first, then tensor by tensor."""
+    """Run DARE with a trim over the whole model: thresholds first, then tensor by tensor."""
     merged = sorted((work for work in works if not work.copied), key=lambda work: work.name)
     wide = any(work.wide for work in merged)
     merged = [replace(work, wide=wide) for work in merged]
@@ -121,7 +121,7 @@ def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Con
 
     cuts = None
     if any(work.numel for work in merged):
-        # Over the whole model, all that equal the threshold are kept.
+        # Over the whole model, all elements that equal the threshold are kept.
         cuts = _trim_cuts(merged, parts, context, exact=False)
     numbers = {work.name: number for number, work in enumerate(merged)}
 
@@ -139,9 +139,9 @@ def _trim_cuts(
     *,
     exact: bool,
 ) -> list[Cut]:
-    """Return the thresholds of a trim of what was drawn, over the tensors `works` together.
+    """Return the thresholds of a trim of the drawn elements, over the tensors `works` together.
 
-    exact: keep exactly so many, else all that equal the threshold.
+    exact: keep exactly this many, else all that equal the threshold.
     """
     total = sum(work.numel for work in works)
     wide, count = works[0].wide, len(works[0].parameters["density"])
@@ -185,7 +185,7 @@ def _ratios(norms: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Find the band of magnitudes that is kept, merge."""
+    """Find the band of magnitudes that is kept, and merge."""
     base, models = source.load(work.name)
     assert base is not None
     columns = row_length(work)
@@ -196,14 +196,14 @@ def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> No
     ]
     how = _how(work, context, [1.0] * len(models))
     if rows:
-        if not work.shape:  # a number has no row: all of it is kept, as the authors do
+        if not work.shape:  # a number has no row: it is kept, as in the authors' code
             counts = [(0, 0)] * len(models)
         kept = Kept(
             lo=[bottom for bottom, _ in counts], last=[columns - top - 1 for _, top in counts]
         )
         _merge_ranked(work, base, models, columns, kept, how, source, sink, context)
         return
-    # Of each model the largest: all but the dropped smallest, and the dropped largest.
+    # For each model, the largest: all except the dropped smallest, and the dropped largest.
     targets = [_largest(work.numel, work.numel - bottom) for bottom, _ in counts]
     targets += [_largest(work.numel, top) for _, top in counts]
     part: Part = (0, base, [*models, *models])
@@ -223,7 +223,7 @@ def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> No
     stretches = []
     for begin, end, keys in _stretches([cut.thresholds(0, work.numel) for cut in cuts], work.numel):
         lo, first_dropped = keys[: len(models)], keys[len(models) :]
-        # What the upper cut keeps is dropped: keys from its threshold on.
+        # Elements that the upper cut keeps are dropped: keys from its threshold on.
         last = [key if key == KEEP_NONE else key - 1 for key in first_dropped]
         stretches.append((begin, end, Kept(lo=lo, last=last)))
     _merge(work, base, models, stretches, how, source, sink, context)
@@ -240,7 +240,7 @@ def _largest(total: int, count: int, exact: bool = True) -> TrimTarget:
 def _stretches(
     tables: Sequence[Sequence[tuple[int, int]]], numel: int
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield (begin, end, keys) of the stretches over which no threshold changes."""
+    """Yield (begin, end, keys) of the stretches within which no threshold changes."""
     borders = sorted({end for table in tables for end, _ in table} | {numel})
     begin = 0
     for end in borders:
@@ -280,7 +280,7 @@ def _della(work: Work, source: Source, sink: Sink, context: Context) -> None:
 def _ranked_norms(
     work: Work, base: Flat, models: Sequence[Flat], columns: int, kept: Kept, context: Context
 ) -> list[tuple[float, float]]:
-    """Return the L1 norms of each task vector and of what is kept of it."""
+    """Return the L1 norms of each task vector and of its kept part."""
     blocks = _Ranks(work, base, models, columns, context)
     parts = []
     for begin, end in blocks.borders():
@@ -311,7 +311,7 @@ class _Ranks:
             yield begin, min(begin + self._step, self._work.numel)
 
     def of(self, index: int) -> tuple[int, Counters, int]:
-        """Return (begin, ranks, end) of the block that holds an element."""
+        """Return (begin, ranks, end) of the block that contains an element."""
         begin = index // self._step * self._step
         end = min(begin + self._step, self._work.numel)
         room = len(self._models), padded(end - begin) + padded(1)

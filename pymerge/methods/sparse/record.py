@@ -15,7 +15,7 @@ __all__ = ["RECORDS", "Sparse", "band_counts"]
 
 @dataclass(frozen=True)
 class Sparse:
-    """What the family wants to know of a method: whether signs are elected."""
+    """What the family needs to know of a method: whether signs are elected."""
 
     elects: bool
 
@@ -181,8 +181,8 @@ def _breadcrumbs(elect: bool) -> MethodSpec:
 def band_counts(total: int, density: float, gamma: float) -> tuple[int, int]:
     """Return how many of the smallest and of the largest magnitudes Breadcrumbs drops.
 
-    int(density n) are kept below the int(gamma n) largest; where that is more than there are, fewer
-    of the largest are dropped. With density 1 nothing is.
+    int(density n) are kept below the int(gamma n) largest; if fewer are left, fewer of the largest
+    are dropped. With density 1 nothing is.
     """
     if density >= 1.0:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Methods that weigh by statistics collected from data: Fisher, gradient matching, RegMean."""
+"""Methods that weight by statistics collected from data: Fisher, gradient matching, RegMean."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Merge = Callable[[Work, TensorStatistics, ThreadPoolExecutor], None]
 
 
 def run_fisher(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
-    """Weigh by Fisher information, normalized by its norms."""
+    """Weight by Fisher information, normalized by its norms."""
     norms: dict[str, list[float]] = {}
 
     def merge(work: Work, statistics: TensorStatistics, pool: ThreadPoolExecutor) -> None:
@@ -71,10 +71,10 @@ def _run(
     merge: Merge,
     prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Merge tensor by tensor, on threads of our own; what has no statistics is averaged."""
+    """Merge tensor by tensor, on our own threads; tensors without statistics are averaged."""
     with torch_threads(1) as threads:
         prepare()
-        # Tiles and blocks are computed each on one thread, whichever it is.
+        # Each tile and block is computed on a single thread, whichever it is.
         with ThreadPoolExecutor(context.solvers or threads, "pymerge-compute") as pool:
 
             def merge_tensor(work: Work, source: Source, sink: Sink, context: Context) -> None:
@@ -91,8 +91,8 @@ def _run(
 
 
 def _run_mean(work: Work, source: Source, sink: Sink, context: Context) -> None:
-    """Average a tensor that has no statistics: a buffer, a frozen parameter, what is no linear
-    layer."""
+    """Average a tensor without statistics: a buffer, a frozen parameter, or one that belongs to no
+    linear layer."""
     base, models = source.load(work.name)
     weights = [float(weight) for weight in work.parameters["weight"]]
     for start, out in sink.pieces(work.name):
@@ -117,7 +117,7 @@ def _inputs(base: Flat | None, models: Sequence[Flat]) -> list[Flat]:
 
 
 def _norms(works: Sequence[Work], source: Source, context: Context) -> dict[str, list[float]]:
-    """Return the norm of each model's Fisher information by tensor, 1 where it is not divided."""
+    """Return the norm of each model's Fisher information by tensor, 1 if it is not divided."""
     computed = [work for work in works if not work.copied]
     if not computed:
         return {}
@@ -141,7 +141,7 @@ def _norms(works: Sequence[Work], source: Source, context: Context) -> dict[str,
         own = [math.sqrt(value) for value in squares.get(work.name, [])]
         norms = {"none": [1.0] * count, "global": whole, "tensor": own}[kind]
         rule = fisher_rule(work.parameters)
-        # "add" adds the floor to the norm too, as MergeLM does. A norm of 0 divides nothing.
+        # "add" adds the floor to the norm too, as MergeLM does. A norm of 0 is not used.
         added = rule.floor if rule.floor_rule == "add" and kind != "none" else 0.0
         found[work.name] = [
             1.0 if not math.isfinite(norm) or norm + added == 0 else norm + added for norm in norms
@@ -150,7 +150,7 @@ def _norms(works: Sequence[Work], source: Source, context: Context) -> dict[str,
 
 
 def _square(flat: Flat, context: Context) -> float:
-    """Return the sum of squares, in an order that depends on nothing but the length."""
+    """Return the sum of squares, in an order that depends only on the length."""
     sums = [
         add_up("gram", None, [flat[a:b]], wide=False, backend=context.backend)[0]
         for a, b in slices(flat.numel(), _SUMMED_AT_ONCE)
@@ -171,7 +171,7 @@ def _run_pointwise(
     inputs, collected = _inputs(base, models), _labelled(statistics)
 
     def compute(a: int, b: int, out: torch.Tensor) -> bool:
-        """Compute elements [a, b), and tell whether the models are finite there."""
+        """Compute elements [a, b), and return whether the models are finite there."""
         parts = [as_tensor(model[a:b]) for model in models]
         own = None if base is None else as_tensor(base[a:b])
         extra = [
@@ -201,7 +201,7 @@ def _run_pointwise(
 
 
 def _labelled(statistics: TensorStatistics) -> list[Flat | None]:
-    """Return all statistics in the order of the labels: the base's first, where it has a label."""
+    """Return all statistics in the order of the labels: the base's first, if it has a label."""
     with_base = len(statistics.labels) > len(statistics.models)
     return [*([statistics.base] if with_base else []), *statistics.models]
 
@@ -234,7 +234,7 @@ def _matching(work: Work) -> Callable[..., torch.Tensor]:
 def _checked(
     part: torch.Tensor, start: int, which: int, work: Work, statistics: TensorStatistics
 ) -> torch.Tensor:
-    """Return squared gradients; they are finite and not negative, or they are none."""
+    """Return squared gradients; raise RequestError unless they are finite and not negative."""
     least, most = _range(part)
     if not (least >= 0 and math.isfinite(most)):  # NaN is neither
         index = int((~((part >= 0) & part.isfinite())).nonzero()[0])
@@ -272,7 +272,7 @@ def _run_regmean(
         if flat is not None
     ]
     context.check_finite(int(not finite), source, work.name, 0, work.numel)
-    if not finite:  # they are to be kept: the plain average then, as such a system has no solution
+    if not finite:  # non-finite values are to be kept: such a system has no solution, so average
         _run_mean(work, source, sink, context)
         return
     result = torch.empty(
@@ -314,13 +314,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _range(tensor: torch.Tensor) -> tuple[float, float]:
-    """Return the least and the largest element; NaN if one is."""
+    """Return the smallest and the largest element; NaN if one is."""
     least, most = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
     return float(least), float(most)
 
 
 def _gram(flat: Flat, inputs: int, label: str, work: Work) -> torch.Tensor:
-    """Return a Gram matrix [in, in]; it is finite, symmetric, and its diagonal not negative."""
+    """Return a Gram matrix [in, in]; raise RequestError unless it is finite and symmetric, with a
+    diagonal that is not negative."""
     matrix = as_tensor(flat).reshape(inputs, inputs)
     where = f"{label}: the Gram matrix of {work.name!r}"
     diagonal = matrix.diagonal()

@@ -1,4 +1,4 @@
-"""Records of the methods that weigh parameters by what data says of them, and their dialects."""
+"""Records of the methods that weight parameters by statistics of data, and their dialects."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _check_weights(parameters: Mapping[str, Any]) -> list[str]:
 class FisherRule:
     """How Fisher information becomes a weight.
 
-    floor, floor_rule: "max" takes max(F, floor), "max_first" of the first model only, "add" F +
-        floor.
+    floor, floor_rule: "max" takes max(F, floor), "max_first" does so for the first model only,
+        "add" takes F + floor.
     normalize: by the L2 norm of a model's Fisher: "global" over the model, "tensor", or "none".
     """
 
@@ -65,7 +65,7 @@ FISHER_DIALECTS: dict[str, FisherRule] = {
 
 
 def fisher_rule(parameters: Mapping[str, Any]) -> FisherRule:
-    """Return the dialect's rule, with what was given in its place."""
+    """Return the dialect's rule, overridden by the given parameters."""
     dialect = FISHER_DIALECTS[parameters["semantics"]]
     given = {name: parameters[name] for name in ("floor", "floor_rule", "normalize")}
     return FisherRule(
@@ -80,7 +80,7 @@ def _fisher_reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tu
     normalize = fisher_rule(parameters).normalize
     if normalize == "none":
         return (MERGE,)
-    # Norms are taken before the merge, of all tensors.
+    # Norms are computed before the merge, over all tensors.
     return Step(
         "norms", "norms", "model" if normalize == "global" else "tensor", statistics=True
     ), MERGE
@@ -148,7 +148,7 @@ REGMEAN_DIALECTS: dict[str, float] = {"official": 1.0, "mergelm": 1.0, "fusionbe
 
 
 def off_diagonal_of(parameters: Mapping[str, Any]) -> float:
-    """Return the factor of off-diagonal elements: what was given, or the dialect's."""
+    """Return the factor of off-diagonal elements: the given one, or the dialect's."""
     given = parameters["off_diagonal"]
     return float(REGMEAN_DIALECTS[parameters["semantics"]] if given is None else given)
 

@@ -21,7 +21,7 @@ from pymerge.ops.runner import fetched, zeros
 
 __all__ = ["run", "zero_elects"]
 
-_PLAIN = 6.0  # standard errors from 0 at which a sampled balance of signs is taken for plain
+_PLAIN = 6.0  # standard errors from 0 beyond which a sampled balance of signs counts as clear
 
 
 def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
@@ -32,21 +32,21 @@ def _how(work: Work, rule: TiesRule) -> dict[str, Any]:
     if merge == "mean":
         merge = "mean_of_weights" if rule.divisor == "weights" else "mean_of_count"
     if all(weight == 1.0 for weight in weights):
-        # The same numbers by the shorter way.
+        # The same result by a shorter path.
         weighting, weights = "none", []
         merge = "mean_of_count" if merge == "mean_of_weights" else merge
     return {"weights": weights, "weighting": weighting, "merge": merge, "elect": rule.elect}
 
 
 def zero_elects(rule: TiesRule, balance: int) -> int:
-    """Return what a zero vote elects, given the sum of all elected signs of the scope."""
+    """Return the sign that a zero vote elects, given the sum of all elected signs of the scope."""
     if rule.zero == "positive":
         return 1
     if rule.zero == "drop":
         return 0
     sign = (balance > 0) - (balance < 0)
     if sign == 0 and rule.zero == "majority" and rule.merge != "max":
-        return -1  # the official code takes the negative branch where the sign is not positive
+        return -1  # the official code takes the negative branch if the sign is not positive
     return sign
 
 
@@ -57,7 +57,7 @@ def _needs_balance(rule: TiesRule) -> bool:
 def stretches(
     cuts: Sequence[Cut], part: int, start: int, stop: int, numel: int
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield (begin, end, thresholds) of the stretches of [start, stop) over which no threshold
+    """Yield (begin, end, thresholds) of the stretches of [start, stop) within which no threshold
     changes."""
     if start == stop:
         return
@@ -80,7 +80,7 @@ class _Merge:
     def tensor(
         self, work: Work, rule: TiesRule, part: int, cuts: list[Cut], zero_sign: int
     ) -> None:
-        """Merge one tensor; the context's `stats` add up the balance of signs where the rule needs
+        """Merge one tensor; the context's `stats` add up the balance of signs if the rule needs
         it."""
         how = _how(work, rule)
         base, models = self.source.load(work.name)
@@ -187,7 +187,7 @@ def _run_global(
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
     wide = any(work.wide for work in merged)
-    # One order needs one arithmetic: keys of float32 and float64 cannot be compared.
+    # A single order needs a single arithmetic: keys of float32 and float64 are not comparable.
     merged = [replace(work, wide=wide) for work in merged]
     by_name = {work.name: work for work in merged}
     # The flat order of the official code: names sorted as strings. It decides between equal
@@ -198,9 +198,9 @@ def _run_global(
 
     def parts(step: str) -> Iterator[Part]:
         context.begin(step, flat, source)
-        # A sample touches lines all over the files. Where they are not in memory yet, reading them
+        # A sample touches lines all over the files. If they are not in memory yet, reading them
         # through, which the next pass needs anyway, is faster than that many small reads; unless
-        # they would be gone again by then.
+        # they would be evicted again by then.
         if step == "sample" and not source.can_hold(total_bytes(flat, source)):
             source.announce([])
         for number, work in enumerate(flat):
@@ -232,14 +232,14 @@ def _run_global(
         ),
     )
 
-    # The sign of a zero vote is a statistic of the whole merge. Where a sample makes it plain,
-    # merge with that and see that it was right; else count first.
+    # The sign of a zero vote is a statistic of the whole merge. If a sample makes it clear, merge
+    # with that and verify it; else count first.
     merge = _Merge(source, sink, context)
     balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
     counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
     memo = {} if context.memo is None else context.memo
     if counts_first and "balance" in memo:
-        # With other weights it is most often the same sign, and the merge sees whether it was.
+        # With other weights it is usually the same sign, and the merge verifies it.
         counts_first, balance = False, memo["balance"]
     if counts_first:
         context.begin("signs", flat, source)
@@ -257,7 +257,7 @@ def _run_global(
             for work in works:
                 if work.copied:
                     copy_equal(work, source, sink, context)
-                elif work.name not in numbers:  # the base's, whatever the models have
+                elif work.name not in numbers:  # the base's, whatever the models contain
                     add_task_vectors(work, source, sink, context)
                 else:
                     own, number = rules[work.name], numbers[work.name]
@@ -267,7 +267,7 @@ def _run_global(
         counted = fetched(context.stats)
         guess, balance, undecided = balance, int(counted[0]), int(counted[1])
         right = all(zero_elects(own, guess) == zero_elects(own, balance) for own in rules.values())
-        # Where nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
+        # If nothing was kept, the sign shows in a maximum of nothing: -0 instead of 0.
         matters = undecided > 0 or any(own.merge == "max" for own in rules.values())
         if right or not matters:
             break

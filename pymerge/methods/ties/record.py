@@ -1,6 +1,6 @@
 """TIES: its record, and the dialects in which codes and papers disagree.
 
-A dialect (`semantics=`) fixes how many elements a trim keeps, over which scope, how signs are
+A dialect (`semantics=`) determines how many elements a trim keeps, over which scope, how signs are
 elected, what a zero sum elects, what is summed and what it is divided by. `TiesRule` is one fully
 resolved choice; the engine and the kernels see nothing else.
 """
@@ -85,9 +85,9 @@ def ties_rule(
     normalize: bool | None = None,
     where: str = "ties_merge",
 ) -> TiesRule:
-    """Resolve a dialect and the details that override it.
+    """Return a dialect with the details that override it.
 
-    Raises RequestError for an unknown name, and where `normalize` (mergekit's word: true is "mean",
+    Raises RequestError for an unknown name, and if `normalize` (mergekit's word: true is "mean",
     false is "sum") contradicts `merge`.
     """
     if semantics not in SEMANTICS:
@@ -118,9 +118,9 @@ def ties_rule(
 
 
 def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
-    """Turn a density into the order statistic that the dialect's own code would take.
+    """Return the order statistic to which the dialect's own code would turn a density.
 
-    The products are taken in double precision and truncated, as the codes do: `int(total *
+    The products are computed in double precision and truncated, as the codes do: `int(total *
     density)` and `int(total * (1 - density))` differ for some sizes. Where a code would fail
     (official and MergeLM at density 1), everything is kept.
     """
@@ -157,9 +157,9 @@ def trim_target(rule: TiesRule, density: float, total: int) -> TrimTarget:
 def ties_reads(parameters: Mapping[str, Any], numel: int, total: int) -> tuple[Step, ...]:
     """Return what a merge by TIES reads for a tensor.
 
-    Over a whole model, a sample says where to look for the thresholds, and guesses the sign that
-    zero votes take. Where the sample does not make that sign plain, it is counted first; where it
-    does, the merge itself counts, and is repeated in the rare case that the guess was wrong.
+    Over a whole model, a sample gives a first bracket for the thresholds, and guesses the sign that
+    zero votes take. If the sample does not make that sign clear, it is counted first; if it does,
+    the merge itself counts, and is repeated in the rare case that the guess was wrong.
     """
     rule = TiesRule.of(parameters, "ties")
     whole = rule.scope == "global"
