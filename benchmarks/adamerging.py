@@ -1,11 +1,11 @@
-"""Benchmark of AdaMerging beside FusionBench and the authors' construction.
+"""Benchmark of AdaMerging, compared with FusionBench and the authors' construction.
 
     make bench-ada                  sets up an environment with fusion-bench 0.2.33, and runs this
     python -m benchmarks.adamerging [--models 8] [--steps 6] [--repetitions 5] [--turns 2]
 
-The same models, batches and steps on every side, each in a process of its own, in turns. No number
-is shown unless the coefficients of pymerge agree with those of the side that it is compared with.
-PYMERGE_FUSION_PYTHON names a Python that has fusion-bench; without one, that side is left out.
+All sides get the same models, batches and steps, each in its own process, in turns. No number is
+shown unless the coefficients of pymerge agree with those of the other side.
+PYMERGE_FUSION_PYTHON names a Python with fusion-bench; without one, that side is left out.
 """
 
 from __future__ import annotations

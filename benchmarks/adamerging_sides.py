@@ -1,15 +1,14 @@
-"""One side of the AdaMerging benchmark, in a process of its own: needs torch and what it measures.
+"""One side of the AdaMerging benchmark, in its own process: needs only torch and its subject.
 
     python -m benchmarks.adamerging_sides SIDE FOLDER --models K --steps N --repetitions R
 
 SIDE: "pymerge", "fusion_bench" (its LayerWiseMergedModel), "official" (the construction of the
-authors' main_layer_wise_adamerging.py, written anew from its description: all task vectors in
-memory, a left-to-right sum for every forward pass), and "pymerge_official", pymerge's preset of it.
+authors' main_layer_wise_adamerging.py, rewritten from its description: all task vectors in memory,
+a left-to-right sum for every forward pass), and "pymerge_official", pymerge's preset of it.
 "pymerge_joined" is pymerge with join="concatenate", "pymerge_coefficients" with
-accumulate="coefficients". Each learns from the same models
-and batches, and times (a) what a step spends on merging: all merges and all backward passes through
-them, with given gradients of the merged tensors for each batch; (b) whole steps. What it found goes
-to FOLDER/SIDE.json.
+accumulate="coefficients". Each learns from the same models and batches, and times (a) the time that
+a step spends on merging: all merges and all backward passes through them, with given gradients of
+the merged tensors for each batch; (b) whole steps. The results go to FOLDER/SIDE.json.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Benchmark of `pymerge analyze` beside a linear merge of the same files.
+"""Benchmark of `pymerge analyze`, compared with a linear merge of the same files.
 
-Both read base and models (the merge does not need the base), in processes of their own, in turns,
-from a warm page cache. The merge also writes its output, once to the disk and once to memory
-(/dev/shm), where writing costs least. What the analysis found of some tensors is compared with
-float64 before a number is shown.
+Both read base and models (the merge does not need the base), in separate processes, in turns, from
+a warm page cache. The merge also writes its output, once to the disk and once to memory (/dev/shm),
+where writing is cheapest. The analysis' results for some tensors are compared with float64 before a
+number is shown.
 
     python -m benchmarks.analysis [--small] [--repetitions 5]
 """
@@ -96,7 +96,7 @@ def _same(
     expected: Sequence[float | None],
     scale: float | None = None,
 ) -> None:
-    """Compare numbers; None is what has no value: a share of nothing."""
+    """Compare numbers; None stands for an undefined value: a share of nothing."""
     for a, b in zip(got, expected, strict=True):
         if a is None or b is None:
             near = a is b
@@ -121,7 +121,7 @@ def _command(side: str, root: Path, paths: CheckpointSet, memory: Path) -> list[
 
 
 def _seconds_inside(side: str, root: Path) -> float:
-    """Return what a run says it took, without starting Python."""
+    """Return how long a run took by its own account, without starting Python."""
     if side.startswith("linear"):
         return float(json.loads((root / f"{side}.json").read_text())["seconds"])
     found = json.loads((root / side / "analysis.json").read_text())
@@ -159,7 +159,7 @@ def measure(
     for side, own in runs.items():
         wall = statistics.median(process.wall for process, _ in own)
         inside = statistics.median(seconds for _, seconds in own)
-        # Each run beside the merge of its own turn: what slows both leaves the ratio alone.
+        # Each run beside the merge of its own turn: the ratio is unaffected by what slows both.
         turns = list(zip(own, runs["linear"], strict=True))
         ratio = statistics.median(a[0].wall / b[0].wall for a, b in turns)
         ratio_inside = statistics.median(a[1] / b[1] for a, b in turns)

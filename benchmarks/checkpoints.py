@@ -1,4 +1,4 @@
-"""Makes Llama-shaped checkpoints to merge: sharded, seeded, in bounded memory, quickly."""
+"""Generates Llama-shaped checkpoints to merge: sharded, seeded, in bounded memory, quickly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 BASE_DEVIATION = 0.02
 DELTA_DEVIATION = 1e-3
-_POOL = 1 << 24  # random numbers drawn per model; tensors take stretches of them
+_POOL = 1 << 24  # random numbers drawn per model; tensors use stretches of them
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LlamaShape:
     key_value_heads: int
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes as transformers has them."""
+        """Return names and shapes as in transformers."""
         key_value = self.hidden // self.heads * self.key_value_heads
         layer = {
             "input_layernorm": (self.hidden,),
@@ -124,7 +124,7 @@ Values = Callable[[str, int], torch.Tensor]
 def _write(
     directory: Path, shape: LlamaShape, dtype: torch.dtype, shards: float, values: Values
 ) -> None:
-    """Write a checkpoint in about `shards` shards, one of them in memory."""
+    """Write a checkpoint in about `shards` shards, holding one at a time in memory."""
     shapes = shape.tensors()
     limit = shape.parameters * dtype.itemsize / shards
     groups: list[list[str]] = [[]]
@@ -150,7 +150,7 @@ def _write(
 
 
 def _pool(number: int, elements: int) -> torch.Tensor:
-    # Pools of different lengths: where a tensor is longer than a pool and goes around it, the
+    # Pools have different lengths: if a tensor is longer than a pool and wraps around it, the
     # combinations of base and deltas still do not repeat.
     length = min(_POOL, elements + 101) - 2 * number
     generator = torch.Generator().manual_seed(1000 + number)
@@ -175,10 +175,10 @@ def make_checkpoints(
     Weights have standard deviation 0.02 (norms are near 1), deltas 0.001, before rounding to bf16.
 
     Args:
-        root: directory that will hold `base`, `model-1`...
+        root: directory for `base`, `model-1`...
         shape: sizes of the models.
         models: how many models.
-        distinct: how many of them have data of their own; the others are hard links to those.
+        distinct: how many of them have their own data; the others are hard links to those.
     """
     dtype = torch.bfloat16
     longest = max(prod(dimensions) for dimensions in shape.tensors().values())
@@ -213,9 +213,9 @@ def make_checkpoints(
 
 
 def make_distinct_checkpoints(root: Path, shape: LlamaShape, *, models: int = 4) -> CheckpointSet:
-    """Write float32 checkpoints whose deltas are exact and, within a tensor, of distinct magnitude.
+    """Write float32 checkpoints whose deltas are exact and, within a tensor, distinct in magnitude.
 
-    Which elements a trim keeps then depends on nothing that programs may choose differently.
+    Then the elements that a trim keeps do not depend on choices that differ between programs.
     """
     dtype = torch.float32
 
@@ -224,7 +224,7 @@ def make_distinct_checkpoints(root: Path, shape: LlamaShape, *, models: int = 4)
 
     def base_values(name: str, numel: int) -> torch.Tensor:
         # Multiples of 2^-10 below 2^-4; deltas are multiples of 2^-28 below 2^-10: their sum fits
-        # into the 24 bits of a float32, and a subtraction gives the delta back.
+        # into the 24 bits of a float32, and a subtraction recovers the delta.
         grid = torch.randint(-60, 61, (numel,), generator=generator(name, 0))
         return grid.to(dtype) * 2.0**-10
 
@@ -249,7 +249,7 @@ def make_distinct_checkpoints(root: Path, shape: LlamaShape, *, models: int = 4)
 
 
 def link_checkpoint(source: Path, target: Path) -> Path:
-    """Make a directory of hard links to the files of a checkpoint; return it."""
+    """Create a directory of hard links to the files of a checkpoint, and return it."""
     target.mkdir()
     for file in source.iterdir():
         os.link(file, target / file.name)
@@ -268,9 +268,9 @@ def warm(paths: CheckpointSet) -> None:
 
 @contextmanager
 def workspace(need: int, *, keep: bool = False) -> Iterator[Path]:
-    """Give a directory outside the repository; it is removed afterwards unless kept.
+    """Yield a directory outside the repository; it is removed afterwards unless kept.
 
-    It is made inside PYMERGE_BENCH_DIR, or where temporary files go.
+    It is created inside PYMERGE_BENCH_DIR, or in the directory of temporary files.
 
     Raises:
         RuntimeError: less than `need` bytes are free there.
@@ -284,7 +284,7 @@ def workspace(need: int, *, keep: bool = False) -> Iterator[Path]:
         )
 
     def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)  # so that the directory does not stay behind
+        raise SystemExit(128 + signal.SIGTERM)  # so that the directory is removed
 
     before = signal.signal(signal.SIGTERM, terminate)
     root = Path(tempfile.mkdtemp(prefix="pymerge-bench-", dir=parent))

@@ -1,7 +1,6 @@
-"""Independent computations of what a merge should write, in plain torch from the files.
+"""Independent computations of the result of a merge, in plain torch from the files.
 
-Nothing here uses pymerge: tensors are read with `safetensors`, and the selections are made by
-`kthvalue`.
+Nothing here uses pymerge: tensors are read with `safetensors`, and the selections use `kthvalue`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TILE = 1 << 18
 
 
 def digest(directory: Path) -> str:
-    """Return a hash of the weight files of a directory, names included."""
+    """Return a hash of the weight files of a directory, including their names."""
     found = hashlib.blake2b()
     for path in sorted(directory.glob("*.safetensors")):
         found.update(path.name.encode())
@@ -70,7 +69,7 @@ def check_same_names(out: Reader, source: Reader) -> None:
 
 
 def sample_names(reader: Reader) -> list[str]:
-    """Return a few tensors that stand for all: a norm, attention, MLP."""
+    """Return a few representative tensors: a norm, attention, MLP."""
     wanted = ("model.norm", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
     return [name for name in reader.names if any(part in name for part in wanted)]
 
@@ -180,7 +179,8 @@ def _magnitudes(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def _official_threshold(base: Reader, model: Reader, density: float) -> float:
-    """One pass: a bracket from a sample, a count below it, and an exact selection inside."""
+    """Return the threshold in one pass: a bracket from a sample, a count below it, and an exact
+    selection inside."""
     sizes = {name: base.get(name).numel() for name in base.names}
     total = sum(sizes.values())
     rank = total - int(total * density)
@@ -212,8 +212,8 @@ def check_ties_official(
 ) -> None:
     """Compare with TIES as published, given the whole task vectors' thresholds; bit for bit.
 
-    Where the votes cancel, the elected sign is the majority of the whole model: it is computed when
-    `names` are all tensors, and otherwise either sign is accepted, but the same everywhere.
+    Where the votes cancel, the elected sign is the majority of the whole model. It is computed if
+    `names` are all tensors; otherwise either sign is accepted, but the same everywhere.
     """
     equal_weights = [1.0] * len(models)
 

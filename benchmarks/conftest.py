@@ -1,4 +1,4 @@
-"""What `pytest benchmarks` adds to pytest-benchmark: options, fixtures, and a table with GB/s."""
+"""Additions of `pytest benchmarks` to pytest-benchmark: options, fixtures, a table with GB/s."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BEFORE = pytest.StashKey["Before"]()
 
 @dataclass(frozen=True)
 class Before:
-    """A run to compare with: shares of streaming by name, and how its machine differs from this."""
+    """A run to compare with: shares of streaming by name, and how its machine differs."""
 
     shares: dict[str, float]
     elsewhere: list[str]
@@ -68,7 +68,7 @@ def _threads(text: str) -> list[int]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of kernels' benchmarks."""
+    """Add the options of the kernel benchmarks."""
     group = parser.getgroup("kernels")
     group.addoption(
         "--elements", type=_elements, metavar="N", help="elements of each array (default: 64Mi)"
@@ -94,20 +94,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to start where nothing could be measured."""
+    """Refuse to start if nothing can be measured."""
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("benchmarks need pytest-benchmark: pip install -e '.[bench]'")
     reason = cpu.reason()
     if reason is not None:
         raise pytest.UsageError(f"backend cpu: {reason}")
-    # What pytest-benchmark warns of now, before `pytest_sessionstart`, would be an internal error.
+    # A warning of pytest-benchmark now, before `pytest_sessionstart`, would be an internal error.
     warnings.filterwarnings("default", module="pytest_benchmark")
     config.addinivalue_line("markers", "documents: rows of the documents' tables (`make bench`)")
     config.stash[_RECORDS] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give a benchmark more time than a test: the reference takes a while over large arrays."""
+    """Give a benchmark more time than a test: the reference is slow over large arrays."""
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
             if item.path.parent == Path(__file__).parent:
@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse to measure for minutes what then is compared with nothing."""
+    """Refuse to start measurements that would be compared with nothing."""
     asked = session.config.getoption("benchmark_compare")
     if asked and _BEFORE not in session.config.stash:
         which = "" if asked is True else f" named {asked}"
@@ -131,13 +131,13 @@ def elements_of(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """Describe the machine by what does not change from run to run: no clock rates, no names."""
+    """Describe the machine by constant properties: no clock rates, no names."""
     return machine()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
-    """Name the project, not the folder that it is in."""
+    """Name the project, not the folder that contains it."""
     commit_info["project"] = "pymerge"
 
 
@@ -145,7 +145,7 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, machine_info: Mapping[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
-    """Keep the shares of a run to compare with, and refuse one of arrays of another size."""
+    """Keep the shares of a run to compare with, and refuse a run with arrays of another size."""
     before = config.stash.setdefault(_BEFORE, Before({}, []))
     own = elements_of(config)
     for record in compared_benchmark["benchmarks"]:
@@ -163,7 +163,7 @@ def pytest_benchmark_compare_machine_info(
         for key in sorted(was.keys() | machine_info.keys())
         if was.get(key) != machine_info.get(key)
     )
-    # The table says so; pytest-benchmark's own warning would be an error here.
+    # The table shows this; pytest-benchmark's own warning would be an error here.
     compared_benchmark["machine_info"] = machine_info
 
 
@@ -171,7 +171,7 @@ def pytest_benchmark_compare_machine_info(
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Show what pytest-benchmark's table has no columns for: GB/s, and shares of streaming."""
+    """Show columns that pytest-benchmark's table lacks: GB/s, and shares of streaming."""
     records = config.stash[_RECORDS]
     found = Measurements(records, cpu.supported_isas())
     if not found.kernels:
@@ -197,7 +197,7 @@ def arrays(pytestconfig: pytest.Config) -> Inputs:
 
 @pytest.fixture(scope="session")
 def kernel_of(pytestconfig: pytest.Config, arrays: Inputs) -> Callable[[str], Kernel]:
-    """Return a function that gives the kernel of a row; only the last one's arrays are kept."""
+    """Return a function that returns the kernel of a row; only the last one's arrays are kept."""
     cases = {case.name: case for case in CASES}
     slots = max(pytestconfig.getoption("threads") or [cpu.threads()])
     kept: dict[str, Kernel] = {}
@@ -213,14 +213,14 @@ def kernel_of(pytestconfig: pytest.Config, arrays: Inputs) -> Callable[[str], Ke
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Put threads and instruction set back after each benchmark."""
+    """Restore threads and instruction set after each benchmark."""
     with settings_kept():
         yield
 
 
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[Timed]:
-    """Return what times a function, in turns with another, and checks its result."""
+    """Yield a timer that times a function in turns with another, and checks its result."""
     option = pytestconfig.option
     seconds = 0.0 if option.quick else float(option.benchmark_max_time)
     yield Timed(benchmark, seconds, option.benchmark_min_rounds)

@@ -1,4 +1,4 @@
-"""The same operations in plain torch, as one would write them by hand: for scale."""
+"""The same operations in plain torch, as one would write them by hand, for comparison."""
 
 from __future__ import annotations
 

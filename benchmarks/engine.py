@@ -1,8 +1,8 @@
-"""Benchmark of whole merges: generated checkpoints through the command line, in a process each.
+"""Benchmark of whole merges: generated checkpoints through the command line, one process each.
 
 0.57 B parameters (Llama shapes), bf16, sharded, base + 4 models, warm page cache. Outputs are
-compared with an independent computation (benchmarks/checks.py) before a number is shown. Then the
-proof that memory does not grow: a model twice as large, and twice as many models.
+compared with an independent computation (benchmarks/checks.py) before a number is shown. Then comes
+the proof that memory does not grow: a model twice as large, and twice as many models.
 
     python -m benchmarks.engine --small
 """
@@ -46,7 +46,7 @@ METHODS = {
 
 
 def make_config(method: str, paths: CheckpointSet, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Return the configuration of one of METHODS, in mergekit's language."""
+    """Return the configuration of one of METHODS, in mergekit's format."""
     weights = [WEIGHTS[number % len(WEIGHTS)] for number in range(len(paths.models))]
     models: list[dict[str, Any]] = [
         {"model": str(path), "parameters": {"weight": weight}}
@@ -69,7 +69,7 @@ def make_config(method: str, paths: CheckpointSet, dtype: str = "bfloat16") -> d
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge: the process as seen from outside, and its own report."""
+    """One merge: its process observed from outside, and its own report."""
 
     method: str
     process: ProcessRun
@@ -80,7 +80,7 @@ class Merge:
 
 
 def merge_once(method: str, config: Path, out: Path, threads: int | None = None) -> Merge:
-    """Run `pymerge merge` and return what it took; the output stays."""
+    """Run `pymerge merge` and return its measurements; the output stays."""
     shutil.rmtree(out, ignore_errors=True)
     report_path = config.with_suffix(".report.json")
     command = [sys.executable, "-m", "pymerge", "merge", str(config), str(out), "--quiet"]
@@ -108,12 +108,12 @@ def check_output(
     Args:
         method: one of METHODS.
         out: the output directory.
-        paths: what was merged, with the weights of `make_config`.
-        thresholds: for ties_global: the task vectors' thresholds, if some tensors are to be
-            checked; None computes them and checks all tensors.
+        paths: the merged checkpoints, with the weights of `make_config`.
+        thresholds: for ties_global: the task vectors' thresholds, to check only some tensors; None
+            computes them and checks all tensors.
 
     Raises:
-        WrongResult: it is not what it should be.
+        WrongResult: it is wrong.
     """
     result, base = Reader(out), Reader(paths.base)
     models = [Reader(path) for path in paths.models]
@@ -140,10 +140,10 @@ def check_again(
     digests: dict[str, str],
     thresholds: Sequence[float] | None = None,
 ) -> None:
-    """Check a method's first output as `check_output` does; the next ones must be the same bytes.
+    """Check a method's first output as `check_output` does; later ones must have the same bytes.
 
     Raises:
-        WrongResult: it is not what it should be.
+        WrongResult: it is wrong.
     """
     found = checks.digest(out)
     if method not in digests:
@@ -162,7 +162,7 @@ def _write_configs(root: Path, paths: CheckpointSet, methods: Sequence[str]) -> 
 
 
 def _write_blocks(target: Path, nbytes: int, flags: int) -> None:
-    block = mmap.mmap(-1, 16 << 20)  # at a page's start, as direct writes want it
+    block = mmap.mmap(-1, 16 << 20)  # starts at a page, as direct writes require
     block.write(os.urandom(1 << 16) * (len(block) >> 16))
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o600)
     try:
@@ -175,7 +175,7 @@ def _write_blocks(target: Path, nbytes: int, flags: int) -> None:
 
 
 def _io_floor(root: Path, paths: CheckpointSet) -> tuple[float, float]:
-    """Return seconds to sum up all inputs from the page cache, and to write and sync an output."""
+    """Return seconds to add up all inputs from the page cache, and to write and sync an output."""
     started = time.perf_counter()
     for directory in (paths.base, *paths.models):
         for file in directory.glob("*.safetensors"):

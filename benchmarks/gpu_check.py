@@ -1,11 +1,11 @@
-"""One command for a machine with a GPU: builds, tests, measures, and keeps what it has found.
+"""One command for a machine with a GPU: builds, tests, measures, and stores the results.
 
     python -m benchmarks.gpu_check OUT_DIR
 
-It needs torch, nvcc and a C++ compiler, Triton for Triton's rows, and what merging files needs
-(pydantic, pyyaml, rich, safetensors) for that step alone: it is left out where they are missing.
-After every step OUT_DIR/gpu.json holds all results so far; OUT_DIR/gpu.md is the table. `--dry-run`
-goes through the same steps on small sizes without a GPU: the CPU kernels, and Triton's interpreter.
+It needs torch, nvcc and a C++ compiler, and Triton for Triton's rows. Only the step that merges
+files needs pydantic, pyyaml, rich and safetensors; it is left out if they are missing. After every
+step OUT_DIR/gpu.json holds all results so far; OUT_DIR/gpu.md is the table. `--dry-run` goes
+through the same steps with small sizes and no GPU: the CPU kernels, and Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OFFLINE = ("--no-deps", "--no-build-isolation", "--break-system-packages")
 
 
 class Log:
-    """Everything found so far, on disk after every step."""
+    """All results so far, written to disk after every step."""
 
     def __init__(self, folder: Path, minutes: float, dry: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class Log:
         return self.end - time.monotonic()
 
     def step(self, name: str, function: Callable[[], Any]) -> Any:
-        """Run a step; a failure is written down and does not end the rest."""
+        """Run a step; a failure is recorded and does not stop the rest."""
         began = time.monotonic()
         print(f"== {name} ({self.left():.0f} s left)", flush=True)
         try:
@@ -104,12 +104,12 @@ class Log:
 
 
 def aim(op: str) -> str:
-    """Return the share of a copy's bandwidth that is aimed at."""
+    """Return the targeted share of a copy's bandwidth."""
     return next((f"{share:.0%}" for start, share in TARGETS.items() if op.startswith(start)), "")
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Run a program in the project's folder; return its code and the end of what it said."""
+    """Run a program in the project's folder; return its exit code and the end of its output."""
     try:
         done = subprocess.run(
             command,
@@ -130,7 +130,8 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str,
 
 
 def build(log: Log, dry: bool) -> Any:
-    """Install in place, without what merging files needs; both libraries, for this device alone."""
+    """Install in place, without the packages for merging files; both libraries, only for this
+    device."""
     if dry:
         return "left out"
     import torch
@@ -180,14 +181,15 @@ def has(module: str) -> bool:
 
 
 def merge_files(log: Log, dry: bool) -> Any:
-    """Merge files in memory by the command, on the device and on the processor; the same bytes."""
+    """Merge files in memory by the command, on the device and on the processor; bytes must be
+    equal."""
     missing = [name for name in ("pydantic", "yaml", "rich", "safetensors") if not has(name)]
     if missing:
         return f"left out: {', '.join(missing)} not installed"
     from benchmarks.checkpoints import LLAMA_057B, LLAMA_TINY, make_checkpoints, workspace
 
     shape = LLAMA_TINY if dry else LLAMA_057B
-    other = "thread" if dry else "cuda"  # what is compared with the processor
+    other = "thread" if dry else "cuda"  # the one compared with the processor
     need = 8 * 2 * shape.parameters
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > need:
@@ -231,7 +233,7 @@ def merge_files(log: Log, dry: bool) -> Any:
 
 
 def rows(log: Log, dry: bool, gigabytes: float) -> None:
-    """Measure the main rows on every backend, then the others on one size."""
+    """Measure the main rows on every backend, then the others in one size."""
     bench = Bench(log, dry, 1 << 16 if dry else int(gigabytes * 1e9))
     log.step("copy", bench.copy)
     backends = ["cpu"] if dry else ["cuda"]
@@ -245,7 +247,7 @@ def rows(log: Log, dry: bool, gigabytes: float) -> None:
                 lambda: bench.row(name, dtype, backend),
             )
 
-    # What is wanted most comes first: our own kernels, then plain torch, then what else there is.
+    # The most important come first: our own kernels, then plain torch, then everything else.
     for backend in backends:
         for dtype in DTYPES:
             for count in (2,) if dry else COUNTS:

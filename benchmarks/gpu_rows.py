@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 __all__ = ["MAIN", "REST", "TARGETS", "Bench"]
 
-# Measured for every dtype and number of models; the others for one.
+# Measured for every dtype and number of models; the others for only one.
 MAIN = (
     "linear",
     "task_arithmetic",
@@ -73,10 +73,10 @@ REST = (
     "row_importance",
     "arcee_fusion",
 )
-# The share of the bandwidth of a copy that is aimed at, by the beginning of a name.
+# The targeted share of the bandwidth of a copy, by the beginning of a name.
 TARGETS = {"linear": 0.9, "task_arithmetic": 0.9, "ties": 0.85, "pcb": 0.6}
 
-ISSUED_BEFORE = 3  # calls before those that are timed
+ISSUED_BEFORE = 3  # calls before the timed ones
 STRETCH = 4096  # elements compared at a time: whole chunks and whole rows
 STRETCHES = 12
 COLUMNS = 1024  # of ops over rows
@@ -84,13 +84,13 @@ SAMPLE = 1 << 16  # elements from which thresholds are taken
 
 
 class Keeps(Protocol):
-    """What rows are given to."""
+    """The receiver of rows."""
 
     found: dict[str, Any]
 
 
 class Bench:
-    """Measures one op after the other, on `device`."""
+    """Measures one op after another, on `device`."""
 
     def __init__(self, log: Keeps, dry: bool, nbytes: int) -> None:
         import torch
@@ -135,7 +135,7 @@ class Bench:
         return median, (high - low) / median
 
     def copy(self) -> float:
-        """Return the bandwidth of a copy, bytes read and written a second."""
+        """Return the bandwidth of a copy, in bytes read and written per second."""
         torch = self.torch
         source = torch.ones(self.nbytes // 2, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -144,7 +144,7 @@ class Bench:
         return self.log.found["copy_bandwidth"]
 
     def make(self, count: int, dtype: str) -> int:
-        """Make a base (deviation 0.02) and models (deltas of deviation 0.001) on the device."""
+        """Create a base (deviation 0.02) and models (deltas of deviation 0.001) on the device."""
         torch = self.torch
         kind = self.dtypes[dtype]
         numel = self.nbytes // ((count + 2) * kind.itemsize) // STRETCH * STRETCH
@@ -153,17 +153,17 @@ class Bench:
         def draw(scale: float) -> Any:
             return torch.randn(numel, generator=generator, device=self.device) * scale
 
-        self.base, self.models = None, []  # gives back the memory of those before
+        self.base, self.models = None, []  # frees the memory of the previous ones
         self.base = draw(0.02).to(kind)
         for _ in range(count):
             self.models.append((self.base.float() + draw(1e-3)).to(kind))
         return numel
 
     def arguments(self, case: Any) -> dict[str, Any]:
-        """Return a case's arguments, thresholds from a sample; tensors that are as long as the
-        inputs on the device."""
+        """Return a case's arguments, with thresholds from a sample; tensors as long as the inputs
+        are on the device."""
         torch, base, models = self.torch, self.base, self.models
-        if case.op.startswith("packed"):  # nothing in them is taken from a sample
+        if case.op.startswith("packed"):  # nothing in them comes from a sample
             return case.arguments(base, models)
         sample = slice(0, SAMPLE)
         given = case.arguments(base[sample].cpu(), [model[sample].cpu() for model in models])
@@ -172,7 +172,7 @@ class Bench:
         if "model" in given:
             given["model"] = models[0]
         if "models" in given:
-            own = len(given["models"])  # one of them, or one more: the gradient among the dots
+            own = len(given["models"])  # one of them, or one more: the gradient for dot products
             given["models"] = models[:own] if own <= len(models) else [*models, models[0]]
         if given.get("columns"):
             given["columns"] = COLUMNS
@@ -197,7 +197,7 @@ class Bench:
         return given
 
     def outputs(self, case: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Return what a case writes to, on the device."""
+        """Return the arrays to which a case writes, on the device."""
         from pymerge.ops.arguments import sums_shape
 
         torch, base, count = self.torch, self.base, len(self.models)
@@ -256,7 +256,7 @@ class Bench:
         )
 
     def check(self, case: Any, given: dict[str, Any], outputs: dict[str, Any]) -> None:
-        """Raise unless stretches of the outputs are the reference's, bit by bit, and all elements
+        """Raise unless stretches of the outputs equal the reference's, bit by bit, and all elements
         have been counted."""
         numel = self.base.numel()
         if "counts" in outputs:

@@ -1,4 +1,4 @@
-"""What kernels are timed on, and what the reference computes of it."""
+"""The inputs on which kernels are timed, and the reference's results for them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ __all__ = [
 
 MODELS = 4
 STRETCHES, STRETCH = 64, 4096
-# Elements that the reference works on at once: whole chunks, of 1000 and of 65536 elements, that
+# Elements that the reference processes at once: whole chunks, of 1000 and of 65536 elements, which
 # the magnitude kernels count separately.
 _TILE = math.lcm(CHUNK, HOT_CHUNK)
-SAMPLE = 1 << 20  # elements made at once, and those that thresholds are taken from
+SAMPLE = 1 << 20  # elements generated at once, and those from which thresholds are taken
 
 
 def make_arrays(elements: int, seed: int = 0) -> Inputs:
@@ -56,11 +56,11 @@ def make_arrays(elements: int, seed: int = 0) -> Inputs:
 def arguments_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Return the case's arguments over the whole arrays, with thresholds from their first part."""
     base, models = inputs
-    if case.op.startswith("packed"):  # nothing in them is taken from a sample
+    if case.op.startswith("packed"):  # nothing in them comes from a sample
         return case.arguments(base, models)
     arguments = case.arguments(base[:SAMPLE], [model[:SAMPLE] for model in models])
     whole: dict[str, Any] = {"base": base, "model": models[0]}
-    # Some take one model, and dot products a gradient more.
+    # Some cases need one model, and dot products one more for the gradient.
     whole["models"] = (models * 2)[: len(arguments.get("models", ()))]
     if arguments.get("base", base) is None:
         whole["base"] = None
@@ -81,7 +81,7 @@ def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
             part[name] = part[name][start:stop]
     if "masks" in part:
         part |= part_of(part, start, stop)
-    if "start" in part:  # the hash of a random mask sees the index
+    if "start" in part:  # the hash of a random mask depends on the index
         part["start"] += start
     if "models" in part:
         part["models"] = [model[start:stop] for model in part["models"]]
@@ -98,14 +98,14 @@ def _part(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 @dataclass
 class Expected:
-    """What the reference gives: the output in stretches (start, values), and counters."""
+    """The reference's results: the output in stretches (start, values), and counters."""
 
     stretches: list[tuple[int, torch.Tensor]]
     counters: dict[str, torch.Tensor]
 
 
 def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0) -> Expected:
-    """Run the reference: on random stretches, and over everything for counters of everything."""
+    """Run the reference: on random stretches, and on everything for counters of everything."""
     base, models = inputs
     numel = base.numel()
 
@@ -145,7 +145,7 @@ def expect(case: Case, inputs: Inputs, arguments: dict[str, Any], seed: int = 0)
 
 
 def check(name: str, expected: Expected, outputs: dict[str, torch.Tensor], numel: int) -> None:
-    """Raise WrongResult unless what a kernel wrote is what the reference writes, bit for bit."""
+    """Raise WrongResult unless a kernel wrote what the reference writes, bit for bit."""
     for start, values in expected.stretches:
         found = outputs["out"][start : start + values.numel()]
         if not torch.equal(found, values):
@@ -166,7 +166,8 @@ def check(name: str, expected: Expected, outputs: dict[str, torch.Tensor], numel
 
 
 def check_floor(out: torch.Tensor, read: Sequence[torch.Tensor]) -> None:
-    """The streaming loop combines the bits of all inputs, so that none of them can be left out."""
+    """Raise WrongResult unless the streaming loop combined the bits of all inputs, so that it
+    cannot leave out any of them."""
     for start in range(0, out.numel(), max(1, out.numel() // STRETCHES)):
         bits = torch.zeros_like(out[start : start + STRETCH].view(torch.int16))
         for tensor in read:

@@ -1,4 +1,4 @@
-"""Tables of kernels, from the JSON that pytest-benchmark writes of `benchmarks/test_kernels.py`."""
+"""Tables of kernels, from pytest-benchmark's JSON of `benchmarks/test_kernels.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAIN_CASES = (
     "magnitude_histogram",
     "magnitude_equal_counts",
 )
-# The kernel that writes what each method merges, its statistics given; and what gathers these.
+# The kernel that writes the merge of each method, given its statistics; and those that gather them.
 METHOD_CASES = {
     "linear": "linear",
     "task_arithmetic": "task_arithmetic",
@@ -90,7 +90,7 @@ class Measurement:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Measurement:
-        """Read one of the benchmarks of the JSON."""
+        """Return the measurement in one of the benchmarks of the JSON."""
         stats, more = record["stats"], record["extra_info"]
         return cls(
             record["fullname"],
@@ -104,7 +104,7 @@ class Measurement:
 
     @property
     def rate(self) -> float:
-        """Bytes per second."""
+        """Return bytes per second."""
         return self.nbytes / self.seconds
 
 
@@ -113,7 +113,7 @@ class Measurements:
 
     kernels: in the order in which they were measured.
     torch: median seconds of plain torch, by case and threads.
-    scaling: how many times the vector work of one thread all threads do; None: not measured.
+    scaling: vector work of all threads relative to that of one; None: not measured.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], isas: Sequence[str]) -> None:
@@ -135,14 +135,14 @@ class Measurements:
         self.isa = next((isa for isa in reversed(isas) if isa in measured), "")
 
     def fastest(self) -> dict[str, Measurement]:
-        """Return what the widest instruction set and all threads did, by case."""
+        """Return the measurements of the widest instruction set and all threads, by case."""
         return {m.case: m for m in self.kernels if m.isa == self.isa and m.threads == self.threads}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:
-    """Return the tables of a run's JSON, by the names that documents use; only complete ones.
+    """Return the tables of a run's JSON, by the names used in documents; only complete ones.
 
-    A run of some kernels thus takes no row away from a document.
+    So a run of some kernels removes no row from a document.
     """
     isas = result["machine_info"]["isa"]
     found = Measurements(result["benchmarks"], isas)
@@ -216,7 +216,7 @@ def all_kernels(
 
 
 def _short(found: Measurements, kernels: Sequence[Measurement]) -> Table:
-    """Return the table of what the widest instruction set and all threads did."""
+    """Return the table of the widest instruction set and all threads."""
     title = f"{_title(kernels)}, {found.isa}, {found.threads} threads"
     columns = ["kernel", "ms", "GB/s", "of streaming", "plain torch"]
     table = Table(title, columns, notes=_notes(found))

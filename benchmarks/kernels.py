@@ -1,4 +1,4 @@
-"""A row of the case table over whole arrays: what is timed, the loop beside it, and the checks."""
+"""A row of the case table over whole arrays: the timed call, the loop beside it, the checks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Kernel:
         self._out = self.outputs["out"] if case.streams_out else torch.empty_like(base)
         self._op = getattr(torch.ops.pymerge, case.op)
         self._base = self.arguments.get("base")
-        # The loop reads whole models where the kernel reads what they keep.
+        # The loop reads whole models where the kernel reads only what they keep.
         self._models = self.arguments.get("models", models)
         if "model" in self.arguments:
             self._models = [self.arguments["model"]]
@@ -49,7 +49,7 @@ class Kernel:
         self.loop_bytes = read_bytes + self._out.nbytes
         self.nbytes = _packed_bytes(self.arguments) if "masks" in self.arguments else read_bytes
         self.nbytes += self._out.nbytes if case.streams_out else 0
-        # Ranks are read, or written, beside them.
+        # Ranks are additionally read or written.
         ranks = self.arguments.get("ranks"), self.outputs.get("ranks")
         self.nbytes += sum(tensor.nbytes for tensor in ranks if tensor is not None)
 
@@ -59,11 +59,11 @@ class Kernel:
 
     @cached_property
     def expected(self) -> Expected:
-        """What the reference computes from the same arguments."""
+        """Return the reference's results for the same arguments."""
         return expect(self.case, self.inputs, self.arguments)
 
     def clear(self) -> None:
-        """Set what counts or sums to zero; a table is read, too, and stays."""
+        """Set counters and sums to zero; a table is also read, and stays."""
         for name in self.outputs.keys() - {"out", "table"}:
             self.outputs[name].zero_()
 
@@ -74,7 +74,7 @@ class Kernel:
     def stream(self, threads: int) -> None:
         """Run the streaming loop: read the same arrays, write as long an output, compute nothing.
 
-        Its output is the kernel's: a kernel that is called next must write all of it again.
+        Its output is the kernel's: a kernel called afterwards must write all of it again.
         """
         cpu.streaming_floor(self._out, self._base, self._models, threads)
 
@@ -87,12 +87,12 @@ class Kernel:
         check(label, self.expected, self.outputs, self.elements)
 
     def check_stream(self, threads: int) -> None:
-        """Raise WrongResult unless the streaming loop reads all that it is said to read."""
+        """Raise WrongResult unless the streaming loop reads all that it claims to read."""
         self.stream(threads)
         check_floor(self._out, self._read)
 
     def check_plain_torch(self, found: torch.Tensor) -> None:
-        """Raise WrongResult unless plain torch came close to the reference."""
+        """Raise WrongResult unless plain torch is close to the reference."""
         for start, values in self.expected.stretches:
             part = found[start : start + values.numel()]
             close = part.dtype == values.dtype and torch.allclose(
@@ -111,7 +111,7 @@ def _packed_bytes(arguments: dict[str, Any]) -> int:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Put the numbers of threads and the instruction set back at the end."""
+    """Restore the numbers of threads and the instruction set at the end."""
     before = torch.get_num_threads()
     try:
         yield

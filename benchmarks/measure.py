@@ -1,4 +1,4 @@
-"""Measures programs in processes of their own; what a wrong result raises."""
+"""Measures programs in separate processes; defines the error for wrong results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.005
 
 
 class WrongResult(Exception):
-    """A timed result is not what it should be; no number of it may be shown."""
+    """A timed result is wrong; none of its numbers may be shown."""
 
 
 _Item = TypeVar("_Item")
@@ -29,10 +29,10 @@ _Result = TypeVar("_Result")
 
 
 def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Apply a function to items, one thread for each core and torch single-threaded in each.
+    """Apply a function to items, with one thread for each core and torch single-threaded in each.
 
-    For preparing and checking, not for timing: on busy cores, torch's own threads mostly wait for
-    each other.
+    This is for preparing and checking, not for timing: on busy cores, torch's own threads mostly
+    wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,12 +45,12 @@ def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> 
 
 @dataclass(frozen=True)
 class ProcessRun:
-    """What a finished process took.
+    """The measurements of a finished process.
 
-    wall: seconds from its start to its end, interpreter and imports included.
+    wall: seconds from its start to its end, including interpreter and imports.
     cpu: seconds of all its threads, user and system.
     peak_resident: largest resident set (with mapped files), bytes.
-    peak_anonymous: largest RssAnon that was seen from outside, bytes; 0 where /proc has none.
+    peak_anonymous: largest RssAnon observed from outside, bytes; 0 if /proc has none.
     """
 
     wall: float
@@ -73,10 +73,10 @@ def _anonymous_bytes(pid: int) -> int:
 def run_process(
     arguments: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> ProcessRun:
-    """Run a program to its end and measure it.
+    """Run a program to its end and return its measurements.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: it failed; with the end of its output.
     """
     peak = 0
     ended = threading.Event()

@@ -1,9 +1,9 @@
-"""Benchmark of PCB-Merging beside the authors' algorithm in torch: time, memory, agreement.
+"""Benchmark of PCB-Merging, compared with the authors' algorithm in torch: time, memory, agreement.
 
-`official` below is what pcb-merging.py (duguodong7/pcb-merging, 5897888) computes, written anew
+`official` below computes what pcb-merging.py (duguodong7/pcb-merging, 5897888) computes, rewritten
 from its formulas: whole task vectors in memory, sorted for every quantile. Both sides run in
-processes of their own, in turns, on the same vectors in bfloat16; results are compared before a
-number is shown.
+separate processes, in turns, on the same vectors in bfloat16; results are compared before a number
+is shown.
 
     python -m benchmarks.pcb [--numel 16Mi] [--models 4] [--repetitions 3]
 """
@@ -70,7 +70,7 @@ def official(base: torch.Tensor, models: Sequence[torch.Tensor]) -> torch.Tensor
 
 
 def _side(side: str, numel: int, models: int, out: Path) -> None:
-    """Merge once, in a process of its own; leave seconds and the result."""
+    """Merge once, in a separate process; store the seconds and the result."""
     base, tuned = make_inputs(numel, models)
     if side == "official":
         begin = time.perf_counter()
@@ -79,7 +79,7 @@ def _side(side: str, numel: int, models: int, out: Path) -> None:
     else:
         import pymerge
 
-        # What is loaded at first use is not what is timed.
+        # Load everything that is loaded at first use, so that it is not timed.
         pymerge.pcb_merge(base[:4096], [model[:4096] for model in tuned], variant="root")
         begin = time.perf_counter()
         merged = pymerge.pcb_merge(
@@ -94,7 +94,7 @@ def _check(out: Path) -> float:
     """Return the largest difference, as a share of the largest change."""
     first, second = (torch.load(out / f"{side}.pt", weights_only=True) for side in _SIDES)
     apart = (first - second).abs()
-    # Elements next to a threshold may be kept by one and not by the other.
+    # Elements next to a threshold may be kept by one side and not by the other.
     share = float((apart > 1e-6).float().mean())
     if share > 1e-5:
         raise WrongResult(f"pcb: {share:.2%} of the elements differ by more than 1e-6")

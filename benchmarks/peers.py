@@ -1,8 +1,8 @@
 """Side by side with mergekit: the same checkpoints, the same configurations, in one run.
 
-mergekit runs from an environment of its own: PYMERGE_PEERS_PYTHON, or `.venv-peers`, which
-`make bench-peers` sets up. Repetitions of pymerge are placed before and after mergekit's run, which
-for TIES takes minutes. Outputs are compared, and pymerge's is checked, before a number is shown.
+mergekit runs from its own environment: PYMERGE_PEERS_PYTHON, or `.venv-peers`, which
+`make bench-peers` sets up. Repetitions of pymerge run before and after mergekit's run, which for
+TIES takes minutes. Outputs are compared, and pymerge's is checked, before a number is shown.
 
     python -m benchmarks.peers --small --skip-ties
 """
@@ -82,7 +82,7 @@ def compare(first: Path, second: Path) -> Agreement:
     """Compare two checkpoint directories tensor by tensor.
 
     Raises:
-        WrongResult: they do not hold the same tensors of the same dtype and length.
+        WrongResult: their tensors differ in name, dtype or length.
     """
     left, right = Reader(first), Reader(second)
     checks.check_same_names(left, right)
@@ -107,7 +107,7 @@ def _write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 def _agreement_float32(root: Path, python: Path) -> tuple[Table, list[dict[str, Any]]]:
-    """Merge small float32 models with distinct magnitudes with both; they must agree.
+    """Merge small float32 models with distinct magnitudes on both sides; they must agree.
 
     Raises:
         WrongResult: linear differs by more than 1e-6, or another method in any element.

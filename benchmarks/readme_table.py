@@ -1,4 +1,4 @@
-"""Puts the tables of the latest results into the documents, so that no figure is typed by hand.
+"""Inserts the tables of the latest results into the documents, so that no figure is typed by hand.
 
     python -m benchmarks.readme_table [--check]
 
@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)
 
 
 def latest_tables(directory: Path) -> dict[str, str]:
-    """Return Markdown by table name, of the newest file of each benchmark."""
+    """Return Markdown by table name, from the newest file of each benchmark."""
     texts: dict[str, str] = {}
     for path in sorted(directory.glob("*.json")):  # dates sort; a later file wins
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def latest_tables(directory: Path) -> dict[str, str]:
 
 
 def fill(text: str, tables: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Replace the blocks of a document; return it, and the names for which there is no table."""
+    """Replace the blocks of a document; return it, and the names without a table."""
     missing: list[str] = []
 
     def replace(block: re.Match[str]) -> str:
@@ -63,7 +63,7 @@ def fill(text: str, tables: Mapping[str, str]) -> tuple[str, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill the documents; with --check only say whether they are up to date."""
+    """Fill the documents; with --check only report whether they are up to date."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

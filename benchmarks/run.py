@@ -2,8 +2,8 @@
 
     python -m benchmarks.run [--only kernels,engine] [options of pytest, for kernels]
 
-Kernels are those of the documents' tables, by `pytest benchmarks --benchmark-only -m documents`;
-options that are not known here go there, such as `-k ties` and `--elements 8Mi`.
+Kernels are those in the documents' tables, run by `pytest benchmarks --benchmark-only -m
+documents`; options unknown here are passed to pytest, such as `-k ties` and `--elements 8Mi`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with what all benchmarks take."""
+    """Return a parser with the options of all benchmarks."""
     made = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_kernels(results: Path, arguments: Sequence[str]) -> int:
-    """Run the kernels' benchmarks; keep what they measured, if nothing was wrong.
+    """Run the kernel benchmarks; keep their measurements if nothing was wrong.
 
     Returns:
         pytest's exit code.

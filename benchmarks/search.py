@@ -1,10 +1,10 @@
-"""Benchmark of merging again: the merges of a search, of which only coefficients change.
+"""Benchmark of repeated merging: the merges of a search, in which only coefficients change.
 
-For each method: writing a merge (`merge_checkpoints`, what a search would do without keeping
-anything), the first merge in memory, and the merges after it, with other weights and with another
-density or ratio. All in turns, in one process, inputs in the page cache. A merge is timed, and
-compared bit for bit with what was written for the same configuration. Last, why task vectors are
-not kept: task arithmetic of checkpoints in memory beside that of their task vectors in float32.
+For each method it times writing a merge (`merge_checkpoints`, which a search would call if nothing
+were kept), the first merge in memory, and the following merges, with other weights and with another
+density or ratio. All run in turns, in one process, with inputs in the page cache. A timed merge is
+compared bit for bit with the one written for the same configuration. Last, it shows why task
+vectors are not kept: task arithmetic of checkpoints in memory and of their float32 task vectors.
 
     python -m benchmarks.search [--repetitions 5] [--quick]
 """
@@ -72,7 +72,7 @@ def _config(
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """Return wall seconds, and CPU seconds of all threads, which other programs change less."""
+    """Return wall seconds, and CPU seconds of all threads, which other programs affect less."""
     started, used = time.perf_counter(), time.process_time()
     function(*arguments)
     return time.perf_counter() - started, time.process_time() - used
@@ -102,7 +102,7 @@ def _measure(
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     out = root / "out"
     with Remerger(_config(inputs, method, parameters, 0)) as kept:
-        merged = kept.merge()  # memory is touched for the first time here
+        merged = kept.merge()  # memory is first touched here
         for turn in range(repetitions):
             config = _config(inputs, method, parameters, 1 + turn)
             shutil.rmtree(out, ignore_errors=True)
@@ -117,7 +117,7 @@ def _measure(
             _check(label, merged, out)
             if change is None:
                 continue
-            # one that was not seen before
+            # one not seen before
             name, value = next(iter(change.items()))
             other = {**parameters, name: value + 0.01 * turn}
             config = _config(inputs, method, other, 1 + turn)
@@ -129,7 +129,7 @@ def _measure(
 
 
 def _kept_vectors(repetitions: int, elements: int, models: int) -> dict[str, Any]:
-    """Time task arithmetic of bf16 models, and of task vectors that are kept in float32."""
+    """Time task arithmetic of bf16 models, and of task vectors kept in float32."""
     generator = torch.Generator().manual_seed(0)
     base = torch.empty(elements, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     origin = base.float()
@@ -153,9 +153,9 @@ def _kept_vectors(repetitions: int, elements: int, models: int) -> dict[str, Any
     for turn in range(repetitions + 1):
         for key, function in (("formed", form), ("kept", keep)):
             took, _ = _timed(function)
-            if turn:  # memory is touched for the first time before
+            if turn:  # memory is first touched before
                 seconds[key].append(took)
-    # sums begin at the base here and end at it there, so that roundings differ
+    # sums begin at the base in one case and end at it in the other, so roundings differ
     near = torch.allclose(kept.float(), formed.float(), rtol=2**-7, atol=1e-5)
     if not near:
         raise WrongResult("task vectors that were kept give another merge")

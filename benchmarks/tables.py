@@ -27,7 +27,7 @@ if not console.is_terminal:
 
 @dataclass
 class Table:
-    """A table of finished text: the first column is left-aligned, the others right."""
+    """A table of formatted text: the first column is left-aligned, the others right."""
 
     title: str
     columns: list[str]
@@ -62,7 +62,7 @@ class Table:
 
 
 def _cpu_model() -> str:
-    """Return the processor's name, on x86 with its family and model: names leave the core out."""
+    """Return the processor's name; on x86 with family and model, because names omit the core."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -78,7 +78,7 @@ def _cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
+    """Return a description of the machine on which the numbers were measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
@@ -130,7 +130,7 @@ def save(
 def write_markdown(
     path: Path, what: str, tables: Iterable[Table], machine: Mapping[str, Any]
 ) -> None:
-    """Write tables beside the JSON file of that path, whose name ends in the date."""
+    """Write tables beside the JSON file at that path, whose name ends in the date."""
     text = "\n".join(table.markdown() for table in tables)
     line = describe_machine(machine, path.stem.removeprefix(f"{what}-"))
     path.with_suffix(".md").write_text(f"# {what}\n\n{line}\n\n{text}", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Benchmarks of the CPU kernels: each row of the case table, data in memory, bf16, K = 4.
 
 Each call is timed in turns with a loop that reads the same arrays, writes as long an output and
-computes nothing. What was timed is compared with the reference before its time is reported.
+computes nothing. The timed result is compared with the reference before its time is reported.
 
     pytest benchmarks --benchmark-only -k ties
     pytest benchmarks --benchmark-only -k ties --benchmark-compare  # with the last that was saved
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 ISAS = cpu.supported_isas()
 _DOCUMENTED = {*METHOD_CASES.values(), *GATHERING_CASES.values()}
-# Elements for each thread that are worth a thread and stay in its core's cache.
+# Elements per thread that justify a thread and stay in its core's cache.
 _CACHED = 1 << 16
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Spread the rows over instruction sets and threads, as the options say."""
+    """Spread the rows over instruction sets and threads, according to the options."""
     config, everything = metafunc.config, cpu.threads()
     top = max(config.getoption("threads") or [everything])
     if metafunc.function is test_kernel:
@@ -76,7 +76,7 @@ def test_kernel(
     timed: Timed,
     benchmark: BenchmarkFixture,
 ) -> None:
-    """A kernel beside the streaming loop of the widest instruction set."""
+    """Time a kernel beside the streaming loop of the widest instruction set."""
     kernel = kernel_of(case)
     cpu.set_threads(threads)
 
@@ -116,7 +116,7 @@ def test_plain_torch(
     timed: Timed,
     benchmark: BenchmarkFixture,
 ) -> None:
-    """The same in eager operators, for scale."""
+    """Time the same in eager operators, for comparison."""
     kernel, kept = kernel_of(case), list[torch.Tensor]()
     torch.set_num_threads(threads)
 
@@ -129,10 +129,10 @@ def test_plain_torch(
 
 @pytest.mark.documents
 def test_vector_units(threads: int, timed: Timed, benchmark: BenchmarkFixture) -> None:
-    """How many times the vector work of one thread so many threads do together.
+    """Measure the vector work of this many threads relative to that of one.
 
-    Measured with a kernel that computes and whose data stay in the cache, at twice the elements
-    for twice the threads. Cores that are two threads of one real core share its vector units: 1.0.
+    A kernel that is limited by arithmetic, with data in the cache, runs on twice the elements for
+    twice the threads. Cores that are two threads of one real core share its vector units: 1.0.
     """
     case = next(case for case in CASES if case.name == "pcb_vision_es")
     one = Kernel(case, make_arrays(_CACHED))

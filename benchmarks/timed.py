@@ -1,4 +1,4 @@
-"""What pytest-benchmark lacks: turns with another function, and no figure without a check."""
+"""Additions to pytest-benchmark: turns with another function, and no figure without a check."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Timed", "Turns"]
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of a function and of what took turns with it, round by round."""
+    """Seconds of a function and of the one that took turns with it, round by round."""
 
     seconds: tuple[float, ...]
     beside: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the other function: the median of the rounds.
+        """Return how many times as fast as the other function it is: the median of the rounds.
 
-        Each call is compared with the other's just before it, so that what slows both for a while
-        leaves the ratio alone.
+        Each call is compared with the other's just before it, so the ratio is unaffected by
+        anything that slows both for a while.
         """
         pairs = zip(self.beside, self.seconds, strict=True)
         return statistics.median(beside / own for beside, own in pairs)
@@ -35,9 +35,9 @@ class Turns:
 
 @dataclass(frozen=True)
 class Timed:
-    """Times functions with pytest-benchmark, and forgets the time of one whose result is wrong.
+    """Times functions with pytest-benchmark, and discards the time of one whose result is wrong.
 
-    seconds: stop after so many of them, but not before `least` rounds nor after `most`.
+    seconds: stop after this many, but neither before `least` rounds nor after `most`.
     """
 
     benchmark: BenchmarkFixture
@@ -57,14 +57,14 @@ class Timed:
         """Time a function in turns with another (A B A B ...), then check its last result.
 
         Args:
-            function: what the benchmark is of.
-            check: raises where the result is wrong.
+            function: the benchmarked function.
+            check: raises if the result is wrong.
             beside: called and timed before each call of `function`.
             prepare: called before each call of `function`, not timed.
             rounds: None takes as many as fit.
 
         Returns:
-            the seconds of both; None where timing is off (--benchmark-disable).
+            The seconds of both; None if timing is off (--benchmark-disable).
         """
         others: list[float] = []
 
@@ -84,7 +84,7 @@ class Timed:
                 others.clear()
             self.benchmark.pedantic(function, setup=setup, rounds=rounds or 1)
             check()
-        except BaseException:  # a benchmark that was interrupted has not been checked either
+        except BaseException:  # an interrupted benchmark has not been checked either
             self._forget()
             raise
         if self.benchmark.stats is None:
@@ -101,7 +101,7 @@ class Timed:
         return max(self.least, min(self.most, math.ceil(self.seconds / once)))
 
     def _forget(self) -> None:
-        """Leave neither a line of pytest-benchmark's table nor an entry of its JSON."""
+        """Remove the line from pytest-benchmark's table and the entry from its JSON."""
         self.benchmark.has_error = True
         if self.benchmark.stats is not None:
             self.benchmark.stats.stats.data.clear()

@@ -1,4 +1,4 @@
-"""What a demo keeps between runs: stages that are built once, whole or not at all."""
+"""The results that a demo keeps between runs: stages that are built once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Cache", "content_hash", "digest", "write_text"]
 
 
 class Cache:
-    """A folder of finished stages, each under a name that carries the hash of its recipe.
+    """A folder of finished stages, each under a name that includes the hash of its recipe.
 
     Args:
-        root: the folder; `Cache.default(name)` gives the usual one.
+        root: the folder; `Cache.default(name)` returns the usual one.
     """
 
     def __init__(self, root: Path) -> None:
@@ -37,7 +37,7 @@ class Cache:
         return Path(home) / "pymerge" / f"{kind}-{name}"
 
     def require_space(self, total: int) -> None:
-        """Stop, with the numbers, where the disk cannot let this folder grow to `total` bytes.
+        """Exit, with the numbers, if the disk cannot let this folder grow to `total` bytes.
 
         Raises:
             SystemExit: too little is free.
@@ -52,13 +52,13 @@ class Cache:
             )
 
     def path(self, name: str, recipe: Mapping[str, Any]) -> Path:
-        """Return where the stage `name` made by `recipe` lives, built or not."""
+        """Return the path of the stage `name` made by `recipe`, whether it is built or not."""
         return self.root / f"{name}-{digest(recipe)}"
 
     def build(self, target: Path, make: Callable[[Path], None]) -> None:
         """Build a stage: `make(temporary)` fills a folder that becomes `target` when it returns.
 
-        An interrupted run leaves no `target`, so the next one does the stage again.
+        An interrupted run leaves no `target`, so the next one repeats the stage.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
@@ -69,14 +69,14 @@ class Cache:
             try:
                 temporary.rename(target)
             except OSError:
-                # another run of the demo finished the same stage first: it is as good as ours
+                # another run of the demo finished the same stage first: use that
                 if not target.is_dir():
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def load(self, path: Path, compute: Callable[[], Any]) -> Any:
-        """Return the JSON value kept at `path`, computing and keeping it the first time."""
+        """Return the JSON value stored at `path`, computing and storing it the first time."""
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         value = compute()
@@ -94,7 +94,7 @@ def content_hash(checkpoint: Path) -> str:
     """Return a hash of a checkpoint's tensors: names, dtypes, shapes and bytes, not its files.
 
     Args:
-        checkpoint: a model directory; how it is cut into shards does not matter.
+        checkpoint: a model directory; its division into shards does not matter.
     """
     total = hashlib.sha256()
     with open_checkpoint(checkpoint, str(checkpoint)) as weights:
@@ -106,7 +106,7 @@ def content_hash(checkpoint: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears complete or not at all."""
+    """Write a text file so that it appears either complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     temporary.write_text(text, encoding="utf-8")
@@ -114,7 +114,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed runs left of this stage; a living one keeps its folder."""
+    """Remove what killed runs left of this stage; a running one keeps its folder."""
     for folder in target.parent.glob(f".{target.name}.tmp-*"):
         process = folder.name.rpartition("-")[2]
         try:

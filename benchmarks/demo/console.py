@@ -1,4 +1,4 @@
-"""What a demo says while it works: lines with the time since its start, and progress bars."""
+"""The output of a running demo: lines with the time since its start, and progress bars."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["Advance", "Log"]
 
-# Without a terminal a long stage says where it is this often.
+# Without a terminal, a long stage reports its progress this often.
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Advance(Protocol):
-    """Tells of one finished step, with a note such as "loss 2.71"."""
+    """Reports one finished step, with a note such as "loss 2.71"."""
 
     def __call__(self, note: str = "") -> None: ...
 
 
 class Log:
-    """The demo's voice on the terminal or in a log file."""
+    """Writes the demo's messages to the terminal or to a log file."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -31,7 +31,7 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._start
 
     def say(self, text: str) -> None:
@@ -40,10 +40,10 @@ class Log:
 
     @contextmanager
     def steps(self, label: str, total: int) -> Iterator[Advance]:
-        """Show the progress of `total` steps: a bar on a terminal, otherwise a line now and then.
+        """Show the progress of `total` steps: a bar on a terminal, otherwise occasional lines.
 
         Yields:
-            what to call after each step.
+            A function to call after each step.
         """
         start = time.perf_counter()
         done, latest, last = 0, "", start

@@ -40,7 +40,7 @@ _LOGIT_SCALE = 20.0
 
 @dataclass(frozen=True)
 class Training:
-    """How a fine-tune is made: AdamW without weight decay, the rate rising for `warmup` steps and
+    """Settings of a fine-tune: AdamW without weight decay, the rate rising for `warmup` steps and
     then falling linearly to 0; BatchNorm keeps the statistics of the pretrained model."""
 
     epochs: int = 2
@@ -54,7 +54,7 @@ class Training:
         return self.epochs * (len(task.train_labels) // self.batch)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what the result depends on."""
+        """Return the settings on which the result depends."""
         return {**asdict(self), "scale": _LOGIT_SCALE}
 
 
@@ -77,7 +77,7 @@ def load(checkpoint: Path) -> Any:
 def class_means(model: Any, task: ImageTask) -> torch.Tensor:
     """Return the head of a task: the mean feature of each class, unit length, [classes, 1280].
 
-    It is made once with the pretrained model and stays as it is, so that all models share it.
+    It is computed once, with the pretrained model, and does not change: all models share it.
     """
     features = _all_features(model, task.train_images)
     classes = range(int(task.train_labels.max()) + 1)
@@ -99,11 +99,11 @@ def fine_tune(
         base: checkpoint to start from.
         head: unit vectors [classes, 1280].
         target: folder to write to.
-        advance: told of every step, with the loss.
+        advance: called after every step, with the loss.
     """
     torch.manual_seed(training.seed)
     model = load(base)
-    # the classifier is not used: the head stands in its place
+    # the classifier is not used: the head takes its place
     weights = [weight for name, weight in model.named_parameters() if "_fc." not in name]
     optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=0.0)
     total = training.steps(task)
@@ -123,7 +123,7 @@ def fine_tune(
 
 @torch.inference_mode()
 def accuracy(model: Any, task: ImageTask, head: torch.Tensor) -> float:
-    """Return the share of held-out images, in per cent, that a model puts into their class."""
+    """Return the share of held-out images, in per cent, that a model classifies correctly."""
     chosen = (_all_features(model, task.test_images) @ head.T).argmax(dim=1)
     return 100.0 * (chosen == task.test_labels).float().mean().item()
 

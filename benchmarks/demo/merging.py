@@ -34,7 +34,7 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, base: Path, models: Sequence[Path], dtype: str) -> dict[str, Any]:
-        """Return the merge configuration, as the YAML file holds it."""
+        """Return the merge configuration, as the YAML file contains it."""
         config: dict[str, Any] = {"merge_method": self.method}
         if self.needs_base:
             config["base_model"] = str(base)
@@ -51,8 +51,8 @@ class Recipe:
         return config
 
 
-# One customary setting each, none of them searched for. The first three are mergekit's language and
-# mean there what they mean here; `semantics` is pymerge's own word.
+# One customary setting each, none of them found by a search. The first three are mergekit's format
+# and mean the same there and here; `semantics` is pymerge's own key.
 RECIPES = (
     Recipe("averaging", "averaging", "linear", False, {"weight": 1.0}),
     Recipe("task-arithmetic", "task arithmetic", "task_arithmetic", True, {"weight": 0.5}),
@@ -70,7 +70,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: where it is and what it took."""
+    """A finished merge: where it is and how long it took."""
 
     recipe: Recipe
     path: Path
@@ -81,17 +81,17 @@ class Merged:
 def merge_all(
     base: Path, models: Sequence[Path], output: Path, dtype: str, log: Log
 ) -> list[Merged]:
-    """Write the configurations, run every merge of RECIPES, and return what came out.
+    """Write the configurations, run every merge of RECIPES, and return the results.
 
     Args:
         base: the pretrained checkpoint.
         models: the fine-tuned checkpoints.
         output: a folder; gets `configs/NAME.yml`, `merged/NAME/` and `reports/NAME.json`.
         dtype: of the merged weights, as YAML names it.
-        log: told of every merge.
+        log: reports every merge.
 
     Raises:
-        SystemExit: a merge failed; says what pymerge said.
+        SystemExit: a merge failed; with pymerge's output.
     """
     log.say(f"merge, in {output}:")
     merged = []
@@ -110,10 +110,10 @@ def merge_all(
 
 
 def merge(config: Path, target: Path, report: Path) -> MergeReport:
-    """Run `pymerge merge` in a process of its own and return its report.
+    """Run `pymerge merge` in a separate process and return its report.
 
     Raises:
-        SystemExit: it failed; the message is what it printed.
+        SystemExit: it failed; the message is its output.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     report.parent.mkdir(parents=True, exist_ok=True)

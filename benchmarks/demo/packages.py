@@ -11,7 +11,7 @@ __all__ = ["package_file", "package_folder", "package_version"]
 def package_file(package: str, ending: str, *, whole: bool = False) -> Path:
     """Return the one installed file of a package whose path ends with `ending` (`whole`: is it).
 
-    The packages are installed without what they depend on: only files inside them are read.
+    The packages are installed without their dependencies: only files inside them are read.
 
     Raises:
         SystemExit: the package is not installed, or has no such file; says what to do.
@@ -37,7 +37,7 @@ def package_file(package: str, ending: str, *, whole: bool = False) -> Path:
 
 
 def package_version(package: str) -> str:
-    """Return "name==version" of an installed package, for the recipe of what is made from it."""
+    """Return "name==version" of an installed package, for the recipe of derived files."""
     try:
         return f"{package}=={version(package)}"
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def package_folder(package: str, file: str) -> Path:
     """Return the folder of an installed file of a package.
 
     Args:
-        file: its path from the folder that packages are installed in, such as "torch/__init__.py".
+        file: its path relative to the folder of packages, such as "torch/__init__.py".
 
     Raises:
         SystemExit: the package is not installed, or has no such file; says what to do.

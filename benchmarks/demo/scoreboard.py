@@ -1,4 +1,4 @@
-"""The table a demo ends with: model x task, shown, and kept as JSON and Markdown."""
+"""The table at the end of a demo: model x task, shown, and stored as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Row", "Scoreboard", "machine", "paired_change"]
 
 @dataclass(frozen=True)
 class Row:
-    """One model: its score on each task, their mean, and what merging it took (None: not merged).
+    """One model: its score on each task, their mean, and its merge's cost (None: not merged).
 
     `part` is "base", "individual" or "merged": the table draws a line between the parts.
     """
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass
 class Scoreboard:
-    """All rows of a demo. `better` says which scores are good; the best merged ones stand out."""
+    """All rows of a demo. `better` defines the good scores; the best merged ones stand out."""
 
     title: str
     tasks: Sequence[str]
@@ -138,7 +138,7 @@ class Scoreboard:
 
 
 def machine() -> str:
-    """Describe the machine in words: cores, architecture, system, Python."""
+    """Return a description of the machine: cores, architecture, system, Python."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         f"{count} cores, {platform.machine()}, {platform.system()}, "

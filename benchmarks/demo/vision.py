@@ -1,4 +1,4 @@
-"""Merge three fine-tunes of EfficientNet-Lite0 and show what each method keeps (`make demo-small`).
+"""Merges three fine-tunes of EfficientNet-Lite0; shows what each method keeps (`make demo-small`).
 
 python -m benchmarks.demo.vision [--output DIR]
 """
@@ -19,13 +19,13 @@ from benchmarks.demo.scoreboard import Scoreboard
 
 __all__ = ["main"]
 
-# To be raised when the code makes something else of the same settings.
+# Increase this when the code produces something else from the same settings.
 _REVISION = 1
 _DISK = 300_000_000
 
 
 class Demo:
-    """The stages of the demo, each kept in the cache once it is done."""
+    """The stages of the demo, each stored in the cache when it is complete."""
 
     def __init__(self, cache: Cache, output: Path, log: Log) -> None:
         # scikit-learn takes seconds to import: not before the first line is on the screen
@@ -43,7 +43,7 @@ class Demo:
         }
 
     def base(self) -> Path:
-        """Return the pretrained checkpoint; make the heads of the tasks with it."""
+        """Return the pretrained checkpoint; create the heads of the tasks with it."""
         network = self.network
         packages = [package_version(name) for name in (network.PACKAGE, network.CODE_PACKAGE)]
         target = self.cache.path("base", {"revision": _REVISION, "packages": packages})
