@@ -1,4 +1,4 @@
-"""Run the quality benchmark: `python -m benchmarks.quality text|published|vision|llm [...]`."""
+"""Runs the quality benchmark: `python -m benchmarks.quality text|published|vision|llm [...]`."""
 
 from __future__ import annotations
 

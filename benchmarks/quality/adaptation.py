@@ -1,4 +1,4 @@
-"""How the suites learn AdaMerging's coefficients: from inputs without labels, in kept stretches."""
+"""How the suites learn AdaMerging's coefficients: from inputs without labels, in cached stages."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Adaptation:
     """How coefficients are learned.
 
     Attributes:
-        steps: the coefficients after each of these numbers of steps are kept; validation chooses.
+        steps: the coefficients after each of these numbers of steps are stored; validation chooses.
         batch: inputs of each task in a step.
         rate: of Adam.
-        scale: what cosines are multiplied with before their softmax's entropy is taken.
+        scale: factor of the cosines before the entropy of their softmax is computed.
         balanced: divide each task's entropy by its largest value, the logarithm of its classes.
     """
 
@@ -45,11 +45,11 @@ class Adaptation:
 class Drawn(Sequence[Any]):
     """Batches of inputs without labels, drawn from several sets as if they were one.
 
-    A batch comes from one set, as each has its own form; every input is drawn once before any is
-    drawn again.
+    A batch comes from a single set, as each has its own form; every input is drawn once before any
+    is drawn again.
 
     Args:
-        sets: inputs, `one[positions]` being a batch.
+        sets: inputs; `one[positions]` is a batch.
         batch: inputs in a batch.
         count: batches.
         seed: of the order.
@@ -80,9 +80,9 @@ class Drawn(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run has learned after some steps.
+    """The result of a run after some steps.
 
-    coefficients: [models, groups], as Adam has them. entropies: [steps, tasks], of each batch.
+    coefficients: [models, groups], as in Adam. entropies: [steps, tasks], of each batch.
     """
 
     groups: tuple[str, ...]
@@ -98,13 +98,13 @@ def learn(
     steps: int,
     **fit: Any,
 ) -> Learned:
-    """Return the coefficients after `steps`; stretches between the kept numbers are stages.
+    """Return the coefficients after `steps`; the intervals between stored steps are stages.
 
     Args:
         folder_of: (steps, builder of a folder) -> the stage's folder, built the first time.
-        make: the `AdaMerging` at its initial coefficients.
-        loaders: of each task; the same whenever this is called.
-        how: what to do.
+        make: returns the `AdaMerging` with its initial coefficients.
+        loaders: of each task; the same on every call.
+        how: the settings.
         steps: one of `how.steps`.
         fit: more arguments of `AdaMerging.fit`.
     """

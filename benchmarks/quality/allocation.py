@@ -1,4 +1,4 @@
-"""Makes malloc keep what is freed: large tensors that come and go are then no new pages."""
+"""Makes malloc keep freed memory, so that large temporary tensors do not need new pages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc not to give memory back to the system; return whether it is there.
+    """Tell glibc's malloc not to return memory to the system; return whether glibc is present.
 
     A block of 32 MB or more, such as the logits of a language model, otherwise comes from the
-    system each time, which clears its pages: a third of the time of a training step. The numbers
-    that are computed do not change, the process keeps the largest memory that it had.
+    system each time, which clears its pages: a third of the time of a training step. The computed
+    numbers do not change; the process keeps the most memory that it had.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

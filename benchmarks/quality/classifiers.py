@@ -1,4 +1,4 @@
-"""What the suites of classifiers share: an encoder under fixed heads, and what is made of it."""
+"""The common part of the classifier suites: an encoder under fixed heads, and its evaluations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Classifiers(Suite):
     """An encoder under fixed heads, by default cosines with the classes' mean features under the
     base on the training set.
 
-    Subclasses give `load` and `read`.
+    Subclasses define `load` and `read`.
     """
 
     training = Training()
@@ -43,7 +43,7 @@ class Classifiers(Suite):
         self.splits: list[Split] = []
         self.heads: list[Head] = []
         self._model: nn.Module | None = None
-        self._adamerging: tuple[Any, Any] | None = None  # the last one, and what it is of
+        self._adamerging: tuple[Any, Any] | None = None  # the last one, and its arguments
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -60,25 +60,25 @@ class Classifiers(Suite):
         return replace(method, values=steps, default=steps[-1])
 
     def kept(self, model: nn.Module) -> State:
-        """Return the weights of a model as a checkpoint keeps them."""
+        """Return the weights of a model in the form in which a checkpoint stores them."""
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def adapting_head(self, task: int, scale: float | None = None) -> Head:
-        """Return what makes the logits of features whose entropy AdaMerging lowers.
+        """Return the function from features to the logits whose entropy AdaMerging lowers.
 
         Args:
-            scale: what cosines are multiplied with; default that of `adaptation`.
+            scale: factor of the cosines; default that of `adaptation`.
         """
         head = self.heads[task]
         assert isinstance(head, CosineHead)
         return CosineHead(head.means, self.adaptation.scale if scale is None else scale)
 
     def mask(self, batch: torch.Tensor) -> torch.Tensor | None:
-        """Return which positions of a batch are no padding, [inputs, positions], if any are."""
+        """Return the positions of a batch that are not padding, [inputs, positions], or None."""
         return None
 
     def prepare(self) -> None:
-        """Read the data and make the heads."""
+        """Read the data and create the heads."""
         self._model = self.load()
         self._base = self.kept(self._model)
         self.splits = self.read()
@@ -96,13 +96,13 @@ class Classifiers(Suite):
             )
 
     def model(self, state: State) -> nn.Module:
-        """Return the encoder with these weights; it is one object, used again and again."""
+        """Return the encoder with these weights; it is a single object, which is reused."""
         assert self._model is not None
         self._model.load_state_dict(state)
         return self._model
 
     def fresh(self) -> nn.Module:
-        """Return a pretrained encoder of its own."""
+        """Return a separate pretrained encoder."""
         return copy.deepcopy(self.model(self._base))
 
     @torch.inference_mode()
@@ -167,7 +167,7 @@ class Classifiers(Suite):
             collect = available("collect_gram")
             how = {"mask": self.mask, "convolutions": self.convolutions}
             return dict(collect(model, loader, samples=size, **how))
-        # expected over all labels it would take a backward pass for each of them
+        # expected labels would need a backward pass for each of them
         return dict(
             available("collect_fisher")(
                 model,
@@ -208,10 +208,10 @@ class Classifiers(Suite):
         """Return AdaMerging's coefficients after `steps`, of all tasks or of some; cached.
 
         It sees the inputs of the validation and of the test set, without their labels: it is a
-        method of test time, and its authors' code, too, adapts to the test set.
+        test-time method, and its authors' code adapts to the test set too.
         """
         how, numbers = self.adaptation, self._numbers(tasks)
-        # which models they are is in their hashes
+        # the hashes identify the models
         recipe = {"adapt": digest([digest_state(s) for s in states]), "seed": seed, **settings}
         recipe |= {"suite": self.recipe(), **self.test_recipe(), "adaptation": how.recipe()}
         loaders = [
@@ -252,7 +252,7 @@ class Classifiers(Suite):
     ) -> Any:
         """Return the `AdaMerging` of models of all tasks, or of some, under the tasks' heads.
 
-        The last one is kept, as making it takes long: trimming goes over all models.
+        The last one is kept, because creating it takes long: trimming goes over all models.
         """
         numbers = self._numbers(tasks)
         key = (digest_state(base), [digest_state(s) for s in states], list(numbers), settings)
@@ -284,7 +284,7 @@ class Classifiers(Suite):
         }
 
     def coefficients(self, merged: Merged) -> dict[str, Any]:
-        """Return what AdaMerging by layers has learned, for a picture."""
+        """Return the coefficients of AdaMerging by layers, for a picture."""
         steps = int(merged.chosen["ada_layer"])
         how: dict[str, Any] = {"granularity": "layer", "trimmed": False, "init": 0.3}
         learned = self.learned(merged.base, merged.tuned, merged.seed, steps=steps, **how)

@@ -1,9 +1,9 @@
-"""How far a statistic of pairs goes with an outcome of pairs, where pairs share their members.
+"""Correlation of a statistic of pairs with an outcome of pairs, where pairs share their members.
 
-28 pairs of eight tasks are not 28 independent observations: each task is in seven of them. So
-a p-value comes from permuting the tasks, not the pairs (the quadratic assignment procedure:
+28 pairs of eight tasks are not 28 independent observations: each task is in seven of them. So a
+p-value comes from permuting the tasks, not the pairs (the quadratic assignment procedure:
 Krackhardt 1988, "Predicting with networks"), and an interval from drawing tasks, not pairs, with
-replacement (the vertex bootstrap: Snijders and Borgatti 1999). With eight tasks all 40,320
+replacement (the vertex bootstrap: Snijders and Borgatti 1999). With eight tasks, all 40,320
 permutations are tried.
 """
 
@@ -23,12 +23,12 @@ _PERMUTATIONS = 40_320
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of a statistic with an outcome, over `count` pairs.
+    """The correlation of a statistic with an outcome, over `count` pairs.
 
-    `spearman` and `pearson`: None where one of the two is constant. `low`, `high`: 95 % of the
-    vertex bootstrap's Spearman coefficients. `p`: share of the permutations of the tasks whose
-    |Spearman| is at least that. `p_adjusted`: the same for the largest |Spearman| of all statistics
-    that were tried together (Westfall and Young 1993), which holds for all of them at once.
+    `spearman` and `pearson`: None if one of the two is constant. `low`, `high`: 95 % of the vertex
+    bootstrap's Spearman coefficients. `p`: share of the permutations of the tasks whose |Spearman|
+    is at least as large. `p_adjusted`: the same for the largest |Spearman| of all statistics that
+    were tried together (Westfall and Young 1993), which holds for all of them at once.
     """
 
     count: int
@@ -41,7 +41,7 @@ class Correlation:
 
 
 def pearson(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return Pearson's correlation; None where one of them is constant."""
+    """Return Pearson's correlation; None if one of them is constant."""
     x, y = _standardised(np.asarray(one, float)), _standardised(np.asarray(other, float))
     return None if x is None or y is None else float(x @ y)
 
@@ -104,16 +104,16 @@ def correlations(
 def reliability(
     items: Sequence[Sequence[np.ndarray]], seed: int = 0, splits: int = 200
 ) -> float | None:
-    """Return how well an outcome that is a mean over items is known: the split-half reliability.
+    """Return the split-half reliability of an outcome that is a mean over items.
 
-    The items of each task are cut into two halves at random; the outcome, the mean of the tasks'
-    means, is computed from each; the two go together with correlation r over the pairs, and
-    2r / (1 + r) is the whole's (Spearman 1910, Brown 1910). The mean over splits. No statistic can
-    be expected to correlate with the outcome above its root.
+    The items of each task are divided into two halves at random; the outcome, the mean of the
+    tasks' means, is computed from each. If the two have correlation r over the pairs, the
+    reliability of the whole is 2r / (1 + r) (Spearman 1910, Brown 1910). The result is the mean
+    over splits. No statistic can be expected to correlate with the outcome above its root.
 
     Args:
-        items: of each pair, for each of its tasks an array [items]: what each item contributes.
-        seed: of the splits; rows of one length are cut alike in all pairs.
+        items: for each pair and each of its tasks, an array [items]: what each item contributes.
+        seed: of the splits; rows of equal length are divided in the same way in all pairs.
         splits: how many.
     """
     generator = np.random.default_rng(seed)
@@ -145,14 +145,14 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _standardised(values: np.ndarray) -> np.ndarray | None:
-    """Return values with mean 0 and sum of squares 1; None where they are constant."""
+    """Return values with mean 0 and sum of squares 1; None if they are constant."""
     centred = values - values.mean()
     length = math.sqrt(float(centred @ centred))
     return None if length <= 1e-12 * max(1.0, float(np.abs(values).max())) else centred / length
 
 
 def _permuted(tasks: int, pairs: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
-    """Return, of each permutation of the tasks, which pair takes each pair's place."""
+    """Return, for each permutation of the tasks, which pair takes each pair's place."""
     if math.factorial(tasks) <= _PERMUTATIONS:
         orders = np.array(list(itertools.permutations(range(tasks))))
     else:
@@ -181,7 +181,7 @@ def _intervals(
     found: list[np.ndarray] = []
     for _ in range(draws):
         times = np.bincount(generator.integers(tasks, size=tasks), minlength=tasks)
-        # a pair of a task with itself is none
+        # a task paired with itself is not a pair
         chosen = np.repeat(np.arange(len(pairs)), times[first] * times[second])
         if len(chosen) < 3:
             continue

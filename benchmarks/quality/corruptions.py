@@ -1,7 +1,7 @@
 """Damaged test images: seven corruptions of Hendrycks and Dietterich (2019), five severities.
 
-The package that makes them is the one that benchmarks of robustness use; it imports a module of old
-setuptools for the sake of pictures of frost, which are not needed here.
+They are made by the package that robustness benchmarks use. It imports a module of old setuptools
+only for pictures of frost, which are not needed here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)
 def corrupted(images: torch.Tensor, names: Sequence[str], severity: int) -> list[torch.Tensor]:
     """Return grey images [n, size, size] damaged in each way: [n, 3, size, size], uint8.
 
-    The same images and severity give the same result: what is random is seeded by them.
+    The same images and severity give the same result, because they determine the seed.
     """
     damage = _package().corrupt
     grey = images.numpy()
@@ -56,7 +56,7 @@ def corrupted(images: torch.Tensor, names: Sequence[str], severity: int) -> list
 
 
 def _impulses(images: torch.Tensor, severity: int) -> torch.Tensor:
-    """Set a share of the values to 0 or 255; that of the package cannot be seeded."""
+    """Set a share of the values to 0 or 255; the package's version cannot be seeded."""
     generator = torch.Generator().manual_seed(severity)
     coloured = images[:, None].repeat(1, 3, 1, 1)
     drawn = torch.rand(coloured.shape, generator=generator)

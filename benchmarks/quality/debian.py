@@ -16,7 +16,7 @@ def unpacked(package: str, cache: Cache, log: Log) -> Path:
     """Return a folder with the files of a Debian package, fetched the first time.
 
     Raises:
-        SystemExit: no apt-get here, or it cannot get the package; says what to do.
+        SystemExit: there is no apt-get, or it cannot get the package; says what to do.
     """
     target = cache.path(f"debian-{package}", {"package": package})
     if target.is_dir():

@@ -1,8 +1,8 @@
-"""Does entropy know how good a merged model is? What AdaMerging stands on, looked at by itself.
+"""Is entropy related to the quality of a merged model? This tests AdaMerging's assumption directly.
 
-Three views, all on validation data: entropy and accuracy along one coefficient for all; whether the
-gradient of the entropy with respect to the coefficients points where that of the loss does; and
-each example's entropy beside its loss.
+There are three views, all on validation data: entropy and accuracy along one coefficient for all;
+whether the gradient of the entropy with respect to the coefficients has the direction of that of
+the loss; and the entropy and the loss of each example.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pymerge.adamerging import entropy_of_each
 
 __all__ = ["LAMBDAS", "REVISION", "SCALES", "plot", "study"]
 
-# To be raised when `study` measures something else.
+# Increase this when `study` measures something else.
 REVISION = 1
 
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)

@@ -1,4 +1,4 @@
-"""Tables and plots of what suites measure beside the methods' scores."""
+"""Tables and plots of the suites' additional measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LABELS = {
 
 
 def extra_tables(suite: Suite, extras: Mapping[str, Any]) -> dict[str, Table]:
-    """Return the tables of what is there, by the names of their markers in docs/quality.md."""
+    """Return the tables of the extras, by the names of their markers in docs/quality.md."""
     makers: dict[str, Callable[[Suite, Any], Table]] = {
         "entropy": _entropy,
         "entropy-line": llm_entropy.table,
@@ -134,7 +134,7 @@ def extra_plots(suite: Suite, extras: Mapping[str, Any], folder: Path) -> None:
 
 
 def _fewer_colours(path: Path) -> None:
-    """Make a picture a third as large: a palette is enough for it."""
+    """Reduce a picture to a third of its size: a palette is enough for it."""
     from PIL import Image
 
     with Image.open(path) as image:

@@ -1,7 +1,7 @@
 """Four image tasks: MNIST, Fashion-MNIST, writing systems, and languages by their sound.
 
-Grey images [n, 64, 64], uint8. Written characters and spoken prompts are split so that none is on
-two sides.
+Grey images [n, 64, 64], uint8. No written character and no spoken prompt occurs in two of the
+splits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FRAME, _SECONDS, _RATE = 128, 1.0, 8000
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, the numbers of their classes, and the group of each that must not be split."""
+    """Images, the numbers of their classes, and for each the group that must not be split."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -70,7 +70,7 @@ def split_by_group(
     """Draw (images, labels) of "train", "validation" and "test"; no group is in two of them.
 
     Raises:
-        SystemExit: there are fewer than `sizes` says.
+        SystemExit: there are fewer than `sizes` requires.
     """
     names = sorted(set(found.groups))
     random.Random(seed).shuffle(names)
@@ -147,7 +147,7 @@ def _scripts(folders: Folders) -> ImageSet:
 
 
 def _speech(folders: Folders) -> ImageSet:
-    """Spectrograms of a second of a prompt: the language. The same prompt is one group."""
+    """Return spectrograms of a second of a prompt, by language. The same prompt is one group."""
     images, labels, groups = [], [], []
     for label, language in enumerate(_VOICES):
         folder = folders[f"asterisk-core-sounds-{language}-wav"] / "usr/share/asterisk/sounds"

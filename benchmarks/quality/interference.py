@@ -1,10 +1,10 @@
-"""Do statistics of task vectors say what a merge will lose? Pairs and triples of the text suite.
+"""Do statistics of task vectors predict the loss of a merge? Pairs and triples of the text suite.
 
     python -m benchmarks.quality.interference [--seeds 2] [--triples 12] [--quick] [--save]
 
 `make quality-interference`. Every pair of the eight fine-tunes, and some triples, are merged with
-fixed coefficients and tested on the tasks that were merged; `pymerge.analyze` looks at the same
-fine-tunes before. docs/analysis.md says what came out.
+fixed coefficients and tested on the tasks that were merged; `pymerge.analyze` analyses the same
+fine-tunes beforehand. docs/analysis.md has the results.
 """
 
 from __future__ import annotations

@@ -179,14 +179,14 @@ def judge_rule(
 ) -> dict[str, dict[str, float]]:
     """Return mean absolute error and R^2 of predictions of what each model loses.
 
-    All but the fixed rule learn one number, for each task from the merges without that task:
+    Except the fixed rule, all learn one number, for each task from the merges without that task:
     `constant` the mean loss, `share` the mean share of the gain, `fitted` the curvature across.
-    `steps` has a curvature of 0, `rule` of 0.1. R^2 is against the mean of all that is predicted.
+    `steps` has a curvature of 0, `rule` of 0.1. R^2 is relative to the mean of the true losses.
 
     Args:
         rows: of a recipe.
         tasks: how many there are.
-        points: of accuracy, instead of nats.
+        points: predict accuracy instead of nats.
     """
     y = np.array([row.lost_points if points else row.lost for row in rows])
     gain = np.array([row.gain_points if points else row.gain for row in rows])

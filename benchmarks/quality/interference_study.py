@@ -1,4 +1,4 @@
-"""The study of interference: merges of pairs and triples beside what analysis says before."""
+"""The study of interference: compares merges of pairs and triples with a prior analysis."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["GAIN", "OUTCOMES", "RULE", "STATISTICS", "Row", "Study", "study"]
 
 DENSITIES = (0.1, 0.2, 0.5)
 _TRIMMED = 1  # of the densities: what TIES keeps
-# To be raised when analysis finds other numbers for the same weights.
+# Increase this when analysis returns other numbers for the same weights.
 _REVISION = 1
 
 
@@ -56,7 +56,7 @@ def _layers(get: Callable[[list[float]], float]) -> Callable[[Analysis], float |
     return over
 
 
-# Of a set of models, in advance; means over its pairs, or over its models.
+# Statistics of a set of models, known in advance; means over its pairs, or over its models.
 STATISTICS: Mapping[str, Callable[[Analysis], float | None]] = {
     "cosine": _pairs("cosine"),
     "cosine, highest layer": _layers(max),
@@ -81,14 +81,14 @@ STATISTICS: Mapping[str, Callable[[Analysis], float | None]] = {
     ),
     "singular task interference": lambda a: mean_of(s.interference for s in a.spectra),
 }
-# What needs labelled data of the tasks, unlike all statistics: the yardstick.
+# The yardstick: unlike all statistics, it needs labelled data of the tasks.
 GAIN = "gain of the fine-tunes (needs labels)"
 RULE = "the rule's loss"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one merge: what it lost, and what it had gained, in nats and in points."""
+    """One model in one merge: its loss, and its earlier gain, in nats and in points."""
 
     tasks: tuple[int, ...]
     task: int
@@ -102,8 +102,8 @@ class Row:
 
 @dataclass
 class Study:
-    """What came out. `outcomes[name][recipe]` and `statistics[name]` have a value for each of
-    `sets`, means over seeds; so have `rule[recipe]` and `gain[name]`."""
+    """The results. `outcomes[name][recipe]` and `statistics[name]` have a value for each of `sets`,
+    means over seeds; so have `rule[recipe]` and `gain[name]`."""
 
     tasks: Sequence[str]
     seeds: Sequence[int]
@@ -121,12 +121,12 @@ class Study:
 
     @property
     def pairs(self) -> list[int]:
-        """Positions of the pairs in `sets`."""
+        """Return the positions of the pairs in `sets`."""
         return [n for n, tasks in enumerate(self.sets) if len(tasks) == 2]
 
 
-# In accuracy, as one would ask; in log-probability, which is known far better from the same texts;
-# and as a share of what the fine-tunes had gained, which takes their different gains out.
+# In accuracy, the natural question; in log-probability, which the same texts measure far better;
+# and as a share of what the fine-tunes had gained, which removes the effect of different gains.
 OUTCOMES = ("accuracy", "log-probability", "share of the gain")
 
 
@@ -202,7 +202,7 @@ def study(
 
 
 def _compare(found: Study, outcome: str, recipe: str, draws: int) -> None:
-    """Correlate one outcome of one recipe with everything that is known before."""
+    """Correlate one outcome of one recipe with everything that is known beforehand."""
     values = dict(found.statistics)
     if recipe in found.rule:
         values[RULE] = found.rule[recipe]
@@ -216,7 +216,7 @@ def _compare(found: Study, outcome: str, recipe: str, draws: int) -> None:
         gain = {GAIN: [found.gain[outcome][n] for n in places]}
         each |= correlations(
             gain, drop, members, draws=draws
-        )  # by itself: it is no statistic of the vectors
+        )  # separately: it is not a statistic of the vectors
     found.correlations[outcome][recipe] = each
     rest = [n for n in range(len(found.sets)) if n not in places]
     found.triples[outcome][recipe] = {
@@ -283,7 +283,7 @@ def _values(outcome: str, scores: Scores) -> np.ndarray:
 
 
 def _items(outcome: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> list[np.ndarray]:
-    """Return what each test text loses, for each task, which may have fewer texts than another."""
+    """Return the loss of each test text, for each task, which may have fewer texts than another."""
     return [
         _values(outcome, m.alone[task]) - _values(outcome, scores)
         for task, scores in zip(tasks, m.merged[recipe][tasks], strict=True)
@@ -300,7 +300,7 @@ def _gain(outcome: str, m: Measured, tasks: tuple[int, ...]) -> float:
 
 
 def _outcome(name: str, m: Measured, recipe: str, tasks: tuple[int, ...]) -> float:
-    """Return a mean over tasks, each of which counts alike."""
+    """Return a mean over tasks, all with the same weight."""
     if name == "share of the gain":
         lost = float(np.mean(_means(_items("log-probability", m, recipe, tasks))))
         return 100.0 * lost / _gain("log-probability", m, tasks)

@@ -1,9 +1,9 @@
 """The LLM suite: SmolLM2-135M on four domains of text, by perplexity.
 
 Only the upper layers are trained and merged; the embedding, which is also the output layer, stays
-fixed and is no part of the models, as in the text suite. Scores of items are log-likelihoods a
-token, so that a mean over tasks is the logarithm of the geometric mean of their perplexities,
-inverted.
+fixed and is not part of the models, as in the text suite. Scores of items are log-likelihoods per
+token, so that a mean over tasks is the negative logarithm of the geometric mean of their
+perplexities.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Languages"]
 _REVISION = 3
 _LENGTH = 256
 _SPLIT_SEED = 0
-# AdaMerging looks at every fourth position: the logits of all of them take longer than the layers
+# AdaMerging uses every fourth position: the logits of all of them take longer than the layers
 _STRIDE = 4
 _SIZES = {"train": 72, "validation": 6, "test": 16}
 _QUICK_SIZES = {"train": 4, "validation": 2, "test": 2}
@@ -183,7 +183,7 @@ class Languages(Classifiers):
             length=self.length,
             seed=_SPLIT_SEED,
         )
-        # blocks of held-out text begin with an excerpt of their own, so these share none
+        # blocks of held-out text start with their own excerpt, so these share none
         validation, test = blocks.test.split([self.sizes["validation"], self.sizes["test"]])
         parts = {"train": blocks.train, "validation": validation, "test": test}
         total = sum(llm_model.batches_of(tokens) for tokens in parts.values())

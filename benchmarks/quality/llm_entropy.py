@@ -1,4 +1,4 @@
-"""Does a language model's entropy know how good a merge is? What AdaMerging lowers, by lambda."""
+"""Is a language model's entropy related to the quality of a merge? AdaMerging's aim, by lambda."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _AT = 0.3
 
 
 def study(suite: Languages, tuned: Sequence[State]) -> dict[str, Any]:
-    """Return the mean loss and entropy of each task along lambda of task arithmetic, and how the
-    two of a position go together at 0.3; and the fine-tunes' own, on validation data."""
+    """Return the mean loss and entropy of each task along lambda of task arithmetic, the
+    correlation of a position's two at 0.3, and the fine-tunes' own values, on validation data."""
     found: dict[str, Any] = {"lambdas": LAMBDAS, "line": [], "spearman": [], "pearson": []}
     with suite.log.steps("entropy along the coefficient", len(LAMBDAS) + 1) as advance:
         for value in LAMBDAS:
@@ -51,7 +51,7 @@ def study(suite: Languages, tuned: Sequence[State]) -> dict[str, Any]:
 
 
 def _first(result: Any) -> float:
-    """Return the correlation of a result of scipy, which comes with a p-value."""
+    """Return the correlation in a result of scipy, which comes with a p-value."""
     return float(result[0])
 
 

@@ -1,8 +1,8 @@
 """SmolLM2-135M for the LLM suite: tokens to hidden states of its lower layers, and the upper ones.
 
-Only the upper layers are trained and merged; what comes out of the lower ones is computed once for
-each block of text, as in the text suite. The embedding, which is also the output layer, stays
-fixed, too: it is the head that all models share.
+Only the upper layers are trained and merged; the output of the lower ones is computed once for each
+block of text, as in the text suite. The embedding, which is also the output layer, stays fixed,
+too: it is the head that all models share.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["FIXED_LAYERS", "Blocks", "UpperLayers", "head", "load", "losses", "l
 
 FIXED_LAYERS = 22
 _BATCH = 4
-# Logits are made of so many positions at a time, 50 MB.
+# Logits are computed for this many positions at a time, 50 MB.
 _POSITIONS = 256
 
 
 class UpperLayers(nn.Module):
     """Hidden states [blocks, length, 576] -> normalised hidden states of the last layer, the same.
 
-    The matrix products are in bfloat16 where the processor has them, else in float32; the result is
+    The matrix products are in bfloat16 if the processor supports it, else in float32; the result is
     float32.
     """
 
@@ -38,11 +38,11 @@ class UpperLayers(nn.Module):
         super().__init__()
         inner = model.model
         self.layers, self.norm = inner.layers[FIXED_LAYERS:], inner.norm
-        self._rotary = [inner.rotary_emb]  # fixed, and no part of the models
+        self._rotary = [inner.rotary_emb]  # fixed, and not part of the models
         self._compute = compute_dtype()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return what the output layer is applied to."""
+        """Return the input of the output layer."""
         hidden = states.float()
         with torch.autocast("cpu", self._compute, enabled=self._compute != torch.float32):
             hidden = _through(self.layers, hidden, self._rotary[0])
@@ -76,12 +76,12 @@ def load(checkpoint: Path) -> UpperLayers:
 
 @torch.inference_mode()
 def lower_states(checkpoint: Path, tokens: torch.Tensor, advance: Advance) -> torch.Tensor:
-    """Return what `Blocks` holds, bfloat16.
+    """Return the content of `Blocks`, in bfloat16.
 
     Args:
         checkpoint: the pretrained model.
         tokens: ids [blocks, length].
-        advance: told of every batch.
+        advance: called after every batch.
     """
     inner = _whole(checkpoint, compute_dtype()).model
     found = []
@@ -105,11 +105,11 @@ def head(checkpoint: Path) -> torch.Tensor:
 def logits(weight: torch.Tensor, stride: int = 1) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a head: hidden states [n, length, 576] -> logits of the next tokens, float32.
 
-    The last position predicts nothing that is known, and is left out.
+    The last position predicts an unknown token, and is left out.
 
     Args:
         weight: see `head`.
-        stride: take every so many positions only.
+        stride: use only every so many positions.
     """
 
     def apply(hidden: torch.Tensor) -> torch.Tensor:
@@ -154,6 +154,6 @@ def _through(layers: Any, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
 
 def _whole(checkpoint: Path, dtype: torch.dtype) -> Any:
     model = language_model.load(checkpoint, dtype)
-    # on a CPU torch's fused attention takes longer than its parts
+    # on a CPU, torch's fused attention takes longer than its separate parts
     model.set_attn_implementation("eager")
     return model

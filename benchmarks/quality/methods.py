@@ -1,7 +1,7 @@
-"""The methods that the suites compare: their settings, and how each makes models of the fine-tunes.
+"""The methods that the suites compare: their settings, and how each merges the fine-tunes.
 
-Every method that has a coefficient is tried in SETTINGS settings of it on validation data; one of
-them is what its paper or its code recommends without a search.
+Every method that has a coefficient is tried with SETTINGS settings of it on validation data; one of
+them is the one that its paper or its code recommends without a search.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Models:
-    """What there is to merge.
+    """The models to merge.
 
-    `statistics(kind)` gives the Fisher information ("fisher") or the Gram matrices ("gram") of the
-    models, `adapt(**settings)` the state that AdaMerging learns; both are costly and cached.
-    `ridge` is RegMean's, above 0 where inputs of a layer are 0 in every example. `kept` is for what
-    a method needs again.
+    `statistics(kind)` returns the Fisher information ("fisher") or the Gram matrices ("gram") of
+    the models, `adapt(**settings)` the state that AdaMerging learns; both are costly and cached.
+    `ridge` is RegMean's, above 0 if inputs of a layer are 0 in every example. `kept` is for values
+    that a method needs again.
     """
 
     base: State
@@ -48,9 +48,9 @@ class Models:
 class Method:
     """A row of the tables.
 
-    `make(models, value)` gives a state dict, or one for each task where `per_task`. `values` are
-    the settings of the coefficient `symbol`; `default` is the recommended one. `data`: what it
-    needs of the models beside their weights.
+    `make(models, value)` returns a state dict, or one for each task if `per_task`. `values` are the
+    settings of the coefficient `symbol`; `default` is the recommended one. `data`: what it needs of
+    the models besides their weights.
     """
 
     key: str
@@ -125,8 +125,8 @@ def _tsv_m(models: Models, value: float) -> State:
 
 
 def _regmean(models: Models, value: float) -> State:
-    # 1, no reduction at all, is not among the settings: the rows that a layer sees come out of a
-    # LayerNorm, whose outputs are linearly dependent
+    # 1, no reduction at all, is not among the settings: the rows that a layer sees are outputs of a
+    # LayerNorm, which are linearly dependent
     merge = available("regmean_merge")
     grams = models.statistics("gram")
     return merge(models.tuned, grams, off_diagonal=value, ridge=models.ridge)
@@ -145,7 +145,7 @@ def _average(models: Models, value: float) -> State:
 
 
 _SUM = (0.1, 0.2, 0.3, 0.4, 0.6)
-# where what disagrees is left out, sums are shorter
+# sums are shorter where disagreeing values are left out
 _ELECTED_SUM = (0.2, 0.3, 0.4, 0.6, 0.9)
 _MEAN = (0.7, 1.0, 1.4, 2.0, 2.8)
 _STEPS = (10, 20, 40, 70, 100)

@@ -1,9 +1,9 @@
-"""Reads the networks of ncnn (`.param` and `.bin`) that Real-CUGAN is published as, and runs them.
+"""Reads the ncnn networks (`.param` and `.bin`) in which Real-CUGAN is published, and runs them.
 
-Only the layers that Real-CUGAN uses. Formats: the `.param` file is text, a layer a line (type,
-name, numbers of inputs and outputs, their names, settings as key=value); the `.bin` file has the
-weights in the order of the layers, those of a matrix behind a flag that says whether they are
-float16.
+It supports only the layers that Real-CUGAN uses. Formats: the `.param` file is text, a layer a line
+(type, name, numbers of inputs and outputs, their names, settings as key=value); the `.bin` file has
+the weights in the order of the layers, those of a matrix preceded by a flag that states whether
+they are float16.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Layer:
 
 
 class Network:
-    """The layers of a `.param` file, run with weights that are given each time."""
+    """The layers of a `.param` file, run with weights that are passed each time."""
 
     def __init__(self, layers: tuple[Layer, ...]) -> None:
         self.layers = layers
 
     @torch.inference_mode()
     def __call__(self, weights: Mapping[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-        """Run images [n, 3, height, width] through; return what the last layer makes of them."""
+        """Run images [n, 3, height, width] through the network; return the last layer's output."""
         values: dict[str, torch.Tensor] = {}
         for layer in self.layers:
             if layer.kind == "Input":
@@ -63,10 +63,10 @@ def read(param: Path) -> tuple[Network, dict[str, torch.Tensor]]:
     """Read a network and the weights beside it.
 
     Returns:
-        the network, and float32 weights by "layer.weight" and "layer.bias".
+        The network, and float32 weights by "layer.weight" and "layer.bias".
 
     Raises:
-        SystemExit: the files are not what is expected.
+        SystemExit: the files are not as expected.
     """
     lines = param.read_text(encoding="ascii").split("\n")
     if lines[0].strip() != _MAGIC:
@@ -126,7 +126,7 @@ def _run(
         if layer.kind == "Convolution":
             return _activated(layer, F.conv2d(first, weight, bias, stride, padding))
         if layer.kind == "Deconvolution":
-            # ncnn has the outputs first
+            # ncnn stores the outputs first
             swapped = weight.transpose(0, 1)
             return _activated(layer, F.conv_transpose2d(first, swapped, bias, stride, padding))
         return _activated(layer, F.linear(first.flatten(1), weight, bias))

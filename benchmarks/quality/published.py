@@ -1,8 +1,8 @@
 """The published suite: Real-CUGAN's five models of one lineage, as they were released.
 
 Nothing is trained. The base is the model that removes no noise; the others are made for pictures
-that were compressed lightly, or with more and more noise. Their task vectors are long: 30 to 70 %
-of the base's norm, where fine-tunes usually have a few per cent. It is a stress test.
+that were compressed lightly, or with increasing noise. Their task vectors are long: 30 to 70 % of
+the base's norm, where fine-tunes usually have a few per cent. It is a stress test.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TASKS: dict[str, tuple[str, float, int | None]] = {
 }
 _VALIDATION = ("chelsea.png", "rocket.jpg")
 _TEST = ("astronaut.png", "coffee.png", "motorcycle_left.png", "ihc.png", "hubble_deep_field.jpg")
-# The network looks this far beyond the picture.
+# The network uses this margin around the picture.
 _MARGIN = 18
 _CROP = 96
 _BATCH = 10
@@ -78,7 +78,7 @@ class Published(Suite):
         return self.recipe()
 
     def applies(self, method: Method) -> bool:
-        # the examples that the models were trained on are not published
+        # the training examples of the models are not published
         return not method.data and not method.key.startswith("ada_")
 
     def prepare(self) -> None:

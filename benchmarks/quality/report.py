@@ -16,7 +16,7 @@ from benchmarks.tables import Table
 
 __all__ = ["PUBLISHED", "paired", "plot", "records", "tables"]
 
-# Mean accuracy of eight tasks with CLIP's ViT-B/32, as later papers' tables repeat it
+# Mean accuracy of eight tasks with CLIP's ViT-B/32, as repeated in later papers' tables
 # (WUDI-Merging's, StatsMerging's). For orientation only: another model, other tasks.
 PUBLISHED: Mapping[str, float] = {
     "pretrained": 48.0,
@@ -35,7 +35,7 @@ PUBLISHED: Mapping[str, float] = {
     "ada_layer": 80.1,
     "ada_layer_pp": 81.1,
 }
-# What every other row is compared with: the simplest method that has a coefficient.
+# The row with which every other row is compared: the simplest method that has a coefficient.
 REFERENCE = "task_arithmetic"
 _REFERENCE_ROWS = ("pretrained", "individual", "multi_task")
 
@@ -43,8 +43,8 @@ _REFERENCE_ROWS = ("pretrained", "individual", "multi_task")
 def paired(one: Sequence[Outcome], other: Sequence[Outcome]) -> tuple[float, float]:
     """Return the difference of mean scores (one - other) and half of its 95 % confidence interval.
 
-    Item by item: the mean over seeds of each item's difference, the mean over items of each task,
-    the mean over tasks. The interval is over items: that of the seeds is another matter.
+    Item by item: the mean over seeds of each item's difference, then the mean over items of each
+    task, then the mean over tasks. The interval is over items, not over seeds.
     """
     means, variances = [], []
     for task in range(len(one[0].items)):
@@ -81,7 +81,7 @@ def _group(found: Run, method: str, chosen: bool) -> list[Outcome]:
 
 
 def _rows(found: Run) -> list[str]:
-    """Return the methods' keys: what is no merge first, then the methods in their order."""
+    """Return the methods' keys: those that are not merges first, then the methods in order."""
     there = {outcome.method for outcome in found.outcomes}
     order = [*_REFERENCE_ROWS, *(m.key for m in METHODS)]
     return [key for key in order if key in there] + sorted(there - set(order))
@@ -127,7 +127,7 @@ def _overview(suite: Suite, found: Run, published: bool) -> Table:
 
 
 def describe_geometry(found: Run) -> str:
-    """Say how long the task vectors are, and how far they point in one direction."""
+    """Return a sentence on the length of the task vectors and how far their directions agree."""
     lengths = [100 * value for one in found.geometry for value in one["lengths"]]
     cosines = [value for one in found.geometry for value in one["cosines"]]
     return (
@@ -195,7 +195,7 @@ def records(suite: Suite, found: Run, seconds: float) -> list[dict[str, Any]]:
     """Return everything for the JSON file: settings, searches, each task's score of each row.
 
     Args:
-        seconds: that the run took; less where parts were kept from an earlier one.
+        seconds: duration of the run; less if parts were kept from an earlier one.
     """
     return [
         {

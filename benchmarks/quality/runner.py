@@ -1,7 +1,7 @@
 """Runs a suite: fine-tunes, merges, a search of coefficients on validation data, and the test.
 
-Whatever takes time is kept in the suite's cache under the hash of all that it depends on, so a run
-that was stopped goes on at the model, or the task, where it was.
+Whatever takes time is stored in the suite's cache under the hash of everything it depends on, so a
+run that was stopped continues at the model, or the task, where it was.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["Outcome", "Run", "run"]
 class Outcome:
     """A model, or a set with one for each task, on the test set.
 
-    `value` is the setting of the method's coefficient; `chosen` says whether validation chose it
-    (True), or the paper (False). `items` are the scores on every item of each task.
+    `value` is the setting of the method's coefficient; `chosen` is True if validation chose it,
+    False if the paper did. `items` are the scores on every item of each task.
     """
 
     method: str
@@ -36,18 +36,18 @@ class Outcome:
 
     @property
     def scores(self) -> list[float]:
-        """Mean of each task."""
+        """Return the mean score of each task."""
         return [sum(values) / len(values) for values in self.items]
 
 
 @dataclass
 class Run:
-    """All that came out of a suite.
+    """All results of a suite.
 
     `searches` has, for each method and seed, the validation score of each task at each setting;
     `missing` names the methods that this version of pymerge does not have; `geometry` has, for each
     seed, the lengths of the task vectors as shares of the base's, and their pairwise cosines;
-    `extras` is what else a suite measures, on the first seed.
+    `extras` has the suite's additional measurements, on the first seed.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -65,14 +65,14 @@ def run(
     settings: int | None = None,
     finished: Callable[[Run], None] | None = None,
 ) -> Run:
-    """Run a suite and return everything.
+    """Run a suite and return all results.
 
     Args:
         suite: prepared.
-        seeds: of the fine-tunes, and of what is random in a merge.
+        seeds: of the fine-tunes, and of everything that is random in a merge.
         methods: to compare.
         settings: fewer settings of each coefficient, for a trial.
-        finished: called after each seed, and after the extras, with what there is so far.
+        finished: called after each seed, and after the extras, with the results so far.
     """
     found = Run()
     count = len(suite.tasks)
@@ -182,7 +182,7 @@ def _compare(
 
     def states(value: float) -> list[State]:
         if value not in made:
-            made.clear()  # one model, or one for each task, at a time
+            made.clear()  # hold only one model, or one for each task, at a time
             merged = method.make(models, value)
             made[value] = merged if isinstance(merged, list) else [merged] * count
         return made[value]
@@ -224,7 +224,7 @@ def _compare(
 def _values(method: Method, settings: int | None) -> tuple[float, ...]:
     if settings is None or len(method.values) <= settings:
         return method.values
-    if method.symbol == "steps":  # a trial is to be short
+    if method.symbol == "steps":  # a trial should be short
         return method.values[:settings]
     others = [value for value in method.values if value != method.default]
     return tuple(sorted([method.default, *others[: settings - 1]]))

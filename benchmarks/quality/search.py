@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality.search [--evaluations 200] [--longer 400] [--save]
 
-The preset pcb_es (a coefficient for each task vector, and the ratio) begins at PCB's defaults;
-random points of the same ranges, and a grid of one coefficient for all and the ratio, have the same
-number of evaluations. Test data is looked at once for what each search chose, and for the defaults.
+The preset pcb_es (a coefficient for each task vector, and the ratio) starts at PCB's defaults;
+random points in the same ranges, and a grid of one coefficient for all and the ratio, have the same
+number of evaluations. Test data is used once for the choice of each search, and for the defaults.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Accuracy:
 
     def _items(self, state: dict[str, torch.Tensor], task: int, part: Part) -> list[float]:
         suite = self._suite
-        if part == "validation":  # of which the study keeps the results
+        if part == "validation":  # the study keeps these results
             return suite.item_scores(state, task, part)
         recipe = {"suite": suite.recipe(), "weights": digest_state(state)}
         recipe |= {"task": suite.tasks[task], "part": part, **suite.test_recipe()}
@@ -84,7 +84,7 @@ class Accuracy:
 
 
 def _folder(suite: Text, task: int, seed: int) -> Path:
-    """Return where a fine-tune is kept, which is made if it is not there."""
+    """Return the folder of a fine-tune, which is created if it does not exist."""
     suite.fine_tune(task, seed)
     name = suite.tasks[task]
     recipe = {"suite": suite.recipe(), "task": name, "training": _training(suite, seed)}
@@ -130,7 +130,7 @@ def _searches(evaluations: int) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Search three times, show and keep what was found."""
+    """Search three times, show and store the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evaluations", type=int, default=200, help="of each search")
     parser.add_argument(
@@ -180,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _against_first(
     found: Mapping[str, SearchResult], metric: Accuracy
 ) -> dict[str, tuple[float, float]]:
-    """Return, on test data, each best's accuracy less that of the defaults, and half the width of
-    its 95 % interval, paired over the items; in per cent."""
+    """Return, on test data, the accuracy of each best point minus that of the defaults, and half
+    the width of its 95 % interval, paired over the items; in per cent."""
     start = found["CMA-ES"]
     with Remerger(start.config.merge) as remerger:
         merged = remerger.merge(start.space.config(start.space.initial))

@@ -1,4 +1,4 @@
-"""Merges of two and three fine-tunes, and what each of them loses on its own task."""
+"""Merges of two and three fine-tunes, and the loss of each of them on its own task."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from benchmarks.quality.suite import digest_state
 __all__ = ["FOLDER", "RECIPES", "Measured", "Recipe", "Scores", "measure", "sets_of"]
 
 FOLDER = "interference"  # in the suite's cache
-# To be raised when the same recipe makes another model.
+# Increase this when the same recipe produces another model.
 _REVISION = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to merge that is studied, with the coefficient that is used; nothing is searched.
+    """A studied way of merging, with its coefficient; nothing is searched.
 
-    `scale` is that of task arithmetic; None for methods that are no weighted sum of task vectors.
+    `scale` is that of task arithmetic; None for methods that are not weighted sums of task vectors.
     """
 
     key: str
@@ -56,7 +56,7 @@ RECIPES: tuple[Recipe, ...] = (
         _method("task_arithmetic", scale=0.4),
         lambda count: 0.4,
     ),
-    # each task vector in full: no loss comes from steps that are too short
+    # each task vector in full: steps that are too short cause no loss
     Recipe(
         "full_steps",
         "task arithmetic, 1",
@@ -90,10 +90,10 @@ class Measured:
 
 
 def sets_of(tasks: int, triples: int) -> list[tuple[int, ...]]:
-    """Return all pairs of tasks, and some triples that have each task about as often.
+    """Return all pairs of tasks, and some triples in which each task occurs about equally often.
 
-    Greedy: the triple next is the one whose tasks, and then pairs, have been used least; the first
-    in order of equal ones.
+    Greedy: the next triple is the one whose tasks, and then pairs, have been used least; of equal
+    ones the first in order.
     """
     pairs = list(itertools.combinations(range(tasks), 2))
     used = [0] * tasks

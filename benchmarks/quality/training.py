@@ -37,8 +37,8 @@ class CosineHead(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """How a fine-tune is made: AdamW without weight decay; the rate rises for `warmup` steps and
-    falls linearly to 0. `seed` gives the order of the examples."""
+    """Settings of a fine-tune: AdamW without weight decay; the rate rises for `warmup` steps and
+    falls linearly to 0. `seed` determines the order of the examples."""
 
     epochs: int = 2
     batch: int = 20
@@ -51,7 +51,7 @@ class Training:
         return replace(self, seed=seed)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what the result depends on."""
+        """Return the settings on which the result depends."""
         return {**asdict(self), "scale": LOGIT_SCALE}
 
 
@@ -71,10 +71,10 @@ def fine_tune(
 
     Args:
         model: inputs -> features.
-        tasks: of each the inputs (indexable by a tensor of positions), labels [n, ...] and head,
+        tasks: for each, the inputs (indexable by a tensor of positions), labels [n, ...] and head,
             features -> logits [n, ..., classes].
-        training: how.
-        advance: told of every step, with the loss.
+        training: the settings.
+        advance: called after every step, with the loss.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=0.0, fused=True)

@@ -1,9 +1,9 @@
-"""Why AdaMerging does what it does: other aims, scales and directions, on validation data.
+"""Why AdaMerging performs as it does: other aims, scales and directions, on validation data.
 
     python -m benchmarks.quality.trials [text|vision] [--steps 40] [--save]
 
 Layer-wise coefficients of the first seed's models are learned in several ways, and the validation
-accuracy is written down on the way. The test labels take no part in it.
+accuracy is recorded along the way. The test labels are not used.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Trial:
         scale: of the cosines.
         balanced: divide each task's aim by the logarithm of its classes.
         labelled: lower the cross-entropy on training data instead of the entropy on inputs without
-            labels: what coefficients could do if entropy were no guess.
-        singular: of TSV-M's parts, which add up to its merge at coefficients of 1, instead of task
+            labels: what coefficients could achieve if entropy were not an approximation.
+        singular: use TSV-M's parts, which add up to its merge at coefficients of 1, instead of task
             vectors at 0.3.
     """
 
@@ -79,7 +79,7 @@ class _Labelled:
 def singular_parts(base: State, models: Sequence[State]) -> list[State]:
     """Return models whose task vectors add up to TSV-M's: a task's share of the orthogonal factors.
 
-    Gargiulo et al. 2025, algorithm 1. Of a tensor that is no matrix, a share is 1/K.
+    Gargiulo et al. 2025, algorithm 1. For a tensor that is not a matrix, a share is 1/K.
     """
     parts = [dict(base) for _ in models]
     for name, start in base.items():
@@ -116,7 +116,7 @@ def run_trial(
     steps: int,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Return {"step", "accuracy" (of each task, validation), "aim"} at the start and on the way."""
+    """Return {"step", "accuracy" (of each task, validation), "aim"} at the start and later."""
     models = singular_parts(suite.base(), tuned) if trial.singular else tuned
     heads = [suite.adapting_head(number, trial.scale) for number in range(len(suite.tasks))]
     how: dict[str, Any] = {"clamp": None, "init": 1.0} if trial.singular else {"init": 0.3}

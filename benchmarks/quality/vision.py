@@ -42,7 +42,7 @@ class Vision(Classifiers):
     training = Training(epochs=4, batch=50, rate=3e-4, warmup=5)
     adaptation = Adaptation(steps=(20, 40, 70, 100, 200), batch=16)
     evaluation_batch = 100
-    convolutions = True  # all but the depthwise ones; there is no other linear layer
+    convolutions = True  # all except the depthwise ones; there is no other linear layer
     ridge = 1e-6  # some channels are 0 in every image
 
     def __init__(self, cache: Cache, log: Log, *, quick: bool = False) -> None:
@@ -99,7 +99,7 @@ class Vision(Classifiers):
         return self._kept(task, "images", self._draw)
 
     def maps(self, images: torch.Tensor) -> Maps:
-        """Return what the merged part of the models takes, of images."""
+        """Return the input of the merged part of the models, computed from images."""
         return vision_model.lower_maps(self.checkpoint(), images)
 
     def read(self) -> list[Split]:

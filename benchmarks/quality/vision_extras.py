@@ -1,4 +1,4 @@
-"""What only the vision suite measures: damaged test images, and tasks that were not merged."""
+"""Measurements of the vision suite only: damaged test images, and tasks that were not merged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["HELD_OUT", "ROBUST", "held_out", "robustness"]
 ROBUST = ("pretrained", "individual", "task_arithmetic", "tsv_m", "ada_layer")
 HELD_OUT = ("task_arithmetic", "ties", "tsv_m", "ada_layer")
 _IMAGES = 100
-# of AdaMerging where it is learned anew for each task that is left out
+# of AdaMerging, which is learned anew for each task that is left out
 _STEPS = 100
 
 
 def robustness(suite: Vision, merged: Merged) -> dict[str, Any]:
     """Return the accuracy of models on damaged images: {row: {corruption: [severity: share]}}.
 
-    Of the first images of each task's test set, the mean over tasks. "clean" is that of the same
-    images without damage. Coefficients are those of clean data, AdaMerging's too.
+    The values are means over tasks, on the first images of each task's test set. "clean" is that of
+    the same images without damage. Coefficients are those of clean data, AdaMerging's too.
     """
     states = {key: merged.state(key) for key in ROBUST if key in _known(merged)}
     kinds = ["clean", *(f"{name} {level}" for name in CORRUPTIONS for level in SEVERITIES)]

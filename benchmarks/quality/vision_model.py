@@ -1,9 +1,9 @@
 """EfficientNet-Lite0 for the vision suite: images to maps of its lower blocks, and the upper part.
 
-Only the upper eleven of sixteen blocks and the last convolution are trained and merged, which is
-98 % of the parameters and a quarter of the time: what comes out of the lower ones, which work on
-the large maps, is computed once for each image. BatchNorm keeps the statistics of the pretrained
-model everywhere, as the heads are made of its features.
+Only the upper eleven of sixteen blocks and the last convolution are trained and merged. They are
+98 % of the parameters and a quarter of the time: the output of the lower ones, which work on the
+large maps, is computed once for each image. BatchNorm keeps the statistics of the pretrained model
+everywhere, as the heads are computed from its features.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def load(checkpoint: Path) -> UpperBlocks:
 
 @torch.inference_mode()
 def lower_maps(checkpoint: Path, images: torch.Tensor, advance: Advance | None = None) -> Maps:
-    """Return what `UpperBlocks` is applied to.
+    """Return the input of `UpperBlocks`.
 
     Args:
         checkpoint: the pretrained model.
         images: grey [n, size, size], or coloured [n, 3, size, size], uint8.
-        advance: told of every batch.
+        advance: called after every batch.
     """
     network = image_model.load(checkpoint)
     found = []
