@@ -14,7 +14,7 @@ import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from benchmarks.eager import EAGER
 from benchmarks.kernel_checks import Expected, arguments_of, check, check_floor, expect
 from benchmarks.measure import WrongResult
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.case import Case, Inputs
 
 __all__ = ["Kernel", "settings_kept"]

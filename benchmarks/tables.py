@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 
 __all__ = ["RESULTS", "Table", "console", "describe_machine", "machine", "save", "write_markdown"]
 

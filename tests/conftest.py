@@ -13,7 +13,7 @@ import torch
 
 import pymerge.ops.contract  # noqa: F401  declares torch.ops.pymerge
 from pymerge.ops.backends import BACKENDS
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.time_limit import (  # noqa: F401  hooks
     pytest_addoption,
     pytest_timeout_cancel_timer,

@@ -18,7 +18,7 @@ import pymerge
 import pymerge.commands.main
 from pymerge.analysis import advise, averaging_coefficient, output, write_analysis
 from pymerge.analysis.summary import print_summary
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests import models
 from tests.models import State
 

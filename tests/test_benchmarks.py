@@ -27,7 +27,7 @@ from benchmarks.kernels import Kernel, settings_kept
 from benchmarks.measure import WrongResult, run_process
 from benchmarks.tables import Table, save
 from pymerge import merge_checkpoints
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.case import Case, Inputs
 from tests.cases import CASES, GPU_CASES
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pymerge.ops.native import marshal_cuda as cuda
+from pymerge.ops.native import cuda
 from tests.case import DTYPES, Case, Inputs, make_inputs, seen
 from tests.cases import GPU_CASES
 from tests.packed_checks import CHECKS, differing

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pymerge.ops.native import cuda
 from pymerge.ops.native import device as cuda_native
 from pymerge.ops.native import host as cpu_native
-from pymerge.ops.native import marshal_cuda as cuda
 from tests import cuda_build
 
 ARCH = "90"

@@ -16,9 +16,9 @@ import torch
 
 from pymerge.adamerging import Packed, merged_layer, merged_packed_layer
 from pymerge.ops import backends
+from pymerge.ops.native import cuda
 from pymerge.ops.native import device as cuda_native
 from pymerge.ops.native import host as cpu_native
-from pymerge.ops.native import marshal_cuda as cuda
 from tests import cuda_build
 from tests.case import DTYPES, Case, Inputs, make_inputs, seen
 from tests.cases import GPU_CASES

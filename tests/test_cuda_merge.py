@@ -12,7 +12,7 @@ import torch
 import pymerge
 from pymerge.commands.main import main
 from pymerge.methods import METHODS
-from pymerge.ops.native import marshal_cuda as cuda
+from pymerge.ops.native import cuda
 from tests import models
 from tests.test_methods import number_of_models, parameters_of
 

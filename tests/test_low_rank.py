@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pymerge.ops.array import as_array
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from pymerge.ops.native.low_rank import low_rank, rescale
 from tests.adapter_files import delta
 from tests.conftest import BACKEND_IDS

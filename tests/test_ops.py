@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pymerge.ops import contract as _ops
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.case import DTYPES, Case, Inputs, make_inputs
 from tests.cases import CASES
 from tests.conftest import NATIVE

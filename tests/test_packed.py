@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pymerge.adamerging import Packed, merged_packed_layer, ops
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.conftest import NATIVE
 from tests.packed_checks import CHECKS, differing
 from tests.packing import pack

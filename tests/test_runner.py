@@ -15,7 +15,7 @@ from pymerge.merging.report import MergeReport
 from pymerge.methods import METHODS, MethodSpec
 from pymerge.ops import runner
 from pymerge.ops.backends import BACKENDS, choose, describe, has_kernel
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from pymerge.ops.runner import Runner
 from pymerge.ops.triton import library as triton
 from tests import models

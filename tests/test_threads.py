@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from pymerge.ops.threads import kernel_threads, torch_threads
 from tests import models
 

@@ -31,7 +31,7 @@ from pymerge.merging.report import (
 from pymerge.methods.directions.record import PASSTHROUGH
 from pymerge.ops.array import Array, Flat, widen
 from pymerge.ops.call import call
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from pymerge.ops.runner import Runner
 from pymerge.ops.threads import kernel_threads
 from pymerge.output import ShardWriter

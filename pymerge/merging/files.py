@@ -23,7 +23,7 @@ from pymerge.merging.progress import Recorder
 from pymerge.merging.publish import Publication
 from pymerge.merging.report import InputFile, InputReport, MergeReport
 from pymerge.ops.array import Flat
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from pymerge.ops.runner import Runner
 from pymerge.ops.threads import kernel_threads, torch_threads
 from pymerge.plan import MergePlan, make_plan

@@ -1,8 +1,8 @@
-"""What calls with many arguments pass on to every backend."""
+"""What arguments of ops may be, and what those with many of them pass on to every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ __all__ = [
     "DIVERGENCE",
     "DIVERGENCE_ROWS",
     "DIVERGENCE_STEPS",
+    "TIES_ELECT",
+    "TIES_MERGE",
+    "WEIGHTING",
     "Kept",
     "SparseMerge",
     "check_divergences",
@@ -21,6 +24,28 @@ __all__ = [
     "sums_shape",
 ]
 
+
+def _pairs(models: int) -> int:
+    """Return how many pairs models make, each with itself among them."""
+    return models * (models + 1) // 2
+
+
+# Words that kernels number in this order: csrc/kernel_table.h.
+WEIGHTING = ("none", "before", "after")
+TIES_MERGE = ("mean_of_count", "mean_of_weights", "sum", "max")
+TIES_ELECT = ("mass", "count")
+# How many rows the sums of a kind have, by the number of models; csrc/sums.def has the same.
+_SUMS_ROWS: dict[str, Callable[[int], int]] = {
+    "sparse": lambda models: 2 * models,
+    "gram": _pairs,
+    "pcb_extremes": lambda models: 2 * _pairs(models),
+    "pcb_exp": lambda models: _pairs(models) + models,
+    "dots": lambda models: models - 1,
+    "statistics": lambda models: 4 * models,
+    "ram_counts": lambda models: 2 * models,
+    "emr": lambda models: 2,
+    "sce": lambda models: models,
+}
 # The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many;
 # csrc/divergence.def has the same.
 DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
@@ -100,17 +125,5 @@ def padded(numel: int) -> int:
 
 
 def sums_shape(kind: str, models: int, numel: int, columns: int) -> tuple[int, int]:
-    """Return the shape of the partial sums of a kind; csrc/sums.def has the same rows."""
-    pairs = models * (models + 1) // 2
-    rows = {
-        "sparse": 2 * models,
-        "gram": pairs,
-        "pcb_extremes": 2 * pairs,
-        "pcb_exp": pairs + models,
-        "dots": models - 1,
-        "statistics": 4 * models,
-        "ram_counts": 2 * models,
-        "emr": 2,
-        "sce": models,
-    }[kind]
-    return rows, -(-numel // (columns or SUM_CHUNK))
+    """Return the shape of the partial sums of a kind."""
+    return _SUMS_ROWS[kind](models), -(-numel // (columns or SUM_CHUNK))

@@ -1,7 +1,9 @@
 """The backends: who computes an op. Each turns tensors into pointers, or is pure torch; no more.
 
-`reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend that cannot be
-used says why: `describe()` is what `pymerge info` prints.
+`reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend is a module
+with a NAME, a SUMMARY, `reason()`, which says why it cannot be used or returns None, `slots()`, and
+the functions of the ops that it has (`OpSpec.function`). Those of `cpu` take `Array`s and counters
+of numpy as well as torch tensors.
 """
 
 from __future__ import annotations
@@ -9,17 +11,16 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.errors import RequestError, nearest
-from pymerge.ops.array import Flat
+from pymerge.ops.specs import OPS
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "BACKENDS",
-    "Backend",
     "choose",
     "describe",
     "has_kernel",
@@ -28,85 +29,24 @@ __all__ = [
 ]
 
 
-class Backend(Protocol):
-    """What a backend module offers. Tensors are contiguous and of equal length, counters writable;
-    see `pymerge.ops.contract`. All take torch tensors, `cpu` also `Array` and counters of numpy."""
-
-    NAME: str
-    SUMMARY: str
-
-    def reason(self) -> str | None:
-        """Say why the backend cannot be used, or return None."""
-        ...
-
-    def weighted_sum(
-        self,
-        out: Flat,
-        stats: Any,
-        base: Flat | None,
-        models: Sequence[Flat],
-        weights: Sequence[float],
-        scale: float,
-        divisor: float,
-        wide: bool,
-    ) -> None: ...
-
-    def ties(
-        self,
-        out: Flat | None,
-        stats: Any,
-        base: Flat,
-        models: Sequence[Flat],
-        thresholds: Sequence[int],
-        weights: Sequence[float],
-        weighting: str,
-        merge: str,
-        elect: str,
-        zero_sign: int,
-        scale: float,
-        want_signs: bool,
-        wide: bool,
-    ) -> None: ...
-
-    def slots(self) -> int:
-        """Return how many slots of counters `magnitude_histogram` can use at once."""
-        ...
-
-    def magnitude_histogram(
-        self,
-        counts: Any,
-        hot_chunks: Any,
-        base: Flat,
-        models: Sequence[Flat],
-        lo: Sequence[int],
-        shift: Sequence[int],
-        hot: Sequence[int],
-        wide: bool,
-    ) -> None: ...
-
-    def magnitude_equal_counts(
-        self,
-        counts: Any,
-        base: Flat,
-        model: Flat,
-        key: int,
-        chunk: int,
-        wide: bool,
-    ) -> None: ...
-
-
 class _Backends(Mapping[str, Any]):
     """The backend modules by name, each imported when it is asked for: some import torch."""
 
     _MODULES: ClassVar[dict[str, str]] = {
         "reference": "pymerge.ops.reference.backend",
-        "cpu": "pymerge.ops.native.marshal",
-        "cuda": "pymerge.ops.native.marshal_cuda",
+        "cpu": "pymerge.ops.native.cpu",
+        "cuda": "pymerge.ops.native.cuda",
         "triton": "pymerge.ops.triton.backend",
     }
 
+    def __init__(self) -> None:
+        self._imported: dict[str, Any] = {}
+
     def __getitem__(self, name: str) -> Any:
-        return importlib.import_module(self._MODULES[name])
+        found = self._imported.get(name)
+        if found is None:
+            found = self._imported[name] = importlib.import_module(self._MODULES[name])
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._MODULES)
@@ -126,13 +66,13 @@ def _device(name: str) -> str | None:
     return BACKENDS["triton"].device() if name == "triton" else _DEVICES.get(name)
 
 
-def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
+def resolve(name: str | None, device: torch.device | str = "cpu") -> Any:
     """Return the backend of that name, or the fastest that can run on the device for None and
     "auto".
 
     Raises RequestError with the reason where a backend named explicitly cannot be used.
     """
-    kind = str(device).partition(":")[0]
+    kind = device.partition(":")[0] if isinstance(device, str) else device.type
     if name is None or name == "auto":
         for candidate in ("cuda", "triton", "cpu"):
             if _DEVICES[candidate] != kind or _device(candidate) != kind:
@@ -163,13 +103,9 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Backend:
     return backend
 
 
-# Ops that are a mode of a backend's function; all others are called as the function is.
-_FUNCTIONS = {"task_arithmetic_": "weighted_sum", "ties_signs_": "ties"}
-
-
 def has_kernel(name: str, op: str) -> bool:
-    """Tell whether a backend has an op of `pymerge.ops.contract`."""
-    return hasattr(BACKENDS[name], _FUNCTIONS.get(op, op.removesuffix("_")))
+    """Return whether a backend has an op of `pymerge.ops.specs`."""
+    return op in OPS and hasattr(BACKENDS[name], OPS[op].function)
 
 
 def choose(
@@ -202,7 +138,7 @@ def takes_fewer_models(error: ValueError) -> bool:
 
 def resolve_for(
     method: str, kernels: Sequence[str], name: str | None, device: torch.device | str = "cpu"
-) -> Backend:
+) -> Any:
     """Return the backend that runs a method: as `resolve`, or the reference where the fastest that
     can run has no kernels for it.
 
@@ -219,28 +155,15 @@ def resolve_for(
 
 
 def describe() -> dict[str, Any]:
-    """Tell what the native build is, which backends can be used, and which methods each runs."""
+    """Return what the native build is, which backends can be used, and which one "auto" is."""
     backends = {}
     for name, backend in BACKENDS.items():
         reason = backend.reason()
         backends[name] = {"available": reason is None, "reason": reason or backend.SUMMARY}
-    from pymerge.methods import METHODS
-
-    methods = {
-        method: {
-            name: (entry["available"] or entry["reason"])
-            if name in spec.backends
-            else f"no kernels: the reference computes it ({spec.torch_because or 'not yet'})"
-            for name, entry in backends.items()
-        }
-        for method, spec in METHODS.items()
-    }
     return {
         "native": BACKENDS["cpu"].build(),
         "backends": backends,
         "auto": {kind: _automatic(kind, backends) for kind in ("cpu", "cuda")},
-        "methods": methods,
-        "analyze": "cpu, or reference; GPUs have no kernels for it: what is there is copied here",
     }
 
 

@@ -1,4 +1,4 @@
-"""The CPU's `compare_`: csrc/cpu/kernels_comparison.h."""
+"""Marshals `compare_`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from pymerge.ops.array import Flat
 from pymerge.ops.comparison import Comparison
-from pymerge.ops.native.host import common_arguments, counters_at, native
+from pymerge.ops.native.call import Call
 
 __all__ = ["compare"]
 
 
 def compare(
+    begin: type[Call],
     sums: Any,
     counts: Any,
     base: Flat,
@@ -23,14 +24,15 @@ def compare(
     wide: bool,
 ) -> None:
     """Sums of segments, and counts that are added to."""
+    call = begin(base)
     shape = Comparison(len(models), len(thresholds) // len(models))
-    shape.check(sums, counts, base.numel(), thresholds, start, every, "cpu")
-    native().compare(
-        common_arguments(base, models, wide),
+    shape.check(sums, counts, call.numel, thresholds, start, every, call.NAME)
+    call.native.compare(
+        call.common(base, models, wide),
         thresholds,
         start,
         every,
-        counters_at(sums, "float64"),
-        shape.segments(base.numel()),
-        counters_at(counts),
+        call.counters(sums, "float64"),
+        shape.segments(call.numel),
+        call.counters(counts),
     )

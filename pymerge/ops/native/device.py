@@ -1,4 +1,4 @@
-"""The CUDA library as Python sees it: loading it, phases, and the arguments of calls.
+"""The CUDA library as Python sees it: loading it, phases, and calls on device tensors.
 
 All calls are asynchronous, on torch's current stream of the tensors' device; counters are device
 tensors, too, and nothing waits for them. The library is looked for at first use. If it is missing
@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.ops.arguments import padded
+from pymerge.ops.native.call import NOTHING, Call, Operand
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LIBRARY", "NOTHING", "Call", "load", "native", "phase", "reason"]
+__all__ = ["LIBRARY", "DeviceCall", "load", "native", "phase", "reason"]
 
 LIBRARY = Path(__file__).resolve().parents[2] / "_cuda.so"
 
 # The device type whose tensors are taken; the tests of the kernels on the processor change it.
 _KIND = "cuda"
 _DTYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
-# An operand that is not there.
-NOTHING = (0, 0)
 
 # Tensors of a phase that is open in this thread: they must live until it ends.
 _phase = threading.local()
@@ -100,44 +98,45 @@ def phase(device: torch.device) -> Iterator[None]:
             _phase.kept = None
 
 
-class Call:
-    """One call: checks that all tensors are on one device, and keeps them for an open phase."""
+class DeviceCall(Call):
+    """A call on a device: all tensors are on one, and live until an open phase has ended."""
 
-    def __init__(self, first: torch.Tensor) -> None:
+    NAME = "cuda"
+    __slots__ = ("device",)
+
+    def __init__(self, first: Any) -> None:
         self.native = native()
         self.device = first.device
         self.numel = first.numel()
 
-    def address(self, tensor: torch.Tensor | None, elements: int | None = None) -> tuple[int, int]:
-        """Return address and dtype of an operand; (0, 0) where there is none.
-
-        elements: how many it has, where that is not what the first tensor of the call has.
-        """
-        if tensor is None:
+    def operand(self, flat: Any, elements: int | None = None) -> Operand:
+        if flat is None:
             return NOTHING
-        self._keep(tensor)
+        self._keep(flat)
         expected = self.numel if elements is None else elements
-        if tensor.numel() != expected or not tensor.is_contiguous():
+        if flat.numel() != expected or not flat.is_contiguous():
             raise ValueError(
                 f"backend 'cuda': expected contiguous tensors of {expected} elements, got "
-                f"{tensor.numel()} with strides {tuple(tensor.stride())}"
+                f"{flat.numel()} with strides {tuple(flat.stride())}"
             )
-        if str(tensor.dtype) not in _DTYPES:
-            raise ValueError(f"backend 'cuda': dtype {tensor.dtype} is not supported")
+        if str(flat.dtype) not in _DTYPES:
+            raise ValueError(f"backend 'cuda': dtype {flat.dtype} is not supported")
         # An empty tensor has no address, but a base that is there must not look like none.
-        return tensor.data_ptr() or 64, _DTYPES[str(tensor.dtype)]
+        return flat.data_ptr() or 64, _DTYPES[str(flat.dtype)]
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-        return [self.address(tensor) for tensor in tensors]
-
-    def counters(self, tensor: Any, dtype: str = "int64", least: int = 0) -> int:
-        """Return the address of counters on the device."""
-        self._keep(tensor)
-        if tensor.numel() < least:
-            raise ValueError(f"backend 'cuda': expected {least} counters, got {tensor.numel()}")
-        if str(tensor.dtype) != f"torch.{dtype}" or not tensor.is_contiguous():
+    def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:
+        self._keep(values)
+        if values.numel() < least:
+            raise ValueError(f"backend 'cuda': expected {least} counters, got {values.numel()}")
+        if str(values.dtype) != f"torch.{dtype}" or not values.is_contiguous():
             raise ValueError(f"backend 'cuda': counters must be contiguous {dtype} tensors")
-        return tensor.data_ptr()
+        return values.data_ptr()
+
+    def strided(self, values: Any, dtype: str) -> tuple[int, int]:
+        return self.counters(values, dtype), values.shape[1]
+
+    def end(self, wide: bool, threads: int = 0) -> tuple[int, int, int, int, int]:
+        return self.numel, 3 if wide else 0, threads, *_place(self.device)
 
     def _keep(self, tensor: Any) -> None:
         device = getattr(tensor, "device", None)
@@ -149,30 +148,3 @@ class Call:
         kept = getattr(_phase, "kept", None)
         if kept is not None:
             kept.append(tensor)
-
-    def rows(self, tensor: Any, count: int, dtype: str) -> tuple[int, int]:
-        """Return address and stride of scores or ranks: [count, numel and room]."""
-        if tensor.shape[0] != count or tensor.shape[1] < padded(self.numel):
-            raise ValueError(
-                f"backend 'cuda': expected {count} rows of {padded(self.numel)} numbers, got "
-                f"{tuple(tensor.shape)}"
-            )
-        return self.counters(tensor, dtype), tensor.shape[1]
-
-    def table(self, tensor: Any, shape: tuple[int, int]) -> int:
-        """Return the address of a table of doubles."""
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"backend 'cuda': expected a table of shape {shape}, got {tuple(tensor.shape)}"
-            )
-        return self.counters(tensor, "float64")
-
-    def common(
-        self, base: torch.Tensor | None, models: Sequence[torch.Tensor], wide: bool
-    ) -> tuple[Any, ...]:
-        """Return what every call begins with: operands, numel, compute, threads, device, stream."""
-        return self.address(base), self.addresses(models), *self.end(wide)
-
-    def end(self, wide: bool) -> tuple[int, int, int, int, int]:
-        """Return the last arguments of every call: numel, compute, threads, device, stream."""
-        return self.numel, 3 if wide else 0, 0, *_place(self.device)

@@ -1,4 +1,4 @@
-"""The native library as Python sees it: `pymerge._C`, and the addresses of what it computes with.
+"""The native library as Python sees it: `pymerge._C`, and calls on host memory.
 
 The extension is loaded at first use. If it is missing or broken, `import pymerge` still works;
 `reason()` keeps the error and says what to do.
@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pymerge.ops.arguments import padded
 from pymerge.ops.array import Array, Flat
 from pymerge.ops.constants import HOT_CHUNK, SUM_CHUNK
+from pymerge.ops.native.call import NOTHING, Call, Operand
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
-    "NOTHING",
+    "HostCall",
     "build",
-    "common_arguments",
-    "counters_at",
     "load",
     "native",
-    "operand",
-    "ranks_at",
     "reason",
     "set_threads",
     "supported_isas",
@@ -34,11 +32,12 @@ __all__ = [
     "use_isa",
 ]
 
-# By the code of an array, and by the name of a torch dtype.
-_DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
-_DTYPES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
-# An operand that is not there.
-NOTHING = (0, 0)
+# By the code of an array, by the name of a torch dtype, and by the dtypes themselves, once seen.
+_CODES: dict[Any, int] = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
+_CODES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
+# Numbers that are counted or read one by one.
+_NUMPY = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64")}
+_NAMES: dict[torch.dtype, str] = {}  # of dtypes of torch, once seen
 # What `set_threads` was called with last.
 _threads: int | None = None
 
@@ -124,66 +123,83 @@ def set_threads(count: int | None) -> int | None:
     return before
 
 
-def operand(flat: Flat, numel: int) -> tuple[int, int]:
-    """Return address and dtype of an array or tensor of that many elements."""
-    if isinstance(flat, Array):
-        fits, where, dtype = flat.numel() == numel, "", flat.code
-    else:
-        contiguous = flat.device.type == "cpu" and flat.is_contiguous()
-        fits, dtype = contiguous and flat.numel() == numel, str(flat.dtype)
-        where = f" on {flat.device} with strides {tuple(flat.stride())}"
-    if not fits:
-        raise ValueError(
-            f"backend 'cpu': expected contiguous CPU tensors of {numel} elements, got "
-            f"{flat.numel()}{where}"
-        )
-    if dtype not in _DTYPES:
+class HostCall(Call):
+    """A call on the processor: addresses of arrays, of torch tensors, and of either's numbers.
+
+    Nothing is kept: a kernel is done when its call returns.
+    """
+
+    NAME = "cpu"
+    __slots__ = ()
+
+    def __init__(self, first: Flat) -> None:
+        self.native = native()
+        self.numel = first.numel()
+
+    def operand(self, flat: Flat | None, elements: int | None = None) -> Operand:
+        if flat is None:
+            return NOTHING
+        numel = self.numel if elements is None else elements
+        if isinstance(flat, Array):
+            fits, dtype = flat.numel() == numel, flat.code
+        else:
+            fits = flat.is_cpu and flat.numel() == numel and flat.is_contiguous()
+            dtype = flat.dtype
+        if not fits:
+            where = "" if isinstance(flat, Array) else _lies(flat)
+            raise ValueError(
+                f"backend 'cpu': expected contiguous CPU tensors of {numel} elements, got "
+                f"{flat.numel()}{where}"
+            )
+        code = _CODES.get(dtype)
+        # An empty tensor has no address, but a base that is there must not look like none.
+        return flat.data_ptr() or 64, _code(dtype) if code is None else code
+
+    def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:
+        if isinstance(values, np.ndarray):
+            fits = values.dtype == _NUMPY[dtype] and values.flags.c_contiguous
+            count, address = values.size, values.__array_interface__["data"][0]
+        else:
+            fits = values.is_cpu and values.is_contiguous() and _name(values.dtype) == dtype
+            count, address = values.numel(), values.data_ptr()
+        if count < least:
+            raise ValueError(f"backend 'cpu': expected {least} counters, got {count}")
+        if not fits:
+            raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} in CPU memory")
+        return address
+
+    def strided(self, values: Any, dtype: str) -> tuple[int, int]:
+        if isinstance(values, np.ndarray):
+            fits, address = values.dtype == _NUMPY[dtype], values.ctypes.data
+            stride, step = (stride // values.itemsize for stride in values.strides)
+        else:
+            fits, address = values.is_cpu and _name(values.dtype) == dtype, values.data_ptr()
+            stride, step = values.stride()
+        if not fits or step != 1:
+            raise ValueError(
+                f"backend 'cpu': expected rows of {dtype} in CPU memory, got {values.dtype} in "
+                f"steps of {step}"
+            )
+        return address, stride
+
+    def end(self, wide: bool, threads: int = 0) -> tuple[int, int, int, int, int]:
+        return self.numel, 3 if wide else 0, threads, -1, 0
+
+
+def _lies(tensor: torch.Tensor) -> str:
+    return f" on {tensor.device} with strides {tuple(tensor.stride())}"
+
+
+def _code(dtype: Any) -> int:
+    """Return the code of a dtype that was not seen before."""
+    code = _CODES.get(str(dtype))
+    if code is None:
         raise ValueError(f"backend 'cpu': dtype {dtype} is not supported")
-    # An empty tensor has no address, but a base that is there must not look like none.
-    return flat.data_ptr() or 64, _DTYPES[dtype]
+    _CODES[dtype] = code
+    return code
 
 
-def counters_at(values: Any, dtype: str = "int64", least: int = 0) -> int:
-    """Return the address of counters, an array of numpy or a tensor."""
-    if isinstance(values, np.ndarray):
-        fits = values.flags.c_contiguous and values.dtype == dtype
-        count, address = values.size, values.ctypes.data
-    else:
-        fits = values.device.type == "cpu" and values.is_contiguous()
-        fits = fits and str(values.dtype) == f"torch.{dtype}"
-        count, address = values.numel(), values.data_ptr()
-    if count < least:
-        raise ValueError(f"backend 'cpu': expected {least} counters, got {count}")
-    if not fits:
-        raise ValueError(f"backend 'cpu': counters must be contiguous {dtype} in CPU memory")
-    return address
-
-
-def common_arguments(base: Flat | None, models: Sequence[Flat], wide: bool) -> tuple[Any, ...]:
-    """Return what every call has: operands, their length, how to compute, threads."""
-    numel = models[0].numel()
-    return (
-        NOTHING if base is None else operand(base, numel),
-        [operand(model, numel) for model in models],
-        numel,
-        3 if wide else 0,
-        0,
-    )
-
-
-def ranks_at(ranks: Any, models: Sequence[Flat]) -> tuple[int, int]:
-    """Return address and stride of ranks: [models, numel padded], rows may be apart."""
-    if ranks is None:
-        return NOTHING
-    count, room = ranks.shape
-    if count != len(models) or room < padded(models[0].numel()):
-        raise ValueError(f"backend 'cpu': ranks of shape {tuple(ranks.shape)} are too few")
-    if isinstance(ranks, np.ndarray):
-        kind, address = str(ranks.dtype), ranks.ctypes.data
-        stride, step = (stride // ranks.itemsize for stride in ranks.strides)
-    else:
-        kind, address = str(ranks.dtype).removeprefix("torch."), ranks.data_ptr()
-        stride, step = ranks.stride()
-    if kind != "int32" or step != 1:
-        raise ValueError(f"backend 'cpu': ranks must be rows of int32, got {kind}")
-    return address, stride
+def _name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype of torch, as numpy has it."""
+    name = _NAMES.get(dtype)
+    return name or _NAMES.setdefault(dtype, str(dtype).removeprefix("torch."))

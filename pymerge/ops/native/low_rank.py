@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pymerge.ops.array import Array, widen
-from pymerge.ops.native.host import NOTHING, native, operand, reason
+from pymerge.ops.native.host import HostCall, reason
 
 __all__ = ["low_rank", "rescale", "store"]
 
@@ -43,9 +43,10 @@ def low_rank(
     if reference or doubles or reason() is not None:
         _by_numpy(out, base, b, a, scale, np.float64 if doubles else np.float32)
         return
-    native().low_rank(
-        operand(out, numel),
-        NOTHING if base is None else operand(base, numel),
+    call = HostCall(out)
+    call.native.low_rank(
+        call.operand(out),
+        call.operand(base),
         b.ctypes.data,
         a.ctypes.data,
         float(np.float32(scale)),

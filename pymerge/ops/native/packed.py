@@ -1,4 +1,4 @@
-"""The CPU's `packed_sum_` and `packed_dots_`: csrc/cpu/kernels_packed.h."""
+"""Marshals `packed_sum_` and `packed_dots_`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymerge.ops.array import Flat
-from pymerge.ops.native.host import NOTHING, counters_at, native, operand
+from pymerge.ops.native.call import NOTHING, Call
 from pymerge.ops.packed import check_packed, check_partials
 
 __all__ = ["packed_dots", "packed_sum"]
 
 
 def packed_sum(
+    begin: type[Call],
     out: Flat,
     base: Flat,
     masks: Sequence[Any],
@@ -22,11 +23,13 @@ def packed_sum(
     wide: bool,
 ) -> None:
     """out = base + sum_k weights[k] t_k."""
-    told, chunks = _told(base, masks, values, offsets, wide)
-    native().packed(*told, operand(out, base.numel()), weights, NOTHING, 0, chunks)
+    call = begin(out)
+    parts, chunks = _parts(call, base, masks, values, offsets, wide)
+    call.native.packed(*parts, call.operand(out), weights, NOTHING, 0, chunks)
 
 
 def packed_dots(
+    begin: type[Call],
     partials: Any,
     gradient: Flat,
     base: Flat,
@@ -36,21 +39,26 @@ def packed_dots(
     wide: bool,
 ) -> None:
     """partials[k, c] = <gradient, t_k> over chunk c."""
-    told, chunks = _told(base, masks, values, offsets, wide)
-    check_partials(partials, len(masks), chunks, "cpu")
+    call = begin(base)
+    parts, chunks = _parts(call, base, masks, values, offsets, wide)
+    check_partials(partials, len(masks), chunks, call.NAME)
     if chunks == 0:
         return
-    address, counters = operand(gradient, base.numel()), counters_at(partials, "float64")
-    native().packed(*told, NOTHING, [], address, counters, chunks)
+    counters = call.counters(partials, "float64")
+    call.native.packed(*parts, NOTHING, [], call.operand(gradient), counters, chunks)
 
 
-def _told(
-    base: Flat, masks: Sequence[Any], values: Sequence[Flat], offsets: Sequence[Any], wide: bool
+def _parts(
+    call: Call,
+    base: Flat,
+    masks: Sequence[Any],
+    values: Sequence[Flat],
+    offsets: Sequence[Any],
+    wide: bool,
 ) -> tuple[tuple[Any, ...], int]:
     """Return what both calls begin with, and the number of chunks."""
-    numel = base.numel()
-    chunks = check_packed(masks, values, offsets, numel, "cpu")
-    kept = [operand(own, own.numel()) for own in values]
-    common = operand(base, numel), kept, numel, 3 if wide else 0, 0
-    words = [counters_at(mask, "int32") for mask in masks]
-    return (common, words, [counters_at(offset, "int64") for offset in offsets]), chunks
+    chunks = check_packed(masks, values, offsets, base.numel(), call.NAME)
+    kept = [call.operand(own, own.numel()) for own in values]
+    common = call.operand(base), kept, *call.end(wide)
+    words = [call.counters(mask, "int32") for mask in masks]
+    return (common, words, [call.counters(offset) for offset in offsets]), chunks

@@ -107,15 +107,15 @@ POINTWISE: dict[str, Callable[[Element, Sequence[float]], torch.Tensor]] = {
 
 
 def pointwise(
-    op: str,
     out: torch.Tensor,
     stats: torch.Tensor,
     base: torch.Tensor,
     models: Sequence[torch.Tensor],
+    method: str,
     reals: Sequence[float],
     wide: bool,
 ) -> None:
     """A method that looks at each element alone."""
-    check_kind("pointwise_", op, POINTWISE, "reference")
+    check_kind("pointwise_", method, POINTWISE, "reference")
     stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, *models)))
-    out.copy_(POINTWISE[op](Element(base, models, wide), reals).to(out.dtype))
+    out.copy_(POINTWISE[method](Element(base, models, wide), reals).to(out.dtype))

@@ -122,10 +122,10 @@ def extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
 
 
 def chunk_sums(
-    kind: str,
     partials: torch.Tensor,
     base: torch.Tensor | None,
     models: Sequence[torch.Tensor],
+    kind: str,
     reals: Sequence[float],
     kept: Kept,
     columns: int,

@@ -27,32 +27,32 @@ _ASKS = {"tall": (2, 0), "emr": (0, -1)}
 
 
 def pointwise(
-    op: str,
     out: torch.Tensor,
     stats: torch.Tensor,
     base: torch.Tensor,
     models: Sequence[torch.Tensor],
+    method: str,
     reals: Sequence[float],
     wide: bool,
 ) -> None:
     numel, count = base.numel(), len(models)
-    check_kind("pointwise_", op, REALS, "triton")
+    check_kind("pointwise_", method, REALS, "triton")
     check(numel, out, base, *models)
     check_counters(stats, torch.int64, least=3)
-    own, of_each = REALS[op]
-    check_reals(op, reals, own + (count if of_each else 0), count)
+    own, of_each = REALS[method]
+    check_reals(method, reals, own + (count if of_each else 0), count)
     which = 0
-    if op in _ASKS:
-        at, least = _ASKS[op]
-        which = asked(op, reals[at], least, count)
+    if method in _ASKS:
+        at, least = _ASKS[method]
+        which = asked(method, reals[at], least, count)
     if numel == 0:
         return
-    method = "sce_everywhere" if op == "sce" and reals[0] != 0 else op
+    everywhere = method == "sce" and reals[0] != 0
     run(
         "pointwise",
         base,
         models,
-        {"out": out, "stats": stats, "METHOD": method},
+        {"out": out, "stats": stats, "METHOD": "sce_everywhere" if everywhere else method},
         [0, which],
         [float(count), *reals],
         wide,

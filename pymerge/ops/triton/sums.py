@@ -57,10 +57,10 @@ def _tables_of(kind: str, count: int, reals: Sequence[float], kept: Kept, wide: 
 
 
 def chunk_sums(
-    kind: str,
     partials: torch.Tensor,
     base: torch.Tensor | None,
     models: Sequence[torch.Tensor],
+    kind: str,
     reals: Sequence[float],
     kept: Kept,
     columns: int,

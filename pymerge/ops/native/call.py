@@ -1,0 +1,84 @@
+"""A call of a kernel: where its arguments are. What `HostCall` and `DeviceCall` have in common.
+
+A function of this package marshals an op once, whichever it is: it opens a call with the first of
+the op's tensors, which says how long the others are, and takes addresses from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
+
+from pymerge.ops.arguments import padded
+from pymerge.ops.array import Flat
+
+__all__ = ["NOTHING", "Call", "Operand"]
+
+Operand: TypeAlias = tuple[int, int]  # address, code of the dtype
+NOTHING: Operand = (0, 0)
+
+
+class Call(ABC):
+    """A call that has begun with its first tensor.
+
+    Attributes:
+        native: `pymerge._C`.
+        numel: how many elements the call's tensors have.
+    """
+
+    NAME: ClassVar[str]
+    __slots__ = ("native", "numel")
+    native: Any
+    numel: int
+
+    @abstractmethod
+    def __init__(self, first: Flat) -> None: ...
+
+    @abstractmethod
+    def operand(self, flat: Flat | None, elements: int | None = None) -> Operand:
+        """Return address and dtype of a tensor; NOTHING where there is none.
+
+        elements: how many it has, where that is not what the first tensor of the call has.
+        """
+
+    @abstractmethod
+    def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:
+        """Return the address of numbers that are counted or read one by one, `least` or more."""
+
+    @abstractmethod
+    def strided(self, values: Any, dtype: str) -> tuple[int, int]:
+        """Return the address of a matrix, and how many elements its rows are apart."""
+
+    @abstractmethod
+    def end(self, wide: bool, threads: int = 0) -> tuple[int, int, int, int, int]:
+        """Return the last arguments of every call: numel, compute, threads, device, stream."""
+
+    def operands(self, flats: Sequence[Flat]) -> list[Operand]:
+        return [self.operand(flat) for flat in flats]
+
+    def common(self, base: Flat | None, models: Sequence[Flat], wide: bool) -> tuple[Any, ...]:
+        """Return what most calls begin with."""
+        return self.operand(base), self.operands(models), *self.end(wide)
+
+    def table(self, name: str, values: Any, shape: tuple[int, ...]) -> int:
+        """Return the address of a table of doubles."""
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"backend {self.NAME!r}: {name}: expected a table of shape {shape}, got "
+                f"{tuple(values.shape)}"
+            )
+        return self.counters(values, "float64")
+
+    def rows(self, name: str, values: Any, count: int, dtype: str) -> tuple[int, int]:
+        """Return address and stride of scores or ranks: [count, numel and room]; NOTHING of
+        None."""
+        if values is None:
+            return NOTHING
+        rows, room = values.shape
+        if rows != count or room < padded(self.numel):
+            raise ValueError(
+                f"backend {self.NAME!r}: {name}: expected {count} rows of {padded(self.numel)} "
+                f"numbers, got {tuple(values.shape)}"
+            )
+        return self.strided(values, dtype)
