@@ -18,7 +18,7 @@ from benchmarks.tables import console, machine
 from benchmarks.timed import Timed
 from pymerge.byte_sizes import parse_size
 from pymerge.errors import RequestError
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.case import Inputs
 from tests.cases import CASES
 

@@ -21,7 +21,7 @@ from benchmarks.kernel_checks import MODELS, make_arrays
 from benchmarks.kernel_tables import GATHERING_CASES, MAIN_CASES, METHOD_CASES
 from benchmarks.kernels import Kernel
 from benchmarks.timed import Timed
-from pymerge.ops.native import marshal as cpu
+from pymerge.ops.native import cpu
 from tests.cases import CASES
 
 if TYPE_CHECKING:

@@ -92,7 +92,7 @@ def test_the_terminal_shows_shares_beside_times(saved: Saved) -> None:
 def test_a_wrong_kernel_has_no_time(saved: Saved, tmp_path: Path) -> None:
     """Nor is it compared with a run in which it was right; the others are."""
     (tmp_path / "wrong_ties.py").write_text(
-        "from pymerge.ops.native import marshal as cpu\n"
+        "from pymerge.ops.native import cpu\n"
         "right = cpu.ties\n"
         "def ties(*arguments):\n"
         "    right(*arguments)\n"
