@@ -1,11 +1,12 @@
-"""The exceptions of pymerge, and the nearest-match helper that their messages use."""
+"""The exceptions of pymerge, and what their messages use to show names and values."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ["CheckpointError", "MergeError", "NonFiniteError", "RequestError", "nearest"]
+__all__ = ["CheckpointError", "MergeError", "NonFiniteError", "RequestError", "nearest", "shown"]
 
 
 class RequestError(ValueError):
@@ -40,3 +41,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest of the known names, else the empty string."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: containers by kind, long strings cut."""
+    if isinstance(value, (dict, list)):
+        kind = "mapping" if isinstance(value, dict) else "list"
+        return f"a {kind}" if value else f"an empty {kind}"
+    if value is None:
+        return "nothing"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a number of {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -236,9 +236,9 @@ def test_states_that_are_damaged_are_refused(tmp_path: Path) -> None:
     assert "adam.exp_avg has shape (1,)" in message(good | {"adam.exp_avg": torch.zeros(1)})
     without = {name: tensor for name, tensor in good.items() if name != "adam.step"}
     assert "expected the state of Adam, exp_avg, exp_avg_sq, step; got exp_avg" in message(without)
-    assert "settings or history are of another kind" in message(good, settings="[]")
-    assert "settings or history are of another kind" in message(good, history="{}")
-    assert "cannot be read: Expecting value" in message(good, history="")
+    assert "metadata: settings: expected an object" in message(good, settings="[]")
+    assert "metadata: history: expected a list" in message(good, history="{}")
+    assert "metadata 'history': is not JSON: Expecting value" in message(good, history="")
     assert "one of another version" in message(good, format="pymerge.adamerging.fit/1")
     save_file(good, state, metadata)
     assert ada.fit(loaders(), steps=2, checkpoint=state, progress=False).stopped == "already done"

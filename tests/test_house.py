@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("ops",),
     ("memory",),
-    ("byte_sizes", "dtypes", "entry", "hashing", "lazy"),
+    ("byte_sizes", "dtypes", "entry", "hashing", "lazy", "strict_json"),
     ("errors", "_version", "_C"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

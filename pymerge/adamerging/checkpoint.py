@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from pymerge.checkpoint.open import open_file
+from pymerge.dtypes import is_float
 from pymerge.errors import RequestError
 from pymerge.output.replace import replace_file
+from pymerge.strict_json import decode, load_json
 
 if TYPE_CHECKING:
     from pymerge.adamerging.fitting import Fitting
@@ -29,6 +32,24 @@ _BLOCK = 256
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 # How messages call settings that are not arguments.
 _MEANING = {"contents": "base and models with the contents"}
+
+
+@dataclass
+class _Row:
+    """A step of a history; see `FitResult`."""
+
+    step: int
+    entropy: float
+    tasks: list[float]
+    seconds: float
+
+
+@dataclass
+class _Metadata:
+    """What the metadata of a file says."""
+
+    settings: dict[str, Any]
+    history: list[_Row]
 
 
 def fit_settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
@@ -105,46 +126,51 @@ def load_state(
     Raises:
         RequestError: it is not such a file, or of a run with other settings.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
+    where, table = f"checkpoint: {path}", ada.raw_coefficients
+    with open_file(path, where) as file:
+        metadata = file.metadata
+        tensors = {
+            name: file.flat(name).reshape(info.shape).clone() for name, info in file.tensors.items()
+        }
     if metadata.get("format") != _FORMAT or "coefficients" not in tensors:
         raise RequestError(
-            f"checkpoint: {path}: expected the state of a fit, got another file (or one of another "
+            f"{where}: expected the state of a fit, got another file (or one of another "
             "version; resume=False replaces it)"
         )
-    try:
-        saved, history = json.loads(metadata["settings"]), json.loads(metadata["history"])
-        if not isinstance(saved, dict) or not isinstance(history, list):
-            raise ValueError("settings or history are of another kind")
-    except (KeyError, ValueError) as error:
-        raise RequestError(f"checkpoint: {path}: cannot be read: {error}") from None
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise RequestError(
-                f"checkpoint: {path}: was made with {_MEANING.get(name, name)} "
-                f"{_short(saved.get(name))}, now it is {_short(value)}; give the same, another "
-                "file, or resume=False"
-            )
-    table = ada.raw_coefficients
-    for name, tensor in tensors.items():
-        if name != "adam.step" and tensor.shape != table.shape:
-            raise RequestError(
-                f"checkpoint: {path}: cannot be read: {name} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(table.shape)}"
-            )
-    state = {
-        name.removeprefix("adam."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("adam.")
+    values = {
+        key: load_json(metadata[key], f"{where}: metadata {key!r}")
+        for key in ("settings", "history")
+        if key in metadata
     }
+    read: _Metadata = decode(_Metadata, values, f"{where}: metadata")
+    for name, value in settings.items():
+        if read.settings.get(name) != value:
+            raise RequestError(
+                f"{where}: was made with {_MEANING.get(name, name)} "
+                f"{_short(read.settings.get(name))}, now it is {_short(value)}; give the same, "
+                "another file, or resume=False"
+            )
+    for step, row in enumerate(read.history):
+        if row.step != step + 1 or len(row.tasks) != len(ada.names):
+            raise RequestError(
+                f"{where}: metadata: history[{step}]: expected step {step + 1} of "
+                f"{len(ada.names)} tasks, got step {row.step} of {len(row.tasks)}"
+            )
+    for name, tensor in tensors.items():
+        shape = torch.Size() if name == "adam.step" else table.shape
+        if tensor.shape != shape:
+            raise RequestError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+            )
+        if tensor.dtype != table.dtype and not (name == "adam.step" and is_float(tensor.dtype)):
+            raise RequestError(f"{where}: {name} has dtype {tensor.dtype}, expected {table.dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise RequestError(f"{where}: {name} holds NaN or infinity")
+    state = {name.removeprefix("adam."): t for name, t in tensors.items() if name != "coefficients"}
     if state and set(state) != _ADAM:
         raise RequestError(
-            f"checkpoint: {path}: cannot be read: expected the state of Adam, "
-            f"{', '.join(sorted(_ADAM))}; got {', '.join(sorted(state))}"
+            f"{where}: expected the state of Adam, {', '.join(sorted(_ADAM))}; got "
+            f"{', '.join(sorted(state))}"
         )
     with torch.no_grad():
         table.copy_(tensors["coefficients"])
@@ -153,7 +179,7 @@ def load_state(
         optimizer.state[ada.raw_coefficients] = {
             name: tensor if name == "step" else tensor.to(device) for name, tensor in state.items()
         }
-    return history
+    return [vars(row) for row in read.history]
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pymerge.analysis.records import Analysis, Group
 from pymerge.merging import publish
 from pymerge.output import OutputDirectory, write_file
+from pymerge.strict_json import read_bytes
 
 __all__ = ["JSON", "check_output", "load_analysis", "tables", "write_analysis"]
 
@@ -92,11 +93,11 @@ def load_analysis(path: str | os.PathLike[str]) -> Analysis:
     """Read an analysis from its directory or its JSON file, and return it.
 
     Raises:
-        RequestError: it is not an analysis, or of another version.
-        OSError: it cannot be read.
+        RequestError: it cannot be read, is no analysis, or is of another version.
     """
     path = Path(path)
-    return Analysis.from_json((path / JSON if path.is_dir() else path).read_text(encoding="utf-8"))
+    path = path / JSON if path.is_dir() else path
+    return Analysis.from_json(read_bytes(path, "an analysis"), str(path))
 
 
 def _inputs(analysis: Analysis) -> list[Path]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, shown
+from pymerge.strict_json import decode, load_json
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -251,58 +250,71 @@ class Analysis:
         Raises:
             RequestError: another schema version, or fields that are missing or unknown.
         """
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise RequestError(
-                f"analysis: expected schema_version {SCHEMA_VERSION}, got {version!r}"
-            )
-        rest = {key: value for key, value in data.items() if key != "schema_version"}
-        return typing.cast("Analysis", _decoded(cls, rest, "analysis"))
+        return _from_dict(data, "analysis")
 
     @classmethod
-    def from_json(cls, text: str) -> Analysis:
-        """Return the analysis that `to_json` was called on; raises as `from_dict` does."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise RequestError(f"analysis: not JSON: {error}") from error
+    def from_json(cls, text: str | bytes, where: str = "analysis") -> Analysis:
+        """Return the analysis that `to_json` was called on; raises as `from_dict` does.
+
+        where: what messages begin with.
+        """
+        data = load_json(text, where)
         if not isinstance(data, dict):
-            raise RequestError(f"analysis: expected an object, got {type(data).__name__}")
-        return cls.from_dict(data)
+            raise RequestError(f"{where}: expected an object, got {type(data).__name__}")
+        return _from_dict(data, where)
+
+
+def _from_dict(data: Mapping[str, Any], where: str) -> Analysis:
+    version = data.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise RequestError(
+            f"{where}: expected schema_version {SCHEMA_VERSION}, got {shown(version)}"
+        )
+    rest = {key: value for key, value in data.items() if key != "schema_version"}
+    analysis: Analysis = decode(Analysis, rest, where)
+    problem = next(_misfits(analysis), None)
+    if problem is not None:
+        raise RequestError(f"{where}: {problem}")
+    return analysis
+
+
+def _misfits(analysis: Analysis) -> Iterator[str]:
+    """Yield what does not fit the number of models, of densities, or of tensors."""
+    models, densities = len(analysis.models), len(analysis.densities)
+
+    def sizes(path: str, values: Any, *expected: int) -> Iterator[str]:
+        if len(values) != expected[0]:
+            yield f"{path}: expected {expected[0]} entries, got {len(values)}"
+        elif len(expected) > 1:
+            for index, row in enumerate(values):
+                yield from sizes(f"{path}[{index}]", row, *expected[1:])
+
+    def fields(path: str, record: Any) -> Iterator[str]:
+        for field in dataclasses.fields(record):
+            value = getattr(record, field.name)
+            if field.type in ("Vector", "Matrix"):
+                shape = (models,) if field.type == "Vector" else (models, models)
+                yield from sizes(f"{path}.{field.name}", value, *shape)
+
+    groups = {"whole": analysis.whole}
+    for scope in ("layers", "module_types", "tensors"):
+        groups |= {f"{scope}[{k}]": one for k, one in enumerate(getattr(analysis, scope))}
+    yield from sizes("tensors", analysis.tensors, len(analysis.inventory))
+    for path, group in groups.items():
+        yield from fields(path, group)
+        yield from sizes(f"{path}.trimmed", group.trimmed, densities)
+        for k, trimmed in enumerate(group.trimmed):
+            yield from fields(f"{path}.trimmed[{k}]", trimmed)
+        levels, bins = len(group.quantiles.levels), max(0, len(group.histogram.log2_edges) - 1)
+        yield from sizes(f"{path}.quantiles.values", group.quantiles.values, models, levels)
+        yield from sizes(f"{path}.histogram.counts", group.histogram.counts, models, bins)
+        yield from sizes(f"{path}.histogram.zeros", group.histogram.zeros, models)
+    for k, spectrum in enumerate(analysis.spectra):
+        path = f"spectra[{k}]"
+        yield from fields(path, spectrum)
+        values = spectrum.top_singular_values
+        yield from sizes(f"{path}.top_singular_values", values, models, spectrum.rank)
 
 
 def _fields(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-
-
-def _decoded(kind: Any, value: Any, where: str) -> Any:
-    """Return a value from JSON in the type that an annotation names."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-        if not isinstance(value, Mapping) or not needed <= set(value) <= set(hints):
-            got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-            raise RequestError(f"{where}: expected the fields {sorted(hints)}, got {got}")
-        fields = {key: _decoded(hints[key], item, f"{where}.{key}") for key, item in value.items()}
-        return typing.cast("type[Any]", kind)(**fields)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise RequestError(f"{where}: expected a list, got {type(value).__name__}")
-        inner = typing.get_args(kind)
-        each = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        if len(each) != len(value):
-            raise RequestError(f"{where}: expected {len(each)} entries, got {len(value)}")
-        return tuple(
-            _decoded(one, item, f"{where}[{i}]")
-            for i, (one, item) in enumerate(zip(each, value, strict=True))
-        )
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _decoded(typing.get_args(kind)[0], value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise RequestError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.problems import Problems
-from pymerge.checkpoint.strict_json import is_text, parse_json
 from pymerge.dtypes import DTYPES, SUB_BYTE_DTYPES
 from pymerge.errors import nearest
+from pymerge.strict_json import is_text, parse_json
 
 __all__ = ["FileIdentity", "Header", "TensorInfo", "read_header", "read_start"]
 
@@ -133,7 +133,7 @@ def read_header(path: Path, where: str, problems: Problems) -> Header | None:
         problems.add(where, "changed while it was read")
         return None
     try:
-        entries = parse_json(text, unique_keys=True)
+        entries = parse_json(text, unique_keys=True, depth=None)
         if not text.startswith(b"{") or not isinstance(entries, dict):
             raise ValueError("is not a JSON object that begins with '{'")
     except ValueError as error:
@@ -204,7 +204,10 @@ def _report(name: str, found: list[tuple[str, str]], where: str, problems: Probl
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

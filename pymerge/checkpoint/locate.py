@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from pymerge.checkpoint.header import read_start
 from pymerge.checkpoint.problems import Problems
 from pymerge.checkpoint.statistics import KINDS, filename_of
-from pymerge.checkpoint.strict_json import is_text, parse_json
 from pymerge.errors import nearest
+from pymerge.strict_json import is_text, parse_json
 
 __all__ = ["Weights", "find_weights", "read_json_file"]
 
@@ -73,12 +73,14 @@ def find_weights(path: Path, problems: Problems, warnings: list[str]) -> Weights
     return None
 
 
-def read_json_file(path: Path, where: str, problems: Problems, *, unique_keys: bool) -> dict | None:
-    """Return the JSON object in a file, or None with the problem recorded."""
+def read_json_file(
+    path: Path, where: str, problems: Problems, *, unique_keys: bool, strict: bool = False
+) -> dict | None:
+    """Return the JSON object in a file, or None with the problem recorded; see `parse_json`."""
     if read_start(path, where, 0, problems) is None:
         return None
     try:
-        value = parse_json(path.read_bytes(), unique_keys=unique_keys)
+        value = parse_json(path.read_bytes(), unique_keys=unique_keys, strict=strict)
     except OSError as error:
         problems.add(where, f"cannot be read: {error.strerror}")
         return None

@@ -20,7 +20,7 @@ from pymerge.ops.array import Array
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_file"]
 
 
 class Checkpoint:
@@ -141,6 +141,23 @@ def open_checkpoint(path: str | os.PathLike[str], label: str) -> Checkpoint:
             config = read_json_file(config_path, "config.json", problems, unique_keys=False)
     if weights is None:
         raise CheckpointError(problems.messages())
+    return _opened(path, label, weights, config, problems, warnings)
+
+
+def open_file(path: str | os.PathLike[str], label: str) -> Checkpoint:
+    """Open one safetensors file, whatever its name; see `open_checkpoint`."""
+    path = Path(path)
+    return _opened(path, label, Weights((path,), False, None), None, Problems(label), [])
+
+
+def _opened(
+    path: Path,
+    label: str,
+    weights: Weights,
+    config: dict[str, Any] | None,
+    problems: Problems,
+    warnings: list[str],
+) -> Checkpoint:
     read = _Reader(weights, problems, warnings)
     read.files()
     if problems:

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from pymerge.errors import RequestError
+from pymerge.strict_json import decode, load_json
 
 __all__ = ["KINDS", "METADATA_KEY", "StatisticsRecord", "filename_of", "shape_problem"]
 
@@ -88,44 +89,34 @@ class StatisticsRecord:
                 f"{where}: is no file of statistics: its metadata has no {METADATA_KEY!r}; "
                 "expected one that pymerge.save_statistics wrote"
             )
-        try:
-            values = json.loads(metadata[METADATA_KEY])
-            if not isinstance(values, dict):
-                raise TypeError("not an object")
-            version = values["version"]
-            if not isinstance(version, int) or version > _VERSION:
-                raise RequestError(
-                    f"{where}: statistics of format {version!r}; this pymerge reads up to "
-                    f"{_VERSION}"
-                )
-            record = cls(
-                kind=str(values["kind"]),
-                estimator=str(values["estimator"]),
-                examples=int(values["examples"]),
-                tokens=int(values["tokens"]),
-                transposed=frozenset(_texts(values["transposed"])),
-                aliases={str(key): str(name) for key, name in dict(values["aliases"]).items()},
-                model_tensors=tuple(_texts(values["model_tensors"])),
-                made_by=str(values["made_by"]),
-                settings=dict(values.get("settings", {})),
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            if isinstance(error, RequestError):
-                raise
+        where = f"{where}: its metadata {METADATA_KEY!r}"
+        values = load_json(metadata[METADATA_KEY], f"{where} is damaged")
+        version = values.get("version") if isinstance(values, dict) else None
+        if type(version) is int and version not in range(1, _VERSION + 1):
+            raise RequestError(f"{where} has format {version}; this pymerge reads up to {_VERSION}")
+        read = decode(_Metadata, values, f"{where} is damaged")
+        if read.kind not in KINDS:
             raise RequestError(
-                f"{where}: its metadata {METADATA_KEY!r} is damaged: {error!r}"
-            ) from None
-        if record.kind not in KINDS:
-            raise RequestError(
-                f"{where}: statistics of kind {record.kind!r}; expected one of {', '.join(KINDS)}"
+                f"{where}: statistics of kind {read.kind!r}; expected one of {', '.join(KINDS)}"
             )
-        return record
+        fields = {key: value for key, value in vars(read).items() if key != "version"}
+        return cls(**fields)
 
 
-def _texts(values: Any) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError("expected a list of strings")
-    return values
+@dataclass(frozen=True)
+class _Metadata:
+    """What a file has of a `StatisticsRecord`."""
+
+    version: int
+    kind: str
+    estimator: str
+    examples: int
+    tokens: int
+    transposed: frozenset[str]
+    aliases: dict[str, str]
+    model_tensors: tuple[str, ...]
+    made_by: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def shape_problem(

@@ -7,16 +7,24 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from pymerge.config.schema import dotted, shown
+from pymerge.config.schema import dotted
 from pymerge.config.yaml_lines import LinedYaml, YamlPath
+from pymerge.errors import shown
 
 __all__ = ["Number", "check_number", "is_branch", "wrong_value"]
 
 
 def check_number(value: Any) -> float | int:
-    """Return a number of YAML as it is; ValueError for booleans and text, which pydantic takes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Return a number of YAML as it is; ValueError for booleans and text, which pydantic takes.
+
+    NaN is none, nor is an integer that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError("expected a number")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError("expected a number") from None
     return value
 
 

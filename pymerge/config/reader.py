@@ -19,13 +19,12 @@ from pymerge.config.schema import (
     dotted,
     dtype_code,
     read_reference,
-    shown,
     structure_problems,
     unsupported,
 )
 from pymerge.config.settings import Scope, Setting, read_settings
 from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, shown
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 

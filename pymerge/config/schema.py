@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
 
 from pymerge.config.yaml_lines import YamlPath
-from pymerge.errors import nearest
+from pymerge.errors import nearest, shown
 from pymerge.methods import METHODS
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "dotted",
     "dtype_code",
     "read_reference",
-    "shown",
     "structure_problems",
     "unsupported",
 ]
@@ -238,14 +237,3 @@ def dotted(path: YamlPath) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text or "config"
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message: containers by kind, long strings cut."""
-    if isinstance(value, (dict, list)):
-        kind = "mapping" if isinstance(value, dict) else "list"
-        return f"a {kind}" if value else f"an empty {kind}"
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

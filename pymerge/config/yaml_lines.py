@@ -14,6 +14,7 @@ from typing import Any, cast
 import yaml
 
 from pymerge.errors import RequestError
+from pymerge.strict_json import is_text, read_bytes
 
 __all__ = ["LinedYaml", "YamlPath", "load_yaml", "read_yaml"]
 
@@ -22,6 +23,7 @@ YamlPath = tuple[str | int, ...]
 # Aliases of aliases grow exponentially; no real config comes near this many values.
 _MAX_VALUES = 100_000
 _MAX_BYTES = 16 << 20
+_MOST_DEPTH = 100
 _MERGE = ("a merge configuration", "merge_method: ..., models: ...")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -57,19 +59,7 @@ def read_yaml(
         RequestError: it cannot be read, or `load_yaml` refuses it.
     """
     name = os.fspath(path)
-    try:
-        if os.path.isdir(path):
-            raise RequestError(f"{name}: expected {what} in YAML, got a directory")
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise RequestError(f"{name}: no such file; expected {what} in YAML") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if len(content) > _MAX_BYTES:
-        raise RequestError(f"{name}: expected {what} in YAML, got more than 16 MiB")
+    content = read_bytes(path, f"{what} in YAML", _MAX_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,7 +95,7 @@ def load_yaml(text: str, name: str, what: str = _MERGE[0], keys: str = _MERGE[1]
             raise RequestError(walker.problems)
         return LinedYaml(name, data, walker.lines)
     except yaml.YAMLError as error:
-        raise RequestError(_syntax_problem(error, name)) from None
+        raise RequestError(_syntax_problem(error, name, text)) from None
     except RecursionError:
         raise RequestError(f"{name}: not a config: nested too deeply") from None
     finally:
@@ -133,11 +123,9 @@ class _Walker:
             )
         self.lines.setdefault(path, _line(node))
         if isinstance(node, yaml.ScalarNode):
-            try:
-                return self.loader.construct_object(node, deep=True)
-            except ValueError as error:  # e.g. the date 2024-02-31
-                self._problem(node, f"{node.value!r} is not a valid value: {error}")
-                return None
+            return self._scalar(node)
+        if len(path) > _MOST_DEPTH:
+            raise RequestError(f"{self.name}:{_line(node)}: not a config: nested too deeply")
         if id(node) in self._open:
             raise RequestError(
                 f"{self.name}:{_line(node)}: an alias refers to a value it is part of"
@@ -154,6 +142,17 @@ class _Walker:
             return None
         finally:
             self._open.discard(id(node))
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if not is_text(node.value):
+            self._problem(node, f"{node.value!r} holds what UTF-8 cannot hold")
+            return None
+        try:
+            return self.loader.construct_object(node, deep=True)
+        # The date 2024-02-31; what PyYAML makes of "!!int ''", "!!bool x" and "!!timestamp x".
+        except (ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
+            self._problem(node, f"{node.value!r} is not a valid value: {error}")
+            return None
 
     def _mapping(self, node: yaml.MappingNode, path: YamlPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -180,11 +179,7 @@ class _Walker:
         return result
 
     def _key(self, node: yaml.Node) -> str | None:
-        key = (
-            self.loader.construct_object(node, deep=True)
-            if isinstance(node, yaml.ScalarNode)
-            else None
-        )
+        key = self._scalar(node) if isinstance(node, yaml.ScalarNode) else None
         if isinstance(key, str):
             return key
         text = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
@@ -216,7 +211,7 @@ def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
-def _syntax_problem(error: yaml.YAMLError, name: str) -> str:
+def _syntax_problem(error: yaml.YAMLError, name: str, text: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark is not None else name
@@ -227,4 +222,6 @@ def _syntax_problem(error: yaml.YAMLError, name: str) -> str:
             problem += "; indent with spaces, YAML does not allow tabs"
         return f"{where}: not valid YAML: {problem}"
     reason = " ".join(str(error).split())
-    return f"{name}: not valid YAML: {reason}"
+    at = getattr(error, "position", None)  # of a character that YAML does not allow
+    where = name if at is None else f"{name}:{text.count(chr(10), 0, at) + 1}"
+    return f"{where}: not valid YAML: {reason}"

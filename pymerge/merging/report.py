@@ -12,6 +12,7 @@ from typing import Any
 
 from pymerge.byte_sizes import format_size
 from pymerge.errors import RequestError
+from pymerge.strict_json import decode, load_json
 
 __all__ = [
     "REPORT_NAME",
@@ -115,21 +116,10 @@ class MergeReport:
         Raises:
             RequestError: not a report, or of a format that this version does not know.
         """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != _FORMAT:
-                raise RequestError(f"report: expected format {_FORMAT}")
-            data["inputs"] = [
-                InputReport(
-                    item["label"], item["path"], [InputFile(**file) for file in item["files"]]
-                )
-                for item in data["inputs"]
-            ]
-            data["output"] = OutputReport(**data["output"])
-            data["phases"] = {name: Phase(**phase) for name, phase in data["phases"].items()}
-            return cls(**data)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise RequestError(f"report: not a pymerge report: {error!r}") from None
+        data = load_json(text, "report")
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise RequestError(f"report: expected a report of format {_FORMAT}")
+        return decode(cls, data, "report")
 
     def summary(self) -> str:
         """Return a readable summary of a few lines."""

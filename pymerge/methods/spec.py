@@ -115,7 +115,10 @@ class Parameter:
                     raise bad
                 value = int(value)
         else:
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise bad from None
             if not math.isfinite(value):
                 raise bad
         if self.minimum is not None and value < self.minimum:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pymerge.dtypes import torch_name
 from pymerge.errors import CheckpointError, MergeError
+from pymerge.strict_json import parse_json
 
 __all__ = ["copy_side_files"]
 
@@ -105,9 +106,9 @@ def _is_wanted(name: str) -> bool:
 def _with_dtype(content: bytes, path: Path, dtype: str) -> bytes:
     """Return config.json with the dtype it names replaced; unchanged bytes if it names none."""
     try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+        config = parse_json(content, unique_keys=False)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     name = torch_name(dtype)
     if not isinstance(config, dict) or not _set_dtype(config, name):
         return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pymerge.errors import MergeError, RequestError
+from pymerge.strict_json import decode, load_json
 
 __all__ = ["JOURNAL", "Journal", "Trial", "differences"]
 
 JOURNAL = "study.jsonl"
 _FORMAT = 1
+_DAMAGED = "the study is damaged; begin anew with --restart"
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,32 @@ class Journal:
     def _read(self, identity: Any) -> None:
         size = os.fstat(self._file).st_size
         content = os.pread(self._file, size, 0) if size else b""
-        whole = content.rfind(b"\n") + 1
-        lines = content[:whole].splitlines()
-        if whole < len(content):  # a line that was being written when the process ended
-            os.ftruncate(self._file, whole)
-            if lines:
+        header = {"format": _FORMAT, "study": identity}
+        lines = content.split(b"\n")
+        torn = lines.pop()  # was being written when the process ended
+        if lines:
+            self._check_header(lines[0], identity)
+            for number, line in enumerate(lines[1:], 2):
+                trial = self._trial(line, number)
+                self.trials[trial.number] = trial
+            if torn:
                 self.warnings.append(f"{self.path}: the last line was incomplete and is left out")
+        elif not _text(header).encode().startswith(torn):
+            raise RequestError(f"{self.path}:1: {_DAMAGED}: expected the header of a study")
+        if torn:
+            os.ftruncate(self._file, size - len(torn))
         if not lines:
-            self._write({"format": _FORMAT, "study": identity})
+            self._write(header)
             _sync_folder(self.path.parent)
-            return
-        header = self._parse(lines[0], 1)
-        if header.get("format") != _FORMAT or "study" not in header:
-            raise RequestError(f"{self.path}:1: expected the header of a study")
+
+    def _check_header(self, line: bytes, identity: Any) -> None:
+        header = self._parse(line, 1)
+        if type(header.get("format")) is not int or "study" not in header:
+            raise RequestError(f"{self.path}:1: {_DAMAGED}: expected the header of a study")
+        if header["format"] != _FORMAT:
+            raise RequestError(
+                f"{self.path}:1: expected a study of format {_FORMAT}, got {header['format']}"
+            )
         found = differences(header["study"], identity)
         if found:
             raise RequestError(
@@ -111,23 +127,28 @@ class Journal:
                     *found,
                 ]
             )
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                trial = Trial(**self._parse(line, number))
-            except TypeError as error:
-                raise RequestError(f"{self.path}:{number}: not a trial: {error}") from None
-            self.trials[trial.number] = trial
+
+    def _trial(self, line: bytes, number: int) -> Trial:
+        where = f"{self.path}:{number}"
+        # What a metric names need not be a number.
+        trial: Trial = decode(
+            Trial, self._parse(line, number), f"{where}: not a trial", finite=False
+        )
+        times = trial.seconds_merging, trial.seconds_evaluating, trial.elapsed
+        numbers = [*trial.values.values(), *times, *([] if trial.value is None else [trial.value])]
+        if not all(map(math.isfinite, numbers)):
+            raise RequestError(f"{where}: {_DAMAGED}: expected finite numbers")
+        if trial.number < 0 or trial.number in self.trials:
+            raise RequestError(f"{where}: {_DAMAGED}: trial {trial.number} is there already")
+        if (trial.state == "complete") != (trial.value is not None):
+            raise RequestError(f"{where}: {_DAMAGED}: a trial is complete if it has a value")
+        return trial
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            found = None
+        where = f"{self.path}:{number}: {_DAMAGED}"
+        found = load_json(line, where, strict=False)
         if not isinstance(found, dict):
-            raise RequestError(
-                f"{self.path}:{number}: the study is damaged: expected a JSON object; begin anew "
-                "with --restart"
-            )
+            raise RequestError(f"{where}: expected a JSON object")
         return found
 
     def add(self, trial: Trial) -> None:

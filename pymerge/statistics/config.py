@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from pymerge.checkpoint.statistics import KINDS
-from pymerge.config.schema import dotted, read_reference, shown
+from pymerge.config.schema import dotted, read_reference
 from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError, nearest, shown
 from pymerge.statistics import fisher, gram
 
 __all__ = ["FUNCTIONS", "CollectConfig", "ModelToCollect", "read_config"]

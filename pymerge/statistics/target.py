@@ -15,8 +15,7 @@ import torch
 
 from pymerge.checkpoint import Checkpoint, open_checkpoint
 from pymerge.checkpoint.statistics import StatisticsRecord, filename_of
-from pymerge.config.schema import shown
-from pymerge.errors import MergeError, RequestError
+from pymerge.errors import MergeError, RequestError, shown
 from pymerge.hashing import sha256_of
 from pymerge.statistics.config import CollectConfig, ModelToCollect
 

@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], label: str | None = None) -> Adapter:
     if not (path / CONFIG).exists():
         problems.add("", f"is no adapter of PEFT: it has no {CONFIG}")
         raise CheckpointError(problems.messages())
-    config = read_json_file(path / CONFIG, CONFIG, problems, unique_keys=True)
+    config = read_json_file(path / CONFIG, CONFIG, problems, unique_keys=True, strict=True)
     found = [name for name in WEIGHTS if (path / name).exists()]
     if not found:
         problems.add("", f"has no weights; expected {' or '.join(WEIGHTS)}")

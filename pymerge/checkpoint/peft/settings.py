@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pymerge.checkpoint.problems import Problems
-from pymerge.errors import nearest
+from pymerge.errors import nearest, shown
 
 __all__ = ["Settings", "matches"]
 
 CONFIG = "adapter_config.json"
 _TYPES = ("LORA", "IA3")
+_LARGEST = 3.4028234663852886e38  # of float32
 # Options of LoRA that do more to a weight than base + scaling * B A.
 _REFUSED = {
     "use_dora": "DoRA (weight-decomposed LoRA)",
@@ -35,7 +36,19 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def matches(pattern: str, module: str) -> bool:
     """Return whether a key of rank_pattern or alpha_pattern matches a module, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_whole(pattern), module) is not None
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _regex_error(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 class Settings:
@@ -49,7 +62,7 @@ class Settings:
         self._ranks: dict[str, Any] = {}
         self._alphas: dict[str, Any] = {}
         if self.peft_type not in _TYPES:
-            got = "nothing" if self.peft_type is None else repr(self.peft_type)
+            got = shown(self.peft_type)
             problems.add(
                 CONFIG,
                 f"peft_type: expected one of {', '.join(_TYPES)}, got {got}"
@@ -58,11 +71,13 @@ class Settings:
             )
         elif self.peft_type == "LORA":
             self._read_lora(problems)
+        else:
+            self._read_ia3(problems)
 
     def _flag(self, key: str, problems: Problems) -> bool:
         value = self.config.get(key, False)
         if not isinstance(value, bool):
-            problems.add(CONFIG, f"{key}: expected true or false, got {value!r}")
+            problems.add(CONFIG, f"{key}: expected true or false, got {shown(value)}")
         return value is True
 
     def _read_lora(self, problems: Problems) -> None:
@@ -82,28 +97,46 @@ class Settings:
         self._ranks = self._pattern("rank_pattern", problems, whole=True)
         self._alphas = self._pattern("alpha_pattern", problems)
 
+    def _read_ia3(self, problems: Problems) -> None:
+        chosen = self.config.get("feedforward_modules")
+        if isinstance(chosen, str):
+            error = _regex_error(chosen)
+            if error is not None:
+                text = f"feedforward_modules: {chosen!r} is no regular expression: {error}"
+                problems.add(CONFIG, text)
+        elif chosen is not None and not (
+            isinstance(chosen, list) and all(isinstance(one, str) for one in chosen)
+        ):
+            problems.add(
+                CONFIG,
+                f"feedforward_modules: expected names or a regular expression, got {shown(chosen)}",
+            )
+
     def _check_number(
         self, key: str, value: Any, problems: Problems, *, whole: bool = False
     ) -> bool:
         kinds = int if whole else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if fits and (value >= 1 if whole else math.isfinite(value)):
+        if fits and (value >= 1 if whole else abs(value) <= _LARGEST):
             return True
         expected = "a whole number of at least 1" if whole else "a number"
-        got = "nothing" if value is None else repr(value)
-        problems.add(CONFIG, f"{key}: expected {expected}, got {got}")
+        problems.add(CONFIG, f"{key}: expected {expected}, got {shown(value)}")
         return False
 
     def _pattern(self, key: str, problems: Problems, *, whole: bool = False) -> dict[str, Any]:
-        found = self.config.get(key) or {}
+        found = self.config.get(key)
+        if found is None:
+            return {}
         if not isinstance(found, Mapping):
-            problems.add(CONFIG, f"{key}: expected an object of module -> number, got {found!r}")
+            problems.add(
+                CONFIG, f"{key}: expected an object of module -> number, got {shown(found)}"
+            )
             return {}
         kept: dict[str, Any] = {}
         for pattern, value in found.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
+            # Of a pattern that begins with flags, only the whole that PEFT makes of it is none.
+            error = _regex_error(pattern) or _regex_error(_whole(pattern))
+            if error is not None:
                 problems.add(CONFIG, f"{key}[{pattern!r}]: is no regular expression: {error}")
                 continue
             if self._check_number(f"{key}[{pattern!r}]", value, problems, whole=whole):

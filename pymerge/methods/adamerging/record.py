@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pymerge.dtypes import FLOATS
 from pymerge.engine.steps import MERGE, Step
 from pymerge.errors import RequestError, nearest
 from pymerge.methods.parameters import NAN
 from pymerge.methods.spec import REQUIRED, MethodSpec, Parameter
 from pymerge.methods.ties.record import ties_reads
+from pymerge.strict_json import decode, load_json
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint import Checkpoint
 
 __all__ = ["FORMAT", "RECORDS", "CoefficientsFile", "read_coefficients"]
 
@@ -48,32 +52,67 @@ def read_coefficients(path: str, where: str = "coefficients") -> CoefficientsFil
     try:
         return _read(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
+        raise RequestError([f"{where}: {problem}" for problem in error.problems]) from None
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What the metadata of a file says."""
+
+    models: tuple[str, ...]
+    groups: tuple[str, ...]
+    layers: dict[str, int]
+    fixed: tuple[str, ...]
+    trimmed: bool
+    density: float
 
 
 @lru_cache(maxsize=4)
 def _read(path: str, _identity: tuple[int, ...]) -> CoefficientsFile:
-    from safetensors import SafetensorError, safe_open
+    from pymerge.checkpoint.open import open_file
 
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise RequestError(
-                    f"{path}: expected a file of AdaMerging.save_coefficients, got another one"
-                )
-            table = file.get_tensor("coefficients").astype(float)
-        models, layers = json.loads(metadata["models"]), json.loads(metadata["layers"])
-        rows = {name: tuple(table[:, column].tolist()) for name, column in layers.items()}
-        return CoefficientsFile(
-            tuple(models),
-            rows,
-            frozenset(json.loads(metadata["fixed"])),
-            bool(json.loads(metadata["trimmed"])),
-            float(json.loads(metadata["density"])),
+    with open_file(path, path) as file:
+        metadata = file.metadata
+        if metadata.get("format") != FORMAT:
+            raise RequestError(
+                f"{path}: expected a file of AdaMerging.save_coefficients, got another one"
+            )
+        values = {
+            field.name: load_json(metadata[field.name], f"{path}: metadata {field.name!r}")
+            for field in fields(_Metadata)
+            if field.name in metadata
+        }
+        read: _Metadata = decode(_Metadata, values, f"{path}: metadata")
+        table = _table(file, path, (len(read.models), len(read.groups)))
+    wrong = [name for name, column in read.layers.items() if not 0 <= column < len(read.groups)]
+    if wrong:
+        raise RequestError(
+            f"{path}: metadata: layers[{wrong[0]!r}]: expected the number of one of "
+            f"{len(read.groups)} groups, got {read.layers[wrong[0]]}"
         )
-    except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from None
+    if not 0 <= read.density <= 1:
+        raise RequestError(
+            f"{path}: metadata: density: expected a number in [0, 1], got {read.density}"
+        )
+    columns = table.T.tolist()
+    rows = {name: tuple(columns[column]) for name, column in read.layers.items()}
+    return CoefficientsFile(read.models, rows, frozenset(read.fixed), read.trimmed, read.density)
+
+
+def _table(file: Checkpoint, path: str, shape: tuple[int, int]) -> Any:
+    """Return the coefficients, [models, groups] in float64."""
+    import numpy as np
+
+    from pymerge.ops.array import widen
+
+    info = file.tensors.get("coefficients")
+    if info is None or info.shape != shape or info.dtype not in FLOATS:
+        got = "nothing" if info is None else f"{info.dtype} of shape {info.shape}"
+        raise RequestError(f"{path}: coefficients: expected floats of shape {shape}, got {got}")
+    table = widen(file.array("coefficients"), True).reshape(shape)
+    if not np.isfinite(table).all():
+        raise RequestError(f"{path}: coefficients: holds NaN or infinity")
+    return table.copy()
 
 
 def _for_tensor(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
