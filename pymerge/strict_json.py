@@ -29,14 +29,20 @@ class _JsonError(ValueError):
 
 
 def parse_json(
-    data: bytes | str, *, unique_keys: bool, strict: bool = False, depth: int | None = _MOST_DEPTH
+    data: bytes | str,
+    *,
+    unique_keys: bool,
+    strict: bool = False,
+    finite: bool = False,
+    depth: int | None = _MOST_DEPTH,
 ) -> Any:
     """Parse JSON.
 
     Args:
         data: the document; bytes are UTF-8.
         unique_keys: refuse an object that has the same key twice (else the last one wins).
-        strict: also refuse NaN and infinity, and strings that UTF-8 cannot hold.
+        strict: refuse strings that UTF-8 cannot hold.
+        finite: refuse NaN and infinity, which JSON does not have, and Python writes.
         depth: most objects and lists within each other; None for what Python can parse.
 
     Raises:
@@ -51,7 +57,7 @@ def parse_json(
         value = json.loads(
             data,
             object_pairs_hook=_unique if unique_keys else None,
-            parse_constant=_no_constant if strict else None,
+            parse_constant=_no_constant if finite else None,
         )
     except _JsonError:
         raise
@@ -59,8 +65,8 @@ def parse_json(
         raise _JsonError("is nested too deeply") from None
     except ValueError as error:  # also an integer of thousands of digits
         raise _JsonError(f"is not JSON: {error}") from None
-    if strict or depth is not None:
-        _check(value, strict, depth)
+    if strict or finite or depth is not None:
+        _check(value, strict, finite, depth)
     return value
 
 
@@ -90,49 +96,45 @@ def _no_constant(name: str) -> Any:
     raise _JsonError(f"holds {name}, which JSON does not have")
 
 
-def _check(value: Any, strict: bool, depth: int | None) -> None:
+def _check(value: Any, strict: bool, finite: bool, depth: int | None) -> None:
     """Check what `parse_json` promises of values, level by level."""
     level, count = [value], 0
     while level:
-        if strict:
-            for one in level:
-                if isinstance(one, float) and not math.isfinite(one):
-                    raise _JsonError("holds a number that is too large")
-                if isinstance(one, str) and not is_text(one):
-                    raise _JsonError(f"holds {one!r}, which UTF-8 cannot hold")
-        level = [one for one in level if isinstance(one, (dict, list))]
-        if level and depth is not None and count == depth:
+        for one in level if strict or finite else ():
+            if finite and isinstance(one, float) and not math.isfinite(one):
+                raise _JsonError("holds a number that is too large")
+            if strict and isinstance(one, str) and not is_text(one):
+                raise _JsonError(f"holds {one!r}, which UTF-8 cannot hold")
+        holders = [one for one in level if isinstance(one, (dict, list))]
+        if holders and depth is not None and count == depth:
             raise _JsonError("is nested too deeply")
+        keys = (key for one in holders if strict and isinstance(one, dict) for key in one)
+        level = [*keys, *(item for one in holders for item in _items(one))]
         count += 1
-        if strict:
-            keys = [key for one in level if isinstance(one, dict) for key in one]
-            level = [*keys, *(item for one in level for item in _items(one))]
-        else:
-            level = [item for one in level for item in _items(one)]
 
 
 def _items(value: dict[str, Any] | list[Any]) -> Any:
     return value.values() if isinstance(value, dict) else value
 
 
-def load_json(data: bytes | str, where: str, *, strict: bool = True) -> Any:
+def load_json(data: bytes | str, where: str, *, finite: bool = True) -> Any:
     """Parse JSON that pymerge wrote.
 
     Args:
         data: the document.
         where: what messages begin with: its file.
-        strict: see `parse_json`.
+        finite: see `parse_json`.
 
     Raises:
         RequestError: `where`, and the reason.
     """
     try:
-        return parse_json(data, unique_keys=True, strict=strict)
+        return parse_json(data, unique_keys=True, strict=True, finite=finite)
     except ValueError as error:
         raise RequestError(f"{where}: {error}") from None
 
 
-def read_bytes(path: str | os.PathLike[str], what: str, most: int = 1 << 40) -> bytes:
+def read_bytes(path: str | os.PathLike[str], what: str, most: int | None = None) -> bytes:
     """Return the content of a file.
 
     Args:
@@ -145,7 +147,7 @@ def read_bytes(path: str | os.PathLike[str], what: str, most: int = 1 << 40) -> 
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(-1 if most is None else most + 1)
     except FileNotFoundError:
         raise RequestError(f"{name}: no such file; expected {what}") from None
     except IsADirectoryError:
@@ -153,7 +155,7 @@ def read_bytes(path: str | os.PathLike[str], what: str, most: int = 1 << 40) -> 
     except (OSError, ValueError) as error:  # a null byte in the path
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{name}: cannot be read: {reason}") from None
-    if len(content) > most:
+    if most is not None and len(content) > most:
         raise RequestError(f"{name}: expected {what}, got more than {most >> 20} MiB")
     return content
 

@@ -80,7 +80,7 @@ def read_json_file(
     if read_start(path, where, 0, problems) is None:
         return None
     try:
-        value = parse_json(path.read_bytes(), unique_keys=unique_keys, strict=strict)
+        value = parse_json(path.read_bytes(), unique_keys=unique_keys, strict=strict, finite=strict)
     except OSError as error:
         problems.add(where, f"cannot be read: {error.strerror}")
         return None

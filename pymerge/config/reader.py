@@ -28,7 +28,7 @@ from pymerge.errors import RequestError, shown
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
 
-__all__ = ["config_of", "load_config", "plain_config", "read_document"]
+__all__ = ["config_of", "load_config", "plain_config", "read_document", "yaml_text"]
 
 
 def load_config(
@@ -53,7 +53,7 @@ def read_document(
     """Return the YAML document of a configuration, and its text."""
     if isinstance(source, Mapping):
         data = _plain(source)
-        return LinedYaml(label, data), _text(data)
+        return LinedYaml(label, data), yaml_text(data)
     return read_yaml(source)
 
 
@@ -84,10 +84,11 @@ def plain_config(
         code = dtype_code(dtype, ("dtype",), lambda path: f"{where}: {dotted(path)}", problems)
     if problems:
         raise RequestError(problems)
-    return MergeConfig(method, None, tuple(models), {}, code, None, _text(raw), where, raw=raw)
+    return MergeConfig(method, None, tuple(models), {}, code, None, yaml_text(raw), where, raw=raw)
 
 
-def _text(data: Mapping[str, Any]) -> str:
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Return plain values as YAML."""
     return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
 
 

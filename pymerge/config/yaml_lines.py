@@ -36,6 +36,11 @@ class LinedYaml:
     data: Any
     lines: dict[YamlPath, int] = field(default_factory=dict)
 
+    def part(self, key: str) -> LinedYaml:
+        """Return the document below a key."""
+        lines = {path[1:]: line for path, line in self.lines.items() if path[:1] == (key,)}
+        return LinedYaml(self.name, self.data[key], lines)
+
     def where(self, path: YamlPath) -> str:
         """Return `file:line` of a path, or of its nearest ancestor that is in the file."""
         for length in range(len(path), -1, -1):

@@ -20,9 +20,10 @@ from pydantic import (
 
 from pymerge.config import MergeConfig, load_config
 from pymerge.config.problems import Number, is_branch, wrong_value
+from pymerge.config.reader import config_of, yaml_text
 from pymerge.config.schema import dotted
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError, nearest, shown
 from pymerge.search.data import Split, check_splits, read_split
 from pymerge.search.presets import preset
 from pymerge.search.samplers import SAMPLERS
@@ -250,9 +251,14 @@ class _Reader:
         return value
 
     def _merge(self) -> MergeConfig:
-        if isinstance(self.found.merge, str):
-            return load_config(Path(self.found.merge))
-        return load_config(self.found.merge)
+        merge = self.found.merge
+        if isinstance(merge, str):
+            if not os.path.exists(merge):
+                raise RequestError(f"{self.where('merge')}: no such file: {shown(merge)}")
+            return load_config(Path(merge))
+        if not self.document.lines:  # of a mapping
+            return load_config(merge)
+        return config_of(self.document.part("merge"), yaml_text(merge))
 
     def _splits(self) -> tuple[Split | None, Split | None]:
         splits: list[Split | None] = []

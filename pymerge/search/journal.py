@@ -118,7 +118,7 @@ class Journal:
             raise RequestError(
                 f"{self.path}:1: expected a study of format {_FORMAT}, got {header['format']}"
             )
-        found = differences(header["study"], identity)
+        found = [f"{self.path}:1: {text}" for text in differences(header["study"], identity)]
         if found:
             raise RequestError(
                 [
@@ -146,7 +146,7 @@ class Journal:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         where = f"{self.path}:{number}: {_DAMAGED}"
-        found = load_json(line, where, strict=False)
+        found = load_json(line, where, finite=False)
         if not isinstance(found, dict):
             raise RequestError(f"{where}: expected a JSON object")
         return found
