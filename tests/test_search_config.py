@@ -51,7 +51,6 @@ _GOOD: dict[str, Any] = {
         (("bugdet",), 3, "bugdet: unknown key; did you mean 'budget'?"),
         (("parameters",), [1], "parameters: expected a mapping of paths, got a list"),
         (("parameters", _PATH), 3, f"parameters.{_PATH}: expected a list of numbers, null, or a"),
-        (("parameters", _PATH), ["x"], f"parameters.{_PATH}: expected a list of numbers, null"),
         (("parameters", _PATH, "low"), "0", f"{_PATH}.low: expected a number, got '0'"),
         (("parameters", _PATH, "low"), False, f"{_PATH}.low: expected a number, got False"),
         (
@@ -59,7 +58,7 @@ _GOOD: dict[str, Any] = {
             "exp",
             f"{_PATH}.scale: expected linear or log, got 'exp'",
         ),
-        (("parameters", _PATH, "groups"), {"a": 1}, f"{_PATH}.groups: expected thirds, layers, an"),
+        (("parameters", _PATH, "groups", "a"), 1, f"{_PATH}.groups.a: expected a text, got 1"),
         (("parameters", _PATH, "lwo"), 1, f"{_PATH}.lwo: unknown key; did you mean 'low'? (known:"),
     ],
 )
@@ -69,7 +68,7 @@ def test_what_is_wrong_is_told_once_with_its_line(
     config = deepcopy(_GOOD)
     inner: Any = config
     for key in path[:-1]:
-        inner = inner[key]
+        inner = inner.setdefault(key, {})
     inner[path[-1]] = value
     file = tmp_path / "search.yml"
     file.write_text(yaml.safe_dump(config))
@@ -81,6 +80,14 @@ def test_what_is_wrong_is_told_once_with_its_line(
     line = re.match(r".*search\.yml:(\d+): ", problem)
     assert line is not None
     assert path[-1] in file.read_text().splitlines()[int(line.group(1)) - 1]
+
+
+def test_a_wrong_item_of_a_list_has_its_place() -> None:
+    parameters = {_PATH: [0.1, "x"]}
+    with pytest.raises(RequestError) as caught:
+        load_search(_GOOD | {"parameters": parameters})
+    (problem,) = caught.value.problems
+    assert problem.endswith(f"parameters.{_PATH}[1]: expected a number, got 'x'")
 
 
 def test_numbers_stay_what_they_are() -> None:

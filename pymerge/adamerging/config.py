@@ -15,13 +15,12 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
 )
 
 from pymerge.adamerging.arguments import model_names
-from pymerge.config.problems import Number, check_number, is_branch, wrong_value
-from pymerge.config.schema import Reference, dotted, read_reference
-from pymerge.config.yaml_lines import LinedYaml, read_yaml
+from pymerge.config.problems import Number, check_number, validated
+from pymerge.config.schema import Reference, read_reference
+from pymerge.config.yaml_lines import LinedYaml, dotted, read_yaml
 from pymerge.errors import RequestError, nearest
 
 __all__ = ["AdaConfig", "read_config"]
@@ -40,8 +39,15 @@ def _path(value: Any) -> str:
     return value
 
 
-_Path = Annotated[str, BeforeValidator(_path)]
-_Table = Annotated[Any, BeforeValidator(_check_table)]
+_Path = Annotated[str, BeforeValidator(_path), Field(description="a path")]
+_Table = Annotated[
+    Any,
+    BeforeValidator(_check_table),
+    Field(description="a number, a list of one a model, or of a list for each"),
+]
+
+
+_NAMED = "a path, or {model: ..., name: ...}"
 
 
 class _Fit(BaseModel):
@@ -78,40 +84,23 @@ class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     base_model: _Path
-    models: list[_Path | _Named] = Field(min_length=1)
-    entry: StrictStr
+    models: list[Annotated[_Path | _Named, Field(description=_NAMED)]] = Field(
+        min_length=1, description="a list of at least one model"
+    )
+    entry: StrictStr = Field(description="package.module:function")
     arguments: Annotated[dict[StrictStr, Any], BeforeValidator(_nothing)] = {}
-    granularity: StrictStr | list[StrictStr] = "layer"
+    granularity: StrictStr | list[StrictStr] = Field(
+        "layer", description="layer, module, task or a list of regular expressions"
+    )
     trimmed: StrictBool = False
-    density: Number = 0.2
+    density: Number = Field(0.2, description="a number in [0, 1]")
     init: _Table = 0.3
     preset: StrictStr = "official"
-    clamp: list[Number] | StrictStr | None = "preset"
+    clamp: list[Number] | StrictStr | None = Field(
+        "preset", description="a list of two numbers, null or preset"
+    )
     fixed: StrictStr = "equal"
     fit: Annotated[_Fit, BeforeValidator(_nothing)] = _Fit()
-
-
-_EXPECTED = {
-    "base_model": "a path",
-    "models": "a list of at least one model",
-    "entry": "package.module:function",
-    "arguments": "a mapping",
-    "granularity": "layer, module, task or a list of regular expressions",
-    "trimmed": "true or false",
-    "density": "a number in [0, 1]",
-    "init": "a number, a list of one a model, or of a list for each",
-    "clamp": "a list of two numbers, null or preset",
-    "fit": "a mapping",
-    "fit.weights": "a list of numbers",
-    "fit.lr": "a number",
-    "fit.min_delta": "a number",
-    "fit.steps": "an integer",
-    "fit.batches_per_task": "an integer",
-    "fit.tokens": "an integer",
-    "fit.seed": "an integer",
-    "fit.patience": "an integer",
-    "fit.checkpoint_every": "an integer",
-}
 
 
 # What the entry point gives.
@@ -187,31 +176,4 @@ def read_config(path: str | os.PathLike[str]) -> AdaConfig:
     """
     keys = "base_model: ..., models: ..., entry: ..."
     document, _ = read_yaml(path, "an AdaMerging configuration", keys)
-    try:
-        values = _Config.model_validate(document.data)
-    except ValidationError as error:
-        errors = error.errors()
-        problems = [_problem(one, document) for one in errors if not is_branch(one, errors)]
-        raise RequestError(list(dict.fromkeys(problems))) from None
-    return AdaConfig(values, document)
-
-
-def _problem(error: Any, document: LinedYaml) -> str:
-    location: Any = error["loc"]
-    if error["type"] == "missing" and len(location) == 1:
-        return f"{document.name}: {dotted(location)}: is missing"
-    if error["type"] == "extra_forbidden":
-        inner = location[0] == "models"
-        path: Any = (*location[:2], location[-1]) if inner else location
-        known = (_Named if inner else _Fit if len(path) > 1 else _Config).model_fields
-        hint = nearest(str(path[-1]), known)
-        where = f"{document.where(path)}: {dotted(path)}"
-        return f"{where}: unknown key{hint} (known: {', '.join(known)})"
-    # A key of the document, or of `fit`, or a model; what follows are branches of its type.
-    deep = len(location) > 1 and location[0] in ("fit", "models")
-    path = location[:2] if deep else location[:1]
-    if path[0] == "models" and deep:
-        expected = "a path, or {model: ..., name: ...}"
-    else:
-        expected = _EXPECTED.get(dotted(path), "a text")
-    return wrong_value(document, path, expected)
+    return AdaConfig(validated(_Config, document.data, document), document)

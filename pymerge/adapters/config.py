@@ -22,8 +22,7 @@ from pymerge.adapters.onto import merge_onto_base
 from pymerge.checkpoint.peft.adapter import Adapter
 from pymerge.checkpoint.peft.files import CODES, load, write
 from pymerge.config.reader import config_of, read_document
-from pymerge.config.schema import dotted
-from pymerge.config.yaml_lines import YamlPath
+from pymerge.config.yaml_lines import YamlPath, dotted
 from pymerge.errors import RequestError, nearest, shown
 from pymerge.merging.progress import Recorder
 from pymerge.merging.publish import Publication

@@ -16,14 +16,13 @@ import yaml
 from pymerge.config.records import MergeConfig, ModelEntry
 from pymerge.config.schema import (
     Reference,
-    dotted,
     dtype_code,
     read_reference,
     structure_problems,
     unsupported,
 )
 from pymerge.config.settings import Scope, Setting, read_settings
-from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
+from pymerge.config.yaml_lines import LinedYaml, YamlPath, dotted, read_yaml
 from pymerge.errors import RequestError, shown
 from pymerge.methods import MethodSpec
 from pymerge.methods import get as get_method
@@ -109,7 +108,7 @@ class _Reader:
     def read(self) -> MergeConfig:
         data = self.document.data
         self.problems += unsupported(data, self._where)
-        self.problems += structure_problems(data, self._where)
+        self.problems += structure_problems(self.document)
         # Even where the structure is wrong, a known method lets the parameters be checked.
         spec = self._method(data.get("merge_method"))
         base = self._reference(data.get("base_model"), ("base_model",))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from pymerge.config.yaml_lines import YamlPath
-from pymerge.errors import nearest, shown
+from pymerge.config.problems import Fault, validated
+from pymerge.config.yaml_lines import LinedYaml, YamlPath, dotted
+from pymerge.errors import RequestError, nearest, shown
 from pymerge.methods import METHODS
 
 __all__ = [
     "Reference",
-    "dotted",
     "dtype_code",
     "read_reference",
     "structure_problems",
@@ -50,16 +50,6 @@ _UNSUPPORTED_KEYS = {
     "chat_template": "setting a chat template (pymerge copies the base's)",
 }
 
-_EXPECTED: dict[str | int, str] = {
-    "merge_method": "the name of a method (" + ", ".join(sorted(METHODS)) + ")",
-    "base_model": "the path of a model",
-    "models": "a list of {model: ..., parameters: ...}",
-    "model": "the path of a model",
-    "parameters": "a mapping of parameters",
-    "dtype": "the name of a dtype",
-    "out_dtype": "the name of a dtype",
-}
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -69,22 +59,31 @@ class Reference:
     adapter: str | None = None
 
 
+_Model = Annotated[StrictStr | dict[str, Any], Field(description="the path of a model")]
+_Parameters = Annotated[dict[str, Any], Field(description="a mapping of parameters")]
+_Dtype = Annotated[StrictStr, Field(description="the name of a dtype")]
+_METHOD = "the name of a method (" + ", ".join(sorted(METHODS)) + ")"
+_SECTION = "{model: ..., parameters: ...}"
+
+
 class _ModelSection(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: StrictStr | dict[str, Any]
-    parameters: dict[str, Any] | None = None
+    model: _Model
+    parameters: _Parameters | None = None
 
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    merge_method: StrictStr
-    models: list[_ModelSection]
-    base_model: StrictStr | dict[str, Any] | None = None
-    parameters: dict[str, Any] | None = None
-    dtype: StrictStr | None = None
-    out_dtype: StrictStr | None = None
+    merge_method: StrictStr = Field(description=_METHOD)
+    models: list[Annotated[_ModelSection, Field(description=_SECTION)]] = Field(
+        description=f"a list of {_SECTION}"
+    )
+    base_model: _Model | None = None
+    parameters: _Parameters | None = None
+    dtype: _Dtype | None = None
+    out_dtype: _Dtype | None = None
 
 
 def unsupported(data: Mapping[str, Any], where: Where) -> list[str]:
@@ -96,50 +95,35 @@ def unsupported(data: Mapping[str, Any], where: Where) -> list[str]:
     ]
 
 
-def structure_problems(data: Mapping[str, Any], where: Where) -> list[str]:
+def structure_problems(document: LinedYaml) -> list[str]:
     """Return what is wrong with the keys and types of a document, parameters aside."""
+    data: Mapping[str, Any] = document.data
     rest = {key: value for key, value in data.items() if key not in _UNSUPPORTED_KEYS}
     # slices and modules stand in the place of models, and are refused by name already
     replaced = data.get("slices") is not None or data.get("modules") is not None
-    problems: list[str] = []
+
+    def words(fault: Fault) -> str | None:
+        last, around = fault.path[-1], fault.path[:-1]
+        if fault.kind == "missing":
+            if replaced and fault.path == ("models",):
+                return ""
+            where = document.where(around) + (f": {dotted(around)}" if around else "")
+            return f"{where}: '{last}' is missing; expected {fault.expected}"
+        where = f"{document.where(fault.path)}: {dotted(fault.path)}"
+        if fault.kind == "unknown" and any(spec.parameter(str(last)) for spec in METHODS.values()):
+            return f"{where}: '{last}' is a parameter; put it under 'parameters:'"
+        if fault.kind == "unknown":
+            return (
+                f"{where}: unknown key '{last}'{nearest(str(last), fault.known)} "
+                f"(known: {', '.join(fault.known)})"
+            )
+        return None
+
     try:
-        _Document.model_validate(rest)
-    except ValidationError as error:
-        seen: set[YamlPath] = set()
-        for problem in error.errors():
-            path = _yaml_path(problem["loc"])
-            if path in seen or (replaced and path == ("models",) and problem["type"] == "missing"):
-                continue
-            seen.add(path)
-            problems.append(_structure_problem(path, problem["type"], problem["input"], where))
-    return problems
-
-
-def _structure_problem(path: YamlPath, kind: str, got: Any, where: Where) -> str:
-    last = path[-1]
-    if kind == "extra_forbidden":
-        in_model = path[0] == "models" and len(path) > 1
-        known = list((_ModelSection if in_model else _Document).model_fields)
-        if any(spec.parameter(str(last)) for spec in METHODS.values()):
-            return f"{where(path)}: '{last}' is a parameter; put it under 'parameters:'"
-        return (
-            f"{where(path)}: unknown key '{last}'{nearest(str(last), known)} "
-            f"(known: {', '.join(known)})"
-        )
-    if kind == "missing":
-        return f"{where(path[:-1])}: '{last}' is missing; expected {_EXPECTED[last]}"
-    expected = _EXPECTED.get(last, "{model: ..., parameters: ...}")
-    return f"{where(path)}: expected {expected}, got {shown(got)}"
-
-
-def _yaml_path(location: tuple[str | int, ...]) -> YamlPath:
-    """Drop what pydantic adds to a location to name the member of a union."""
-    path: list[str | int] = []
-    for part in location:
-        if part == "str" or (isinstance(part, str) and part.startswith("dict[")):
-            break
-        path.append(part)
-    return tuple(path)
+        validated(_Document, rest, document, words)
+    except RequestError as error:
+        return error.problems
+    return []
 
 
 def dtype_code(name: str, path: YamlPath, where: Where, problems: list[str]) -> str | None:
@@ -229,11 +213,3 @@ def _read_reference_mapping(
         problems.append(f"{where(at)}: expected one adapter for a model, got more")
         return None
     return Reference(found.path, adapter.path)
-
-
-def dotted(path: YamlPath) -> str:
-    """Return a path as people write it: `models[0].parameters.weight`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "config"

@@ -16,7 +16,7 @@ import yaml
 from pymerge.errors import RequestError
 from pymerge.strict_json import is_text, read_bytes
 
-__all__ = ["LinedYaml", "YamlPath", "load_yaml", "read_yaml"]
+__all__ = ["LinedYaml", "YamlPath", "dotted", "load_yaml", "read_yaml"]
 
 YamlPath = tuple[str | int, ...]
 
@@ -26,6 +26,14 @@ _MAX_BYTES = 16 << 20
 _MOST_DEPTH = 100
 _MERGE = ("a merge configuration", "merge_method: ..., models: ...")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def dotted(path: YamlPath) -> str:
+    """Return a path as people write it: `models[0].parameters.weight`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "config"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,13 +15,11 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
 )
 
 from pymerge.config import MergeConfig, load_config
-from pymerge.config.problems import Number, is_branch, wrong_value
+from pymerge.config.problems import Fault, Number, validated
 from pymerge.config.reader import config_of, yaml_text
-from pymerge.config.schema import dotted
 from pymerge.config.yaml_lines import LinedYaml, read_yaml
 from pymerge.errors import RequestError, nearest, shown
 from pymerge.search.data import Split, check_splits, read_split
@@ -42,7 +40,9 @@ class _Domain(_Strict):
     values: list[Number] | None = None
     points: StrictInt | None = None
     initial: Number | None = None
-    groups: StrictStr | StrictInt | dict[str, StrictStr] | None = None
+    groups: StrictStr | StrictInt | dict[str, StrictStr] | None = Field(
+        None, description="thirds, layers, an integer, or a mapping of regular expressions"
+    )
     shared: StrictBool = False
 
 
@@ -51,29 +51,37 @@ class _Budget(_Strict):
     seconds: Number | None = None
 
 
+_SPLIT = "a text or a mapping"
+_PARAMETER = f"a list of numbers, null, or a mapping of {', '.join(_Domain.model_fields)}"
+
+
 class _Data(_Strict):
-    search: StrictStr | dict[str, Any]
-    report: StrictStr | dict[str, Any] | None = None
+    search: StrictStr | dict[str, Any] = Field(description=_SPLIT)
+    report: StrictStr | dict[str, Any] | None = Field(None, description=_SPLIT)
 
 
 class _Document(_Strict):
-    merge: StrictStr | dict[str, Any]
-    data: _Data
-    metric: StrictStr | None = None
+    merge: StrictStr | dict[str, Any] = Field(description="a path or a mapping")
+    data: _Data = Field(description="{search: ..., report: ...}")
+    metric: StrictStr | None = Field(None, description="package.module:function")
     arguments: dict[str, Any] = {}
     receives: Literal["tensors", "folder"] = "tensors"
     direction: Literal["maximize", "minimize"] = "maximize"
     optimise: StrictStr | None = None
     preset: StrictStr | None = None
     sampler: StrictStr | None = None
-    parameters: dict[str, _Domain | list[Number] | None] = {}
-    budget: StrictInt | _Budget | None = None
-    seed: StrictInt = Field(0, ge=0, lt=2**63)
-    sigma: Number | None = Field(None, gt=0, le=1)
-    population: StrictInt | None = Field(None, ge=3)
-    max_failures: StrictInt = Field(10, ge=1)
+    parameters: dict[
+        str, Annotated[_Domain | list[Number] | None, Field(description=_PARAMETER)]
+    ] = Field({}, description="a mapping of paths")
+    budget: StrictInt | _Budget | None = Field(
+        None, description="an integer, or {evaluations: ..., seconds: ...}"
+    )
+    seed: StrictInt = Field(0, ge=0, lt=2**63, description="an integer >= 0 and below 2^63")
+    sigma: Number | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
+    population: StrictInt | None = Field(None, ge=3, description="an integer >= 3")
+    max_failures: StrictInt = Field(10, ge=1, description="an integer >= 1")
     allow_test_split: StrictBool = False
-    workers: StrictInt = Field(1, ge=1)
+    workers: StrictInt = Field(1, ge=1, description="an integer >= 1")
     executor: Literal["threads", "processes"] = "threads"
 
 
@@ -163,12 +171,7 @@ def load_search(
         document = LinedYaml("search", dict(source))
     else:
         document, _ = read_yaml(source, "a search configuration", "merge: ..., data: ...")
-    try:
-        found = _Document.model_validate(document.data)
-    except ValidationError as error:
-        errors = error.errors()
-        problems = [_problem(one, document) for one in errors if not is_branch(one, errors)]
-        raise RequestError(list(dict.fromkeys(problems))) from None
+    found = validated(_Document, document.data, document, _words(document))
     return _Reader(found, document, metric, changes).read()
 
 
@@ -321,69 +324,13 @@ class _Reader:
         return merged
 
 
-_MODELS: dict[str, type[BaseModel]] = {"parameters": _Domain, "budget": _Budget, "data": _Data}
-_WHOLE = "an integer"
-_NUMBER = "a number"
-_SWITCH = "true or false"
-# What each key is to hold; of a parameter, by the keys of its mapping.
-_EXPECTED = {
-    "merge": "a path or a mapping",
-    "metric": "package.module:function",
-    "arguments": "a mapping",
-    "data": "{search: ..., report: ...}",
-    "data.search": "a text or a mapping",
-    "data.report": "a text or a mapping",
-    "receives": "tensors or folder",
-    "direction": "maximize or minimize",
-    "parameters": "a mapping of paths",
-    "budget": "an integer, or {evaluations: ..., seconds: ...}",
-    "budget.evaluations": _WHOLE,
-    "budget.seconds": _NUMBER,
-    "seed": "an integer >= 0 and below 2^63",
-    "sigma": "a number above 0 and at most 1",
-    "population": "an integer >= 3",
-    "max_failures": "an integer >= 1",
-    "allow_test_split": _SWITCH,
-    "workers": "an integer >= 1",
-    "executor": "threads or processes",
-}
-_EXPECTED_OF_PARAMETER = {
-    "low": _NUMBER,
-    "high": _NUMBER,
-    "scale": "linear or log",
-    "values": "a list of numbers",
-    "points": _WHOLE,
-    "initial": _NUMBER,
-    "groups": "thirds, layers, an integer, or a mapping of regular expressions",
-    "shared": _SWITCH,
-}
+def _words(document: LinedYaml) -> Callable[[Fault], str | None]:
+    def words(fault: Fault) -> str | None:
+        if (fault.kind, fault.path) == ("missing", ("data",)):
+            return (
+                f"{document.name}: data: is missing; say which data chooses: data: "
+                "{search: validation}"
+            )
+        return None
 
-
-def _problem(error: Any, document: LinedYaml) -> str:
-    location: Any = error["loc"]
-    kind, key = error["type"], location[-1]
-    # The keys of the document that it is about; what follows are branches of their type.
-    fields = _MODELS.get(location[0])
-    first = 2 if location[0] == "parameters" else 1
-    path: tuple[Any, ...] = location[:first]
-    inner = next((part for part in location[first:] if _is_key(part, fields)), None)
-    if inner is not None:
-        path = (*path, inner)
-    if kind == "extra_forbidden":
-        known = (_Document if fields is None or len(location) == 1 else fields).model_fields
-        path = location[:1] if len(location) == 1 else (*location[:first], key)
-        where = f"{document.where(path)}: {dotted(path)}"
-        return f"{where}: unknown key{nearest(str(key), known)} (known: {', '.join(known)})"
-    if kind == "missing":
-        more = "; say which data chooses: data: {search: validation}" if path == ("data",) else ""
-        return f"{document.name}: {dotted(path)}: is missing{more}"
-    if location[0] == "parameters" and len(path) > 1:
-        mapping = f"a list of numbers, null, or a mapping of {', '.join(_Domain.model_fields)}"
-        expected = _EXPECTED_OF_PARAMETER[inner] if inner else mapping
-    else:
-        expected = _EXPECTED.get(dotted(path), "a text")
-    return wrong_value(document, path, expected)
-
-
-def _is_key(part: Any, fields: type[BaseModel] | None) -> bool:
-    return fields is not None and isinstance(part, str) and part in fields.model_fields
+    return words

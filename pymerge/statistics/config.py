@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from pymerge.checkpoint.statistics import KINDS
-from pymerge.config.schema import dotted, read_reference
-from pymerge.config.yaml_lines import LinedYaml, YamlPath, read_yaml
-from pymerge.errors import RequestError, nearest, shown
+from pymerge.config.problems import validated
+from pymerge.config.schema import read_reference
+from pymerge.config.yaml_lines import LinedYaml, YamlPath, dotted, read_yaml
+from pymerge.errors import RequestError, nearest
 from pymerge.statistics import fisher, gram
 
 __all__ = ["FUNCTIONS", "CollectConfig", "ModelToCollect", "read_config"]
@@ -131,19 +132,26 @@ class CollectConfig:
         return found
 
 
+_NAMED = "a path, or {model: ..., name: ...}"
+
+
 class _Named(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: StrictStr | dict[str, Any]
-    name: StrictStr | None = Field(default=None, pattern=r"^[^/\x00]+$")
+    name: StrictStr | None = Field(
+        default=None, pattern=r"^[^/\x00]+$", description="a name without slashes"
+    )
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["fisher", "gram"]
-    models: list[StrictStr | _Named] = Field(min_length=1)
-    entry: StrictStr
+    kind: Literal["fisher", "gram"]  # as in KINDS
+    models: list[Annotated[StrictStr | _Named, Field(description=_NAMED)]] = Field(
+        min_length=1, description="a list of at least one model"
+    )
+    entry: StrictStr = Field(description="package.module:function")
     arguments: dict[str, Any] = {}
     options: dict[str, Any] = {}
 
@@ -170,34 +178,4 @@ def read_config(path: str | os.PathLike[str]) -> CollectConfig:
         RequestError: listing everything that is wrong with it, with `file:line`.
     """
     document, _ = read_yaml(path, "a collect configuration", "kind: ..., models: ..., entry: ...")
-    try:
-        values = _Config.model_validate(document.data)
-    except ValidationError as error:
-        problems = [_problem(one, document) for one in error.errors()]
-        raise RequestError(list(dict.fromkeys(problems))) from None
-    return CollectConfig(values, document)
-
-
-def _problem(error: Any, document: LinedYaml) -> str:
-    path: YamlPath = tuple(
-        part for part in error["loc"] if part not in ("str", "_Named", "dict[str,any]")
-    )
-    where = f"{document.where(path)}: {dotted(path)}"
-    kind = error["type"]
-    if kind == "missing":
-        return f"{document.name}: {dotted(path)}: is missing"
-    if kind == "extra_forbidden":
-        known = _Config.model_fields if len(path) == 1 else _Named.model_fields
-        return f"{where}: unknown key{nearest(str(path[-1]), known)} (known: {', '.join(known)})"
-    expected = {
-        "kind": " or ".join(KINDS),
-        "models": "a list of at least one model",
-        "entry": "package.module:function",
-        "arguments": "a mapping",
-        "options": "a mapping",
-    }.get(str(path[0]) if len(path) == 1 else "")
-    if path[-1:] == ("name",):
-        expected = "a name without slashes"
-    elif expected is None:
-        expected = "a path, or {model: ..., name: ...}"
-    return f"{where}: expected {expected}, got {shown(error['input'])}"
+    return CollectConfig(validated(_Config, document.data, document), document)

@@ -229,7 +229,7 @@ class _Reader:
             wanted = "(1, in), because it is" if feedforward else "(out, 1), because it is not"
             self._add(
                 f"module '{name}': expected an IA3 vector of shape {wanted} in "
-                f"feedforward_modules, got {info.shape}",
+                f"feedforward_modules of adapter_config.json, got {info.shape}",
                 "vector",
             )
             return
