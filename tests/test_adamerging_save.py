@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,57 @@ def test_saving_tensors(tmp_path: Path) -> None:
     assert all(torch.equal(written[name], state[name]) for name in written)
     with pytest.raises(RequestError, match="out"):
         ada.save(tmp_path / "out")
-    with pytest.raises(RequestError, match="save: memory: has no effect"):
-        ada.save(tmp_path / "other", memory="1GiB")
+
+
+# What has no effect where there are no checkpoints.
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {"coefficients": "c.safetensors"},
+    {"device": "cpu"},
+    {"backend": None},
+    {"memory": "1GiB"},
+    {"device_memory": "1GiB"},
+    {"threads": 1},
+    {"seed": 1},
+    {"report": "report.json"},
+    {"quiet": False},
+    {"checksums": True},
+    {"search": {}},
+]
+
+
+@pytest.mark.parametrize("how", WITHOUT_EFFECT, ids=str)
+def test_saving_tensors_takes_no_arguments_of_files(how: dict[str, Any], tmp_path: Path) -> None:
+    net, base, models = make()
+    ada = AdaMerging(net, base, models)
+    with pytest.raises(RequestError, match=f"^save: {next(iter(how))}: has no effect"):
+        ada.save(tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_saving_takes_what_merging_files_takes() -> None:
+    of_save = dict(inspect.signature(AdaMerging.save).parameters)
+    assert list(of_save)[:3] == ["ada", "out", "coefficients"]
+    assert of_save.pop("coefficients").default is None
+    of_files = inspect.signature(pymerge.merge_checkpoints).parameters
+    named = {name: p.default for name, p in of_save.items() if p.kind is p.KEYWORD_ONLY}
+    assert named == {n: p.default for n, p in of_files.items() if p.kind is p.KEYWORD_ONLY}
+    assert {next(iter(how)) for how in WITHOUT_EFFECT} == {
+        "coefficients",
+        *(named.keys() - {"force", "shard_size"}),
+    }
+
+
+def test_every_argument_reaches_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, base, models = checkpoints(tmp_path)
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "pymerge.merging.files.merge_checkpoints", lambda config, out, **how: taken.update(how)
+    )
+    how: dict[str, Any] = {name: value for one in WITHOUT_EFFECT for name, value in one.items()}
+    how |= {"force": True, "shard_size": "1GB", "coefficients": tmp_path / "c.safetensors"}
+    AdaMerging(net, base, models, fixed="base").save(tmp_path / "out", **how)
+    assert how.pop("coefficients").exists()
+    assert taken == how
 
 
 @pytest.mark.parametrize("later", [0, 1])

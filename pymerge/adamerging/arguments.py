@@ -19,7 +19,19 @@ from pymerge.errors import RequestError, nearest
 __all__ = ["check_arguments", "model_names"]
 
 
-def check_arguments(model: Any, models: Any, **given: Any) -> None:
+def check_arguments(
+    model: Any,
+    models: Any,
+    *,
+    granularity: Any,
+    preset: Any,
+    heads: Any,
+    clamp: Any,
+    density: Any,
+    names: Any,
+    fixed: Any,
+    dtype: Any,
+) -> None:
     """Raise RequestError with all that is wrong with the arguments of `AdaMerging`."""
     problems: list[str] = []
     if not isinstance(model, nn.Module):
@@ -28,7 +40,6 @@ def check_arguments(model: Any, models: Any, **given: Any) -> None:
         problems.append(f"models: expected a list of at least one model, got {models!r:.60}")
         raise RequestError(problems)
     count = len(models)
-    granularity, preset, fixed = given["granularity"], given["preset"], given["fixed"]
     if not isinstance(granularity, str) and not (_is_list(granularity) and granularity):
         problems.append(
             "granularity: expected 'layer', 'module', 'task' or a list of regular expressions, got "
@@ -39,19 +50,18 @@ def check_arguments(model: Any, models: Any, **given: Any) -> None:
         problems.append(
             f"preset: expected one of {known}; got {preset!r}{nearest(str(preset), PRESETS)}"
         )
-    if given["heads"] is not None:
-        problems += _about_heads(given["heads"], count)
-    clamp, density = given["clamp"], given["density"]
+    if heads is not None:
+        problems += _about_heads(heads, count)
     if clamp is not None and clamp != "preset":
         good = _is_list(clamp) and len(clamp) == 2 and all(_is_number(end) for end in clamp)
         if not good or not clamp[0] < clamp[1]:
             problems.append(f"clamp: expected (lowest, highest) or None, got {clamp!r}")
     if not _is_number(density) or not 0 <= density <= 1:
         problems.append(f"density: expected a number in [0, 1], got {density!r}")
-    if given["names"] is not None:
-        problems += _about_names(given["names"], count)
-    if given["dtype"] is not None and not is_float(given["dtype"]):
-        problems.append(f"dtype: expected a floating-point dtype, got {given['dtype']!r}")
+    if names is not None:
+        problems += _about_names(names, count)
+    if dtype is not None and not is_float(dtype):
+        problems.append(f"dtype: expected a floating-point dtype, got {dtype!r}")
     if fixed not in ("equal", "base"):
         problems.append(f"fixed: expected 'equal' or 'base', got {fixed!r}")
     if problems:

@@ -42,7 +42,27 @@ class Fitting:
     progress: bool
 
 
-def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fitting:
+def check_fitting(
+    ada: AdaMerging,
+    loaders: Any,
+    steps: Any,
+    *,
+    lr: Any,
+    batches_per_task: Any,
+    entropy: Any,
+    weights: Any,
+    tokens: Any,
+    autocast: Any,
+    seed: Any,
+    accumulate: Any,
+    join: Any,
+    patience: Any,
+    min_delta: Any,
+    checkpoint: Any,
+    checkpoint_every: Any,
+    resume: Any,
+    progress: Any,
+) -> Fitting:
     """Return the arguments of `fit` with the preset's defaults.
 
     Raises:
@@ -63,55 +83,48 @@ def check_fitting(ada: AdaMerging, loaders: Any, steps: Any, **given: Any) -> Fi
             return least
         return value
 
-    rate = preset.lr if given["lr"] is None else given["lr"]
+    rate = preset.lr if lr is None else lr
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         problems.append(f"lr: expected a positive number, got {rate!r}")
-    weights = given["weights"]
     count = len(loaders) if isinstance(loaders, Sequence) else 0
     if weights is None:
         weights = [1.0] * count
     elif not _positive(weights) or len(weights) != count:
         problems.append(f"weights: expected {count} positive numbers, got {weights!r:.60}")
         weights = [1.0] * count
-    kind = given["entropy"] or preset.entropy
+    kind = entropy or preset.entropy
     if kind not in ENTROPIES:
         problems.append(f"entropy: expected one of {', '.join(ENTROPIES)}; got {kind!r}")
-    if given["accumulate"] not in ("coefficients", "gradients"):
-        problems.append(
-            f"accumulate: expected 'coefficients' or 'gradients', got {given['accumulate']!r}"
-        )
-    join = given["join"]
+    if accumulate not in ("coefficients", "gradients"):
+        problems.append(f"accumulate: expected 'coefficients' or 'gradients', got {accumulate!r}")
     if join is not None and join not in JOINS and not callable(join):
         problems.append(f"join: expected {', '.join(JOINS)} or a function, got {join!r:.60}")
-    cast = given["autocast"]
-    if cast is not None and cast not in (torch.bfloat16, torch.float16):
-        problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {cast!r}")
-    path = None if given["checkpoint"] is None else Path(given["checkpoint"])
+    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+        problems.append(f"autocast: expected torch.bfloat16 or torch.float16, got {autocast!r}")
+    path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         problems.append(f"checkpoint: the directory {path.parent} does not exist")
-    delta = given["min_delta"]
+    delta = min_delta
     if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 <= delta < math.inf:
         problems.append(f"min_delta: expected a number >= 0, got {delta!r}")
         delta = 0.0
-    patience = given["patience"]
-    tokens = given["tokens"]
     result = Fitting(
         steps=integer("steps", steps, preset.steps, 0),
         lr=float(rate) if isinstance(rate, (int, float)) else 0.0,
-        batches=integer("batches_per_task", given["batches_per_task"], preset.batches_per_task, 1),
+        batches=integer("batches_per_task", batches_per_task, preset.batches_per_task, 1),
         weights=tuple(map(float, weights)),
         entropy=kind,
         tokens=None if tokens is None else integer("tokens", tokens, 1, 1),
-        autocast=cast,
-        seed=integer("seed", given["seed"], 0, 0),
-        accumulate=given["accumulate"],
+        autocast=autocast,
+        seed=integer("seed", seed, 0, 0),
+        accumulate=accumulate,
         join=concatenate if join in JOINS else join,
         patience=None if patience is None else integer("patience", patience, 1, 1),
         min_delta=float(delta),
         checkpoint=path,
-        checkpoint_every=integer("checkpoint_every", given["checkpoint_every"], 25, 1),
-        resume=bool(given["resume"]),
-        progress=bool(given["progress"]),
+        checkpoint_every=integer("checkpoint_every", checkpoint_every, 25, 1),
+        resume=bool(resume),
+        progress=bool(progress),
     )
     if problems:
         raise RequestError(problems)

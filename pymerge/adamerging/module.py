@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +12,15 @@ from torch.func import functional_call
 
 from pymerge.adamerging.arguments import check_arguments, model_names
 from pymerge.adamerging.coefficients import Coefficients, initial_coefficients
+from pymerge.adamerging.correlations import correlations as _correlations
+from pymerge.adamerging.fit import fit as _fit
 from pymerge.adamerging.layers import Granularity, group_layers, load_tensors, match_layers
 from pymerge.adamerging.ops import merged_layer, merged_packed_layer
 from pymerge.adamerging.packed import pack_trimmed
 from pymerge.adamerging.presets import PRESETS
+from pymerge.adamerging.save import save as _save
+from pymerge.adamerging.save import save_coefficients as _save_coefficients
 from pymerge.errors import RequestError, nearest
-
-if TYPE_CHECKING:
-    from pymerge.adamerging.correlations import TaskCorrelation
-    from pymerge.adamerging.fit import FitResult
-    from pymerge.merging.report import MergeReport
 
 __all__ = ["AdaMerging"]
 
@@ -279,13 +277,11 @@ class AdaMerging(nn.Module):
             what = "one of the models" if heads is None else "one of the heads"
             raise RequestError(f"task: expected 0 .. {len(self.names) - 1}, {what}; got {task!r}")
 
-    def fit(
-        self, loaders: Sequence[Iterable[Any]], steps: int | None = None, **how: Any
-    ) -> FitResult:
-        """Learn the coefficients by minimising the entropy of predictions; see `fit.fit`."""
-        from pymerge.adamerging.fit import fit
-
-        return fit(self, loaders, steps, **how)
+    # Functions of files of their own, whose first argument, `ada`, is this module.
+    fit = _fit
+    correlations = _correlations
+    save_coefficients = _save_coefficients
+    save = _save
 
     @property
     def coefficients(self) -> Coefficients:
@@ -312,24 +308,6 @@ class AdaMerging(nn.Module):
                 )
                 state[name] = known[twin] if twin in known else tensor.detach()
         return state
-
-    def save_coefficients(self, path: str | os.PathLike[str]) -> None:
-        """Write the coefficients to a safetensors file, which `merge_method: adamerging` reads."""
-        from pymerge.adamerging.save import save_coefficients
-
-        save_coefficients(self, Path(path))
-
-    def save(self, out: str | os.PathLike[str], **how: Any) -> MergeReport | None:
-        """Write the merged model to a directory; see `save.save`."""
-        from pymerge.adamerging.save import save
-
-        return save(self, Path(out), how)
-
-    def correlations(self, loaders: Sequence[Iterable[Any]], **how: Any) -> list[TaskCorrelation]:
-        """Return how entropy and loss go together; see `statistics.correlations`."""
-        from pymerge.adamerging.correlations import correlations
-
-        return correlations(self, loaders, **how)
 
     def stored_tensors(self) -> Iterable[tuple[str, str, Tensor]]:
         """Give what is kept of the checkpoints: "base" or "models[k]", a name, a tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["save", "save_coefficients"]
 
 
-def save_coefficients(ada: AdaMerging, path: Path) -> None:
-    """Write the coefficients as they are used; the file is replaced as a whole."""
+def save_coefficients(ada: AdaMerging, path: str | os.PathLike[str]) -> None:
+    """Write the coefficients as they are used to a safetensors file, which is replaced as a whole.
+
+    `merge_method: adamerging` reads it.
+    """
     table = ada.raw_coefficients.detach().cpu()
     if ada.clamp is not None:
         table = table.clamp(*ada.clamp)
@@ -37,10 +41,28 @@ def save_coefficients(ada: AdaMerging, path: Path) -> None:
         "trimmed": json.dumps(ada.trimmed),
         "density": json.dumps(ada.density),
     }
-    replace_file(path, to_bytes({"coefficients": table.contiguous()}, metadata), "coefficients: ")
+    data = to_bytes({"coefficients": table.contiguous()}, metadata)
+    replace_file(Path(path), data, "coefficients: ")
 
 
-def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | None:
+def save(
+    ada: AdaMerging,
+    out: str | os.PathLike[str],
+    *,
+    coefficients: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    backend: str | None = "auto",
+    memory: int | str = "2GiB",
+    device_memory: int | str | None = None,
+    threads: int | None = None,
+    shard_size: int | str = "5GB",
+    seed: int = 0,
+    report: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    quiet: bool = True,
+    checksums: bool = False,
+    search: Mapping[str, Any] | None = None,
+) -> MergeReport | None:
     """Write the merged model to the directory `out`, which appears complete or not at all.
 
     Where the base and all models are checkpoints, they are merged as `pymerge merge` merges files:
@@ -49,34 +71,50 @@ def save(ada: AdaMerging, out: Path, how: Mapping[str, Any]) -> MergeReport | No
     Otherwise the merged tensors are written as `model.safetensors`, layer by layer.
 
     Args:
-        how: `coefficients`, the file for them (default OUT.coefficients.safetensors), and keyword
-            arguments of `merge_checkpoints`, e.g. memory="1GiB", force=True; without checkpoints
-            only `force` and `shard_size`.
+        coefficients: the file for them; default OUT.coefficients.safetensors.
+        device and the others: as in `merge_checkpoints`. Without checkpoints only `force` and
+            `shard_size` have an effect; others are refused.
+
+    Returns:
+        The report of `merge_checkpoints`; None without checkpoints.
 
     Raises:
         RequestError, MergeError: as `merge_checkpoints`.
     """
     base, models = ada.inputs
+    out = Path(out)
+    files: dict[str, Any] = {
+        "device": device,
+        "backend": backend,
+        "memory": memory,
+        "device_memory": device_memory,
+        "threads": threads,
+        "seed": seed,
+        "report": report,
+        "quiet": quiet,
+        "checksums": checksums,
+        "search": search,
+    }
     if all(isinstance(one, (str, os.PathLike)) for one in (base, *models)):
         from pymerge.merging.files import merge_checkpoints
 
-        rest = dict(how)
-        default = out.with_name(f"{out.name}.coefficients.safetensors")
-        coefficients = Path(rest.pop("coefficients", default))
-        save_coefficients(ada, coefficients)
+        table = coefficients or out.with_name(f"{out.name}.coefficients.safetensors")
+        save_coefficients(ada, table)
         config = {
             "merge_method": "adamerging",
             "base_model": os.fspath(base),
             "models": [{"model": os.fspath(one)} for one in models],
-            "parameters": {"coefficients": os.fspath(coefficients)},
+            "parameters": {"coefficients": os.fspath(table)},
         }
-        return merge_checkpoints(config, out, **rest)
-    unknown = sorted(set(how) - {"force", "shard_size"})
-    if unknown:
+        return merge_checkpoints(config, out, shard_size=shard_size, force=force, **files)
+    defaults = inspect.signature(save).parameters
+    files["coefficients"] = coefficients
+    given = sorted(name for name, value in files.items() if value != defaults[name].default)
+    if given:
         raise RequestError(
-            f"save: {unknown[0]}: has no effect unless base and models are all paths of checkpoints"
+            f"save: {given[0]}: has no effect unless base and models are all paths of checkpoints"
         )
-    _save_tensors(ada, out, force=bool(how.get("force")), shard_size=how.get("shard_size", "5GB"))
+    _save_tensors(ada, out, force=force, shard_size=shard_size)
     return None
 
 
