@@ -133,10 +133,10 @@ def pointwise(method: str, *reals: float, models: int = 17) -> Case:
 
     def arguments(base: torch.Tensor, tensors: list[torch.Tensor]) -> dict[str, Any]:
         numbers = list(reals)
-        if method in ("ram", "consensus", "sce"):
+        if method in ("ram", "consensus_ta", "sce"):
             numbers += [0.2 + 0.1 * (k % 5) for k in range(len(tensors))]
-        if method == "tall" or (method == "emr" and reals[0] > 0):
-            last = 2 if method == "tall" else 0
+        if method == "tall_masks" or (method == "emr" and reals[0] > 0):
+            last = 2 if method == "tall_masks" else 0
             numbers[last] = min(numbers[last], len(tensors) - 1)
         own = tensors[:models]
         return {"base": base, "models": own, "method": method, "reals": numbers}

@@ -37,7 +37,7 @@ CASES = [
     "ties_signs",
     "magnitude_histogram",
     "sparse_all",
-    "consensus",
+    "consensus_ta",
     "row_task_arithmetic",
 ]
 # Kernels that compute more than they wait, whose code grows with the pairs of models.
@@ -52,7 +52,7 @@ MODES = [
     "nearswap",
     "ram",
     "magmax",
-    "tall",
+    "tall_masks",
     "emr_task",
     "variance",
     "sce",
@@ -253,7 +253,7 @@ def test_code_of_pairs(case: str, count: int, compiler: Callable[..., Any]) -> N
         ("magnitude_equal_counts", 1, "bf16"),
         ("sparse_all", 16, "bf16"),
         ("sparse_all", 17, "bf16"),
-        ("consensus", 17, "f32"),
+        ("consensus_ta", 17, "f32"),
         ("row_task_arithmetic", 17, "bf16"),
         ("packed_sum", 4, "f64"),
         ("packed_dots", 4, "f64"),

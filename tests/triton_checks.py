@@ -236,7 +236,7 @@ def refusals(device: str) -> list[str]:
     partials = torch.zeros(1, 1, dtype=torch.float64, device=device)
     for op, arguments in (
         ("pointwise_", (out, stats, *at, "magmax", [])),
-        ("pointwise_", (out, stats, *at, "tall", [1.0, 0.4, 1.0])),
+        ("pointwise_", (out, stats, *at, "tall_masks", [1.0, 0.4, 1.0])),
         ("chunk_sums_", (partials, *at, "statistics")),
     ):
         with pytest.raises(ValueError, match="backend 'triton'") as caught:

@@ -48,7 +48,7 @@ def _second(
 ):  # fmt: skip
     """The same where the sum of all task vectors is known; among: what is made of it."""
     delta = x - origin
-    if METHOD == "consensus":
+    if METHOD == "consensus_ta":
         own = absolute(delta) > tl.load(numbers + 3 + k) * absolute(among - x)
         count = count + tl.where(own, 1.0, 0.0)
     elif METHOD == "emr":
@@ -90,9 +90,9 @@ def _result(
         result = origin + tl.where(count == 1.0, found, mean)
     elif METHOD == "magmax":
         result = origin + first * total
-    elif METHOD == "consensus":
+    elif METHOD == "consensus_ta":
         result = origin + first * tl.where(count >= tl.load(numbers + 2), total, 0.0)
-    elif METHOD == "tall":
+    elif METHOD == "tall_masks":
         claims = absolute(own - origin) > tl.load(numbers + 2) * absolute(among - own)
         result = origin + tl.where(claims, first * total, 0.0)
     elif METHOD == "emr":
@@ -139,10 +139,10 @@ def pointwise_kernel(
     """
     F = numbers.dtype.element_ty
     TWICE: tl.constexpr = (
-        METHOD == "consensus" or METHOD == "emr" or METHOD == "variance" or METHOD == "sce"
+        METHOD == "consensus_ta" or METHOD == "emr" or METHOD == "variance" or METHOD == "sce"
         or METHOD == "sce_everywhere"
     )  # fmt: skip
-    ASKS: tl.constexpr = METHOD == "tall" or METHOD == "emr"
+    ASKS: tl.constexpr = METHOD == "tall_masks" or METHOD == "emr"
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
@@ -172,7 +172,7 @@ def pointwise_kernel(
                 own = tl.where(asked == k, x, own)
     raise_flag(stats + 2, integers, is_nonfinite(worst))
     among = total
-    if METHOD == "consensus" or METHOD == "tall":
+    if METHOD == "consensus_ta" or METHOD == "tall_masks":
         among = origin + tl.load(numbers + 1) * total
     elif TWICE:
         among = divide(total, tl.load(numbers))  # the mean

@@ -85,7 +85,7 @@ PM_INLINE F magmax_point(F base, Load load, const PointwiseCall<F>& call) {
 // |tau_k| > lambda_k |theta_m - theta_k| with theta_m = base + scale sum_k tau_k.
 // reals: scale, need, lambda_0 .. lambda_{K-1}.
 template <class F, class Load>
-PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
+PM_INLINE F consensus_ta_point(F base, Load load, const PointwiseCall<F>& call) {
   using T = Traits<F>;
   const F sum = sum_of_deltas(base, load, call);
   const F merged = base + splat<F>(call.reals[0]) * sum;
@@ -99,10 +99,10 @@ PM_INLINE F consensus_point(F base, Load load, const PointwiseCall<F>& call) {
   return base + splat<F>(call.reals[0]) * (count >= splat<F>(call.reals[1]) ? sum : F{});
 }
 
-// TALL masks: the merged task vector where it is one task's: as consensus, of one task.
+// TALL masks: the merged task vector where it is one task's: as consensus_ta, of one task.
 // reals: scale, lambda, task.
 template <class F, class Load>
-PM_INLINE F tall_point(F base, Load load, const PointwiseCall<F>& call) {
+PM_INLINE F tall_masks_point(F base, Load load, const PointwiseCall<F>& call) {
   const int task = static_cast<int>(call.reals[2]);
   F sum{}, x{};
   PM_UNROLL

@@ -11,7 +11,7 @@ from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.pointwise.record import Operation, task_of
 from pymerge.ops.call import call
 
-__all__ = ["merge_pointwise", "run", "run_emr", "run_ramplus"]
+__all__ = ["merge_pointwise", "run", "run_emr", "run_ramplus_tl"]
 
 
 def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
@@ -27,12 +27,12 @@ def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> 
     merge_each(works, source, sink, context, merge)
 
 
-def run_ramplus(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
+def run_ramplus_tl(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """Merge by RAM, with factors from counts of the elements that the models changed."""
-    merge_each(works, source, sink, context, _ramplus)
+    merge_each(works, source, sink, context, _ramplus_tl)
 
 
-def _ramplus(work: Work, source: Source, sink: Sink, context: Context) -> None:
+def _ramplus_tl(work: Work, source: Source, sink: Sink, context: Context) -> None:
     """Merge a tensor; changes of one model alone are multiplied by 1 + r clip(shared / unique, 0,
     alpha)."""
     base, models = source.load(work.name)

@@ -48,7 +48,7 @@ def _emr_reads(parameters: Parameters, _numel: int, _total: int) -> tuple[Step, 
     return (MERGE,) if parameters["task"] is None else (rescaler, MERGE)
 
 
-def _ramplus_reads(_parameters: Parameters, _numel: int, _total: int) -> tuple[Step, ...]:
+def _ramplus_tl_reads(_parameters: Parameters, _numel: int, _total: int) -> tuple[Step, ...]:
     return Step("changes", "counts of what changed in each tensor"), MERGE
 
 
@@ -85,8 +85,8 @@ RAM = _pointwise(
 
 RAMPLUS_TL = _pointwise(
     name="ramplus_tl",
-    run="pymerge.methods.pointwise.passes:run_ramplus",
-    reads=_ramplus_reads,
+    run="pymerge.methods.pointwise.passes:run_ramplus_tl",
+    reads=_ramplus_tl_reads,
     one_op=never,
     title="RAM+ (tensor level)",
     summary="RAM, with what only one model changed scaled up by how much it shares elsewhere.",
@@ -115,7 +115,7 @@ MAGMAX = _pointwise(
 
 CONSENSUS_TA = _pointwise(
     name="consensus_ta",
-    details=Operation("consensus", lambda p, _count: [p["scale"], p["need"], *p["threshold"]]),
+    details=Operation("consensus_ta", lambda p, _count: [p["scale"], p["need"], *p["threshold"]]),
     title="Consensus task arithmetic",
     summary="Task arithmetic without the elements that matter to too few of the models.",
     formula=(
@@ -141,7 +141,9 @@ CONSENSUS_TA = _pointwise(
 
 TALL_MASKS = _pointwise(
     name="tall_masks",
-    details=Operation("tall", lambda p, count: [p["scale"], p["threshold"], task_of(p, count)]),
+    details=Operation(
+        "tall_masks", lambda p, count: [p["scale"], p["threshold"], task_of(p, count)]
+    ),
     title="TALL masks",
     summary="The part of a merge that matters to one task: compressed fine-tuned models.",
     formula=(

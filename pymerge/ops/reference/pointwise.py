@@ -45,7 +45,7 @@ def _magmax(element: Element, reals: Sequence[float]) -> torch.Tensor:
     return element.base + scalar(reals[0], best) * best
 
 
-def _consensus(element: Element, reals: Sequence[float]) -> torch.Tensor:
+def _consensus_ta(element: Element, reals: Sequence[float]) -> torch.Tensor:
     """Consensus TA (Wang et al. 2024): task arithmetic where >= need TALL masks are set."""
     total, count = element.total(), element.zero
     scale = scalar(reals[0], total)
@@ -56,7 +56,7 @@ def _consensus(element: Element, reals: Sequence[float]) -> torch.Tensor:
     return element.base + scale * torch.where(count >= reals[1], total, element.zero)
 
 
-def _tall(element: Element, reals: Sequence[float]) -> torch.Tensor:
+def _tall_masks(element: Element, reals: Sequence[float]) -> torch.Tensor:
     """TALL masks (Wang et al. 2024): what of the merged task vector is one task's."""
     scaled = scalar(reals[0], element.base) * element.total()
     merged, x = element.base + scaled, element.models[int(reals[2])]
@@ -98,8 +98,8 @@ POINTWISE: dict[str, Callable[[Element, Sequence[float]], torch.Tensor]] = {
     "nearswap": _nearswap,
     "ram": _ram,
     "magmax": _magmax,
-    "consensus": _consensus,
-    "tall": _tall,
+    "consensus_ta": _consensus_ta,
+    "tall_masks": _tall_masks,
     "emr": _emr,
     "variance": lambda element, reals: element.variance(),
     "sce": _sce,

@@ -16,14 +16,14 @@ REALS = {
     "nearswap": (2, False),
     "ram": (1, True),
     "magmax": (1, False),
-    "consensus": (2, True),
-    "tall": (3, False),
+    "consensus_ta": (2, True),
+    "tall_masks": (3, False),
     "emr": (2, False),
     "variance": (0, False),
     "sce": (2, True),
 }
 # Where among them a method is told which model it is asked about, and the least of those numbers.
-_ASKS = {"tall": (2, 0), "emr": (0, -1)}
+_ASKS = {"tall_masks": (2, 0), "emr": (0, -1)}
 
 
 def pointwise(
