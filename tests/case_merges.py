@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pymerge.ops.reference.pointwise import POINTWISE
 from tests.case import Case, columns_of, padded, thresholds, weights_of
 from tests.packing import pack
 
@@ -132,12 +133,11 @@ def pointwise(method: str, *reals: float, models: int = 17) -> Case:
     """Reals of "shares" stand for one number for each model."""
 
     def arguments(base: torch.Tensor, tensors: list[torch.Tensor]) -> dict[str, Any]:
-        numbers = list(reals)
-        if method in ("ram", "consensus_ta", "sce"):
-            numbers += [0.2 + 0.1 * (k % 5) for k in range(len(tensors))]
-        if method == "tall_masks" or (method == "emr" and reals[0] > 0):
-            last = 2 if method == "tall_masks" else 0
-            numbers[last] = min(numbers[last], len(tensors) - 1)
+        kind, numbers = POINTWISE[method], list(reals)
+        numbers += [0.2 + 0.1 * (k % 5) for k in range(kind.for_each * len(tensors))]
+        if kind.model is not None:
+            at = kind.model[0]
+            numbers[at] = min(numbers[at], len(tensors) - 1)
         own = tensors[:models]
         return {"base": base, "models": own, "method": method, "reals": numbers}
 

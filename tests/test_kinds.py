@@ -15,7 +15,6 @@ from pymerge import _C
 from pymerge.ops.arguments import DIVERGENCE, DIVERGENCE_ROWS, sums_shape
 from pymerge.ops.reference.pointwise import POINTWISE
 from pymerge.ops.reference.sums import SUMS
-from pymerge.ops.triton import pointwise as triton
 from pymerge.ops.triton import sums as triton_sums
 from tests.case import make_inputs
 from tests.cases import CASES
@@ -34,7 +33,7 @@ def rows_of_cases(op: str, name: str) -> set[str]:
 
 def test_every_kind_is_defined_and_tested() -> None:
     """In torch, in Triton, and with a row in the case table."""
-    assert set(KINDS["pointwise"]) == set(POINTWISE) == set(triton.REALS)
+    assert set(KINDS["pointwise"]) == set(POINTWISE)
     assert set(KINDS["chunk_sums"]) == set(SUMS) == set(triton_sums.ROWS)
     assert rows_of_cases("pointwise_", "method") == set(KINDS["pointwise"])
     assert rows_of_cases("chunk_sums_", "kind") == set(KINDS["chunk_sums"])
@@ -45,7 +44,7 @@ def test_every_kind_is_defined_and_tested() -> None:
 def test_numbers_of_each_kind(models: int) -> None:
     """What Python says of a kind is what its line in the .def file says."""
     assert _C.pointwise_kinds(models) == {
-        kind: own + (models if of_each else 0) for kind, (own, of_each) in triton.REALS.items()
+        name: kind.reals + kind.for_each * models for name, kind in POINTWISE.items()
     }
     rows = {kind: found for kind, (found, _) in _C.sums_kinds(models).items()}
     assert rows == {kind: sums_shape(kind, models, 1, 0)[0] for kind in rows}

@@ -1,15 +1,32 @@
-"""The reference of methods that look at each element alone."""
+"""The reference of methods that look at each element alone, and what their kinds take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pymerge.ops.arguments import check_kind
 from pymerge.ops.reference.value import Element, keys, scalar
 
-__all__ = ["POINTWISE", "pointwise"]
+__all__ = ["POINTWISE", "Kind", "check_reals", "pointwise"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of `pointwise_`: a line of csrc/pointwise.def.
+
+    Attributes:
+        compute: (inputs, reals) -> the result.
+        reals: how many numbers a call passes to it, beside `for_each` of them for every model.
+        model: where among them the number of a model is, and the least that it may be.
+    """
+
+    compute: Callable[[Element, Sequence[float]], torch.Tensor]
+    reals: int
+    for_each: int = 0
+    model: tuple[int, int] | None = None
 
 
 def _nearswap(element: Element, reals: Sequence[float]) -> torch.Tensor:
@@ -94,16 +111,41 @@ def _sce(element: Element, reals: Sequence[float]) -> torch.Tensor:
     return element.base + torch.where(total.isnan(), total, merged)
 
 
-POINTWISE: dict[str, Callable[[Element, Sequence[float]], torch.Tensor]] = {
-    "nearswap": _nearswap,
-    "ram": _ram,
-    "magmax": _magmax,
-    "consensus_ta": _consensus_ta,
-    "tall_masks": _tall_masks,
-    "emr": _emr,
-    "variance": lambda element, reals: element.variance(),
-    "sce": _sce,
+POINTWISE: dict[str, Kind] = {
+    "nearswap": Kind(_nearswap, reals=2),
+    "ram": Kind(_ram, reals=1, for_each=1),
+    "magmax": Kind(_magmax, reals=1),
+    "consensus_ta": Kind(_consensus_ta, reals=2, for_each=1),
+    "tall_masks": Kind(_tall_masks, reals=3, model=(2, 0)),
+    "emr": Kind(_emr, reals=2, model=(0, -1)),
+    "variance": Kind(lambda element, reals: element.variance(), reals=0),
+    "sce": Kind(_sce, reals=2, for_each=1),
 }
+
+
+def check_reals(method: str, reals: Sequence[float], count: int, backend: str) -> int:
+    """Return the number of the model that a call names, or 0 where its kind takes none.
+
+    Raises:
+        ValueError: an unknown kind, another count of numbers than it takes, no such model.
+    """
+    check_kind("pointwise_", method, POINTWISE, backend)
+    kind = POINTWISE[method]
+    wanted = kind.reals + kind.for_each * count
+    if len(reals) != wanted:
+        raise ValueError(
+            f"backend {backend!r}: {method}: expected {wanted} numbers for {count} models, got "
+            f"{len(reals)}"
+        )
+    if kind.model is None:
+        return 0
+    at, least = kind.model
+    if not least <= reals[at] < count:
+        raise ValueError(
+            f"backend {backend!r}: {method}: expected a model from {least} to {count - 1}, got "
+            f"{reals[at]}"
+        )
+    return int(reals[at])
 
 
 def pointwise(
@@ -116,6 +158,6 @@ def pointwise(
     wide: bool,
 ) -> None:
     """A method that looks at each element alone."""
-    check_kind("pointwise_", method, POINTWISE, "reference")
+    check_reals(method, reals, len(models), "reference")
     stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, *models)))
-    out.copy_(POINTWISE[method](Element(base, models, wide), reals).to(out.dtype))
+    out.copy_(POINTWISE[method].compute(Element(base, models, wide), reals).to(out.dtype))
