@@ -134,7 +134,9 @@ def pointwise(method: str, *reals: float, models: int = 17) -> Case:
 
     def arguments(base: torch.Tensor, tensors: list[torch.Tensor]) -> dict[str, Any]:
         kind, numbers = POINTWISE[method], list(reals)
-        numbers += [0.2 + 0.1 * (k % 5) for k in range(kind.for_each * len(tensors))]
+        for block in range(kind.for_each):  # the first of two are small, as task vectors are
+            unit = 0.02 if kind.for_each - block == 2 else 1.0
+            numbers += [unit * (0.2 + 0.1 * (k % 5)) for k in range(len(tensors))]
         if kind.model is not None:
             at = kind.model[0]
             numbers[at] = min(numbers[at], len(tensors) - 1)

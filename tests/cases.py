@@ -131,7 +131,7 @@ CASES = [
     Case("packed_dots", "packed_dots_", packed_dots(TRIMMED), packed_dots_out, False, slow=True),
     Case("packed_dots.any", "packed_dots_", packed_dots(ANY), packed_dots_out, False, slow=True),
     pointwise("nearswap", 0.005, 1e-6, models=1),
-    pointwise("ram", 0.004),
+    pointwise("ram"),
     pointwise("magmax", 0.7),
     pointwise("consensus_ta", 0.3, 2.0),
     pointwise("tall_masks", 0.3, 0.4, 1.0),

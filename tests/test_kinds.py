@@ -69,7 +69,7 @@ def test_wrong_numbers_are_named() -> None:
     base, models = make_inputs(33, 3, [torch.float32])
     out, stats = torch.zeros(33), torch.zeros(3, dtype=torch.int64)
     partials, ops = torch.zeros(6, 1, dtype=torch.float64), torch.ops.pymerge
-    with pytest.raises(ValueError, match="_: reals: expected 4 for 'ram' of 3 models; got 2"):
+    with pytest.raises(ValueError, match="_: reals: expected 6 for 'ram' of 3 models; got 2"):
         ops.pointwise_(out, stats, base, models, "ram", [0.1, 0.2], backend="cpu")
     with pytest.raises(ValueError, match="_: reals: expected 0 for 'gram' of 3 models; got 1"):
         ops.chunk_sums_(partials, base, models, "gram", [1.0], backend="cpu")

@@ -22,7 +22,7 @@ from .value import (
 
 @triton.jit
 def _first(
-    x: tl.tensor, origin: tl.tensor, k: int, numbers: tl.tensor, total: tl.tensor,
+    x: tl.tensor, origin: tl.tensor, k: int, models: int, numbers: tl.tensor, total: tl.tensor,
     count: tl.tensor, scaled: tl.tensor, METHOD: tl.constexpr,
 ):  # fmt: skip
     """Let one model add to what the method gathers of all; nearswap takes its model as it is."""
@@ -30,9 +30,9 @@ def _first(
     if METHOD == "nearswap":
         total = x
     elif METHOD == "ram":
-        active = absolute(delta) > tl.load(numbers + 1)
+        active = absolute(delta) > tl.load(numbers + 1 + k)
         total = total + tl.where(active, delta, 0.0)
-        scaled = scaled + tl.where(active, tl.load(numbers + 2 + k) * delta, 0.0)
+        scaled = scaled + tl.where(active, tl.load(numbers + 1 + models + k) * delta, 0.0)
         count = count + tl.where(active, 1.0, 0.0)
     elif METHOD == "magmax":
         total = tl.where(magnitude_key(delta) > magnitude_key(total), delta, total)
@@ -159,7 +159,7 @@ def pointwise_kernel(
         for k in tl.static_range(MODELS):
             x = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F)
             worst = tl.maximum(worst, magnitude_key(x))
-            total, many, found = _first(x, origin, k, numbers, total, many, found, METHOD)
+            total, many, found = _first(x, origin, k, count, numbers, total, many, found, METHOD)
             if ASKS:
                 own = tl.where(asked == k, x, own)
             inputs = inputs + (x,)  # noqa: RUF005  Triton has no unpacking
@@ -167,7 +167,7 @@ def pointwise_kernel(
         for k in range(count):
             x = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F)
             worst = tl.maximum(worst, magnitude_key(x))
-            total, many, found = _first(x, origin, k, numbers, total, many, found, METHOD)
+            total, many, found = _first(x, origin, k, count, numbers, total, many, found, METHOD)
             if ASKS:
                 own = tl.where(asked == k, x, own)
     raise_flag(stats + 2, integers, is_nonfinite(worst))

@@ -49,19 +49,19 @@ PM_INLINE F nearswap_point(F a, Load load, const PointwiseCall<F>& call) {
   return w * b + (one - w) * a;
 }
 
-// RAM: the mean of the task vectors that changed an element; where only model k did, its own times
-// f_k. reals: epsilon, f_0 .. f_{K-1}.
+// RAM: the mean of the task vectors that changed an element, |tau_k| > e_k; where only model k did,
+// its own times f_k. reals: e_0 .. e_{K-1}, f_0 .. f_{K-1}.
 template <class F, class Load>
 PM_INLINE F ram_point(F base, Load load, const PointwiseCall<F>& call) {
   using T = Traits<F>;
-  const F one = splat<F>(1), epsilon = splat<F>(call.reals[0]);
+  const F one = splat<F>(1);
   F sum{}, count{}, scaled{};
   PM_UNROLL
   for (int k = 0; k < call.num_models; ++k) {
     const F delta = load(k) - base;
-    const auto active = T::greater(absolute(delta), epsilon);
+    const auto active = T::greater(absolute(delta), splat<F>(call.reals[k]));
     sum = T::add(sum, delta, active);
-    scaled = T::add(scaled, splat<F>(call.reals[1 + k]) * delta, active);
+    scaled = T::add(scaled, splat<F>(call.reals[call.num_models + k]) * delta, active);
     count = T::add(count, one, active);
   }
   const F mean = sum / (count > one ? count : one);

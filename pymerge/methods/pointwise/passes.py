@@ -44,7 +44,9 @@ def _ramplus_tl(work: Work, source: Source, sink: Sink, context: Context) -> Non
     for unique, shared in zip(counts[::2], counts[1::2], strict=True):
         ratio = shared / max(unique, epsilon)
         factors.append(1.0 + parameters["r"] * min(max(ratio, 0.0), parameters["alpha"]))
-    merge_pointwise("ram", work, [(0, work.numel, [epsilon, *factors])], source, sink, context)
+    merge_pointwise(
+        "ram", work, [(0, work.numel, [epsilon] * len(factors) + factors)], source, sink, context
+    )
 
 
 def run_emr(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:

@@ -71,7 +71,7 @@ NEARSWAP = _pointwise(
 
 RAM = _pointwise(
     name="ram",
-    details=Operation("ram", lambda p, count: [p["epsilon"], *[1.0] * count]),
+    details=Operation("ram", lambda p, count: [p["epsilon"]] * count + [1.0] * count),
     title="RAM",
     summary="Averages, at each element, the task vectors of the models that changed it.",
     formula="theta = theta_0 + mean over {k: |tau_k| > epsilon} of tau_k",

@@ -42,11 +42,12 @@ def _nearswap(element: Element, reals: Sequence[float]) -> torch.Tensor:
 
 
 def _ram(element: Element, reals: Sequence[float]) -> torch.Tensor:
-    """RAM: mean of the task vectors with |delta| > epsilon; where one has, its own times f_k."""
+    """RAM: mean of the task vectors with |delta| > e_k; where one alone has, its own times f_k."""
     zero, one = element.zero, element.one
     total, scaled, count = zero, zero, zero
-    for delta, factor in zip(element.deltas, reals[1:], strict=True):
-        active = delta.abs() > scalar(reals[0], delta)
+    models = len(element.deltas)
+    for delta, least, factor in zip(element.deltas, reals[:models], reals[models:], strict=True):
+        active = delta.abs() > scalar(least, delta)
         total = total + torch.where(active, delta, zero)
         scaled = scaled + torch.where(active, scalar(factor, delta) * delta, zero)
         count = count + torch.where(active, one, zero)
@@ -113,7 +114,7 @@ def _sce(element: Element, reals: Sequence[float]) -> torch.Tensor:
 
 POINTWISE: dict[str, Kind] = {
     "nearswap": Kind(_nearswap, reals=2),
-    "ram": Kind(_ram, reals=1, for_each=1),
+    "ram": Kind(_ram, reals=0, for_each=2),
     "magmax": Kind(_magmax, reals=1),
     "consensus_ta": Kind(_consensus_ta, reals=2, for_each=1),
     "tall_masks": Kind(_tall_masks, reals=3, model=(2, 0)),
