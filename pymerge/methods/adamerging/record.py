@@ -60,11 +60,11 @@ class _Metadata:
     """What the metadata of a file says."""
 
     models: tuple[str, ...]
-    groups: tuple[str, ...]
     layers: dict[str, int]
     fixed: tuple[str, ...]
     trimmed: bool
     density: float
+    groups: tuple[str, ...] | None = None  # their names, which nothing here needs
 
 
 @lru_cache(maxsize=4)
@@ -83,12 +83,13 @@ def _read(path: str, _identity: tuple[int, ...]) -> CoefficientsFile:
             if field.name in metadata
         }
         read: _Metadata = decode(_Metadata, values, f"{path}: metadata")
-        table = _table(file, path, (len(read.models), len(read.groups)))
-    wrong = [name for name, column in read.layers.items() if not 0 <= column < len(read.groups)]
+        table = _table(file, path, len(read.models), read.groups)
+    groups = table.shape[1]
+    wrong = [name for name, column in read.layers.items() if not 0 <= column < groups]
     if wrong:
         raise RequestError(
             f"{path}: metadata: layers[{wrong[0]!r}]: expected the number of one of "
-            f"{len(read.groups)} groups, got {read.layers[wrong[0]]}"
+            f"{groups} groups, got {read.layers[wrong[0]]}"
         )
     if not 0 <= read.density <= 1:
         raise RequestError(
@@ -99,17 +100,24 @@ def _read(path: str, _identity: tuple[int, ...]) -> CoefficientsFile:
     return CoefficientsFile(read.models, rows, frozenset(read.fixed), read.trimmed, read.density)
 
 
-def _table(file: Checkpoint, path: str, shape: tuple[int, int]) -> Any:
+def _table(file: Checkpoint, path: str, models: int, groups: tuple[str, ...] | None) -> Any:
     """Return the coefficients, [models, groups] in float64."""
     import numpy as np
 
     from pymerge.ops.array import widen
 
     info = file.tensors.get("coefficients")
-    if info is None or info.shape != shape or info.dtype not in FLOATS:
+    columns = None if groups is None else len(groups)
+    if (
+        info is None
+        or info.dtype not in FLOATS
+        or len(info.shape) != 2
+        or info.shape != (models, columns if columns is not None else info.shape[1])
+    ):
+        shape = (models, "groups" if columns is None else columns)
         got = "nothing" if info is None else f"{info.dtype} of shape {info.shape}"
         raise RequestError(f"{path}: coefficients: expected floats of shape {shape}, got {got}")
-    table = widen(file.array("coefficients"), True).reshape(shape)
+    table = widen(file.array("coefficients"), True).reshape(info.shape)
     if not np.isfinite(table).all():
         raise RequestError(f"{path}: coefficients: holds NaN or infinity")
     return table.copy()
