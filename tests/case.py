@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 Inputs = tuple[torch.Tensor, list[torch.Tensor]]  # base, models
@@ -27,6 +28,8 @@ class Case:
     arguments: builds the op's positional arguments after its outputs, from (base, models).
     outputs: builds the tensors that the op writes to, from (base, models, dtype of the result).
     compare: which outputs must be equal, after summing over slots where there are slots.
+    oracle: computes `out` by other means than the reference, from base and [models, numel] in
+        float64 and arrays of numpy.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Case:
     arguments: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     outputs: Callable[[torch.Tensor, list[torch.Tensor], torch.dtype], dict[str, torch.Tensor]]
     streams_out: bool = True  # writes a tensor as long as the inputs (for the bytes of a benchmark)
+    oracle: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     slow: bool = False  # tests take fewer sizes: the reference takes long, or others are like it
 
     def run(

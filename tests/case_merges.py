@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pymerge.ops.reference.pointwise import POINTWISE
@@ -129,8 +130,14 @@ def bare(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
     return {**sparse(True, True, False)(base, models), "bare": True}
 
 
-def pointwise(method: str, *reals: float, models: int = 17) -> Case:
-    """Reals of "shares" stand for one number for each model."""
+def pointwise(
+    method: str,
+    *reals: float,
+    name: str = "",
+    models: int = 17,
+    oracle: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> Case:
+    """Return a row of a kind, given the numbers of a call but for those of each model."""
 
     def arguments(base: torch.Tensor, tensors: list[torch.Tensor]) -> dict[str, Any]:
         kind, numbers = POINTWISE[method], list(reals)
@@ -143,10 +150,7 @@ def pointwise(method: str, *reals: float, models: int = 17) -> Case:
         own = tensors[:models]
         return {"base": base, "models": own, "method": method, "reals": numbers}
 
-    name = method if method != "emr" or reals[0] < 0 else "emr_task"
-    if method == "sce" and reals[0]:
-        name = "sce_everywhere"
-    return Case(name, "pointwise_", arguments, tensor_out, slow=True)
+    return Case(name or method, "pointwise_", arguments, tensor_out, oracle=oracle, slow=True)
 
 
 def row_sum(with_base: bool) -> Callable[..., dict[str, Any]]:

@@ -3,6 +3,8 @@ opcheck, and the benchmark (`pytest benchmarks`)."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from pymerge.ops.backends import has_kernel
 from pymerge.ops.comparison import EVERY
 from tests.case import Case
@@ -132,14 +134,18 @@ CASES = [
     Case("packed_dots.any", "packed_dots_", packed_dots(ANY), packed_dots_out, False, slow=True),
     pointwise("nearswap", 0.005, 1e-6, models=1),
     pointwise("ram"),
-    pointwise("magmax", 0.7),
+    pointwise(
+        "magmax",
+        0.7,
+        oracle=lambda b, m: b + 0.7 * np.take_along_axis(m - b, abs(m - b).argmax(0)[None], 0)[0],
+    ),
     pointwise("consensus_ta", 0.3, 2.0),
     pointwise("tall_masks", 0.3, 0.4, 1.0),
     pointwise("emr", -1.0, 1.0),
-    pointwise("emr", 1.0, 1.7),
+    pointwise("emr", 1.0, 1.7, name="emr_task"),
     pointwise("variance"),
     pointwise("sce", 0.0, 0.0),
-    pointwise("sce", 1.0, 2e-5),
+    pointwise("sce", 1.0, 2e-5, name="sce_everywhere"),
     Case("row_ranks", "row_ranks_", row_ranks, ranks_out, streams_out=False, slow=True),
     Case("row_weighted_sum", "row_weighted_sum_", row_sum(False), tensor_out, slow=True),
     Case("row_task_arithmetic", "row_weighted_sum_", row_sum(True), tensor_out, slow=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,18 @@ def test_every_number_of_models(count: int, use_backend: Callable[[str], str]) -
             for identifier in NATIVE:
                 got = case.run(inputs, dtype, use_backend(identifier))
                 assert same(expected, got), (identifier, case.name, dtype)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.oracle], ids=lambda case: case.name
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_equal_to_an_oracle(case: Case, count: int) -> None:
+    base, models = make_inputs(3000, count, [torch.float64])
+    found = case.run((base, models), torch.float64, "reference", wide=True)["out"]
+    assert case.oracle is not None
+    expected = case.oracle(base.numpy(), torch.stack(models).numpy())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
