@@ -8,7 +8,15 @@ import torch
 
 from pymerge.merging.functions import Numbers, T, merges
 
-__all__ = ["consensus_ta", "emr", "magmax", "nearswap", "ram", "ramplus_tl", "tall_masks"]
+__all__ = [
+    "consensus_ta",
+    "emr",
+    "magmax",
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+    "tall_masks",
+]
 
 
 @merges("nearswap")

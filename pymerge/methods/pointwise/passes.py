@@ -19,8 +19,10 @@ def run(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> 
     operation: Operation = context.method.details
 
     def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
-        count = len(source.load(work.name)[1])
-        numbers = operation.reals(work.parameters, count)
+        base, models = source.load(work.name)
+        reals = operation.reals if base is not None else operation.bare
+        assert reals is not None
+        numbers = reals(work.parameters, len(models))
         stretches = [(0, work.numel, numbers)]
         merge_pointwise(operation.kind, work, stretches, source, sink, context)
 
@@ -90,7 +92,7 @@ def merge_pointwise(
 ) -> None:
     """Merge a tensor; each stretch (begin, end, reals) has its own numbers."""
     base, models = source.load(work.name)
-    assert base is not None
+    inputs = models if base is None else [base, *models]
     for start, out in sink.pieces(work.name):
         stop = start + out.numel()
         for begin, end, reals in stretches:
@@ -101,7 +103,7 @@ def merge_pointwise(
                 "pointwise_",
                 out[begin - start : end - start],
                 context.stats,
-                base[begin:end],
+                inputs[0][begin:end],
                 [model[begin:end] for model in models],
                 operation,
                 reals,
@@ -109,4 +111,4 @@ def merge_pointwise(
                 backend=context.backend,
             )
         context.check(2, source, work.name, start, stop)
-        context.progress.advance(sum(t[start:stop].nbytes for t in (base, *models)))
+        context.progress.advance(sum(t[start:stop].nbytes for t in inputs))

@@ -23,11 +23,18 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Operation:
-    """How elements are computed: a kind of `pointwise_`, and (parameters, number of models) -> the
-    numbers that it needs."""
+    """How elements are computed.
+
+    Attributes:
+        kind: of `pointwise_`.
+        reals: (parameters, number of models) -> the numbers that it needs.
+        bare: the same where there is no base, if the method can do without: the kind then gets the
+            first model in its place.
+    """
 
     kind: str
     reals: Callable[[Parameters, int], list[float]]
+    bare: Callable[[Parameters, int], list[float]] | None = None
 
 
 _pointwise = partial(
@@ -187,4 +194,12 @@ EMR = _pointwise(
     ),
 )
 
-RECORDS = (NEARSWAP, RAM, RAMPLUS_TL, MAGMAX, CONSENSUS_TA, TALL_MASKS, EMR)
+RECORDS = (
+    NEARSWAP,
+    RAM,
+    RAMPLUS_TL,
+    MAGMAX,
+    CONSENSUS_TA,
+    TALL_MASKS,
+    EMR,
+)
