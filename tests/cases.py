@@ -144,6 +144,10 @@ CASES = [
     pointwise("emr", -1.0, 1.0),
     pointwise("emr", 1.0, 1.7, name="emr_task"),
     pointwise("variance"),
+    pointwise("median", 0.7, 1.0, oracle=lambda b, m: b + 0.7 * np.median(m - b, axis=0)),
+    pointwise(
+        "median", 1.0, 0.0, name="median_of_models", oracle=lambda b, m: np.median(m, axis=0)
+    ),
     pointwise("sce", 0.0, 0.0),
     pointwise("sce", 1.0, 2e-5, name="sce_everywhere"),
     Case("row_ranks", "row_ranks_", row_ranks, ranks_out, streams_out=False, slow=True),

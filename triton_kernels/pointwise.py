@@ -66,6 +66,52 @@ def _second(
 
 
 @triton.jit
+def _ahead(own: tl.tensor, k: int, other: tl.tensor, j: int):
+    """Return 1 where model j comes before model k, equal ones by their order; else 0."""
+    return tl.where((other < own) | ((other == own) & (j < k)), 1, 0)
+
+
+@triton.jit
+def _middle(
+    own: tl.tensor, rank: tl.tensor, count: int, lower: tl.tensor, upper: tl.tensor, nan: tl.tensor
+):
+    """Let a model be one of the middle two if its rank is, and NaN count if it is one."""
+    lower = tl.where(rank == (count - 1) // 2, own, lower)
+    upper = tl.where(rank == count // 2, own, upper)
+    return lower, upper, tl.where(own == own, nan, own)
+
+
+@triton.jit
+def _median(
+    inputs: tl.tuple, models: tl.tuple | tl.tensor, origin: tl.tensor, numbers: tl.tensor,
+    count: int, start: int, lane: tl.tensor, mask: tl.tensor, MODELS: tl.constexpr,
+    ALIGNED: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """inputs: what was loaded of `models` if MODELS > 0."""
+    origin = tl.where(tl.load(numbers + 2) != 0, origin, 0.0)
+    lower = tl.zeros_like(origin)
+    upper = lower
+    nan = lower
+    if MODELS > 0:
+        for k in tl.static_range(MODELS):
+            own = inputs[k] - origin
+            rank = tl.zeros(origin.shape, tl.int32)
+            for j in tl.static_range(MODELS):
+                rank += _ahead(own, k, inputs[j] - origin, j)
+            lower, upper, nan = _middle(own, rank, count, lower, upper, nan)
+    else:
+        for k in range(count):
+            own = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
+            rank = tl.zeros(origin.shape, tl.int32)
+            for j in range(count):
+                other = load_model(models, j, start, lane, mask, MODELS, ALIGNED, F) - origin
+                rank += _ahead(own, k, other, j)
+            lower, upper, nan = _middle(own, rank, count, lower, upper, nan)
+    middle = tl.where(lower == upper, lower, 0.5 * lower + 0.5 * upper)
+    return origin + tl.load(numbers + 1) * tl.where(nan == nan, middle, nan)
+
+
+@triton.jit
 def _nearswap(a: tl.tensor, b: tl.tensor, numbers: tl.tensor):
     least = tl.load(numbers + 2)
     distance = absolute(a - b)
@@ -188,5 +234,10 @@ def pointwise_kernel(
                 many, found, squares = _second(
                     x, origin, k, numbers, total, among, many, found, squares, METHOD
                 )
-    result = _result(origin, own, total, among, many, found, squares, numbers, METHOD)
+    if METHOD == "median":
+        result = _median(
+            inputs, models, origin, numbers, count, start, lane, mask, MODELS, ALIGNED, F
+        )
+    else:
+        result = _result(origin, own, total, among, many, found, squares, numbers, METHOD)
     store(out + start, lane, mask, result)

@@ -183,4 +183,36 @@ PM_INLINE F sce_point(F base, Load load, const PointwiseCall<F>& call) {
   return base + merged;
 }
 
+// The median of what the models have, or of their task vectors; of an even number of models the
+// mean of the middle two. NaN if one is NaN. reals: scale, whether of task vectors.
+template <class F, class Load>
+PM_INLINE F median_point(F base, Load load, const PointwiseCall<F>& call) {
+  using T = Traits<F>;
+  using Scalar = typename T::Scalar;
+  const F one = splat<F>(1), half = splat<F>(static_cast<Scalar>(0.5));
+  const F origin = call.reals[1] != 0 ? base : F{};
+  const int models = call.num_models;
+  const F below = splat<F>(static_cast<Scalar>((models - 1) / 2));
+  const F above = splat<F>(static_cast<Scalar>(models / 2));
+  F lower{}, upper{}, nan{};
+  PM_UNROLL
+  for (int k = 0; k < models; ++k) {
+    const F own = load(k) - origin;
+    // Its place among all, equal ones by the order of the models.
+    F rank = splat<F>(static_cast<Scalar>(k));
+    PM_UNROLL
+    for (int j = 0; j < models; ++j) {
+      const F other = load(j) - origin;
+      rank = j < k ? T::add(rank, -one, T::greater(other, own))
+                   : T::add(rank, one, T::greater(own, other));
+    }
+    lower = rank == below ? own : lower;
+    upper = rank == above ? own : upper;
+    nan = own != own ? own : nan;
+  }
+  // Halves are exact, save of the least numbers, and cannot overflow.
+  const F middle = lower == upper ? lower : half * lower + half * upper;
+  return origin + splat<F>(call.reals[0]) * (nan != nan ? nan : middle);
+}
+
 }  // namespace pymerge

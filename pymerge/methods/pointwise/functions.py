@@ -12,6 +12,7 @@ __all__ = [
     "consensus_ta",
     "emr",
     "magmax",
+    "median",
     "nearswap",
     "ram",
     "ramplus_tl",
@@ -88,6 +89,24 @@ def magmax(
     dtype: torch.dtype | None = None,
 ) -> T:
     """Take each element from the task vector in which it is largest (Marczak et al. 2024)."""
+    ...
+
+
+@merges("median")
+def median(
+    models: Sequence[T],
+    *,
+    base: T | None = None,
+    scale: float = 1.0,
+    nan: str = "error",
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> T:
+    """Take the median of each element over the models, or over task vectors (Yin et al. 2018).
+
+    theta_0 + scale * median_k tau_k; without a base, scale * median_k theta_k. Of an even number of
+    models it is the mean of the middle two. With `nan="keep"`, an element is NaN if one model's is.
+    """
     ...
 
 

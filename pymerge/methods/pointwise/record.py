@@ -120,6 +120,21 @@ MAGMAX = _pointwise(
     parameters=(SCALE, NAN),
 )
 
+MEDIAN = _pointwise(
+    name="median",
+    details=Operation(
+        "median", lambda p, _count: [p["scale"], 1.0], bare=lambda p, _count: [p["scale"], 0.0]
+    ),
+    needs_base=False,
+    takes_base=True,
+    title="Median",
+    summary="Takes the median of each element, which a minority of models cannot move far.",
+    formula="theta = theta_0 + scale * median_k tau_k; without a base, scale * median_k theta_k",
+    source="Yin et al., Byzantine-Robust Distributed Learning (coordinate-wise median), 2018",
+    url="https://arxiv.org/abs/1803.01498",
+    parameters=(SCALE, NAN),
+)
+
 CONSENSUS_TA = _pointwise(
     name="consensus_ta",
     details=Operation("consensus_ta", lambda p, _count: [p["scale"], p["need"], *p["threshold"]]),
@@ -199,6 +214,7 @@ RECORDS = (
     RAM,
     RAMPLUS_TL,
     MAGMAX,
+    MEDIAN,
     CONSENSUS_TA,
     TALL_MASKS,
     EMR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,21 @@ def _sce(element: Element, reals: Sequence[float]) -> torch.Tensor:
     return element.base + torch.where(total.isnan(), total, merged)
 
 
+def _median(element: Element, reals: Sequence[float]) -> torch.Tensor:
+    """The median of the models, or of their task vectors; of an even number the middle two's mean.
+
+    NaN if one is NaN (Yin et al. 2018, coordinate-wise median).
+    """
+    origin = element.base if reals[1] != 0 else element.zero
+    values = torch.stack([model - origin for model in element.models])
+    ordered, models = values.sort(dim=0, stable=True).values, len(values)
+    lower, upper = ordered[(models - 1) // 2], ordered[models // 2]
+    half = scalar(0.5, lower)
+    middle = torch.where(lower == upper, lower, half * lower + half * upper)
+    nan = values.isnan().any(dim=0)
+    return origin + scalar(reals[0], middle) * torch.where(nan, math.nan, middle)
+
+
 POINTWISE: dict[str, Kind] = {
     "nearswap": Kind(_nearswap, reals=2),
     "ram": Kind(_ram, reals=0, for_each=2),
@@ -121,6 +137,7 @@ POINTWISE: dict[str, Kind] = {
     "emr": Kind(_emr, reals=2, model=(0, -1)),
     "variance": Kind(lambda element, reals: element.variance(), reals=0),
     "sce": Kind(_sce, reals=2, for_each=1),
+    "median": Kind(_median, reals=2),
 }
 
 
