@@ -14,6 +14,7 @@ from pymerge.engine.scores import Scores, Tile
 from pymerge.engine.select import KEEP_NONE, Cut, Part, Workspace, order_statistics
 from pymerge.engine.sums import sparse_norms
 from pymerge.engine.trim import TrimTarget
+from pymerge.engine.whole_model import WholeModel
 from pymerge.engine.work import Sink, Source, Work, row_length
 from pymerge.methods.sparse.record import band_counts
 from pymerge.ops.arguments import Kept, SparseMerge, padded
@@ -106,28 +107,13 @@ def _seeds(work: Work, count: int, context: Context) -> list[int]:
 
 def _run_trimmed(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """Run DARE with a trim over the whole model: thresholds first, then tensor by tensor."""
-    merged = sorted((work for work in works if not work.copied), key=lambda work: work.name)
-    wide = any(work.wide for work in merged)
-    merged = [replace(work, wide=wide) for work in merged]
-
-    def parts(step: str) -> Iterator[Part]:
-        context.begin(step, merged, source)
-        for number, work in enumerate(merged):
-            base, models = source.load(work.name)
-            assert base is not None
-            yield number, base, models
-            context.progress.advance(source.nbytes(work.name))
-            source.release(work.name)
-
-    cuts = None
-    if any(work.numel for work in merged):
-        # Over the whole model, all elements that equal the threshold are kept.
-        cuts = _trim_cuts(merged, parts, context, exact=False)
-    numbers = {work.name: number for number, work in enumerate(merged)}
+    model = WholeModel([work for work in works if not work.copied], source, context)
+    # Over the whole model, all elements that equal the threshold are kept.
+    cuts = _trim_cuts(model.works, model.parts, context, exact=False) if model.total else None
 
     def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
-        own = replace(work, wide=wide)
-        _dare(own, source, sink, context, cuts, numbers[work.name])
+        number = model.numbers[work.name]
+        _dare(model.works[number], source, sink, context, cuts, number)
 
     merge_each(works, source, sink, context, merge)
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pymerge.engine.context import Context, copy_equal, total_bytes
 from pymerge.engine.execute import merge_each
-from pymerge.engine.select import Cut, Part, Workspace, order_statistics, sample_parts
+from pymerge.engine.select import Cut, Part, Workspace, order_statistics
+from pymerge.engine.whole_model import Samples, WholeModel
 from pymerge.engine.work import Sink, Source, Work
 from pymerge.methods.sums.passes import add_task_vectors
 from pymerge.methods.ties.record import TiesRule, trim_target
-from pymerge.ops.array import Array
 from pymerge.ops.call import call
 from pymerge.ops.runner import fetched, zeros
 
@@ -186,65 +185,26 @@ def _run_global(
 ) -> dict[str, int]:
     first = merged[0]
     rule = rules[first.name]  # scope, count and election are the same for all tensors
-    wide = any(work.wide for work in merged)
-    # A single order needs a single arithmetic: keys of float32 and float64 are not comparable.
-    merged = [replace(work, wide=wide) for work in merged]
-    by_name = {work.name: work for work in merged}
-    # The flat order of the official code: names sorted as strings. It decides between equal
-    # magnitudes.
-    flat = sorted(merged, key=lambda work: work.name)
-    numbers = {work.name: number for number, work in enumerate(flat)}
-    total = sum(work.numel for work in merged)
-
-    def parts(step: str) -> Iterator[Part]:
-        context.begin(step, flat, source)
-        # A sample touches lines all over the files. If they are not in memory yet, reading them
-        # through, which the next pass needs anyway, is faster than that many small reads; unless
-        # they would be evicted again by then.
-        if step == "sample" and not source.can_hold(total_bytes(flat, source)):
-            source.announce([])
-        for number, work in enumerate(flat):
-            base, models = source.load(work.name)
-            assert base is not None
-            yield number, base, models
-            context.progress.advance(base.nbytes + sum(model.nbytes for model in models))
-            source.release(work.name)
-
-    # Thresholds and their sample are the same for all weights and scales.
-    targets = [trim_target(rule, density, total) for density in first.parameters["density"]]
-    samples: list[tuple[Array, list[Array]]] = []
+    model = WholeModel(merged, source, context)
+    targets = [trim_target(rule, density, model.total) for density in first.parameters["density"]]
+    samples: Samples = []
     if _needs_balance(rule) or any(target.keep == "rank" for target in targets):
-        samples = context.remembered(
-            ("sample", wide),
-            lambda: sample_parts(lambda: parts("sample"), total, context.sample),
-        )
-    cuts, passes = context.remembered(
-        ("cuts", "", wide, *targets),
-        lambda: order_statistics(
-            lambda: parts("thresholds"),
-            targets,
-            total,
-            bins=context.bins,
-            sample=context.sample,
-            wide=wide,
-            backend=context.backend,
-            samples=samples,
-        ),
-    )
+        samples = model.samples()
+    cuts, passes = model.cuts(targets, samples)
 
     # The sign of a zero vote is a statistic of the whole merge. If a sample makes it clear, merge
     # with that and verify it; else count first.
     merge = _Merge(source, sink, context)
-    balance, sampled_numel = _guess_balance(first, rule, samples, cuts, wide, context)
+    balance, sampled_numel = _guess_balance(first, rule, samples, cuts, model.wide, context)
     counts_first = _needs_balance(rule) and abs(balance) <= _PLAIN * math.sqrt(sampled_numel)
     memo = {} if context.memo is None else context.memo
     if counts_first and "balance" in memo:
         # With other weights it is usually the same sign, and the merge verifies it.
         counts_first, balance = False, memo["balance"]
     if counts_first:
-        context.begin("signs", flat, source)
+        context.begin("signs", model.works, source)
         balance = 0
-        for number, work in enumerate(flat):
+        for number, work in enumerate(model.works):
             balance += int(merge.signs(work, rules[work.name], number, cuts)[0])
             source.release(work.name)
     attempts = 0
@@ -257,11 +217,12 @@ def _run_global(
             for work in works:
                 if work.copied:
                     copy_equal(work, source, sink, context)
-                elif work.name not in numbers:  # the base's, whatever the models contain
+                elif work.name not in model.numbers:  # the base's, whatever the models contain
                     add_task_vectors(work, source, sink, context)
                 else:
-                    own, number = rules[work.name], numbers[work.name]
-                    merge.tensor(by_name[work.name], own, number, cuts, zero_elects(own, balance))
+                    own, number = rules[work.name], model.numbers[work.name]
+                    zero_sign = zero_elects(own, balance)
+                    merge.tensor(model.work(work.name), own, number, cuts, zero_sign)
                 source.release(work.name)
         context.settle()
         counted = fetched(context.stats)
@@ -279,7 +240,7 @@ def _run_global(
 def _guess_balance(
     work: Work,
     rule: TiesRule,
-    samples: Sequence[tuple[Array, Sequence[Array]]],
+    samples: Samples,
     cuts: Sequence[Cut],
     wide: bool,
     context: Context,
