@@ -32,6 +32,7 @@ __all__ = [
     "Cut",
     "Part",
     "Workspace",
+    "magnitude_below",
     "most_passes",
     "order_statistics",
     "sample_parts",
@@ -165,6 +166,15 @@ def magnitude_keys(base: Flat, model: Flat, wide: bool) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         delta = np.abs(widen(as_array(model), wide) - widen(as_array(base), wide))
     return delta.view(np.int64 if wide else np.int32)
+
+
+def magnitude_below(key: int, wide: bool) -> float:
+    """Return the largest magnitude below a threshold: exactly what is above it has the key or a
+    larger one. -1 if all are kept, infinity if none is."""
+    if key in (KEEP_ALL, KEEP_NONE):
+        return -1.0 if key == KEEP_ALL else math.inf
+    bits = np.array(key - 1, np.int64 if wide else np.int32)
+    return float(bits.view(np.float64 if wide else np.float32))
 
 
 def most_passes(wide: bool, bins: int = MIN_BINS) -> int:
