@@ -76,6 +76,35 @@ def test_files_and_tensors_give_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "density", [0.05, 0.3, 1.0, 0.0, [0.5, 0.1, 1.0], [0.0, 0.2, 1e-9]], ids=str
+)
+@pytest.mark.parametrize("levels", [0, 3])
+def test_localize_and_stitch_is_that_of_the_paper(density: Any, levels: int) -> None:
+    """By sorting; levels: of few magnitudes, so that equal ones must be told apart."""
+    generator = torch.Generator().manual_seed(levels)
+    shapes = {"b": (301, 257), "a": (40,), "c.10": (3, 5), "c.9": (7,), "e": (0, 4)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tuned = []
+    for _ in range(3):
+        deltas = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        if levels:
+            base = {name: tensor.round() for name, tensor in base.items()}
+            deltas = {name: delta.mul(levels).round() for name, delta in deltas.items()}
+        tuned.append({name: base[name] + deltas[name] for name in base})
+    flat = torch.cat([base[name].flatten() for name in sorted(base)])
+    total, count = torch.zeros_like(flat), torch.zeros_like(flat)
+    for k, model in enumerate(tuned):
+        delta = torch.cat([model[name].flatten() for name in sorted(base)]) - flat
+        share = density[k] if isinstance(density, list) else density
+        kept = delta.abs().argsort(descending=True, stable=True)[: int(share * len(flat))]
+        total[kept] += delta[kept]
+        count[kept] += 1
+    expected = flat + total / count.clamp(min=1)
+    merged = pymerge.localize_and_stitch(base, tuned, density=density)
+    assert torch.equal(torch.cat([merged[name].flatten() for name in sorted(base)]), expected)
+
+
+@pytest.mark.parametrize(
     ("method", "parameters"),
     [
         ("sce", {"select_topk": 0.3, "mask": "weights"}),
@@ -85,6 +114,7 @@ def test_files_and_tensors_give_the_same(name: str, tmp_path: Path) -> None:
             "dare_ties",
             {"density": 0.5, "rescale": "inv_keep", "trim": 0.2, "trim_scope": "global"},
         ),
+        ("localize_and_stitch", {"density": 0.3}),
         ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.1, "scope": "row"}),
         ("della", {"density": 0.5, "epsilon": 0.1, "rescale": "l1"}),
         ("della_linear", {"density": 0.5, "epsilon": 0.1, "rescale": "per_element"}),

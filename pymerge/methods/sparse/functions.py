@@ -1,4 +1,4 @@
-"""Task vectors that are made sparse: DARE, Breadcrumbs, DELLA."""
+"""Task vectors that are made sparse: DARE, Breadcrumbs, DELLA, Localize-and-Stitch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 
 from pymerge.merging.functions import Numbers, T, merges
 
-__all__ = ["breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"]
+__all__ = [
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "localize_and_stitch",
+]
 
 
 @merges("dare_linear")
@@ -168,5 +176,27 @@ def della_linear(
     Args:
         density, epsilon, rescale, seed: as in `della`.
         normalize: divide by the sum of the weights, which then must not be 0.
+    """
+    ...
+
+
+@merges("localize_and_stitch")
+def localize_and_stitch(
+    base: T,
+    models: Sequence[T],
+    *,
+    density: Numbers = 0.05,
+    nan: str = "error",
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> T:
+    """Localize-and-Stitch without data (He et al. 2024).
+
+    Each task vector keeps its int(density n) largest magnitudes of the whole model's n elements
+    (among equal ones, those first in flat order); the base gets the mean of those that keep an
+    element.
+
+    Args:
+        density: share that is kept, in [0, 1]; one number or one for each model.
     """
     ...

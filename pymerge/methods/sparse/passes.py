@@ -1,4 +1,4 @@
-"""The passes of DARE, Breadcrumbs and DELLA: what is kept of each task vector, then the merge."""
+"""The passes of merges of sparse task vectors: what is kept of each of them, then the merge."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ import numpy as np
 from pymerge.engine.context import Context
 from pymerge.engine.execute import merge_each
 from pymerge.engine.scores import Scores, Tile
-from pymerge.engine.select import KEEP_NONE, Cut, Part, Workspace, order_statistics
+from pymerge.engine.select import (
+    KEEP_NONE,
+    Cut,
+    Part,
+    Workspace,
+    magnitude_below,
+    order_statistics,
+)
 from pymerge.engine.sums import sparse_norms
-from pymerge.engine.trim import TrimTarget
 from pymerge.engine.whole_model import WholeModel
 from pymerge.engine.work import Sink, Source, Work, row_length
-from pymerge.methods.sparse.record import band_counts
+from pymerge.methods.pointwise.passes import merge_pointwise
+from pymerge.methods.sparse.record import band_counts, largest
 from pymerge.ops.arguments import Kept, SparseMerge, padded
 from pymerge.ops.array import Flat, as_flat
 from pymerge.ops.call import Counters, call
 from pymerge.ops.masks import keep_limit, seed_words
 
-__all__ = ["run_breadcrumbs", "run_dare", "run_della"]
+__all__ = ["run_breadcrumbs", "run_dare", "run_della", "run_localize_and_stitch"]
 
 _SMALL = 1e-7  # L1 norms below this are not rescaled, as in mergekit
 _RANKED_AT_ONCE = 1 << 20  # ranks of all models together, or a row if that is longer
@@ -48,6 +55,31 @@ def run_breadcrumbs(works: Sequence[Work], source: Source, sink: Sink, context: 
 def run_della(works: Sequence[Work], source: Source, sink: Sink, context: Context) -> None:
     """Run DELLA tensor by tensor."""
     merge_each(works, source, sink, context, _della)
+
+
+def run_localize_and_stitch(
+    works: Sequence[Work], source: Source, sink: Sink, context: Context
+) -> dict[str, int]:
+    """Run Localize-and-Stitch: thresholds over the whole model, then tensor by tensor."""
+    merged = [work for work in works if not work.copied]
+    model = WholeModel(merged, source, context)
+    densities = merged[0].parameters["density"] if merged else []
+    targets = [largest(model.total, int(density * model.total)) for density in densities]
+    samples = model.samples() if any(target.keep == "rank" for target in targets) else []
+    cuts, passes = model.cuts(targets, samples)
+
+    def merge(work: Work, source: Source, sink: Sink, context: Context) -> None:
+        number = model.numbers[work.name]
+        tables = [cut.thresholds(number, work.numel) for cut in cuts]
+        # The kind keeps what is above a number; RAM's factors are 1.
+        stretches = [
+            (begin, end, [magnitude_below(key, model.wide) for key in keys] + [1.0] * len(keys))
+            for begin, end, keys in _stretches(tables, work.numel)
+        ]
+        merge_pointwise("ram", model.works[number], stretches, source, sink, context)
+
+    merge_each(works, source, sink, context, merge)
+    return {"selection_passes": passes}
 
 
 def _dare(
@@ -160,7 +192,7 @@ def _trim_cuts(
             )
 
     share = works[0].parameters["trim"]
-    targets = [_largest(total, int(share * total), exact)] * count
+    targets = [largest(total, int(share * total), exact)] * count
     return Scores(parts, total, count, score, context, wide).select(targets)
 
 
@@ -190,8 +222,8 @@ def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> No
         _merge_ranked(work, base, models, columns, kept, how, source, sink, context)
         return
     # For each model, the largest: all except the dropped smallest, and the dropped largest.
-    targets = [_largest(work.numel, work.numel - bottom) for bottom, _ in counts]
-    targets += [_largest(work.numel, top) for _, top in counts]
+    targets = [largest(work.numel, work.numel - bottom) for bottom, _ in counts]
+    targets += [largest(work.numel, top) for _, top in counts]
     part: Part = (0, base, [*models, *models])
     cuts, _ = context.remembered(
         ("cuts", work.name, work.wide, *targets),
@@ -213,14 +245,6 @@ def _breadcrumbs(work: Work, source: Source, sink: Sink, context: Context) -> No
         last = [key if key == KEEP_NONE else key - 1 for key in first_dropped]
         stretches.append((begin, end, Kept(lo=lo, last=last)))
     _merge(work, base, models, stretches, how, source, sink, context)
-
-
-def _largest(total: int, count: int, exact: bool = True) -> TrimTarget:
-    if count == 0:
-        return TrimTarget("none")
-    if count == total:
-        return TrimTarget("all")
-    return TrimTarget("rank", total - count + 1, exact=exact)
 
 
 def _stretches(

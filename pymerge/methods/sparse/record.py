@@ -1,4 +1,4 @@
-"""Records of the merges of sparse task vectors: DARE, Breadcrumbs and DELLA."""
+"""Records of the merges of sparse task vectors: DARE, Breadcrumbs, DELLA, Localize-and-Stitch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymerge.engine.steps import MERGE, Step
+from pymerge.engine.trim import TrimTarget
 from pymerge.methods.parameters import INT8_MASK, NAN, NO_RESCALE, SCALE, SEED, WEIGHT, normalize
-from pymerge.methods.spec import MethodSpec, Parameter
+from pymerge.methods.spec import MethodSpec, Parameter, always
 
-__all__ = ["RECORDS", "Sparse", "band_counts"]
+__all__ = ["RECORDS", "Sparse", "band_counts", "largest"]
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,56 @@ def _della(elect: bool) -> MethodSpec:
     )
 
 
+def largest(total: int, count: int, exact: bool = True) -> TrimTarget:
+    """Return the trim that keeps the `count` largest of `total` magnitudes."""
+    if count == 0:
+        return TrimTarget("none")
+    if count == total:
+        return TrimTarget("all")
+    return TrimTarget("rank", total - count + 1, exact=exact)
+
+
+LOCALIZE_AND_STITCH = MethodSpec(
+    name="localize_and_stitch",
+    run="pymerge.methods.sparse.passes:run_localize_and_stitch",
+    reads=lambda p, _numel, total: _localize_reads(p, total),
+    spans_model=always,
+    title="Localize-and-Stitch (dataless)",
+    summary="Keeps each task vector's largest elements over the whole model; averages overlaps.",
+    formula=(
+        "theta = theta_0 + mean over {k: M_k} of tau_k, M_k the top density of |tau_k| over the "
+        "whole model; theta_0 where no model keeps an element"
+    ),
+    source="He et al., Localize-and-Stitch, 2024",
+    url="https://arxiv.org/abs/2408.13656",
+    needs_base=True,
+    passes="3 (a sample, the thresholds of |delta| over the whole model, the merge)",
+    parameters=(
+        Parameter(
+            "density",
+            "float",
+            0.05,
+            "Share of each task vector that is kept, over the whole model.",
+            scope="model",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        NAN,
+    ),
+)
+
+
+def _localize_reads(parameters: Mapping[str, Any], total: int) -> tuple[Step, ...]:
+    if all(int(density * total) in (0, total) for density in parameters["density"]):
+        return (MERGE,)
+    thresholds = "the thresholds of |delta| over the whole model"
+    return (
+        Step("sample", "a sample of all tensors", "model"),
+        Step("thresholds", thresholds, "model", selects=True),
+        MERGE,
+    )
+
+
 def _dare_reads(parameters: Mapping[str, Any], _numel: int, _total: int) -> tuple[Step, ...]:
     steps: list[Step] = []
     trims = parameters.get("trim") is not None
@@ -312,4 +363,5 @@ RECORDS = (
     _breadcrumbs(True),
     _della(True),
     _della(False),
+    LOCALIZE_AND_STITCH,
 )
