@@ -71,7 +71,7 @@ def test_a_function_takes_what_its_record_says(name: str) -> None:
 def test_a_function_is_merge_by_name(name: str, positional: bool) -> None:
     spec = METHODS[name]
     # Of the few elements here, the smallest densities would keep none.
-    own = ({"density": 0.6} if spec.parameter("density") else {}) | GIVEN.get(name, {})
+    own = ({"density": 0.6} if "density" in arguments(name) else {}) | GIVEN.get(name, {})
     models = MODELS[: spec.max_models]
     base = BASE if "base" in arguments(name) else None
     weights = [0.3, 0.9][: len(models)] if spec.parameter("weight") else None
