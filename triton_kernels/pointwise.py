@@ -127,7 +127,11 @@ def _result(
     origin: tl.tensor, own: tl.tensor, total: tl.tensor, among: tl.tensor, count: tl.tensor,
     found: tl.tensor, squares: tl.tensor, numbers: tl.tensor, METHOD: tl.constexpr,
 ):  # fmt: skip
-    """own: the model that the method is asked about, of nearswap the only one."""
+    """own: the model that the method is asked about, of nearswap the only one.
+
+    Methods that compare the models with each other have functions of their own.
+    """
+    result = origin
     first = tl.load(numbers + 1)
     if METHOD == "nearswap":
         result = _nearswap(origin, total, numbers)
@@ -146,7 +150,7 @@ def _result(
         agrees = align(own - origin, total > 0) > 0
         masked = tl.load(numbers + 2) * tl.where(agrees, unified, 0.0)
         result = origin + tl.where(first < 0, unified, masked)
-    else:
+    elif METHOD == "variance" or METHOD == "sce" or METHOD == "sce_everywhere":
         many = tl.load(numbers)
         variance = divide(squares, many)
         if METHOD == "variance":
@@ -234,10 +238,9 @@ def pointwise_kernel(
                 many, found, squares = _second(
                     x, origin, k, numbers, total, among, many, found, squares, METHOD
                 )
+    result = _result(origin, own, total, among, many, found, squares, numbers, METHOD)
     if METHOD == "median":
         result = _median(
             inputs, models, origin, numbers, count, start, lane, mask, MODELS, ALIGNED, F
         )
-    else:
-        result = _result(origin, own, total, among, many, found, squares, numbers, METHOD)
     store(out + start, lane, mask, result)
