@@ -8,9 +8,8 @@ of models.
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +18,13 @@ from pymerge.dtypes import torch_dtype
 from pymerge.engine.work import slices
 from pymerge.memory import CHUNKS, TILES, DeviceSizes
 from pymerge.merging.gpu.device import COMPUTE, IN, Device, OutOfDeviceMemory
-from pymerge.ops import call as _calls
 from pymerge.ops.array import Array, as_array
 from pymerge.ops.backends import BACKENDS
-from pymerge.ops.constants import HOT_CHUNK, SCORE_ALIGNMENT, SUM_CHUNK
+from pymerge.ops.call import call
+from pymerge.ops.constants import HOT_CHUNK, SCORE_ALIGNMENT
 from pymerge.ops.runner import Runner
+from pymerge.ops.spec import COLUMNS, OF_A_MODEL, START, OpSpec, Table
+from pymerge.ops.specs import OPS
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["Stage"]
 
 _ALIGNED = 256  # bytes at whose multiples tensors begin in a tile
-
-# Arguments that are as long as a tensor, by the names they have in every op.
-_FLATS = ("out", "base", "model", "models")
-# Those that an op writes or adds to.
-_WRITTEN = ("out", "stats", "counts", "hot_chunks", "partials", "scores", "table")
 
 
 class Stage(Runner):
@@ -66,29 +62,31 @@ class Stage(Runner):
 
     def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         """Run an op; tensors of the device may be written after this returns, arrays are now."""
-        named = dict(_signature(op).bind(*arguments, **keywords).arguments)
+        spec = OPS[op]
+        named = spec.bind(arguments, keywords)
+        del named["backend"]
         self.ran[op] = self.backend_for(op)
         try:
-            (self._on_host if " " in self.ran[op] else self._on_device)(op, named)
+            (self._on_host if " " in self.ran[op] else self._on_device)(spec, named)
         except ValueError as error:
             self._take_another(op, error)
             self.call(op, arguments, keywords)
 
-    def _on_device(self, op: str, named: dict[str, Any]) -> None:
+    def _on_device(self, spec: OpSpec, named: dict[str, Any]) -> None:
         after: list[Callable[[], None]] = []
         for name, value in named.items():
             if isinstance(value, np.ndarray):
                 named[name] = self.memory.put(value)
-                if _writes(op, name):
+                if name in spec.written:
                     after.append(lambda to=value, found=named[name]: self._fetch(to, found))
-            elif name in ("ranks", "weights", "divergences") and hasattr(value, "contiguous"):
+            elif name in spec.tables and name not in spec.written and value is not None:
                 named[name] = value.contiguous()  # a part of the rows of another piece
         if isinstance(out := named.get("out"), Array):
             named["out"] = self._empty_like(out)
             after.append(lambda: self._bring(out, named["out"]))
-        numel = _numel(named)
-        for start, stop in slices(numel, self._step(op, named, numel)):
-            self._tile(op, named, start, stop, numel)
+        numel = int(next(_flats(spec, named)).numel())
+        for start, stop in slices(numel, self._step(spec, named, numel)):
+            self._tile(spec, named, start, stop, numel)
         for step in after:
             step()
 
@@ -109,40 +107,45 @@ class Stage(Runner):
 
     # ------------------------------------------------------------------ tiles
 
-    def _step(self, op: str, named: Mapping[str, Any], numel: int) -> int:
+    def _step(self, spec: OpSpec, named: Mapping[str, Any], numel: int) -> int:
         """Return how many elements a tile has."""
-        hosted = _hosted(named)
+        hosted = _hosted(spec, named)
         each = sum(flat.nbytes // max(flat.numel(), 1) for flat in hosted.values())
-        if numel == 0 or each == 0:
+        if numel == 0 or each == 0 or spec.having(OF_A_MODEL) is not None:
             return max(numel, 1)
-        # Whole chunks of what is counted by chunks, whole rows of what has rows.
-        unit = named.get("columns") or HOT_CHUNK
-        if op == "magnitude_equal_counts_" and HOT_CHUNK % named["chunk"]:
-            unit = named["chunk"]
+        # Whole columns of every table, whole rows of what has rows.
+        columns = named[rows] if (rows := spec.having(COLUMNS)) is not None else 0
+        unit = math.lcm(columns or 1, *(table.elements(named) for table in spec.tables.values()))
+        if not columns and HOT_CHUNK % unit == 0:
+            unit = HOT_CHUNK
         most = (self.sizes.tile_bytes - _ALIGNED * len(hosted)) // each
         # One unit at least, for which a tile is made that is larger than the others.
         return numel if numel <= most else max(most // unit, 1) * unit
 
-    def _tile(self, op: str, named: Mapping[str, Any], start: int, stop: int, numel: int) -> None:
+    def _tile(
+        self, spec: OpSpec, named: Mapping[str, Any], start: int, stop: int, numel: int
+    ) -> None:
         """Run an op on elements [start, stop) of its tensors."""
         part = dict(named)
-        for name in _FLATS:
-            if part.get(name) is not None:
+        for name in spec.flats:
+            if part[name] is not None:
                 part[name] = _each(lambda flat: flat[start:stop], part[name])
-        tables: list[_Table] = []
+        tables: list[_Part] = []
         if stop - start < numel:
-            if "start" in part:
-                part["start"] += start
-            for name, value in named.items():
-                width = _width(op, name, named)
-                if width is not None and value is not None:
-                    tables.append(_Table(name, value, width, start, stop, _writes(op, name)))
-        hosted = _hosted(part)
+            first = spec.having(START)
+            if first is not None:
+                part[first] += start
+            for name, table in spec.tables.items():
+                if named[name] is not None:
+                    elements = table.elements(named)
+                    whole, written = named[name], name in spec.written
+                    tables.append(_Part(name, table, whole, elements, start, stop, written))
+        hosted = _hosted(spec, part)
         tile = self._upload(list(hosted.values())) if hosted else None
         if tile is not None:
             there = dict(zip(hosted, tile.tensors, strict=True))
-            for name in _FLATS:
-                if part.get(name) is not None:
+            for name in spec.flats:
+                if part[name] is not None:
                     part[name] = _each(
                         lambda flat: there[_key(flat)] if isinstance(flat, Array) else flat,
                         part[name],
@@ -151,7 +154,7 @@ class Stage(Runner):
         def compute() -> None:
             for table in tables:
                 part[table.name] = table.take()
-            _torch_op(op)(**part, backend=self.ran[op])
+            _torch_op(spec.name)(**part, backend=self.ran[spec.name])
             for table in tables:
                 table.put(part[table.name])
 
@@ -192,7 +195,7 @@ class Stage(Runner):
     def _fetch(self, to: np.ndarray, tensor: torch.Tensor) -> None:
         to[...] = self.memory.get(tensor).numpy()
 
-    def _on_host(self, op: str, named: dict[str, Any]) -> None:
+    def _on_host(self, spec: OpSpec, named: dict[str, Any]) -> None:
         """Run an op on the processor, with copies of what is on the device."""
         after: list[Callable[[], None]] = []
 
@@ -202,12 +205,12 @@ class Stage(Runner):
             if not hasattr(value, "is_cuda"):
                 return value
             copy = self.memory.get(value)
-            if _writes(op, name):
+            if name in spec.written:
                 after.append(lambda: self._replace(value, copy))
-            return as_array(copy) if name in _FLATS else copy.numpy()
+            return as_array(copy) if name in spec.flats else copy.numpy()
 
-        backend = self.ran[op].partition(" ")[0]
-        _calls.call(op, **{n: down(n, v) for n, v in named.items()}, backend=backend)
+        backend = self.ran[spec.name].partition(" ")[0]
+        call(spec.name, **{n: down(n, v) for n, v in named.items()}, backend=backend)
         for step in after:
             step()
 
@@ -259,52 +262,35 @@ class _Ring:
             self._device.finish(self._emptied[self._at])
 
 
-class _Table:
+class _Part:
     """The columns of a table that belong to a tile, as a table of their own."""
 
     def __init__(
-        self, name: str, whole: torch.Tensor, width: int, start: int, stop: int, written: bool
+        self,
+        name: str,
+        table: Table,
+        whole: torch.Tensor,
+        elements: int,
+        start: int,
+        stop: int,
+        written: bool,
     ) -> None:
         self.name = name
-        self._columns = whole[..., start // width : -(-stop // width)]
-        self._written = written
+        self._columns = whole[..., start // elements : -(-stop // elements)]
+        self._written, self._read = written, table.read or not written
         count = self._columns.shape[-1]
         # Rows as long as the tensors have room for more (`SCORE_ALIGNMENT`).
-        self._room = -(-count // SCORE_ALIGNMENT) * SCORE_ALIGNMENT if width == 1 else count
+        self._room = -(-count // SCORE_ALIGNMENT) * SCORE_ALIGNMENT if elements == 1 else count
 
     def take(self) -> torch.Tensor:
         own = self._columns.new_zeros((*self._columns.shape[:-1], self._room))
-        if not self._written or self.name == "table":  # which is read as well
+        if self._read:
             own[..., : self._columns.shape[-1]] = self._columns
         return own
 
     def put(self, own: torch.Tensor) -> None:
         if self._written:
             self._columns.copy_(own[..., : self._columns.shape[-1]])
-
-
-def _width(op: str, name: str, named: Mapping[str, Any]) -> int | None:
-    """Return how many elements a column of a table is for; None for what is no such table."""
-    if name == "hot_chunks":
-        return HOT_CHUNK
-    if name in ("partials", "table"):
-        return named.get("columns") or SUM_CHUNK
-    if name in ("scores", "ranks"):
-        return 1
-    if op == "magnitude_equal_counts_" and name == "counts":
-        return named["chunk"]
-    if (op, name) in (("row_weighted_sum_", "weights"), ("row_importance_", "divergences")):
-        return named["columns"]
-    return None
-
-
-def _writes(op: str, name: str) -> bool:
-    return name in _WRITTEN or (op, name) == ("row_ranks_", "ranks")
-
-
-@cache
-def _signature(op: str) -> inspect.Signature:
-    return inspect.signature(getattr(_calls, op))
 
 
 def _torch_op(op: str) -> Any:
@@ -319,9 +305,9 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
     return [function(one) for one in value] if isinstance(value, (list, tuple)) else function(value)
 
 
-def _flats(named: Mapping[str, Any]) -> Iterator[Any]:
-    for name in _FLATS:
-        value = named.get(name)
+def _flats(spec: OpSpec, named: Mapping[str, Any]) -> Iterator[Any]:
+    for name in spec.flats:
+        value = named[name]
         if value is not None:
             yield from value if isinstance(value, (list, tuple)) else [value]
 
@@ -330,9 +316,9 @@ def _key(array: Array) -> tuple[int, str, int]:
     return array.data_ptr(), array.code, array.numel()
 
 
-def _hosted(named: Mapping[str, Any]) -> dict[tuple[int, str, int], Array]:
+def _hosted(spec: OpSpec, named: Mapping[str, Any]) -> dict[tuple[int, str, int], Array]:
     """Return the arrays of a call; one that it has twice is there once."""
-    return {_key(flat): flat for flat in _flats(named) if isinstance(flat, Array)}
+    return {_key(flat): flat for flat in _flats(spec, named) if isinstance(flat, Array)}
 
 
 def _tensors(named: Mapping[str, Any]) -> Iterator[torch.Tensor]:
@@ -340,10 +326,6 @@ def _tensors(named: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if hasattr(one, "is_cuda"):
                 yield one
-
-
-def _numel(named: Mapping[str, Any]) -> int:
-    return int(next(_flats(named)).numel())
 
 
 def _padded(nbytes: int) -> int:
