@@ -94,19 +94,20 @@ def _median(
     nan = lower
     if MODELS > 0:
         for k in tl.static_range(MODELS):
-            own = inputs[k] - origin
             rank = tl.zeros(origin.shape, tl.int32)
             for j in tl.static_range(MODELS):
-                rank += _ahead(own, k, inputs[j] - origin, j)
-            lower, upper, nan = _middle(own, rank, count, lower, upper, nan)
+                rank += _ahead(inputs[k], k, inputs[j], j)
+            lower, upper, nan = _middle(inputs[k], rank, count, lower, upper, nan)
     else:
         for k in range(count):
-            own = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F) - origin
+            own = load_model(models, k, start, lane, mask, MODELS, ALIGNED, F)
             rank = tl.zeros(origin.shape, tl.int32)
             for j in range(count):
-                other = load_model(models, j, start, lane, mask, MODELS, ALIGNED, F) - origin
+                other = load_model(models, j, start, lane, mask, MODELS, ALIGNED, F)
                 rank += _ahead(own, k, other, j)
             lower, upper, nan = _middle(own, rank, count, lower, upper, nan)
+    lower -= origin
+    upper -= origin
     middle = tl.where(lower == upper, lower, 0.5 * lower + 0.5 * upper)
     return origin + tl.load(numbers + 1) * tl.where(nan == nan, middle, nan)
 

@@ -188,29 +188,28 @@ PM_INLINE F sce_point(F base, Load load, const PointwiseCall<F>& call) {
 template <class F, class Load>
 PM_INLINE F median_point(F base, Load load, const PointwiseCall<F>& call) {
   using T = Traits<F>;
-  using Scalar = typename T::Scalar;
-  const F one = splat<F>(1), half = splat<F>(static_cast<Scalar>(0.5));
+  using Bits = typename T::Bits;
+  const F half = splat<F>(static_cast<typename T::Scalar>(0.5));
   const F origin = call.reals[1] != 0 ? base : F{};
   const int models = call.num_models;
-  const F below = splat<F>(static_cast<Scalar>((models - 1) / 2));
-  const F above = splat<F>(static_cast<Scalar>(models / 2));
   F lower{}, upper{}, nan{};
   PM_UNROLL
   for (int k = 0; k < models; ++k) {
-    const F own = load(k) - origin;
-    // Its place among all, equal ones by the order of the models.
-    F rank = splat<F>(static_cast<Scalar>(k));
+    const F own = load(k);
+    // Its place among all, equal ones by the order of the models. Task vectors have the same order.
+    Bits after{}, before{};
     PM_UNROLL
-    for (int j = 0; j < models; ++j) {
-      const F other = load(j) - origin;
-      rank = j < k ? T::add(rank, -one, T::greater(other, own))
-                   : T::add(rank, one, T::greater(own, other));
-    }
-    lower = rank == below ? own : lower;
-    upper = rank == above ? own : upper;
+    for (int j = 0; j < k; ++j) after = T::count(after, T::greater(load(j), own));
+    PM_UNROLL
+    for (int j = k + 1; j < models; ++j) before = T::count(before, T::greater(own, load(j)));
+    const Bits rank = before - after + k;
+    lower = rank == (models - 1) / 2 ? own : lower;
+    upper = rank == models / 2 ? own : upper;
     nan = own != own ? own : nan;
   }
   // Halves are exact, save of the least numbers, and cannot overflow.
+  lower = lower - origin;
+  upper = upper - origin;
   const F middle = lower == upper ? lower : half * lower + half * upper;
   return origin + splat<F>(call.reals[0]) * (nan != nan ? nan : middle);
 }

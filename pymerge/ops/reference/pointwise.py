@@ -119,9 +119,10 @@ def _median(element: Element, reals: Sequence[float]) -> torch.Tensor:
     NaN if one is NaN (Yin et al. 2018, coordinate-wise median).
     """
     origin = element.base if reals[1] != 0 else element.zero
-    values = torch.stack([model - origin for model in element.models])
-    ordered, models = values.sort(dim=0, stable=True).values, len(values)
-    lower, upper = ordered[(models - 1) // 2], ordered[models // 2]
+    values, models = torch.stack(element.models), len(element.models)
+    # Task vectors have the same order; of equal numbers the first model's comes first.
+    ordered = values.sort(dim=0, stable=True).values
+    lower, upper = ordered[(models - 1) // 2] - origin, ordered[models // 2] - origin
     half = scalar(0.5, lower)
     middle = torch.where(lower == upper, lower, half * lower + half * upper)
     nan = values.isnan().any(dim=0)
