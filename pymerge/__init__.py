@@ -16,4 +16,4 @@ from pymerge.methods import methods as methods
 # A method's function is in its family's room, under the name that its record has for it.
 _FUNCTIONS = {spec.function_name: spec.functions for spec in _METHODS.values() if spec.callable}
 
-__getattr__, __dir__, __all__ = names_of_stub(__name__, __file__, _FUNCTIONS)
+__getattr__, __dir__ = names_of_stub(__name__, __file__, _FUNCTIONS)

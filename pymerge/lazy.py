@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,39 @@ __all__ = ["names_of_stub"]
 
 def names_of_stub(
     package: str, file: str, more: Mapping[str, str] | None = None
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return a package's `__getattr__`, `__dir__` and `__all__`.
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return a package's `__getattr__`, which has its `__all__` too, and its `__dir__`.
 
     Args:
         package: its `__name__`.
         file: its `__file__`. Beside it, `__init__.pyi` has a line `from MODULE import NAME as NAME`
-            for each name.
+            for each name. It is read when a name is first asked for.
         more: modules by the names that they have, which the stub takes by `import *`.
     """
-    stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
-    homes = {
-        alias.asname: (str(line.module), alias.name)
-        for line in stub.body
-        if isinstance(line, ast.ImportFrom)
-        for alias in line.names
-        if alias.asname is not None
-    }
-    homes |= {name: (module, name) for name, module in (more or {}).items()}
+
+    @cache
+    def homes() -> dict[str, tuple[str, str]]:
+        stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+        found = {
+            alias.asname: (str(line.module), alias.name)
+            for line in stub.body
+            if isinstance(line, ast.ImportFrom)
+            for alias in line.names
+            if alias.asname is not None
+        }
+        return found | {name: (module, name) for name, module in (more or {}).items()}
 
     def load(name: str) -> Any:
-        if name not in homes:
+        if name == "__all__":
+            return sorted(homes())
+        if name not in homes():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, own = homes[name]
+        module, own = homes()[name]
         value = getattr(import_module(module), own)
         setattr(sys.modules[package], name, value)
         return value
 
     def names() -> list[str]:
-        return sorted(homes.keys() | vars(sys.modules[package]).keys())
+        return sorted(homes().keys() | vars(sys.modules[package]).keys())
 
-    return load, names, sorted(homes)
+    return load, names

@@ -31,7 +31,7 @@ from pymerge.checkpoint.peft.adapter import Adapter
 from pymerge.config import load_config
 from pymerge.errors import RequestError
 from pymerge.merging.report import MergeReport
-from pymerge.methods.adamerging.record import read_coefficients
+from pymerge.methods.adamerging.coefficients import read_coefficients
 from pymerge.output import copy_side_files
 from pymerge.plan import make_plan
 from pymerge.search.config import load_search

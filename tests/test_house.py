@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,3 +214,27 @@ def test_a_family_exports_its_functions() -> None:
         assert f"from {module} import *\n" in stub
         own = {s.function_name for s in METHODS.values() if s.callable and s.functions == module}
         assert set(importlib.import_module(module).__all__) == own
+
+
+def test_the_readme_names_every_method() -> None:
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"`{name}`" not in text] == []
+
+
+def test_documents_name_files_that_are_there() -> None:
+    """Those with a folder, and those of any folder without one."""
+    root = PACKAGE.parent
+    paths = {
+        path.relative_to(root).as_posix()
+        for folder in ("pymerge", "csrc", "triton_kernels", "tests", "benchmarks", "docs")
+        for path in (root / folder).rglob("*")
+        if "__pycache__" not in path.parts
+    } | {path.name for path in root.iterdir()}
+    ends = {part for path in paths for part in (path, path.rpartition("/")[2])}
+    missing = []
+    for document in (*root.glob("*.md"), *(root / "docs").glob("*.md")):
+        text = document.read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w./-]+\.(?:py|h|cpp|cu|def|pyi))`", text):
+            if name not in ends and not any(path.endswith(f"/{name}") for path in paths):
+                missing.append(f"{document.name}: {name}")
+    assert missing == []

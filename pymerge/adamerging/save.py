@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from pymerge.errors import RequestError
-from pymerge.methods.adamerging.record import FORMAT
+from pymerge.methods.adamerging.coefficients import FORMAT
 from pymerge.output.replace import replace_file
 
 if TYPE_CHECKING:

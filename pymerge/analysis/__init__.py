@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from pymerge.lazy import names_of_stub
 
-__getattr__, __dir__, __all__ = names_of_stub(__name__, __file__)
+__getattr__, __dir__ = names_of_stub(__name__, __file__)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = ["TrimTarget"]
 
 
-@dataclass(frozen=True)
-class TrimTarget:
+class TrimTarget(NamedTuple):
     """What a trim of `total` elements keeps.
 
     keep is "all", "none" or "rank"; `rank` (1-based, from the smallest magnitude) is the order

@@ -88,10 +88,6 @@ class Argument:
     written: bool
     by_name: bool
 
-    @property
-    def is_tensor(self) -> bool:
-        return self.type.startswith("Tensor")
-
 
 @dataclass(frozen=True)
 class OpSpec:

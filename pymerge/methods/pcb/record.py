@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pymerge.engine.steps import MERGE, Step
 from pymerge.methods.parameters import NAN, SCALE
@@ -13,8 +12,7 @@ from pymerge.methods.spec import MethodSpec, Parameter
 __all__ = ["RECORDS", "VARIANTS", "PcbVariant"]
 
 
-@dataclass(frozen=True)
-class PcbVariant:
+class PcbVariant(NamedTuple):
     """The numbers that distinguish a variant from the others.
 
     code: the formula, as in csrc/math/pcb.h. clip: share of the smallest and of the largest

@@ -7,9 +7,9 @@ computes it, and the numbers that the kind needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymerge.engine.steps import MERGE, Step
 from pymerge.errors import RequestError
@@ -21,8 +21,7 @@ __all__ = ["RECORDS", "Operation", "task_of"]
 Parameters = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """How elements are computed.
 
     Attributes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymerge.engine.steps import MERGE, Step
 from pymerge.engine.trim import TrimTarget
@@ -14,8 +13,7 @@ from pymerge.methods.spec import MethodSpec, Parameter, always
 __all__ = ["RECORDS", "Sparse", "band_counts", "largest"]
 
 
-@dataclass(frozen=True)
-class Sparse:
+class Sparse(NamedTuple):
     """What the family needs to know of a method: whether signs are elected."""
 
     elects: bool

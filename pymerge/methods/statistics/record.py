@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymerge.engine.steps import MERGE, Step
 from pymerge.methods.parameters import NAN
@@ -42,8 +41,7 @@ def _check_weights(parameters: Mapping[str, Any]) -> list[str]:
     return [f"all weights are 0 ({weights}): nothing is left to merge; give at least one above 0"]
 
 
-@dataclass(frozen=True)
-class FisherRule:
+class FisherRule(NamedTuple):
     """How Fisher information becomes a weight.
 
     floor, floor_rule: "max" takes max(F, floor), "max_first" does so for the first model only,

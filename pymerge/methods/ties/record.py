@@ -177,7 +177,7 @@ def ties_reads(parameters: Mapping[str, Any], numel: int, total: int) -> tuple[S
     if votes:
         of = "the whole model" if whole else "each tensor"
         steps.append(Step("signs", f"the majority sign of {of}", scope))
-    return (*steps, replace(MERGE, most=2) if whole and votes else MERGE)
+    return (*steps, MERGE._replace(most=2) if whole and votes else MERGE)
 
 
 def _check(parameters: Mapping[str, Any]) -> list[str]:
