@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["CheckpointError", "MergeError", "NonFiniteError", "RequestError", "nearest", "shown"]
+__all__ = [
+    "CheckpointError",
+    "MergeError",
+    "NonFiniteError",
+    "RequestError",
+    "listed",
+    "nearest",
+    "not_one_of",
+    "shown",
+]
 
 
 class RequestError(ValueError):
@@ -42,6 +51,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return `'a', 'b' and 3 more`."""
+    text = ", ".join(f"'{name}'" for name in names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
+
+
+def not_one_of(value: Any, known: Iterable[str]) -> str:
+    """Return `expected one of a, b; got 'x'`, with the nearest of the known names."""
+    known = list(known)
+    return f"expected one of {', '.join(known)}; got {value!r}{nearest(value, known)}"
 
 
 def shown(value: Any) -> str:

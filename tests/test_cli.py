@@ -218,7 +218,10 @@ def test_sigterm_unwinds_the_merge(
         ("merge c.yml out --seed -1", "argument --seed: expected an integer >= 0, got '-1'"),
         ("merge c.yml out --seed 1.5", "argument --seed: expected an integer >= 0, got '1.5'"),
         ("merge c.yml out --device gpu", "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
-        ("merge c.yml out --backend numpy", "argument --backend: invalid choice: 'numpy'"),
+        (
+            "merge c.yml out --backend numpy",
+            "argument --backend: expected one of auto, reference, cpu, cuda, tri",
+        ),
         ("merge c.yml out --nonsense", "unrecognized arguments: --nonsense"),
         ("frobnicate", "invalid choice: 'frobnicate'"),
         ("methods tise", "unknown merge method 'tise'; did you mean 'ties'?"),

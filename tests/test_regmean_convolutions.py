@@ -362,7 +362,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         make_plan(load_config(made))
     # Statistics with convolutions beside some without.
     grams = [pymerge.collect_gram(net, data, convolutions=own) for own in (True, False)]
-    with pytest.raises(pymerge.RequestError, match=r"grams\[1\]: lacks '(stem|point).weight'"):
+    with pytest.raises(
+        pymerge.RequestError, match=r"grams\[1\]: lacks the statistics of '(stem|point).weight'"
+    ):
         pymerge.regmean_merge(states, grams)
 
 

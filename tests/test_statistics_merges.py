@@ -166,7 +166,11 @@ def test_gradient_matching_without_the_base_is_fisher_merging() -> None:
         ("regmean", {"collected": [{"w": -torch.eye(5)}] * 3}, "negative diagonal element"),
         ("regmean", {"collected": [{"w": torch.ones(5, 5).triu()}] * 3}, "is not symmetric"),
         ("regmean", {"ridge": -1.0}, "ridge: expected"),
-        ("matching", {"base_fisher": {"v": torch.ones(7)}}, r"base_fisher: lacks 'w'"),
+        (
+            "matching",
+            {"base_fisher": {"v": torch.ones(7)}},
+            r"base_fisher: lacks the statistics of 'w'",
+        ),
         ("matching", {"scale": -1.0}, "scale: expected a finite number >= 0"),
     ],
 )
@@ -191,7 +195,7 @@ def test_methods_take_the_statistics_that_they_need() -> None:
     with pytest.raises(pymerge.RequestError, match="base_statistics: fisher takes none"):
         pymerge.merge("fisher", None, tuned, statistics=fishers, base_statistics=fishers[0])
     gram = ModelStatistics({"w": torch.eye(5)}, StatisticsRecord("gram"))
-    with pytest.raises(pymerge.RequestError, match="gram statistics; fisher needs fisher"):
+    with pytest.raises(pymerge.RequestError, match="holds gram statistics; fisher needs fisher"):
         pymerge.fisher_merge(tuned, [gram] * 3)
 
 

@@ -11,10 +11,18 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, listed, nearest
 from pymerge.strict_json import decode, load_json
 
-__all__ = ["KINDS", "METADATA_KEY", "StatisticsRecord", "filename_of", "shape_problem"]
+__all__ = [
+    "KINDS",
+    "METADATA_KEY",
+    "StatisticsRecord",
+    "filename_of",
+    "foreign_problem",
+    "kind_problem",
+    "shape_problem",
+]
 
 KINDS = ("fisher", "gram")
 METADATA_KEY = "pymerge_statistics"
@@ -117,6 +125,27 @@ class _Metadata:
     model_tensors: tuple[str, ...]
     made_by: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def kind_problem(record: StatisticsRecord, needed: str, method: str) -> str | None:
+    """Say that a method needs statistics of another kind."""
+    if record.kind == needed:
+        return None
+    return f"holds {record.kind} statistics; {method} needs {needed}"
+
+
+def foreign_problem(foreign: Sequence[str], count: int, model: str, known: Iterable[str]) -> str:
+    """Say that statistics are those of another architecture.
+
+    Args:
+        foreign: the tensors that the model does not have. count: the tensors of the statistics.
+        model: its name in messages. known: the names of its tensors.
+    """
+    hint = nearest(foreign[0], known) if len(foreign) == 1 else ""
+    return (
+        f"statistics of another architecture: {model} lacks {len(foreign)} of their {count} "
+        f"tensors: {listed(foreign)}{hint}"
+    )
 
 
 def shape_problem(

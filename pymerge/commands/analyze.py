@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pymerge.commands.options import Commands
+from pymerge.commands.options import Commands, one_of
 from pymerge.errors import RequestError
 
 __all__ = ["add", "run"]
@@ -59,8 +59,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "reference", "cpu"),
+        type=one_of("auto", "reference", "cpu"),
         default="auto",
+        metavar="{auto,reference,cpu}",
         help="what computes (default: auto)",
     )
     parser.add_argument(

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from pymerge.byte_sizes import parse_size
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, not_one_of
 
-__all__ = ["Commands", "add_plan_options", "device", "integer", "size"]
+__all__ = ["Commands", "add_plan_options", "device", "integer", "one_of", "size"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-_BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
 def size(text: str) -> int:
@@ -40,6 +40,17 @@ def integer(least: int) -> Callable[[str], int]:
     return parse
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return what reads one of a few words, and refuses others as the functions do."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(not_one_of(text, words))
+        return text
+
+    return parse
+
+
 def device(text: str) -> str:
     """Read the name of a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
@@ -56,7 +67,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="cpu, cuda or cuda:N; auto is the CPU, unless the backend needs a GPU (default: auto)",
     )
     parser.add_argument(
-        "--backend", choices=_BACKENDS, default="auto", help="what computes (default: auto)"
+        "--backend",
+        type=one_of(*BACKENDS),
+        default="auto",
+        metavar="{" + ",".join(BACKENDS) + "}",
+        help="what computes (default: auto)",
     )
     parser.add_argument(
         "--memory",

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
-from pymerge.checkpoint.statistics import StatisticsRecord, shape_problem
+from pymerge.checkpoint.statistics import (
+    StatisticsRecord,
+    foreign_problem,
+    kind_problem,
+    shape_problem,
+)
 from pymerge.engine.work import TensorStatistics
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError
 from pymerge.merging.structures import named_tensors
 from pymerge.methods import MethodSpec
 
 __all__ = ["match_statistics"]
 
 Tensors = Mapping[str, torch.Tensor]
-_SHOWN = 5
 
 
 def match_statistics(
@@ -81,10 +85,9 @@ class _Statistics:
         record = getattr(value, "record", None)
         kind = str(spec.statistics)
         self.record = record if record is not None else StatisticsRecord(kind)
-        if self.record.kind != kind:
-            raise RequestError(
-                f"{label}: {self.record.kind} statistics; {spec.name} needs {kind} statistics"
-            )
+        problem = kind_problem(self.record, kind, spec.name)
+        if problem is not None:
+            raise RequestError(f"{label}: {problem}")
         self.tensors = named_tensors(value, label, like)
 
     def get(self, name: str) -> torch.Tensor | None:
@@ -112,13 +115,8 @@ class _Statistics:
                 if problem is not None:
                     found.append(f"{shown}: {problem}")
         if foreign:
-            listed = ", ".join(repr(name) for name in foreign[:_SHOWN])
-            more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
-            hint = nearest(foreign[0], model) if len(foreign) == 1 else ""
-            found.append(
-                f"{self.label}: statistics of another architecture: the models lack {len(foreign)} "
-                f"of its {len(self.tensors)} tensors: {listed}{more}{hint}"
-            )
+            text = foreign_problem(foreign, len(self.tensors), "the model", model)
+            found.append(f"{self.label}: {text}")
         if not self.tensors:
             found.append(f"{self.label}: holds no tensors")
         return found
@@ -135,7 +133,9 @@ def _uncovered(model: Tensors, files: Sequence[_Statistics], base: _Statistics |
             file for file in (*files, *([] if base is None else [base])) if not _has(file, name)
         ]
         for file in lacking:
-            problems.append(f"{file.label}: lacks {name!r}, which {having[0].label} has")
+            problems.append(
+                f"{file.label}: lacks the statistics of {name!r}, which {having[0].label} has"
+            )
         sides = {file.record.name_of(name, file.record.transposed) is None for file in having}
         if len(sides) > 1:
             problems.append(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pymerge.errors import not_one_of
 from pymerge.ops.constants import SCORE_ALIGNMENT, SUM_CHUNK
 
 __all__ = [
@@ -94,9 +95,7 @@ def check_kind(op: str, kind: str, known: Iterable[str], backend: str) -> None:
     """Raise ValueError unless a kind of an op is one of those that a backend knows."""
     kinds = list(known)
     if kind not in kinds:
-        raise ValueError(
-            f"backend {backend!r}: {op}: expected one of {', '.join(kinds)}; got {kind!r}"
-        )
+        raise ValueError(f"backend {backend!r}: {op}: {not_one_of(kind, kinds)}")
 
 
 def divergence_columns(kind: str, table: Any, numel: int, columns: int, backend: str) -> int:

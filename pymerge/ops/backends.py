@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError, not_one_of
 from pymerge.ops.specs import OPS
 
 if TYPE_CHECKING:
@@ -87,10 +87,7 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Any:
             )
         return BACKENDS["reference"]
     if name not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise RequestError(
-            f"backend: expected one of {known}; got {name!r}{nearest(name, BACKENDS)}"
-        )
+        raise RequestError(f"backend: {not_one_of(name, ['auto', *BACKENDS])}")
     backend = BACKENDS[name]
     reason = backend.reason()
     if reason is not None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pymerge.errors import nearest
+from pymerge.errors import not_one_of
 from pymerge.ops.array import Array
 from pymerge.ops.backends import resolve
 from pymerge.ops.spec import OpSpec
@@ -81,11 +81,8 @@ def compute(spec: OpSpec, named: Mapping[str, Any]) -> None:
     backend = resolve(name, "cpu" if isinstance(first, Array) else first.device)
     for argument, words in spec.choices:
         if named[argument] not in words:
-            got = named[argument]
-            raise ValueError(
-                f"backend {backend.NAME!r}: {argument}: expected one of {', '.join(words)}; got "
-                f"{got!r}{nearest(got, words)}"
-            )
+            text = not_one_of(named[argument], words)
+            raise ValueError(f"backend {backend.NAME!r}: {argument}: {text}")
     if spec.forward is None:
         getattr(backend, spec.function)(*values)
     else:

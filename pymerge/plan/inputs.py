@@ -11,14 +11,13 @@ from pathlib import Path
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from pymerge.config import ModelEntry
 from pymerge.dtypes import COPIED, FLOATS
-from pymerge.errors import RequestError, nearest
+from pymerge.errors import RequestError, listed, nearest
 
 __all__ = [
     "Inputs",
     "check_exists",
     "folded_bytes",
     "header",
-    "listed",
     "open_inputs",
     "open_model",
 ]
@@ -291,8 +290,3 @@ def _short(checkpoint: Checkpoint) -> str:
 
 def _tensors(names: list[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-
-
-def listed(names: list[str]) -> str:
-    text = ", ".join(f"'{name}'" for name in names[:_SHOWN])
-    return f"{text} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else text

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from math import prod
 
 from pymerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from pymerge.checkpoint.statistics import StatisticsRecord, filename_of, shape_problem
+from pymerge.checkpoint.statistics import (
+    StatisticsRecord,
+    filename_of,
+    foreign_problem,
+    kind_problem,
+    shape_problem,
+)
 from pymerge.config import MergeConfig
 from pymerge.dtypes import FLOATS
-from pymerge.errors import RequestError
+from pymerge.errors import RequestError, listed
 from pymerge.ops.constants import SOLVED_AT_ONCE
-from pymerge.plan.inputs import Inputs, check_exists, header, listed
+from pymerge.plan.inputs import Inputs, check_exists, header
 
 __all__ = [
     "StatisticsFile",
@@ -137,10 +143,9 @@ def _open(
         return None
     try:
         record = StatisticsRecord.from_metadata(checkpoint.metadata, label)
-        if record.kind != kind:
-            raise RequestError(
-                f"{label}: holds {record.kind} statistics; {config.method.name} needs {kind}"
-            )
+        problem = kind_problem(record, kind, config.method.name)
+        if problem is not None:
+            raise RequestError(f"{label}: {problem}")
     except RequestError as error:
         found.problems += error.problems
         checkpoint.close()
@@ -167,10 +172,9 @@ def _compare(file: StatisticsFile, reference: Checkpoint, found: StatisticsInput
         if problem is not None:
             found.problems.append(f"{label}: '{name}' {problem} of {reference.label}")
     if foreign:
-        found.problems.append(
-            f"{label}: statistics of another architecture: {reference.label} lacks {len(foreign)} "
-            f"of its {len(file.checkpoint.tensors)} tensors: {listed(foreign)}"
-        )
+        known = [*reference.tensors, *reference.tied]
+        text = foreign_problem(foreign, len(file.checkpoint.tensors), reference.label, known)
+        found.problems.append(f"{label}: {text}")
 
 
 def _check_coverage(found: StatisticsInputs, reference: Checkpoint) -> None:
