@@ -108,7 +108,7 @@ def _pymerge(
     repetitions: int,
     *,
     preset: str = "fusion_bench",
-    **how: str,
+    **how: Any,
 ) -> dict[str, Any]:
     from pymerge import AdaMerging
 
