@@ -126,6 +126,7 @@ bench-search: $(DONE)/extra-bench
 
 bench-ada: $(DONE)/extra-bench $(FUSION)/.done/fusion
 	@$(PY) -m benchmarks.adamerging $(ARGS)
+
 quality: $(QUALITY:%=quality-%)
 
 quality-search: $(DONE)/extra-quality $(DONE)/data-quality-text
