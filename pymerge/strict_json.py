@@ -228,6 +228,8 @@ class _Decoder:
                 raise self._error(path, "a number", value) from None
         if type(value) is not kind or (kind is str and not is_text(value)):
             raise self._error(path, _WORDS[kind], value)
+        if kind is int and not -(2**63) <= value < 2**64:
+            raise self._error(path, "an integer of 64 bits", value)
         if kind is float and self._finite and not math.isfinite(value):
             raise self._error(path, "a finite number", value)
         return value

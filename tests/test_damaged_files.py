@@ -369,3 +369,13 @@ def test_a_damaged_file_is_read_or_named(make: Callable[[Path], Case], tmp_path:
     case.file.mkdir()
     with pytest.raises((RequestError, IsADirectoryError)):
         case.read()
+
+
+def test_integers_of_records_have_64_bits(tmp_path: Path) -> None:
+    """No number is too large to be shown."""
+    case = of_report(tmp_path)
+    report = json.loads(case.file.read_bytes())
+    report["output"]["bytes"] = 10**400
+    case.file.write_text(json.dumps(report))
+    with pytest.raises(RequestError, match=r"report: output.bytes: expected an integer of 64 bits"):
+        case.read()
