@@ -1,1 +1,1 @@
-"""The ops: one contract, and a folder for each backend that computes them."""
+"""The ops: a contract that all backends share, and one folder for each backend."""

@@ -1,4 +1,4 @@
-"""What arguments of ops may be, and what those with many of them pass on to every backend."""
+"""Allowed values of op arguments, and the records that group arguments for every backend."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = [
 
 
 def _pairs(models: int) -> int:
-    """Return how many pairs models make, each with itself among them."""
+    """Return the number of pairs of models, counting each model paired with itself."""
     return models * (models + 1) // 2
 
 
-# Words that kernels number in this order: csrc/kernel_table.h.
+# The kernels number these words in this order: see csrc/kernel_table.h.
 WEIGHTING = ("none", "before", "after")
 TIES_MERGE = ("mean_of_count", "mean_of_weights", "sum", "max")
 TIES_ELECT = ("mass", "count")
-# How many rows the sums of a kind have, by the number of models; csrc/sums.def has the same.
+# Number of rows in the sums of each kind, given the number of models; as in csrc/sums.def.
 _SUMS_ROWS: dict[str, Callable[[int], int]] = {
     "sparse": lambda models: 2 * models,
     "gram": _pairs,
@@ -47,22 +47,25 @@ _SUMS_ROWS: dict[str, Callable[[int], int]] = {
     "emr": lambda models: 2,
     "sce": lambda models: models,
 }
-# The rows of a table of divergences that a kind of `divergence_sums_` fills: first, how many;
-# csrc/divergence.def has the same.
+# The rows of a divergence table that each kind of `divergence_sums_` fills: (first, count), as in
+# csrc/divergence.def.
 DIVERGENCE = {"maxima": (0, 2), "exp": (2, 2), "divergence": (4, 1), "all": (0, 5)}
-DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # what "all" is made of
+DIVERGENCE_STEPS = ("maxima", "exp", "divergence")  # the steps of "all"
 DIVERGENCE_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What of each task vector is kept.
+    """Which elements of each task vector are kept.
 
-    lo, last: [models] least and largest key, or rank where there are ranks. seeds: two words for
-    each model, or none: nothing is drawn. limits: [models] kept where the hash is at most this.
-    start: flat index of the first element. ranks: int32 [models, numel and room] or None. chances:
-    first probability and step from rank to rank, of each model; per_element: what is kept is
-    divided by its probability.
+    Attributes:
+        lo, last: [models] the smallest and the largest key kept, or ranks where `ranks` is given.
+        seeds: two words for each model; empty if nothing is drawn at random.
+        limits: [models] an element is kept if its hash is at most this.
+        start: flat index of the first element.
+        ranks: int32 [models, numel with padding], or None.
+        chances: for each model, the first probability and the step from rank to rank.
+        per_element: divide each kept element by its probability.
     """
 
     lo: Sequence[int] = ()
@@ -80,7 +83,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class SparseMerge:
-    """How sparse task vectors are merged: see csrc/math/sparse.h."""
+    """How sparse task vectors are merged; see csrc/math/sparse.h."""
 
     factors: Sequence[float]
     weights: Sequence[float]
@@ -92,14 +95,14 @@ class SparseMerge:
 
 
 def check_kind(op: str, kind: str, known: Iterable[str], backend: str) -> None:
-    """Raise ValueError unless a kind of an op is one of those that a backend knows."""
+    """Raise ValueError unless a backend knows this kind of the op."""
     kinds = list(known)
     if kind not in kinds:
         raise ValueError(f"backend {backend!r}: {op}: {not_one_of(kind, kinds)}")
 
 
 def divergence_columns(kind: str, table: Any, numel: int, columns: int, backend: str) -> int:
-    """Return the columns of a table of divergences; raise ValueError if it has another shape."""
+    """Return the number of columns of a divergence table; raise ValueError for other shapes."""
     check_kind("divergence_sums_", kind, DIVERGENCE, backend)
     shape = DIVERGENCE_ROWS, -(-numel // (columns or SUM_CHUNK))
     if tuple(table.shape) != shape:
@@ -119,10 +122,10 @@ def check_divergences(divergences: Any, numel: int, columns: int, backend: str) 
 
 
 def padded(numel: int) -> int:
-    """Return how many elements a row of scores or ranks has room for."""
+    """Return the allocated length of a row of scores or ranks."""
     return -(-numel // SCORE_ALIGNMENT) * SCORE_ALIGNMENT
 
 
 def sums_shape(kind: str, models: int, numel: int, columns: int) -> tuple[int, int]:
-    """Return the shape of the partial sums of a kind."""
+    """Return the shape of the partial sums of this kind."""
     return _SUMS_ROWS[kind](models), -(-numel // (columns or SUM_CHUNK))

@@ -1,8 +1,8 @@
 """One-dimensional arrays over mapped files and output slots, without torch.
 
-Importing torch takes longer than merging a small model, and the CPU kernels need addresses only. An
-`Array` is what the engine hands them; `tensor()` makes a torch tensor over the same memory where
-another backend computes. Functions here take either.
+Importing torch takes longer than merging a small model, and the CPU kernels need only addresses.
+The engine therefore passes them an `Array`; `tensor()` makes a torch tensor over the same memory
+where another backend computes. The functions here accept either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Array", "Flat", "as_array", "as_flat", "as_tensor", "widen"]
 
-# How numpy sees the elements; bfloat16, which it does not know, as bits.
+# The numpy dtype of the elements. Numpy lacks bfloat16, which is viewed as bits.
 _NUMPY = {
     "F16": np.float16,
     "F32": np.float32,
@@ -66,7 +66,7 @@ class Array:
         return Array(self._owner, self._address + offset, self.code, max(0, stop - start))
 
     def numpy(self) -> np.ndarray:
-        """Return the memory as numpy sees it: floats, the bits of bfloat16, bytes of the rest."""
+        """Return a numpy view: floats as such, bfloat16 as bits, other dtypes as bytes."""
         kind = _NUMPY.get(self.code, np.uint8)
         return np.frombuffer(memoryview(self._buffer()), dtype=kind)
 
@@ -84,7 +84,7 @@ class Array:
 
     def _buffer(self) -> ctypes.Array[ctypes.c_char]:
         buffer = (ctypes.c_char * self.nbytes).from_address(self._address)
-        buffer.owner = self._owner  # type: ignore[attr-defined]  # lives as long as a view
+        buffer.owner = self._owner  # type: ignore[attr-defined]  # kept alive as long as a view
         return buffer
 
 
@@ -93,7 +93,7 @@ Flat: TypeAlias = Union[Array, "torch.Tensor"]
 
 
 def as_array(flat: Flat) -> Array:
-    """Return an array over the same memory, or over a copy of what lies on another device."""
+    """Return an array over the same memory; a tensor on another device is copied to the host."""
     if isinstance(flat, Array):
         return flat
     if flat.device.type != "cpu":
@@ -102,7 +102,7 @@ def as_array(flat: Flat) -> Array:
 
 
 def as_flat(values: np.ndarray | torch.Tensor) -> Flat:
-    """Return floats of numpy as an array over the same memory; a tensor as it is."""
+    """Return an array over the memory of numpy floats; return a tensor unchanged."""
     if not isinstance(values, np.ndarray):
         return values
     return Array.of(values, "F64" if values.dtype == np.float64 else "F32")
@@ -122,7 +122,7 @@ def widen(flat: Array, wide: bool) -> np.ndarray:
 
 
 def sample_lines(flat: Flat, stride: int, lines: int, line: int) -> Array:
-    """Return a copy of `lines` stretches of `line` elements, every stride-th one."""
+    """Return a copy of `lines` stretches of `line` elements, `stride` elements apart."""
     if not isinstance(flat, Array) and flat.device.type != "cpu":
         # Only the sample leaves the device.
         return as_array(flat.as_strided((lines, line), (stride, 1)).contiguous().view(-1))
@@ -134,5 +134,5 @@ def sample_lines(flat: Flat, stride: int, lines: int, line: int) -> Array:
 
 
 def concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return one array of all; without a copy where there is only one."""
+    """Concatenate the arrays; a single array is returned without a copy."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

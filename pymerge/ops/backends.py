@@ -1,9 +1,9 @@
-"""The backends: who computes an op. Each turns tensors into pointers, or is pure torch; no more.
+"""The backends that compute ops. A backend passes pointers to kernels or is pure torch.
 
-`reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend is a module
-with a NAME, a SUMMARY, `reason()`, which says why it cannot be used or returns None, `slots()`, and
-the functions of the ops that it has (`OpSpec.function`). Those of `cpu` take `Array`s and counters
-of numpy as well as torch tensors.
+They are `reference` (pure torch, the definition), `cpu` (C++), `cuda` and `triton`. A backend is a
+module with a NAME, a SUMMARY, `reason()`, `slots()`, and a function for each op that it supports
+(`OpSpec.function`). `reason()` returns why the backend cannot be used, or None. The functions of
+`cpu` accept `Array`s and numpy counters as well as torch tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class _Backends(Mapping[str, Any]):
-    """The backend modules by name, each imported when it is asked for: some import torch."""
+    """The backend modules by name. Each is imported on first access, because some import torch."""
 
     _MODULES: ClassVar[dict[str, str]] = {
         "reference": "pymerge.ops.reference.backend",
@@ -57,26 +57,26 @@ class _Backends(Mapping[str, Any]):
 
 BACKENDS: Mapping[str, Any] = _Backends()
 
-# Devices that a backend is for; reference runs wherever torch does.
+# The device type of each backend; reference runs wherever torch does.
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 def _device(name: str) -> str | None:
-    """Return the type of device whose tensors a backend takes now; None for any."""
+    """Return the device type whose tensors a backend accepts at present; None for any."""
     return BACKENDS["triton"].device() if name == "triton" else _DEVICES.get(name)
 
 
 def resolve(name: str | None, device: torch.device | str = "cpu") -> Any:
-    """Return the backend of that name, or the fastest that can run on the device for None and
-    "auto".
+    """Return the backend of that name; for None and "auto", the fastest that can run on the device.
 
-    Raises RequestError with the reason where a backend named explicitly cannot be used.
+    Raises:
+        RequestError: a backend named explicitly cannot be used; the message gives the reason.
     """
     kind = device.partition(":")[0] if isinstance(device, str) else device.type
     if name is None or name == "auto":
         for candidate in ("cuda", "triton", "cpu"):
             if _DEVICES[candidate] != kind or _device(candidate) != kind:
-                continue  # Triton's interpreter runs on the CPU, but only where it is asked for
+                continue  # Triton's interpreter runs on the CPU, but only on explicit request
             if BACKENDS[candidate].reason() is None:
                 return BACKENDS[candidate]
         if kind == "cpu":
@@ -101,7 +101,7 @@ def resolve(name: str | None, device: torch.device | str = "cpu") -> Any:
 
 
 def has_kernel(name: str, op: str) -> bool:
-    """Return whether a backend has an op of `pymerge.ops.specs`."""
+    """Return whether a backend supports an op of `pymerge.ops.specs`."""
     return op in OPS and hasattr(BACKENDS[name], OPS[op].function)
 
 
@@ -111,10 +111,13 @@ def choose(
     device: torch.device | str = "cpu",
     without: Collection[str] = (),
 ) -> str:
-    """Return the name of the backend that runs an op: the one that was named, or, for None and
-    "auto", the fastest that can run on the device, has a kernel for it, and is not in `without`.
+    """Return the name of the backend that runs an op.
 
-    Raises RequestError where a backend named explicitly cannot be used.
+    It is the one that was named. For None and "auto" it is the fastest one that can run on the
+    device, has a kernel for the op, and is not in `without`.
+
+    Raises:
+        RequestError: a backend named explicitly cannot be used.
     """
     first = resolve(name, device).NAME
     if name not in (None, "auto"):
@@ -129,17 +132,20 @@ def choose(
 
 
 def takes_fewer_models(error: ValueError) -> bool:
-    """Tell whether a backend refused a call because a launch cannot take so many models."""
+    """Return whether a backend refused a call because a launch cannot take so many models."""
     return "more models than a launch" in str(error)
 
 
 def resolve_for(
     method: str, kernels: Sequence[str], name: str | None, device: torch.device | str = "cpu"
 ) -> Any:
-    """Return the backend that runs a method: as `resolve`, or the reference where the fastest that
-    can run has no kernels for it.
+    """Return the backend that runs a method.
 
-    Raises RequestError where a backend named explicitly has none.
+    It is chosen as in `resolve`, but falls back to the reference if the fastest one available has
+    no kernels for the method.
+
+    Raises:
+        RequestError: a backend named explicitly has no kernels for the method.
     """
     chosen = resolve(name, device)
     if chosen.NAME in kernels:
@@ -152,7 +158,7 @@ def resolve_for(
 
 
 def describe() -> dict[str, Any]:
-    """Return what the native build is, which backends can be used, and which one "auto" is."""
+    """Describe the native build, the backends that can be used, and the choice of "auto"."""
     backends = {}
     for name, backend in BACKENDS.items():
         reason = backend.reason()
@@ -165,7 +171,7 @@ def describe() -> dict[str, Any]:
 
 
 def _automatic(kind: str, backends: Mapping[str, Any]) -> str:
-    """Say what runs on a kind of device where no backend is named."""
+    """Name the backends that run on a kind of device if none is requested."""
     for name in ("cuda", "triton", "cpu"):
         if _DEVICES[name] == kind == _device(name) and backends[name]["available"]:
             return f"{name}, and reference for what it has no kernels for"

@@ -1,6 +1,6 @@
-"""Calls ops: finds the backend that computes one, and calls its function.
+"""Calls ops: finds the backend that computes an op, and calls its function.
 
-What the ops are: `pymerge.ops.specs`. A call on arrays needs no torch.
+The ops are specified in `pymerge.ops.specs`. A call on arrays does not need torch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pymerge.ops.specs import OPS
 
 __all__ = ["Counters", "Runs", "call", "compute"]
 
-Counters = Any  # arrays of numpy, or tensors
+Counters = Any  # numpy arrays, or tensors
 
 
 class Runs(Protocol):
-    """Something that runs ops; see `pymerge.ops.runner`."""
+    """An object that runs ops; see `pymerge.ops.runner`."""
 
     def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None: ...
 
 
 def call(name: str, *arguments: Any, backend: str | Runs, **keywords: Any) -> None:
-    """Call an op on arrays or tensors, with counters of numpy or tensors.
+    """Call an op on arrays or tensors; counters are numpy arrays or tensors.
 
-    Arrays go straight to the CPU's kernels; everything else goes through torch. Counters of numpy
-    are right when this returns, wherever the op runs; those that are tensors of a device are added
-    to when the device comes to it.
+    Arrays are passed straight to the CPU kernels; everything else goes through torch. Numpy
+    counters are up to date when this returns, wherever the op runs. Counters that are device
+    tensors are updated asynchronously, when the device executes the call.
 
     Args:
         name: an op of `pymerge.ops.specs`, e.g. "ties_".
-        arguments: its positional arguments; counters may be arrays of numpy.
-        backend: a name of `BACKENDS`, not "auto", or what runs the op somewhere.
+        arguments: its positional arguments; counters may be numpy arrays.
+        backend: a name of `BACKENDS` other than "auto", or an object that runs ops.
         keywords: its keyword arguments.
     """
     if not isinstance(backend, str):
@@ -58,7 +58,7 @@ def call(name: str, *arguments: Any, backend: str | Runs, **keywords: Any) -> No
     device = _device_of(converted)
     counters: list[tuple[np.ndarray, Any]] = []
     if device is not None and backend != "reference":
-        # These backends count on the device; what they counted is fetched.
+        # These backends count on the device; the counts are copied back below.
         for i, argument in enumerate(arguments):
             if isinstance(argument, np.ndarray):
                 converted[i] = converted[i].to(device)
@@ -74,7 +74,7 @@ def compute(spec: OpSpec, named: Mapping[str, Any]) -> None:
 
     Args:
         spec: the op.
-        named: its arguments by name, in the order of the schema, all of them.
+            named: all its arguments by name, in the order of the schema.
     """
     *values, name = named.values()
     first = _first(spec, named)
@@ -90,13 +90,13 @@ def compute(spec: OpSpec, named: Mapping[str, Any]) -> None:
 
 
 def _first(spec: OpSpec, named: Mapping[str, Any]) -> Any:
-    """Return the tensor that says where a call is computed."""
+    """Return the tensor that determines where a call is computed."""
     first = named[spec.first]
     return first[0] if isinstance(first, (list, tuple)) else first
 
 
 def _device_of(arguments: list[Any]) -> Any:
-    """Return the device of the first tensor that is not on the processor, or None."""
+    """Return the device of the first tensor that is not on the CPU, or None."""
     for argument in arguments:
         for one in argument if isinstance(argument, list) else [argument]:
             device = getattr(one, "device", None)

@@ -1,4 +1,4 @@
-"""How the results of `compare_` lie in memory: the same for every backend (ComparisonArgs in
+"""The memory layout of the results of `compare_`, shared by all backends (ComparisonArgs in
 csrc/kernel_table.h)."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pymerge.ops.constants import HOT_CHUNK
 
 __all__ = ["BINS", "EVERY", "LOWEST", "MOST_MODELS", "Comparison"]
 
-EVERY = 16  # of the magnitudes of a large tensor, one in so many is counted
-LOWEST = -48  # log2 of the first bin's border
+EVERY = 16  # in a large tensor, one magnitude in this many is counted
+LOWEST = -48  # log2 of the lower edge of the first bin
 OCTAVES, PARTS = 64, 8
 BINS = OCTAVES * PARTS
 MOST_MODELS = 64
@@ -21,10 +21,10 @@ MOST_MODELS = 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """The shape of a comparison of K models at D levels; `counts` and `sums` are those of a call.
+    """The shape of a comparison of K models at D levels, and of the `counts` and `sums` of a call.
 
     Attributes:
-        models, levels: K and D; level 0, which comes before them, is all that is not 0.
+        models, levels: K and D. Level 0 comes before the D levels and keeps every nonzero element.
     """
 
     models: int
@@ -32,33 +32,33 @@ class Comparison:
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        """Pairs i < j, row by row."""
+        """Pairs i < j, ordered by i, then j."""
         return [(i, j) for i in range(self.models) for j in range(i + 1, self.models)]
 
     @cached_property
     def splits(self) -> list[tuple[int, int]]:
-        """(n, m): n models keep an element, of which m have one sign and n - m >= m the other."""
+        """(n, m): n models keep an element; m of them have one sign, n - m >= m the other."""
         return [(n, m) for n in range(1, self.models + 1) for m in range(n // 2 + 1)]
 
     @property
     def rows(self) -> int:
-        """How many sums a segment has."""
+        """The number of sums in a segment."""
         return 1 + self.models * (self.models + 1) + self.models * self.levels
 
     @property
     def width(self) -> int:
-        """How many counts a level has."""
+        """The number of counts in a level."""
         return self.models + 2 * len(self.pairs) + len(self.splits)
 
     @property
     def size(self) -> int:
-        """How many counts there are."""
+        """The total number of counts."""
         levels = (1 + self.levels) * self.width
         return levels + len(self.pairs) + self.models * (BINS + 1)
 
     @staticmethod
     def segments(numel: int) -> int:
-        """Return how many segments have sums of their own."""
+        """Return the number of segments, each of which has sums of its own."""
         return -(-numel // HOT_CHUNK)
 
     def check(
@@ -71,7 +71,7 @@ class Comparison:
         every: int,
         backend: str,
     ) -> None:
-        """Raise ValueError unless arguments of `compare_` fit each other."""
+        """Raise ValueError unless the arguments of `compare_` are consistent."""
         wanted = (self.rows, self.segments(numel)), (self.size,)
         got = tuple(sums.shape), tuple(counts.shape)
         if got != wanted:

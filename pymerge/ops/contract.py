@@ -1,4 +1,4 @@
-"""Declares the ops to torch: `torch.ops.pymerge.*`, with fakes. What they are: `specs`."""
+"""Declares the ops of `specs` to torch as `torch.ops.pymerge.*`, with fake implementations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _implementation(spec: OpSpec) -> Callable[..., None]:
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """All ops write into their arguments and return nothing, so every fake is empty."""
+    """Do nothing: ops write into their arguments and return nothing, so every fake is empty."""
 
 
 for _spec in OPS.values():

@@ -1,8 +1,8 @@
-"""How an op calls a backend's function where that is more than passing its arguments on.
+"""The calls of backend functions that do more than pass the arguments of an op on.
 
-Two ops are one function in two modes; the arguments of sparse merges are gathered; and a call whose
-elements are drawn by a hash is cut where the flat index passes a multiple of 2^32, because a hash
-sees the low half of an index.
+Two ops share a function that has two modes. The arguments of sparse merges are gathered in records.
+A call that draws elements by a hash is split where the flat index crosses a multiple of 2^32,
+because the hash uses only the low 32 bits of the index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pymerge.ops.masks import words_at
 
 __all__ = ["chunk_sums", "sparse_merge", "task_arithmetic", "ties_signs", "weighted_sum"]
 
-Counters = Any  # arrays of numpy, or tensors
+Counters = Any  # numpy arrays, or tensors
 
 
 def weighted_sum(
@@ -148,7 +148,7 @@ def chunk_sums(
 
 
 def _halves(start: int, numel: int, matters: bool) -> list[tuple[int, int]]:
-    """Return the parts of a call that do not pass a multiple of 2^32, or all of it as one."""
+    """Return parts of a call that cross no multiple of 2^32; one part unless it matters."""
     border = ((start >> 32) + 1 << 32) - start
     if not matters or border >= numel:
         return [(0, numel)]

@@ -1,8 +1,8 @@
-"""Random masks that depend on nothing but (seed, tensor name, model, element).
+"""Random masks that depend only on (seed, tensor name, model, element).
 
-An element is kept where a hash of its flat index, keyed by two 32-bit words, is at most a limit.
-The words come from BLAKE2b over seed, tensor name and number of the model, so that a mask does not
-depend on the device, on tiles, threads or shards, or on the other tensors.
+An element is kept if a hash of its flat index, keyed by two 32-bit words, is at most a limit. The
+words are the BLAKE2b hash of the seed, the tensor name and the number of the model. A mask
+therefore does not depend on the device, tiles, threads, shards or other tensors.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def seed_words(seed: int, name: str, models: int) -> list[int]:
 
 
 def words_at(words: Sequence[int], start: int) -> list[int]:
-    """Return the words for elements of that flat index and up to the next multiple of 2^32.
+    """Return the words for the elements from flat index `start` to the next multiple of 2^32.
 
-    The hash takes the low half of an index; the high half changes the words.
+    The hash takes the low 32 bits of an index; the high bits change the words.
     """
     high = start >> 32
     if high == 0:
@@ -42,7 +42,7 @@ def words_at(words: Sequence[int], start: int) -> list[int]:
 
 
 def keep_limit(density: float) -> int:
-    """Return the largest hash that is kept, so that a share `density` is; -1 keeps nothing."""
+    """Return the largest hash kept, for a share `density` of the elements; -1 keeps nothing."""
     return round(density * _WORD) - 1
 
 

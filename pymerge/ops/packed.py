@@ -1,4 +1,4 @@
-"""What trimmed task vectors are, for the backends that compute with them; see `contract`."""
+"""Checks of packed (trimmed) task vectors, shared by the backends; see `specs`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["check_packed", "check_partials"]
 def check_packed(
     masks: Sequence[Any], values: Sequence[Any], offsets: Sequence[Any], numel: int, backend: str
 ) -> int:
-    """Return the number of chunks; raise ValueError unless all have as many as `numel` needs.
+    """Return the number of chunks; raise ValueError unless every model's arrays fit `numel`.
 
     Args:
         masks: int32 words of each model, [ceil(numel / 32)] or more.
-        values: what each model keeps.
-        offsets: int64 of each model, [ceil(numel / 1024) + 1].
-        numel: elements of the base.
-        backend: named in errors.
+        values: the elements that each model keeps.
+        offsets: int64, for each model [ceil(numel / 1024) + 1].
+        numel: number of elements of the base.
+        backend: name used in errors.
     """
     chunks = -(-numel // SUM_CHUNK)
     if not len(masks) == len(values) == len(offsets):
@@ -38,7 +38,7 @@ def check_packed(
 
 
 def check_partials(partials: Any, models: int, chunks: int, backend: str) -> None:
-    """Raise ValueError unless there is a sum for each model and chunk."""
+    """Raise ValueError unless there is one sum for each model and chunk."""
     if tuple(partials.shape) != (models, chunks):
         raise ValueError(
             f"backend {backend!r}: expected partials of shape {(models, chunks)}, got "

@@ -1,7 +1,7 @@
-"""Who runs the ops of a merge: a backend for each op, and a record of which ran.
+"""Runners: objects that choose a backend for each op of a merge and record the choice.
 
-The engine calls ops through `pymerge.ops.call.call` and says how by a `Runner`, or by the name of a
-backend. `pymerge.merging.gpu.stage.Stage` is a runner that takes calls on host memory to a GPU.
+The engine calls ops through `pymerge.ops.call.call` and passes a `Runner`, or the name of a
+backend. `pymerge.merging.gpu.stage.Stage` is a runner that moves calls on host memory to a GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["Runner", "fetched", "slots", "zeros"]
 
 
 class Runner:
-    """Runs ops on the memory where they find their tensors.
+    """Runs ops on the device where their tensors already are.
 
     Attributes:
-        backend: a name of `BACKENDS`, or "auto": of each op the fastest that can run.
-        device: whose tensors come, as torch writes it: "cpu", "cuda:0".
+        backend: a name of `BACKENDS`, or "auto": for each op the fastest backend that can run it.
+        device: the device of the tensors, as torch writes it: "cpu", "cuda:0".
         ran: the backend that ran each op so far.
-        on_host: whether counters are arrays of numpy, in which nothing is awaited.
-        gathering: whether calls are being gathered in a phase, so that nothing is counted yet.
+        on_host: whether counters are numpy arrays, which are up to date after every call.
+        gathering: whether a phase is gathering calls, so that nothing has been counted yet.
     """
 
     def __init__(self, backend: str | None = None, device: str = "cpu") -> None:
@@ -40,14 +40,14 @@ class Runner:
         self._refused: dict[str, list[str]] = {}
 
     def backend_for(self, op: str) -> str:
-        """Return the name of the backend that runs an op."""
+        """Return the name of the backend that is to run an op."""
         if op not in self._chosen:
             refused = self._refused.get(op, ())
             self._chosen[op] = choose(op, self.backend, self.device, refused)
         return self._chosen[op]
 
     def call(self, op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-        """Run an op of `pymerge.ops.contract`."""
+        """Run an op of `pymerge.ops.specs`."""
         self.ran[op] = self.backend_for(op)
         if not self.on_host:  # samples are in host memory
             arguments = [self._here(argument) for argument in arguments]
@@ -58,8 +58,8 @@ class Runner:
             self.call(op, arguments, keywords)
 
     def _take_another(self, op: str, error: ValueError) -> None:
-        """Choose another backend for an op that one refused, before it had done anything; or raise
-        the error."""
+        """Choose another backend for an op that the present one refused before doing any work;
+        raise the error if there is none."""
         refused, name = self._refused.setdefault(op, []), self._chosen.pop(op)
         if self.backend != "auto" or name in refused or not takes_fewer_models(error):
             raise error
@@ -73,7 +73,7 @@ class Runner:
         return argument
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Counters:
-        """Return counters that ops can add to without being waited for; see `fetched`."""
+        """Return counters that ops can add to without synchronization; see `fetched`."""
         if self.on_host:
             return np.zeros(shape, dtype)
         import torch
@@ -86,7 +86,7 @@ class Runner:
 
     @contextmanager
     def phase(self) -> Iterator[None]:
-        """Gather calls that do not depend on each other, where that makes fewer launches."""
+        """Gather calls that do not depend on each other, if this saves launches."""
         if self.backend_for("weighted_sum_") != "cuda":
             yield
             return
@@ -101,7 +101,7 @@ class Runner:
 
 
 def zeros(backend: str | Runner, shape: tuple[int, ...], dtype: str) -> Counters:
-    """Return counters that are zero, where ops of that backend count best."""
+    """Return counters set to zero, in the memory where that backend counts fastest."""
     return np.zeros(shape, dtype) if isinstance(backend, str) else backend.zeros(shape, dtype)
 
 
@@ -111,7 +111,7 @@ def slots(backend: str | Runner) -> int:
 
 
 def fetched(counters: Counters) -> np.ndarray:
-    """Return what was counted, waiting for a device that still counts; a copy if it is one's."""
+    """Return the counts as numpy; wait for and copy counters of a device."""
     if isinstance(counters, np.ndarray):
         return counters
     return np.array(counters.cpu().numpy())

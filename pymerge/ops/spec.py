@@ -1,4 +1,4 @@
-"""How an op is stated: its schema, the role of each argument, what it does. See `specs`."""
+"""The form of an op's specification: schema, roles of the arguments, documentation. See `specs`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = [
 
 class _Plain(Enum):
     FLAT = "a tensor of the op's length, or one for each model"
-    COUNTERS = "numbers of the whole call, whatever its length"
-    OF_A_MODEL = "a tensor of its own length for each model: a call that has one cannot be cut"
+    COUNTERS = "numbers for the whole call, whatever its length"
+    OF_A_MODEL = "a tensor of its own length for each model: such a call cannot be split"
     START = "the flat index of the first element"
     COLUMNS = "the length of a row; where it is not 0, a part of a call has whole rows"
 
@@ -37,13 +37,13 @@ FLAT, COUNTERS, OF_A_MODEL, START, COLUMNS = _Plain
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose last axis follows the elements.
+    """A table whose last axis runs along the elements.
 
     Attributes:
-        width: a column stands for so many elements: a number, or the name of the argument that
-            holds it. Rows of columns of one element have room for a multiple of SCORE_ALIGNMENT.
-        otherwise: the width where that argument is 0.
-        read: a table that is written is read before.
+        width: the number of elements per column: a number, or the name of the argument that holds
+            it. If a column is one element, rows are padded to a multiple of SCORE_ALIGNMENT.
+        otherwise: the width if that argument is 0.
+        read: whether a table that is written is also read.
     """
 
     width: int | str
@@ -51,16 +51,16 @@ class Table:
     read: bool = False
 
     def elements(self, named: Mapping[str, Any]) -> int:
-        """Return how many elements a column of a call stands for."""
+        """Return the number of elements per column in a call."""
         return self.width if isinstance(self.width, int) else named[self.width] or self.otherwise
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few words.
+    """An argument that must be one of a few words.
 
     Attributes:
-        names: the words, which kernels may number in this order.
+        names: the words; kernels may number them in this order.
     """
 
     names: tuple[str, ...]
@@ -73,13 +73,13 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument as the schema has it.
+    """An argument, as parsed from the schema.
 
     Attributes:
         type: "Tensor", "Tensor[]", "Tensor?", "int", "float[]", ...
-        default: its default; of a list a tuple.
+        default: its default value; a tuple for a list.
         written: whether the op writes to it.
-        by_name: whether it is given by its name alone.
+        by_name: whether it is keyword-only.
     """
 
     name: str
@@ -91,18 +91,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """The one statement of an op.
+    """The specification of an op, from which everything else about it follows.
 
     Attributes:
-        name: as `torch.ops.pymerge` has it: it ends in "_", because an op writes to its arguments.
-        schema: the arguments, in the language of torch's schemas; an op returns nothing. The last
-            one is `backend`.
-        roles: of every argument that is a tensor, and of those others that decide how a call can be
-            cut or must be one of a few words.
+        name: as in `torch.ops.pymerge`; it ends in "_", because an op writes to its arguments.
+        schema: the arguments, in torch's schema language. An op returns nothing. The last argument
+            is `backend`.
+        roles: the role of every tensor argument, and of the other arguments that determine how a
+            call can be split or that must be one of a few words.
         doc: what the op does.
-        function: of a backend, which computes the op; by default the name without its "_". It takes
-            the arguments in order, without `backend`.
-        forward: where the function takes other arguments, calls it: (backend, *arguments).
+        function: the function of a backend that computes the op; by default the op's name without
+            "_". It takes the arguments in order, without `backend`.
+        forward: called as (backend, *arguments) instead, if the function takes other arguments.
     """
 
     name: str
@@ -134,12 +134,12 @@ class OpSpec:
 
     @cached_property
     def flats(self) -> tuple[str, ...]:
-        """The tensors of the op's length."""
+        """The tensors that have the op's length."""
         return tuple(a.name for a in self.arguments if self.roles.get(a.name) is FLAT)
 
     @cached_property
     def first(self) -> str:
-        """The tensor that says how long a call is, and where: one that is always there."""
+        """The tensor, never optional, that determines the length and the device of a call."""
         optional = {a.name for a in self.arguments if a.type.endswith("?")}
         return next(name for name in self.flats if name not in optional)
 
@@ -154,21 +154,21 @@ class OpSpec:
 
     @cached_property
     def choices(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """The arguments that are one of a few words, and these."""
+        """The arguments that must be one of a few words, each with these words."""
         return tuple((n, r.names) for n, r in self.roles.items() if isinstance(r, Choice))
 
     def having(self, role: Role) -> str | None:
-        """Return the argument of a role that at most one has."""
+        """Return the argument that has a role which at most one argument has, or None."""
         return next((name for name, own in self.roles.items() if own is role), None)
 
     def bind(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name, in the order of the schema, with defaults.
+        """Return all arguments of a call by name, in the order of the schema, including defaults.
 
         Raises:
-            TypeError: one is missing, unknown, given twice, or there are too many.
+            TypeError: an argument is missing, unknown or given twice, or there are too many.
         """
         named = self._defaults.copy()
-        named.update(zip(self._positions, arguments, strict=False))  # too many are found below
+        named.update(zip(self._positions, arguments, strict=False))  # `_check` refuses too many
         named.update(keywords)
         count = len(arguments)
         if not self._required <= count <= len(self._positions) or not (
@@ -183,7 +183,7 @@ class OpSpec:
 
     @cached_property
     def _positions(self) -> dict[str, int]:
-        """The arguments that may be given by position, and that."""
+        """The arguments that may be given by position, with their positions."""
         names = [argument.name for argument in self.arguments if not argument.by_name]
         return {name: position for position, name in enumerate(names)}
 

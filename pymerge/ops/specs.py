@@ -1,13 +1,13 @@
-"""What the ops are: the one statement of each, from which all else about it follows.
+"""The specification of every op, from which everything else about it follows.
 
-An op writes into tensors that the caller owns (tiles of an output), works on contiguous tensors of
-equal length, of dtypes float32, float16, bfloat16 or float64 in any mixture, and computes in
-float32, or float64 where `wide`. Arguments are validated by the public API (`pymerge.merging.api`,
-`pymerge.plan`), not here. `backend` is a name of `pymerge.ops.backends.BACKENDS` or "auto".
+An op writes into tensors that the caller owns (tiles of an output). Its tensors are contiguous and
+of equal length, in any mixture of float32, float16, bfloat16 and float64; it computes in float32,
+or in float64 if `wide`. The public API validates arguments (`pymerge.merging.api`, `pymerge.plan`);
+ops do not. `backend` is a name of `pymerge.ops.backends.BACKENDS`, or "auto".
 
 Nothing here needs torch. `pymerge.ops.contract` declares the ops to torch, `pymerge.ops.call` finds
-the backend that computes one, and `pymerge.merging.gpu.stage` cuts calls into tiles by the roles of
-their arguments.
+the backend that computes an op, and `pymerge.merging.gpu.stage` splits calls into tiles according
+to the roles of their arguments.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["OPS"]
 _HOW = "*, bool wide=False, str backend='auto'"
 _MERGE = {"out": FLAT, "stats": COUNTERS, "base": FLAT, "models": FLAT}
 _TIES = {"weighting": Choice(WEIGHTING), "elect": Choice(TIES_ELECT)}
-_ROW = Table("columns")  # a column for each row of a matrix
-_CHUNK = Table("columns", otherwise=SUM_CHUNK)  # the same, or one for each chunk of a sum
-_RANKS = Table(1)  # a column for each element
+_ROW = Table("columns")  # one column per row of a matrix
+_CHUNK = Table("columns", otherwise=SUM_CHUNK)  # the same, or one column per chunk of a sum
+_RANKS = Table(1)  # one column per element
 _PACKED = {"masks": OF_A_MODEL, "values": OF_A_MODEL, "offsets": OF_A_MODEL}
 
 _SPECS = (
@@ -33,8 +33,8 @@ _SPECS = (
         "Tensor(a!) out, Tensor(b!) stats, Tensor[] models, float[] weights, float divisor, "
         + _HOW,
         {"out": FLAT, "stats": COUNTERS, "models": FLAT},
-        "out = sum_k weights[k] models[k] / divisor. stats[0] += 1 if a result is not finite; CUDA "
-        "only raises such a flag to at least 1.",
+        "out = sum_k weights[k] models[k] / divisor. stats[0] += 1 if a result is not finite; "
+        "CUDA only raises such a flag to at least 1.",
         function="weighted_sum",
         forward=weighted_sum,
     ),
@@ -54,15 +54,15 @@ _SPECS = (
         "bool want_signs, " + _HOW,
         {**_MERGE, **_TIES, "merge": Choice(TIES_MERGE)},
         "out = trim, elect, disjoint merge, given thresholds on bits(|delta|). stats[0 .. 2] += "
-        "balance of the elected signs, number of zero votes that kept something (both only where "
-        "want_signs), 1 if a delta is not finite.",
+        "balance of the elected signs, number of zero votes on elements that a model keeps (both "
+        "only if want_signs), 1 if a delta is not finite.",
     ),
     OpSpec(
         "ties_signs_",
         "Tensor(a!) stats, Tensor base, Tensor[] models, int[] thresholds, float[] weights, "
         "str weighting, str elect, " + _HOW,
         {"stats": COUNTERS, "base": FLAT, "models": FLAT, **_TIES},
-        "The statistics of ties_, no output.",
+        "The statistics of ties_, without an output.",
         function="ties",
         forward=ties_signs,
     ),
@@ -71,10 +71,11 @@ _SPECS = (
         "Tensor(a!) counts, Tensor(b!) hot_chunks, Tensor base, Tensor[] models, int[] lo, "
         "int[] shift, int[] hot, " + _HOW,
         {"counts": COUNTERS, "hot_chunks": Table(HOT_CHUNK), "base": FLAT, "models": FLAT},
-        "counts[slot, k, 0 .. bins + 2] += keys below, in each bin of, and above a bracket, and "
-        "those equal to hot[k], counted apart; the caller adds the slots (one a thread) before "
-        "2^31 elements were counted. hot_chunks[k, j] = those equal to hot[k] among each 65536 "
-        "elements (not counted where hot_chunks has no columns).",
+        "counts[slot, k, 0 .. bins + 2] += keys below a bracket, in each of its bins, above it, "
+        "and those equal to hot[k], which are counted separately. The caller adds up the slots "
+        "(one per thread) before 2^31 elements have been counted. hot_chunks[k, j] = number of "
+        "keys equal to hot[k] in each run of 65536 elements (not counted if hot_chunks has no "
+        "columns).",
     ),
     OpSpec(
         "magnitude_equal_counts_",
@@ -89,13 +90,14 @@ _SPECS = (
         "float divisor, float scale, int start, Tensor? ranks=None, float[] chances=[], "
         "bool per_element=False, *, bool bare=False, bool wide=False, str backend='auto'",
         {**_MERGE, "start": START, "ranks": _RANKS},
-        "out = base + scale merge_k w_k (f_k t_k), t_k = delta_k where lo_k <= key <= last_k and, "
-        "where there are seeds (two words for each model), hash(start + i) <= limits[k]; or by "
-        "`ranks` (of row_ranks_): lo_k <= rank <= last_k or, with `chances` (two numbers for each "
-        "model), drawn with probability first + rank step and divided by it (`per_element`). "
-        "Merged by the sum (/ divisor), or with `elect` by the sum over what has the sign of the "
-        "sum, where zero elects + (`divide`: by the weights of those that agree). bare: nothing is "
-        "added to the base. stats[2] += 1 if a delta is not finite.",
+        "out = base + scale merge_k w_k (f_k t_k). t_k = delta_k where lo_k <= key <= last_k "
+        "and, if there are seeds (two words for each model), hash(start + i) <= limits[k]. With "
+        "`ranks` (of row_ranks_), t_k = delta_k where lo_k <= rank <= last_k; with `chances` "
+        "(two numbers for each model), an element is drawn with probability first + rank step "
+        "and, if `per_element`, divided by it. Merged by the sum (/ divisor) or, with `elect`, "
+        "by the sum of the terms that have the sign of the total sum, where zero elects + "
+        "(`divide`: divided by the weights of those that agree). bare: the base is not added. "
+        "stats[2] += 1 if a delta is not finite.",
         forward=sparse_merge,
     ),
     OpSpec(
@@ -103,9 +105,9 @@ _SPECS = (
         "Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, str method, "
         "float[] reals, " + _HOW,
         _MERGE,
-        "A method that looks at each element alone, or the variance of the task vectors: a kind of "
-        "csrc/pointwise.def. reals: see csrc/math/pointwise.h. stats[2] += 1 if an input is not "
-        "finite.",
+        "A method that treats each element on its own, or the variance of the task vectors: a "
+        "kind of csrc/pointwise.def. reals: see csrc/math/pointwise.h. stats[2] += 1 if an input "
+        "is not finite.",
     ),
     OpSpec(
         "chunk_sums_",
@@ -121,9 +123,10 @@ _SPECS = (
             "columns": COLUMNS,
         },
         "partials[row, c] = sums over chunk c (1024 elements, in a fixed order, in doubles) or, "
-        "with `columns`, over row c of a matrix. What the rows of a kind are: SumsArgs in "
-        "csrc/kernel_table.h. sparse: L1 norms of task vectors and of what is kept, as "
-        "sparse_merge_ keeps it. dots: <gradient, delta_k>, the gradient last among the models.",
+        "with `columns`, over row c of a matrix. SumsArgs in csrc/kernel_table.h lists the rows "
+        "of each kind. sparse: L1 norms of the task vectors and of their kept elements, selected "
+        "as in sparse_merge_. dots: <gradient, delta_k>, the gradient being the last of the "
+        "models.",
         forward=chunk_sums,
     ),
     OpSpec(
@@ -131,23 +134,23 @@ _SPECS = (
         "Tensor(a!) scores, Tensor(b!) stats, Tensor base, Tensor[] models, int variant, "
         "float[] reals, *, str backend='auto'",
         {"scores": _RANKS, "stats": COUNTERS, "base": FLAT, "models": FLAT},
-        "scores[k, :numel] = max(scale x, 0), x PCB's score of an element and scale the last of "
-        "the reals (rows have room for a multiple of 64). See csrc/math/pcb.h and PcbArgs in "
-        "csrc/kernel_table.h; always in float32. stats as pointwise_.",
+        "scores[k, :numel] = max(scale x, 0), where x is PCB's score of an element and scale the "
+        "last of the reals (rows are padded to a multiple of 64). See csrc/math/pcb.h and "
+        "PcbArgs in csrc/kernel_table.h; always in float32. stats as in pointwise_.",
     ),
     OpSpec(
         "pcb_merge_",
         "Tensor(a!) out, Tensor(b!) stats, Tensor base, Tensor[] models, int variant, "
         "float[] reals, *, str backend='auto'",
         _MERGE,
-        "The merge by the scores of pcb_scores_; always in float32.",
+        "The merge weighted by the scores of pcb_scores_; always in float32.",
     ),
     OpSpec(
         "row_ranks_",
         "Tensor(a!) ranks, Tensor base, Tensor[] models, int columns, " + _HOW,
         {"ranks": _RANKS, "base": FLAT, "models": FLAT, "columns": COLUMNS},
-        "ranks[k, i] = rank of |delta_k| within its row of `columns`, from 0, equal magnitudes by "
-        "index (rows of `ranks` have room for a multiple of 64).",
+        "ranks[k, i] = rank of |delta_k| within its row of `columns`, from 0; equal magnitudes "
+        "are ordered by index (rows of `ranks` are padded to a multiple of 64).",
     ),
     OpSpec(
         "row_weighted_sum_",
@@ -166,10 +169,10 @@ _SPECS = (
             "model": FLAT,
             "columns": COLUMNS,
         },
-        'table[5, c] of chunks or rows, as chunk_sums_ counts them: "maxima" of model and base, '
-        '"exp" sums of exp(x - maximum), "divergence" KL(softmax(model) || softmax(base)) with '
-        "1e-8 added to each probability, in doubles. Each kind reads what those before it wrote; "
-        '"all" is the three.',
+        'table[5, c] by chunks or rows, as in chunk_sums_: "maxima" of model and base, "exp" '
+        'sums of exp(x - maximum), "divergence" KL(softmax(model) || softmax(base)) with 1e-8 '
+        "added to each probability, in doubles. Each kind reads the rows that the previous kinds "
+        'wrote; "all" computes all three.',
     ),
     OpSpec(
         "row_importance_",
@@ -183,8 +186,9 @@ _SPECS = (
             "divergences": _ROW,
             "columns": COLUMNS,
         },
-        "out = |model - base| D_row, rounded once; with a threshold the base, plus the delta where "
-        "that is at least the threshold. stats[2] += 1 if an input is not finite.",
+        "out = |model - base| D_row, rounded once. With a threshold, out = the base, plus the "
+        "delta where this importance is at least the threshold. stats[2] += 1 if an input is not "
+        "finite.",
     ),
     OpSpec(
         "compare_",
@@ -197,9 +201,9 @@ _SPECS = (
             "models": FLAT,
             "start": START,
         },
-        "What task vectors have to do with each other: sums of segments of 65536 elements (norms, "
-        "products, distances), and counts, which grow (kept above thresholds, in both of a pair, "
-        "of opposite signs, equal, magnitudes). thresholds: of each level and model. See "
+        "A comparison of task vectors: sums over segments of 65536 elements (norms, products, "
+        "distances), and counts, which accumulate (kept above thresholds, in both of a pair, of "
+        "opposite signs, equal, magnitudes). thresholds: for each level and model. See "
         "ComparisonArgs in csrc/kernel_table.h and `pymerge.ops.comparison`.",
     ),
     OpSpec(
@@ -207,17 +211,18 @@ _SPECS = (
         "Tensor(a!) out, Tensor base, Tensor[] masks, Tensor[] values, Tensor[] offsets, "
         "float[] weights, " + _HOW,
         {"out": FLAT, "base": FLAT, **_PACKED},
-        "out = base + sum_k weights[k] t_k, t_k trimmed task vectors: bit i of masks[k][j] says "
-        "whether model k keeps element 32 j + i; values[k] are what it keeps, its own numbers in "
-        "its own dtype; offsets[k] how many of them are before each chunk of 1024 elements, and "
-        "how many there are. t_k = values[k] - base there, and nothing elsewhere.",
+        "out = base + sum_k weights[k] t_k, where t_k are trimmed task vectors. Bit i of "
+        "masks[k][j] is set if model k keeps element 32 j + i. values[k] holds the kept elements "
+        "of the model itself, in its own dtype. offsets[k] holds the number of kept elements "
+        "before each chunk of 1024, then their total. t_k = values[k] - base where kept, and "
+        "zero elsewhere.",
     ),
     OpSpec(
         "packed_dots_",
         "Tensor(a!) partials, Tensor gradient, Tensor base, Tensor[] masks, Tensor[] values, "
         "Tensor[] offsets, " + _HOW,
         {"partials": Table(SUM_CHUNK), "gradient": FLAT, "base": FLAT, **_PACKED},
-        "partials[k, c] = <gradient, t_k> over chunk c, as dots of chunk_sums_.",
+        "partials[k, c] = <gradient, t_k> over chunk c, summed like the dots of chunk_sums_.",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""How many threads compute: set for a while, and what was set before holds again afterwards."""
+"""Sets the number of threads for a while, and restores the previous number afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pymerge.ops.native import host
 __all__ = ["kernel_threads", "torch_threads"]
 
 _lock = threading.Lock()
-# What is asked for now, each request in a list of its own; the last one holds.
+# The requests in force, each in a list of its own; the last one takes effect.
 _requests: list[list[int | None]] = []
 _before: int | None = None
 
@@ -29,8 +29,8 @@ os.register_at_fork(after_in_child=_after_fork)
 def kernel_threads(count: int | None) -> Iterator[None]:
     """Let the CPU kernels use `count` threads; None means all cores that the process may run on.
 
-    Requests may be nested, and may overlap in several threads: the latest one that has not ended
-    holds, and after the last one what was set before the first.
+    Requests may be nested, and may overlap in several threads. The latest request that has not
+    ended takes effect; after the last one ends, the original setting is restored.
     """
     global _before
     mine = [count]
@@ -49,9 +49,9 @@ def kernel_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[int]:
-    """Let torch compute on `count` threads; the context is the number that it had before.
+    """Let torch compute on `count` threads; the context yields the previous number.
 
-    Sums, products and decompositions of torch depend on the number of threads; on one they do not.
+    Sums, products and decompositions in torch depend on the number of threads, unless it is 1.
     """
     import torch
 

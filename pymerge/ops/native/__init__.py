@@ -1,1 +1,1 @@
-"""The compiled kernels: of the processor and of CUDA devices."""
+"""The compiled kernels, for CPUs and for CUDA devices."""

@@ -1,7 +1,8 @@
-"""A call of a kernel: where its arguments are. What `HostCall` and `DeviceCall` have in common.
+"""`Call`: the arguments of a kernel call, converted to addresses. `HostCall` and `DeviceCall` share
+it.
 
-A function of this package marshals an op once, whichever it is: it opens a call with the first of
-the op's tensors, which says how long the others are, and takes addresses from it.
+The functions of this package marshal each op once for both kinds of call. They open a call with the
+first of the op's tensors, which determines the length of the others, and ask it for addresses.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ NOTHING: Operand = (0, 0)
 
 
 class Call(ABC):
-    """A call that has begun with its first tensor.
+    """A call, opened with its first tensor.
 
     Attributes:
         native: `pymerge._C`.
-        numel: how many elements the call's tensors have.
+        numel: number of elements of the call's tensors.
     """
 
     NAME: ClassVar[str]
@@ -37,18 +38,18 @@ class Call(ABC):
 
     @abstractmethod
     def operand(self, flat: Flat | None, elements: int | None = None) -> Operand:
-        """Return address and dtype of a tensor; NOTHING where there is none.
+        """Return the address and the dtype code of a tensor; NOTHING for None.
 
-        elements: how many it has, where that is not what the first tensor of the call has.
+        elements: its expected length, if that differs from the length of the call's first tensor.
         """
 
     @abstractmethod
     def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:
-        """Return the address of numbers that are counted or read one by one, `least` or more."""
+        """Return the address of an array of numbers; check that it has `least` or more."""
 
     @abstractmethod
     def strided(self, values: Any, dtype: str) -> tuple[int, int]:
-        """Return the address of a matrix, and how many elements its rows are apart."""
+        """Return the address of a matrix, and the distance of its rows in elements."""
 
     @abstractmethod
     def end(self, wide: bool, threads: int = 0) -> tuple[int, int, int, int, int]:
@@ -58,7 +59,7 @@ class Call(ABC):
         return [self.operand(flat) for flat in flats]
 
     def common(self, base: Flat | None, models: Sequence[Flat], wide: bool) -> tuple[Any, ...]:
-        """Return what most calls begin with."""
+        """Return the arguments that come first in most calls."""
         return self.operand(base), self.operands(models), *self.end(wide)
 
     def table(self, name: str, values: Any, shape: tuple[int, ...]) -> int:
@@ -71,8 +72,8 @@ class Call(ABC):
         return self.counters(values, "float64")
 
     def rows(self, name: str, values: Any, count: int, dtype: str) -> tuple[int, int]:
-        """Return address and stride of scores or ranks: [count, numel and room]; NOTHING of
-        None."""
+        """Return the address and the stride of scores or ranks, [count, numel with padding];
+        NOTHING for None."""
         if values is None:
             return NOTHING
         rows, room = values.shape

@@ -23,7 +23,7 @@ def compare(
     every: int,
     wide: bool,
 ) -> None:
-    """Sums of segments, and counts that are added to."""
+    """Write the sums of segments, and add to the counts."""
     call = begin(base)
     shape = Comparison(len(models), len(thresholds) // len(models))
     shape.check(sums, counts, call.numel, thresholds, start, every, call.NAME)

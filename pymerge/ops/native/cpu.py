@@ -17,7 +17,7 @@ SUMMARY = "C++ kernels"
 
 
 def slots() -> int:
-    """Return how many slots of counters `magnitude_histogram` can use at once: one a thread."""
+    """Return how many slots of counters `magnitude_histogram` can use at once: one per thread."""
     return threads()
 
 

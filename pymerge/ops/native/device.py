@@ -1,8 +1,8 @@
-"""The CUDA library as Python sees it: loading it, phases, and calls on device tensors.
+"""The CUDA library, as used from Python: loading it, phases, and calls on device tensors.
 
-All calls are asynchronous, on torch's current stream of the tensors' device; counters are device
-tensors, too, and nothing waits for them. The library is looked for at first use. If it is missing
-or cannot run here, `reason()` says why and what to do.
+All calls are asynchronous, on torch's current stream of the tensors' device. Counters are device
+tensors, too, and nothing waits for them. The library is looked up at first use. If it is missing or
+cannot run here, `reason()` returns why and what to do.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["LIBRARY", "DeviceCall", "load", "native", "phase", "reason"]
 
 LIBRARY = Path(__file__).resolve().parents[2] / "_cuda.so"
 
-# The device type whose tensors are taken; the tests of the kernels on the processor change it.
+# The device type that is accepted; the tests that run the CUDA kernels on the CPU change it.
 _KIND = "cuda"
 _DTYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
 
-# Tensors of a phase that is open in this thread: they must live until it ends.
+# Tensors of the open phase of this thread; they must live until it ends.
 _phase = threading.local()
 
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """Return `pymerge._C` with the CUDA library loaded, or why it cannot be used."""
+    """Return `pymerge._C` with the CUDA library loaded, or the reason why it cannot be used."""
     if not LIBRARY.is_file():
         return None, (
             "this installation has no CUDA library; it is built where nvcc is found: "
@@ -59,7 +59,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 
 def native() -> Any:
-    """Return `pymerge._C`; raise RuntimeError where the CUDA library cannot be used."""
+    """Return `pymerge._C`; raise RuntimeError if the CUDA library cannot be used."""
     module, error = load()
     if module is None:
         raise RuntimeError(f"backend 'cuda' is not available: {error}")
@@ -67,12 +67,12 @@ def native() -> Any:
 
 
 def reason() -> str | None:
-    """Say why the backend cannot be used, or return None."""
+    """Return why the backend cannot be used, or None."""
     return load()[1]
 
 
 def _place(device: torch.device) -> tuple[int, int]:
-    """Return the number of a device, and torch's current stream there."""
+    """Return the number of a device, and the handle of torch's current stream there."""
     import torch
 
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -83,8 +83,9 @@ def _place(device: torch.device) -> tuple[int, int]:
 def phase(device: torch.device) -> Iterator[None]:
     """Gather the calls of this thread on a device's current stream; launch them at the end.
 
-    Calls that one kernel can do become one launch over many tensors. They must not depend on each
-    other: no tensor is an output of one and an input of another.
+    Calls of the same kernel are combined into one launch over many tensors. The calls must not
+    depend
+    on each other: no tensor may be an output of one and an input of another.
     """
     library, place = native(), _place(device)
     library.begin(*place)
@@ -99,7 +100,8 @@ def phase(device: torch.device) -> Iterator[None]:
 
 
 class DeviceCall(Call):
-    """A call on a device: all tensors are on one, and live until an open phase has ended."""
+    """A call on one device. While a phase is open, its tensors are kept alive until the phase
+    ends."""
 
     NAME = "cuda"
     __slots__ = ("device",)
@@ -121,7 +123,7 @@ class DeviceCall(Call):
             )
         if str(flat.dtype) not in _DTYPES:
             raise ValueError(f"backend 'cuda': dtype {flat.dtype} is not supported")
-        # An empty tensor has no address, but a base that is there must not look like none.
+        # An empty tensor has no address, but an empty base must not be mistaken for a missing one.
         return flat.data_ptr() or 64, _DTYPES[str(flat.dtype)]
 
     def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:

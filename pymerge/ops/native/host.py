@@ -1,7 +1,7 @@
-"""The native library as Python sees it: `pymerge._C`, and calls on host memory.
+"""The native library `pymerge._C`, as used from Python, and calls on host memory.
 
 The extension is loaded at first use. If it is missing or broken, `import pymerge` still works;
-`reason()` keeps the error and says what to do.
+`reason()` returns the error and what to do about it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = [
     "use_isa",
 ]
 
-# By the code of an array, by the name of a torch dtype, and by the dtypes themselves, once seen.
+# Keys: the code of an array, the name of a torch dtype, and torch dtypes once they were looked up.
 _CODES: dict[Any, int] = {"F32": 0, "F16": 1, "BF16": 2, "F64": 3}
 _CODES |= {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2, "torch.float64": 3}
-# Numbers that are counted or read one by one.
+# The dtypes that counters may have.
 _NUMPY = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64")}
-_NAMES: dict[torch.dtype, str] = {}  # of dtypes of torch, once seen
-# What `set_threads` was called with last.
+_NAMES: dict[torch.dtype, str] = {}  # of torch dtypes, once they were looked up
+# The argument of the last `set_threads`.
 _threads: int | None = None
 
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """Return `pymerge._C`, or why it cannot be used."""
+    """Return `pymerge._C`, or the reason why it cannot be used."""
     try:
         from pymerge import _C
     except ImportError as error:
@@ -66,7 +66,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 
 def native() -> Any:
-    """Return `pymerge._C`; raise RuntimeError where it cannot be used."""
+    """Return `pymerge._C`; raise RuntimeError if it cannot be used."""
     module, error = load()
     if module is None:
         raise RuntimeError(f"backend 'cpu' is not available: {error}")
@@ -74,12 +74,12 @@ def native() -> Any:
 
 
 def reason() -> str | None:
-    """Say why the backend cannot be used, or return None."""
+    """Return why the backend cannot be used, or None."""
     return load()[1]
 
 
 def build() -> dict[str, Any]:
-    """Tell what was built: instruction sets, which one runs, compiler; or the error."""
+    """Describe the build: instruction sets, the one in use, compiler; or return the error."""
     module, error = load()
     if module is None:
         return {"error": error}
@@ -93,7 +93,7 @@ def build() -> dict[str, Any]:
 
 
 def supported_isas() -> list[str]:
-    """Return the instruction sets of this build that this machine can run."""
+    """Return the instruction sets of this build that this machine supports."""
     module, _ = load()
     return [] if module is None else [name for name, runs in module.isa_list().items() if runs]
 
@@ -104,16 +104,16 @@ def use_isa(name: str) -> None:
 
 
 def threads() -> int:
-    """Return how many threads the kernels use."""
+    """Return the number of threads that the kernels use."""
     module, _ = load()
     return 1 if module is None else int(module.default_threads())
 
 
 def set_threads(count: int | None) -> int | None:
-    """Set how many threads the kernels use; None means all cores that the process may run on.
+    """Set the number of threads that the kernels use; None means all cores the process may run on.
 
     Returns:
-        What was set before. `pymerge.ops.threads` sets it for a while.
+        The previous setting. `pymerge.ops.threads` sets it temporarily.
     """
     global _threads
     before, _threads = _threads, count
@@ -124,9 +124,9 @@ def set_threads(count: int | None) -> int | None:
 
 
 class HostCall(Call):
-    """A call on the processor: addresses of arrays, of torch tensors, and of either's numbers.
+    """A call on the CPU: addresses of arrays, torch tensors, and numpy or torch counters.
 
-    Nothing is kept: a kernel is done when its call returns.
+    Nothing has to be kept alive: a kernel has finished when its call returns.
     """
 
     NAME = "cpu"
@@ -152,7 +152,7 @@ class HostCall(Call):
                 f"{flat.numel()}{where}"
             )
         code = _CODES.get(dtype)
-        # An empty tensor has no address, but a base that is there must not look like none.
+        # An empty tensor has no address, but an empty base must not be mistaken for a missing one.
         return flat.data_ptr() or 64, _code(dtype) if code is None else code
 
     def counters(self, values: Any, dtype: str = "int64", least: int = 0) -> int:
@@ -191,7 +191,7 @@ def _lies(tensor: torch.Tensor) -> str:
 
 
 def _code(dtype: Any) -> int:
-    """Return the code of a dtype that was not seen before."""
+    """Return the code of a dtype that was not looked up before."""
     code = _CODES.get(str(dtype))
     if code is None:
         raise ValueError(f"backend 'cpu': dtype {dtype} is not supported")
@@ -200,6 +200,6 @@ def _code(dtype: Any) -> int:
 
 
 def _name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype of torch, as numpy has it."""
+    """Return numpy's name of a torch dtype."""
     name = _NAMES.get(dtype)
     return name or _NAMES.setdefault(dtype, str(dtype).removeprefix("torch."))

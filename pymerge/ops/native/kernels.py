@@ -1,4 +1,4 @@
-"""The functions of this package that marshal an op, of which a backend takes those it can run."""
+"""All functions of this package that marshal an op; a backend picks those that it supports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Weights that adapters make: base + scale * (b a), and base * l, without torch.
+"""The weights that adapters produce, without torch: base + scale * (b a), and base * l.
 
-The products of an element are added up in the order of the rank, in float32 (float64 where the base
-is), and the result is rounded once. So the bits depend on no thread, instruction set or tile.
+The products that make up an element are added in the order of the rank, in float32 (float64 if the
+base is), and the result is rounded once. The bits therefore do not depend on threads, instruction
+sets or tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pymerge.ops.native.host import HostCall, reason
 
 __all__ = ["low_rank", "rescale", "store"]
 
-_AT_ONCE = 1 << 20  # elements of a block of rows, where numpy computes
+_AT_ONCE = 1 << 20  # elements per block of rows when numpy computes
 
 
 def low_rank(
@@ -32,8 +33,8 @@ def low_rank(
         base: the same number of elements; may be `None`.
         b: [rows, rank], contiguous float32.
         a: [rank, columns], contiguous float32.
-        scale: of the product; a float32.
-        reference: compute by numpy, which is the definition, even where there are kernels.
+        scale: factor of the product, rounded to float32.
+        reference: compute with numpy, which is the definition, even if there are kernels.
     """
     rows, columns = b.shape[0], a.shape[1]
     numel = rows * columns
@@ -80,7 +81,7 @@ def rescale(out: Array, base: Array, factors: np.ndarray, columns: int) -> None:
     Args:
         out, base: [rows * columns].
         factors: float32, [rows, 1] or [1, columns]; [1, 1] for neither.
-        columns: of the matrix; of a vector 1.
+        columns: number of columns of a matrix; 1 for a vector.
     """
     wide = "F64" in (out.code, base.code)
     rows = base.numel() // max(columns, 1)
@@ -95,12 +96,12 @@ def rescale(out: Array, base: Array, factors: np.ndarray, columns: int) -> None:
 
 
 def store(out: Array, values: np.ndarray) -> None:
-    """Round float32 or float64 values to the nearest of `out`, ties to even."""
+    """Round float32 or float64 values to the dtype of `out`, to nearest, ties to even."""
     if out.code == "F64":
         out.numpy()[:] = values
         return
     with np.errstate(over="ignore", invalid="ignore"):
-        # Doubles go to 16 bits through float32, as in torch.
+        # Doubles are converted to 16 bits by way of float32, as in torch.
         single = np.ascontiguousarray(values, dtype=np.float32)
         if out.code != "BF16":
             out.numpy()[:] = single

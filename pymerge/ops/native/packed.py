@@ -56,7 +56,7 @@ def _parts(
     offsets: Sequence[Any],
     wide: bool,
 ) -> tuple[tuple[Any, ...], int]:
-    """Return what both calls begin with, and the number of chunks."""
+    """Return the arguments that come first in both calls, and the number of chunks."""
     chunks = check_packed(masks, values, offsets, base.numel(), call.NAME)
     kept = [call.operand(own, own.numel()) for own in values]
     common = call.operand(base), kept, *call.end(wide)

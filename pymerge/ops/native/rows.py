@@ -22,7 +22,7 @@ def row_ranks(
 def row_ranks_by_torch(
     begin: type[Call], ranks: Any, base: Any, models: Sequence[Any], columns: int, wide: bool
 ) -> None:
-    """Rank by torch's stable sort, model by model: it runs on the device, too."""
+    """Rank with torch's stable sort, model by model; it also runs on the device."""
     import torch
 
     call = begin(base)

@@ -1,4 +1,4 @@
-"""Marshals `weighted_sum_`, `task_arithmetic_` and the loop that benchmarks compare with."""
+"""Marshals `weighted_sum_`, `task_arithmetic_`, and a plain streaming loop for benchmarks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def weighted_sum(
 def streaming_floor(
     begin: type[Call], out: Flat, base: Flat | None, models: Sequence[Flat], threads: int = 0
 ) -> None:
-    """Read base and models and write out, computing nothing: what benchmarks compare with."""
+    """Read base and models and write `out` without computing: the floor that benchmarks compare
+    with."""
     call = begin(out)
     operands = call.operand(out), call.operand(base), call.operands(models)
     call.native.streaming_floor(*operands, [1.0] * len(models), 1.0, 1.0, *call.end(False, threads))

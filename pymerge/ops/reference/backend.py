@@ -1,8 +1,8 @@
 """The reference backend: pure torch, on any device.
 
-It is the definition; every kernel is tested against it. Arithmetic is in float32 (float64 where
-`wide`), models in order, one rounding at the store. Nothing here is fast, and nothing here may be
-changed without changing what pymerge computes.
+It is the definition; every kernel is tested against it. Arithmetic is in float32 (float64 if
+`wide`), takes the models in order, and rounds once, at the store. Nothing here is fast, and any
+change here changes what pymerge computes.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ SUMMARY = "pure torch: the definition, slow"
 
 
 def reason() -> str | None:
-    """Say why the backend cannot be used, or return None."""
+    """Return why the backend cannot be used, or None."""
     return None

@@ -25,7 +25,7 @@ def compare(
     every: int,
     wide: bool,
 ) -> None:
-    """Sums of segments, and counts that are added to."""
+    """Write the sums of segments, and add to the counts."""
     shape = Comparison(len(models), len(thresholds) // len(models))
     shape.check(sums, counts, base.numel(), thresholds, start, every, "reference")
     if base.numel() == 0:
@@ -61,13 +61,13 @@ def compare(
 
 
 def _plain(values: Tensor) -> Tensor:
-    """Return doubles [chunks, 1, elements of a chunk]."""
+    """Return the values as doubles [chunks, 1, elements of a chunk]."""
     return chunks_of(values, 0)
 
 
 def _grouped(values: Tensor) -> Tensor:
-    """Return sums of SUM_GROUP steps of all lanes, taken in the compute type, as doubles [chunks,
-    1, sums of a chunk]."""
+    """Return sums over SUM_GROUP steps of all lanes, computed in the compute type, as doubles
+    [chunks, 1, sums of a chunk]."""
     padded = torch.nn.functional.pad(values, (0, -values.numel() % SUM_CHUNK))
     steps = padded.view(-1, SUM_GROUP, SUM_LANES)
     total = torch.zeros_like(steps[:, 0])
@@ -77,7 +77,7 @@ def _grouped(values: Tensor) -> Tensor:
 
 
 def _segments(values: Tensor) -> Tensor:
-    """Add up each chunk, then the chunks of each segment, in order."""
+    """Return the sums of each segment: over each chunk, then over its chunks, in order."""
     chunks = added(values)
     per_segment = HOT_CHUNK // SUM_CHUNK
     table = torch.nn.functional.pad(chunks, (0, -len(chunks) % per_segment)).view(-1, per_segment)
@@ -102,13 +102,13 @@ def _level(kept: Sequence[Tensor], deltas: Sequence[Tensor], shape: Comparison) 
 
 
 def _equal(first: Tensor, second: Tensor) -> Tensor:
-    """Tell where two models have the same bits, or zeros of either sign."""
+    """Return where two models have the same bits, or zeros of either sign."""
     kind = torch.int64 if first.dtype == torch.float64 else torch.int32
     return (first.view(kind) == second.view(kind)) | ((first == 0) & (second == 0))
 
 
 def _looked_at(numel: int, start: int, every: int, device: torch.device) -> Tensor:
-    """Tell which magnitudes are counted."""
+    """Return a mask of the elements whose magnitudes are counted."""
     if every == 1:
         return torch.ones(numel, dtype=torch.bool, device=device)
     index = torch.arange(numel, device=device)

@@ -1,6 +1,7 @@
-"""The reference of divergences of rows and what is weighed by them.
+"""The reference of divergences of rows, and of the values weighted by them.
 
-Written out step by step: csrc/math/divergence.h and triton_kernels/divergence.py are its twins.
+It is written out step by step, because csrc/math/divergence.h and triton_kernels/divergence.py
+repeat the same steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["divergence_sums", "row_importance"]
 Tensor = torch.Tensor
 
 FLOOR = 1e-8  # mergekit adds it to every probability
-_NEAR = 0.34  # |t| up to which e^t - 1 needs no reduction: less than ln(2) / 2
+_NEAR = 0.34  # up to this |t|, e^t - 1 needs no range reduction: less than ln(2) / 2
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _LN2 = 0.6931471805599453
@@ -35,12 +36,12 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def _expm1(r: Tensor) -> Tensor:
-    """e^r - 1 for |r| <= ln(2) / 2."""
+    """Return e^r - 1 for |r| <= ln(2) / 2."""
     return r + (r * r) * _polynomial(r, _EXP)
 
 
 def _exp(x: Tensor) -> Tensor:
-    """e^x for |x| <= 708; x beyond is clamped."""
+    """Return e^x; x is clamped to |x| <= 708."""
     x = torch.where(x > 708.0, 708.0, x)
     x = torch.where(x < -708.0, -708.0, x)
     shifted = x * 1.4426950408889634 + _MAGIC
@@ -51,23 +52,24 @@ def _exp(x: Tensor) -> Tensor:
 
 
 def _split(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v = 2^k m with m from sqrt(1/2) to sqrt(2): return k and m, for v from 2^-100 on."""
+    """Return k and m such that v = 2^k m and m is in [sqrt(1/2), sqrt(2)], for v >= 2^-100."""
     bits = v.view(torch.int64)
     k = ((bits - _SQRT_HALF + (128 << 52)) >> 52) - 128
     return k, (bits - (k << 52)).view(torch.float64)
 
 
 def _excess(f: Tensor) -> Tensor:
-    """f - log(1 + f) for 1 + f from sqrt(1/2) to sqrt(2)."""
+    """Return f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]."""
     s = f / (f + 2.0)
     z = s * s
     return s * (f - (z + z) * _polynomial(z, _LOG))
 
 
 def _term(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
-    """P log(P / Q) - P + Q, P = p + FLOOR and Q = q + FLOOR, given t = log(q / p).
+    """Return P log(P / Q) - P + Q, where P = p + FLOOR, Q = q + FLOOR and t = log(q / p).
 
-    None is negative, and the sum over a row is that of P log(P / Q): both sum up to the same.
+    No term is negative. Over a row the sum equals that of P log(P / Q), because the sums of P and
+    of Q are equal.
     """
     own = p + FLOOR
     u = p * _expm1(t)
@@ -85,7 +87,7 @@ def _term(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
 def divergence_sums(
     table: Tensor, base: Tensor, model: Tensor, kind: str, columns: int, wide: bool
 ) -> None:
-    """Row by row, or chunk by chunk: maxima, sums of exp(x - maximum), then the divergence
+    """Compute, row by row or chunk by chunk: maxima, sums of exp(x - maximum), then the divergence
     KL(softmax(model) || softmax(base)) with 1e-8 added to each probability."""
     check_kind("divergence_sums_", kind, DIVERGENCE, "reference")
     if base.numel() == 0:
@@ -100,7 +102,7 @@ def divergence_sums(
         table[1] = extremes(y, "max", columns)
         return
     rows = [chunks_of(row, columns) for row in (x, y)]
-    # A table may be in the processor's memory, wherever the tensors are.
+    # The table may be in host memory while the tensors are on a device.
     x_max, y_max, x_sum, y_sum = (row.view(-1, 1, 1) for row in table[:4].to(x.device))
     there = chunks_of(torch.ones_like(x), columns) != 0
     x_exp, y_exp = _exp(rows[0] - x_max), _exp(rows[1] - y_max)
@@ -126,8 +128,8 @@ def row_importance(
     threshold: float | None,
     wide: bool,
 ) -> None:
-    """|model - base| D_r of the row r, or the base with what of the task vector has at least so
-    much of it: Arcee Fusion (mergekit)."""
+    """Compute |model - base| D_r in row r; with a threshold, the base plus the delta where this
+    importance is at least the threshold: Arcee Fusion (mergekit)."""
     stats[2] += int(not all(bool(torch.isfinite(tensor).all()) for tensor in (base, model)))
     origin = widened(base, wide)
     delta = widened(model, wide) - origin

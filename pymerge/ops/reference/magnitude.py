@@ -1,4 +1,4 @@
-"""The reference of counts of magnitudes, from which thresholds are selected."""
+"""The reference of the counts of magnitudes that thresholds are selected from."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def magnitude_histogram(
     hot: Sequence[int],
     wide: bool,
 ) -> None:
-    """Count keys below, in and above a bracket of bins, and apart from them those that equal
-    `hot`."""
+    """Count the keys below, in and above a bracket of bins; keys equal to `hot` are counted
+    separately."""
     bins = counts.shape[2] - 3
     origin = widened(base, wide)
     for k, model in enumerate(models):

@@ -1,6 +1,6 @@
-"""Methods on whole tensors, in torch, on any device.
+"""Methods that work on whole tensors, in torch, on any device.
 
-They take as much memory as a few copies of the largest tensor in float32.
+They need memory for a few float32 copies of the largest tensor.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Tensor = torch.Tensor
 def arcee_fusion(
     base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], name: str
 ) -> Tensor:
-    """Arcee Fusion: exact quantiles at any size, where mergekit samples above 1e6 elements."""
+    """Arcee Fusion, with exact quantiles at any size; mergekit samples above 1e6 elements."""
     model = models[0]
     if base.numel() == 0 or base.dim() == 0:
         return model.clone()
-    # As mergekit rounds it: the logarithm of a quotient. Importance depends on the last bits of it.
+    # Rounded as in mergekit: the logarithm of a quotient. The importance depends on its last bits.
     fine = torch.softmax(model, dim=-1) + 1e-8
     coarse = torch.softmax(base, dim=-1) + 1e-8
     divergence = (fine * torch.log(fine / coarse)).sum(dim=-1, keepdim=True)
@@ -61,8 +61,7 @@ def tsv_m(
 def iso_c(
     base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], name: str
 ) -> Tensor:
-    """Iso-C (Marczak et al. 2025, algorithm 1): the spectrum of the summed task vectors, made
-    uniform."""
+    """Iso-C (Marczak et al. 2025, algorithm 1): the summed task vectors with a uniform spectrum."""
     deltas = [model - base for model in models]
     if not _is_decomposed(base, name):
         return base + parameters["scale"] * _mean(deltas)
@@ -74,14 +73,14 @@ def iso_c(
 def iso_cts(
     base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], name: str
 ) -> Tensor:
-    """Iso-CTS (Marczak et al. 2025, algorithm 2): the last singular vectors of the sum give way to
-    the first of each task vector outside of what remains; then as Iso-C."""
+    """Iso-CTS (Marczak et al. 2025, algorithm 2): the last singular vectors of the sum are replaced
+    by the first ones of each task vector, projected off the vectors that remain; then as Iso-C."""
     deltas = [model - base for model in models]
     if not _is_decomposed(base, name):
         return base + parameters["scale"] * _mean(deltas)
     _check_finite(deltas, "iso_cts", name)
     rank, count = min(base.shape), len(deltas)
-    # As in the authors' code: what is not common is divided among the tasks without a remainder.
+    # As in the authors' code: the tasks share the rest evenly, and a remainder stays common.
     wanted = rank - int(rank * parameters["common_fraction"])
     each = min(round(wanted / count), rank // count)
     common = rank - each * count
@@ -98,8 +97,8 @@ def iso_cts(
 
 
 def _is_decomposed(base: Tensor, name: str) -> bool:
-    """Return whether a tensor is a matrix to its method: the authors of TSV-M and Iso leave CLIP's
-    text projection out."""
+    """Return whether the method treats this tensor as a matrix. Like the authors of TSV-M and Iso,
+    it excludes CLIP's text projection."""
     return base.dim() == 2 and "text_projection" not in name and min(base.shape) > 0
 
 
@@ -123,7 +122,6 @@ def _check_finite(deltas: Sequence[Tensor], method: str, name: str) -> None:
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """Return the matrix with orthonormal rows or columns that is nearest (orthogonal
-    Procrustes)."""
+    """Return the nearest matrix with orthonormal rows or columns (orthogonal Procrustes)."""
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     return u @ v

@@ -16,18 +16,18 @@ Tensor = torch.Tensor
 
 
 def _kept(mask: Tensor, numel: int) -> Tensor:
-    """Return the bits of a mask as booleans."""
+    """Return the first `numel` bits of a mask as booleans."""
     bits = torch.arange(32, dtype=torch.int32, device=mask.device)
     return ((mask.unsqueeze(-1) >> bits) & 1).view(-1)[:numel].bool()
 
 
 def unpack(mask: Tensor, values: Tensor, base: Tensor) -> Tensor:
-    """Return a trimmed task vector as a dense one, in float32 (float64 if an input is).
+    """Return a trimmed task vector in dense form, in float32 (float64 if an input is).
 
     Args:
-        mask: int32 words [ceil(n / 32)], bit i of word j says whether element 32 j + i is kept.
-        values: the model's own numbers where the mask says so, [kept].
-        base: of any shape, n elements.
+        mask: int32 words [ceil(n / 32)]; bit i of word j is set if element 32 j + i is kept.
+        values: the model's own values where the mask is set, [kept].
+        base: n elements, in any shape.
     """
     wide = torch.float64 in (values.dtype, base.dtype)
     kept = _kept(mask, base.numel())
@@ -49,13 +49,13 @@ def packed_sum(
     weights: Sequence[float],
     wide: bool,
 ) -> None:
-    """out = base + sum_k weights[k] t_k, where t_k is a dense task vector."""
+    """out = base + sum_k weights[k] t_k, where t_k is a task vector in dense form."""
     check_packed(masks, values, offsets, base.numel(), "reference")
     origin = widened(base, wide)
     total = torch.zeros_like(origin)
     for weight, mask, own in zip(weights, masks, values, strict=True):
         kept = _kept(mask, base.numel())
-        # Where nothing is kept, nothing is added, not even 0 times an infinite weight.
+        # Elements that are not kept add nothing, not even 0 times an infinite weight.
         delta = _dense(kept, own, base, wide)
         total = torch.where(kept, total + scalar(weight, delta) * delta, total)
     out.copy_(origin + total)
@@ -70,7 +70,7 @@ def packed_dots(
     offsets: Sequence[Tensor],
     wide: bool,
 ) -> None:
-    """partials[k, c] = <gradient, t_k> over chunk c, added up in the order of all sums."""
+    """partials[k, c] = <gradient, t_k> over chunk c, in the summation order of all sums."""
     chunks = check_packed(masks, values, offsets, base.numel(), "reference")
     check_partials(partials, len(masks), chunks, "reference")
     if chunks == 0:

@@ -1,7 +1,7 @@
-"""The reference of PCB-Merging and of its exp and tanh: csrc/math/pcb.h and functions.h, in torch.
+"""The reference of PCB-Merging and its exp and tanh; csrc/math/pcb.h and functions.h in torch.
 
-exp and tanh are polynomials of single precision here too, so that every backend gives the same
-bits.
+exp and tanh are the same single-precision polynomials as in the kernels, so that every backend
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _horner(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
 
 
 def exp32(x: torch.Tensor) -> torch.Tensor:
-    """e^x in float32 for |x| <= 87 (clamped beyond), within 2 units in the last place."""
+    """Return e^x in float32, within 2 units in the last place; x is clamped to |x| <= 87."""
     top, magic = _f(87.0, x), _f(12582912.0, x)
     x = torch.where(x > top, top, x)
     x = torch.where(x < -top, -top, x)
@@ -56,7 +56,7 @@ def exp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def tanh32(x: torch.Tensor) -> torch.Tensor:
-    """tanh in float32, within 2 units in the last place."""
+    """Return tanh in float32, within 2 units in the last place."""
     one, two = _f(1.0, x), _f(2.0, x)
     size, z = x.abs(), x * x
     near = _horner(_TANH, z) * z * x + x
@@ -73,7 +73,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 class _Call:
-    """The numbers of a call, in the order of csrc/kernel_table.h (PcbArgs)."""
+    """The `reals` of a call, in the order of csrc/kernel_table.h (PcbArgs)."""
 
     def __init__(self, variant: int, reals: Sequence[float], count: int) -> None:
         self.variant = variant
@@ -153,7 +153,7 @@ def pcb_scores(
     variant: int,
     reals: Sequence[float],
 ) -> None:
-    """scores[k, : numel] = max(scale x, 0) of x = beta_k (paper) or b_k (the authors' codes)."""
+    """scores[k, :numel] = max(scale x, 0), x = beta_k (paper) or b_k (the authors' codes)."""
     taus = _taus(base, models)
     stats[2] += int(not all(bool(torch.isfinite(tau).all()) for tau in taus))
     call = _Call(variant, reals, len(models))
@@ -200,15 +200,16 @@ def pcb_rows(
     models: Sequence[torch.Tensor],
     reals: Sequence[float],
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return what the paper's softmax needs of each pair: extremes of the products (least, largest)
-    or exp(x_ij), then exp(K x_kk); reals: min and inverse range of each pair."""
+    """Return the rows that the paper's softmax needs. They are the extremes of each pair's products
+    (least, largest), or exp(x_ij) for each pair, then exp(K x_kk). reals: the minimum and the
+    inverse range of each pair."""
     taus = _taus(base, models)
     pairs = _pairs(len(taus))
     if kind == "pcb_extremes":
         rows = []
         for i, j in pairs:
             product = taus[i] * taus[j]
-            # What is not finite must not spoil what is.
+            # Non-finite products must not spoil the finite ones.
             clean = torch.where(product.isfinite(), product, _f(math.nan, product))
             rows += [("min", clean), ("max", clean)]
         return rows

@@ -1,4 +1,4 @@
-"""The reference of ops on rows of matrices."""
+"""The reference of the ops on rows of matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def row_ranks(
     columns: int,
     wide: bool,
 ) -> None:
-    """Ranks of |delta| within rows, equal magnitudes by index."""
+    """Rank |delta| within each row; equal magnitudes are ordered by index."""
     for k, model in enumerate(models):
         key = keys(widened(model, wide) - widened(base, wide)).view(-1, columns)
         order = key.sort(dim=1, stable=True).indices
@@ -36,7 +36,7 @@ def row_weighted_sum(
     columns: int,
     wide: bool,
 ) -> None:
-    """A weighted sum with weights of its own for each row."""
+    """Compute a weighted sum with separate weights for each row."""
     element = Element(base, models, wide)
     total = element.zero
     for delta, own in zip(element.deltas, weights, strict=True):

@@ -1,4 +1,4 @@
-"""The reference of sparse merges: what is kept of a task vector, and how that is merged."""
+"""The reference of sparse merges: selecting the elements of task vectors, and merging them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WORD = 0xFFFFFFFF
 
 
 def mask_hash(index: torch.Tensor, first: int, second: int) -> torch.Tensor:
-    """Return the hash of flat indices (int64, their low halves) as int64 in [0, 2^32)."""
-    # Products of two 32-bit numbers overflow int64, but their low halves are right.
+    """Return the hash of flat indices (int64, their low 32 bits) as int64 in [0, 2^32)."""
+    # Products of two 32-bit numbers overflow int64, but their low 32 bits are right.
     x = index & _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
@@ -24,7 +24,7 @@ def mask_hash(index: torch.Tensor, first: int, second: int) -> torch.Tensor:
 
 
 def kept_values(delta: torch.Tensor, k: int, kept: Kept) -> torch.Tensor:
-    """Return what is kept of task vector k, zeros elsewhere."""
+    """Return task vector k with zeros in place of the elements that are not kept."""
     zero = torch.zeros_like(delta)
     drawn = torch.zeros_like(delta, dtype=torch.int64)
     if kept.seeds:

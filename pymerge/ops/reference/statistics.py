@@ -1,7 +1,7 @@
-"""The arithmetic of methods that weigh by statistics, in torch: the definitions.
+"""The arithmetic of methods that weight by statistics, in torch: the definitions.
 
-Float64, one rounding at the end: squared gradients go down to 1e-30 and below, where products of
-float32 would vanish.
+It is in float64 and rounds once, at the end. Squared gradients are as small as 1e-30 and below, so
+their products would underflow in float32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fisher(
 ) -> Tensor:
     """Fisher merging (Matena and Raffel 2022): sum c F theta / sum c F, per element.
 
-    Where all c F are 0, the mean of the models by their weights.
+    Where all c F are 0, the result is the weighted mean of the models.
 
     Args:
         coefficients: c_k, the weights divided by the norms.
@@ -50,7 +50,7 @@ def fisher(
             information.clamp_(min=floor)
         information *= coefficients[k]
         below += information
-        above += information.mul_(model)  # float32 times float64 is float64
+        above += information.mul_(model)  # float32 times float64 gives float64
     empty = below == 0
     if bool(empty.any()):
         return torch.where(empty, _mean(models, weights), above / below)
@@ -69,7 +69,8 @@ def gradient_matching(
 ) -> Tensor:
     """Uncertainty-based gradient matching (Daheim et al. 2024), as in the authors' code.
 
-    Where the preconditioner is 1 / 0, the base and `scale` times the mean task vector by weight.
+    Where the preconditioner is 1 / 0, the result is the base plus `scale` times the weighted mean
+    of the task vectors.
     """
     origin = base.double()
     shared = torch.full_like(origin, delta)
@@ -88,12 +89,12 @@ def gradient_matching(
 
 
 class Singular(Exception):
-    """A sum of Gram matrices is not positive definite; the message says why."""
+    """Raised when a sum of Gram matrices is not positive definite; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A Gram matrix as it counts: w (off_diagonal * G off, G on the diagonal + lift I)."""
+    """A weighted Gram matrix: w (off_diagonal * G off, G on the diagonal + lift I)."""
 
     gram: Tensor  # [in, in]
     weight: float
@@ -102,7 +103,7 @@ class _Matrix:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), symmetric to the last bit, in float64."""
-        # transposed in blocks first: to stride through a matrix takes five times as long
+        # Transposed in blocks first: striding through a matrix takes five times as long.
         mirrored = self.gram[:, start:stop].T.contiguous()
         part = self.gram[start:stop].to(torch.float64, copy=True).add_(mirrored).mul_(0.5)
         diagonal = part.diagonal(start).clone()
@@ -113,9 +114,10 @@ class _Matrix:
 
 
 class RegMean:
-    """RegMean (Jin et al. 2023): (sum w G)^-1 sum w G W, by Cholesky in float64.
+    """RegMean (Jin et al. 2023): (sum w G)^-1 sum w G W, by Cholesky decomposition in float64.
 
-    Computed as W_0 + (sum w G)^-1 sum w G (W_k - W_0): a product less, and equal models stay equal.
+    It is computed as W_0 + (sum w G)^-1 sum w G (W_k - W_0), which saves a product and maps equal
+    models to themselves.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class RegMean:
     ) -> None:
         """
         Args:
-            grams: [in, in] of each model.
+            grams: for each model [in, in].
 
-        Raises: Singular.
+        Raises:
+            Singular: the sum of the Gram matrices is not positive definite.
         """
         self._inputs = inputs = grams[0].shape[0]
         self._weights = weights
@@ -140,17 +143,18 @@ class RegMean:
             _Matrix(gram, weight, off_diagonal, lift)
             for gram, weight in zip(grams, weights, strict=True)
         ]
-        # Where no model was ever active there is nothing to prefer: the mean.
+        # If no model was ever active, no model is preferred: take the mean.
         self._factor = _factor(self._matrices, inputs) if share != 0.0 else None
 
     def solve(self, models: Sequence[Tensor]) -> Tensor:
         """Return some outputs of the merged layer.
 
         Args:
-            models: of each model the same outputs, [in, outputs]. Their number is a part of the
-                result's bits: products of other sizes may be summed in another order.
+            models: the same outputs of each model, [in, outputs]. Their number affects the bits of
+                the result, because products of other sizes may be summed in another order.
 
-        Returns: [in, outputs] in float64.
+        Returns:
+            [in, outputs] in float64.
         """
         if self._factor is None:
             return _mean(models, self._weights)
@@ -174,7 +178,7 @@ def _factor(matrices: Sequence[_Matrix], inputs: int) -> Tensor:
             total[first:last] += matrix.rows(first, last)
     diagonal = total.diagonal().clone()
     factor, failed = torch.linalg.cholesky_ex(total)
-    # A pivot that is rounding noise divides by noise: as singular as one that is 0.
+    # A pivot that is rounding noise is as singular as 0: dividing by it gives noise.
     pivots = factor.diagonal().square()
     noise = pivots <= diagonal * (inputs * torch.finfo(torch.float64).eps)
     if int(failed) == 0 and not bool(noise.any()):

@@ -14,16 +14,17 @@ from pymerge.ops.reference.value import Element, keys, scalar
 
 __all__ = ["SUMS", "added", "chunk_sums", "chunks_of", "extremes"]
 
-Row = tuple[str, torch.Tensor]  # how ("sum", "min", "max"), values
-Rows = Callable[[Element, Sequence[float], Kept], list[Row]]  # of an element, reals, what is kept
+Row = tuple[str, torch.Tensor]  # how to reduce ("sum", "min", "max"), values
+Rows = Callable[[Element, Sequence[float], Kept], list[Row]]  # of an element, reals, kept elements
 _AT_ONCE = 1 << 20
 
 
 def chunks_of(values: torch.Tensor, columns: int, filling: float = 0.0) -> torch.Tensor:
-    """Return values as doubles [segments, chunks of a segment, elements of a chunk], filled up.
+    """Return the values as doubles [segments, chunks of a segment, elements of a chunk], padded.
 
-    A segment is a row of `columns`, or a chunk where that is 0. A chunk has SUM_CHUNK elements, or
-    as many steps of all lanes as a shorter row has: further zeros would add nothing.
+    A segment is a row of `columns`, or a chunk if `columns` is 0. A chunk has SUM_CHUNK elements;
+    if a row is shorter, it has as many steps of all lanes as cover the row, because more zeros
+    would add nothing.
     """
     length = columns or SUM_CHUNK
     segments = -(-values.numel() // length)
@@ -37,8 +38,8 @@ def chunks_of(values: torch.Tensor, columns: int, filling: float = 0.0) -> torch
 
 
 def added(chunks: torch.Tensor) -> torch.Tensor:
-    """Add up each chunk: each lane in order, then the lanes: the order of all backends; then the
-    chunks of a segment."""
+    """Return the sum of each segment, in the order that all backends use: each lane of a chunk in
+    order, then its lanes, then the chunks of the segment."""
     steps = chunks.unflatten(-1, (-1, SUM_LANES))
     lanes = torch.zeros_like(steps[..., 0, :])
     for step in steps.unbind(-2):
@@ -99,7 +100,7 @@ def _pcb(kind: str) -> Rows:
     return lambda element, reals, kept: pcb_rows(kind, element.base, element.models, reals)
 
 
-# What is added up, row by row: values, and how.
+# For each kind, the rows: how each is reduced, and its values.
 SUMS: dict[str, Rows] = {
     "sparse": _sparse,
     "gram": _gram,
@@ -114,7 +115,7 @@ SUMS: dict[str, Rows] = {
 
 
 def extremes(values: torch.Tensor, how: str, columns: int) -> torch.Tensor:
-    """Return the least or the largest value of each segment; NaN counts for nothing, -0 is 0."""
+    """Return the minimum or the maximum of each segment, ignoring NaN; -0 becomes 0."""
     infinity = float("inf") if how == "min" else float("-inf")
     clean = torch.where(values.isnan(), torch.full_like(values, infinity), values)
     chunks = chunks_of(clean, columns, infinity) + 0.0
@@ -131,13 +132,13 @@ def chunk_sums(
     columns: int,
     wide: bool,
 ) -> None:
-    """Sums in a fixed order: SumsArgs in csrc/kernel_table.h says of what."""
+    """Compute the sums of a kind in a fixed order; SumsArgs in csrc/kernel_table.h defines them."""
     check_kind("chunk_sums_", kind, SUMS, "reference")
     rows = SUMS[kind](Element(base, models, wide), reals, kept)
     if models[0].numel() == 0:
         return
     summed = [number for number, (how, _) in enumerate(rows) if how == "sum"]
-    at_once = max(1, _AT_ONCE // models[0].numel())  # rows that are added up together
+    at_once = max(1, _AT_ONCE // models[0].numel())  # rows summed together
     for first in range(0, len(summed), at_once):
         numbers = summed[first : first + at_once]
         stacked = torch.stack([chunks_of(rows[number][1], columns) for number in numbers])

@@ -26,7 +26,7 @@ def ties(
     want_signs: bool,
     wide: bool,
 ) -> None:
-    """Trim by key, elect, merge what agrees: csrc/math/ties.h, in torch."""
+    """Trim by key, elect signs, merge the values that agree: csrc/math/ties.h in torch."""
     origin = widened(base, wide)
     zero = torch.zeros_like(origin)
     one = torch.ones_like(origin)

@@ -1,6 +1,6 @@
-"""What all ops of the reference compute with: widened inputs, numbers of the same type, keys.
+"""Helpers of all reference ops: widened inputs, scalars of the same type, keys.
 
-csrc/math/value.h, in torch.
+The counterpart of csrc/math/value.h in torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def scalar(value: float, like: torch.Tensor) -> torch.Tensor:
 
 
 def keys(delta: torch.Tensor) -> torch.Tensor:
-    """Return bits(|delta|) as int64: for finite values, ordered as |delta| is."""
+    """Return bits(|delta|) as int64; finite values have the order of |delta|."""
     if delta.dtype == torch.float64:
         return delta.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
     return (delta.view(torch.int32) & _LARGEST).to(torch.int64)
@@ -35,7 +35,7 @@ def infinity(wide: bool) -> int:
 
 
 class Element:
-    """What the pointwise methods and the sums look at: inputs, widened, and the task vectors."""
+    """The widened inputs and the task vectors, for the pointwise methods and the sums."""
 
     def __init__(
         self, base: torch.Tensor | None, models: Sequence[torch.Tensor], wide: bool
@@ -52,7 +52,7 @@ class Element:
         return total
 
     def variance(self) -> torch.Tensor:
-        """The biased variance over the task vectors: mean first, then squares, in order."""
+        """Return the biased variance over the task vectors: mean first, then squares, in order."""
         many = scalar(float(len(self.deltas)), self.base)
         mean, squares = self.total() / many, self.zero
         for delta in self.deltas:
@@ -61,7 +61,7 @@ class Element:
         return squares / many
 
     def unified(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """EMR's (sign is +, largest magnitude that agrees); 0 elects -."""
+        """Return EMR's (sign is +, largest magnitude that agrees); a sum of 0 elects -."""
         positive, largest = self.total() > 0, self.zero
         for delta in self.deltas:
             aligned = torch.where(positive, delta, -delta)

@@ -10,7 +10,7 @@ from pymerge.ops.triton.library import check, check_counters, run
 
 __all__ = ["divergence_sums", "row_importance"]
 
-_LONG = 1 << 14  # columns of a row that is longer than any block
+_LONG = 1 << 14  # rows with this many columns or more are longer than any block
 
 
 def divergence_sums(

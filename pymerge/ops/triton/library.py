@@ -1,8 +1,8 @@
-"""What all ops of the Triton backend share: finding triton, checking tensors, launching a kernel.
+"""Shared parts of the Triton backend: importing triton, checking tensors, launching kernels.
 
 Triton is not a dependency. It is imported when the backend is first used; until then `reason()`
-answers from what is installed. With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on
-CPU tensors: that is slow and for tests.
+only looks at what is installed. With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on
+CPU tensors; this is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def interprets() -> bool:
-    """Tell whether kernels run in Triton's interpreter, on CPU tensors, instead of on a GPU."""
+    """Return whether kernels run in Triton's interpreter, on CPU tensors, instead of on a GPU."""
     kernels = sys.modules.get(f"{_KERNELS}.value")
-    if kernels is not None:  # it was decided when they were defined
+    if kernels is not None:  # the mode was fixed when they were defined
         return bool(kernels.INTERPRETED.value)
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def device() -> str:
-    """Return the type of device whose tensors the backend takes."""
+    """Return the device type of the tensors that the backend accepts."""
     return "cpu" if interprets() else "cuda"
 
 
 def reason() -> str | None:
-    """Say why the backend cannot be used, or return None."""
+    """Return why the backend cannot be used, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'pymerge-kernels[triton]'"
     if not interprets() and not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def reason() -> str | None:
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
-    """Import the kernels, and with them triton; or return the error."""
+    """Return the imported kernels (with triton), or the error."""
     wanted = interprets()
     try:
         triton = importlib.import_module("triton")
@@ -73,7 +73,7 @@ def _load() -> tuple[Any, str | None]:
         if version is None or tuple(map(int, version.groups())) < _OLDEST:
             least = ".".join(map(str, _OLDEST))
             return None, f"triton {triton.__version__} is too old; {least} or newer is needed"
-        # Functions of Triton's library were defined when it was imported, for one way or the other.
+        # Triton fixed the mode of its library's functions when it was imported.
         defined = type(triton.language.sum).__name__ == "InterpretedFunction"
         if defined != wanted:
             return None, "TRITON_INTERPRET changed after triton was imported"
@@ -92,7 +92,7 @@ def kernels() -> Any:
 
 
 def check(numel: int, *tensors: torch.Tensor | None) -> None:
-    """Refuse tensors that a kernel would read past the ends of."""
+    """Raise ValueError for tensors that a kernel would read out of bounds."""
     kind = device()
     for tensor in tensors:
         if tensor is None:
@@ -120,7 +120,7 @@ def check_counters(tensor: torch.Tensor, dtype: torch.dtype, least: int = 0) -> 
 def check_shape(
     name: str, table: torch.Tensor, dtype: torch.dtype, rows: int, columns: int
 ) -> None:
-    """Refuse a table with other rows, or with rows of less than `columns`."""
+    """Raise ValueError unless a table has `rows` rows of at least `columns` columns."""
     fits = table.dim() == 2 and table.shape[0] == rows and table.shape[1] >= columns
     if not fits or table.dtype != dtype or (columns > 1 and table.stride(1) != 1):
         raise ValueError(
@@ -130,7 +130,7 @@ def check_shape(
 
 
 def check_ranks(ranks: torch.Tensor | None, count: int, numel: int) -> int:
-    """Return how far rows of ranks are apart."""
+    """Return the stride of the rows of ranks."""
     if ranks is None:
         return 0
     check_shape("ranks", ranks, torch.int32, count, numel)
@@ -138,7 +138,7 @@ def check_ranks(ranks: torch.Tensor | None, count: int, numel: int) -> int:
 
 
 def check_reals(what: str, reals: Sequence[float], wanted: int, count: int) -> None:
-    """Refuse numbers that a kernel would read past the end of."""
+    """Raise ValueError if a kernel would read past the end of `reals`."""
     if len(reals) != wanted:
         raise ValueError(
             f"backend 'triton': {what}: expected {wanted} numbers for {count} models, got "
@@ -147,7 +147,7 @@ def check_reals(what: str, reals: Sequence[float], wanted: int, count: int) -> N
 
 
 def asked(what: str, number: float, least: int, count: int) -> int:
-    """Return the model that a call is asked about."""
+    """Return the number of the model that a call refers to."""
     if not least <= number < count:
         raise ValueError(
             f"backend 'triton': {what}: expected a model from {least} to {count - 1}, got {number}"
@@ -156,7 +156,7 @@ def asked(what: str, number: float, least: int, count: int) -> int:
 
 
 def loops_over(kernel: str, models: Sequence[torch.Tensor]) -> bool:
-    """Tell whether a kernel loops over that many models, instead of being compiled for them."""
+    """Return whether a kernel loops over that many models instead of being compiled for them."""
     return len(models) > kernels().unrolled(kernel)
 
 
@@ -174,8 +174,8 @@ def run(
 ) -> None:
     """Run a kernel over all elements of `base` and the models.
 
-    integers, numbers: what the kernel reads from its tables. scratch: the arguments it adds to,
-    beside the flag among the integers. units, span: see `Launch`.
+    integers, numbers: the tables that the kernel reads. scratch: the arguments that it adds to,
+    besides the flag among the integers. units, span: see `Launch`.
     """
     module = kernels()
     loops = loops_over(kernel, models)
@@ -220,9 +220,9 @@ def tables(
     numbers: Sequence[float],
     wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put the numbers of a call on its device, in one copy that waits for nothing.
+    """Copy the numbers of a call to its device, in one transfer that waits for nothing.
 
-    As arguments of the kernel, integers would make it compile again for some of their values, and
+    If they were arguments of the kernel, some values of integers would trigger a recompilation, and
     floats would lose their lower half.
     """
     dtype = torch.float64 if wide else torch.float32
@@ -238,5 +238,5 @@ def tables(
 
 
 def largest(wide: bool) -> int:
-    """Return the largest key that there is."""
+    """Return the largest possible key."""
     return 0x7FFFFFFFFFFFFFFF if wide else 0x7FFFFFFF

@@ -54,7 +54,7 @@ def magnitude_histogram(
         hot_chunks[:, :needed].zero_()
     if numel == 0:
         return
-    # No key is -1.
+    # -1 never equals a key.
     guesses = [key if 0 <= key <= largest(wide) else -1 for key in hot]
     bins = columns - 3
     spans = [

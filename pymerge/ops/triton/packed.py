@@ -74,7 +74,7 @@ def packed_dots(
 def _check(
     masks: Tensors, values: Tensors, offsets: Tensors, base: torch.Tensor, other: torch.Tensor
 ) -> int:
-    """Refuse what kernels would read past the ends of; return the number of chunks."""
+    """Raise ValueError if a kernel would read out of bounds; return the number of chunks."""
     chunks = check_packed(masks, values, offsets, base.numel(), "triton")
     check(base.numel(), base, other)
     for mask, own, offset in zip(masks, values, offsets, strict=True):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.ops.reference.rows import row_ranks as row_ranks  # torch sorts, on the device
+from pymerge.ops.reference.rows import row_ranks as row_ranks  # torch sorts on the device
 from pymerge.ops.triton.library import check, check_counters, run
 
 __all__ = ["row_ranks", "row_weighted_sum"]
 
-_LONG = 1 << 14  # columns of a row that is longer than any block
+_LONG = 1 << 14  # rows with this many columns or more are longer than any block
 
 
 def row_weighted_sum(

@@ -13,7 +13,7 @@ __all__ = ["decides", "rules_of", "sparse_merge"]
 
 
 def decides(kept: Kept, wide: bool) -> str:
-    """Return what decides on an element: KEEP in triton_kernels/sparse.py."""
+    """Return the rule that selects elements: KEEP in triton_kernels/sparse.py."""
     if kept.ranks is not None:
         if not kept.chances:
             return "ranks"
@@ -28,12 +28,12 @@ def decides(kept: Kept, wide: bool) -> str:
 
 
 def rules_of(kept: Kept, count: int, wide: bool) -> tuple[list[int], list[float]]:
-    """Return the integers of the rule of each model, and its chances."""
+    """Return the integers of each model's rule, and its chances."""
     most = largest(wide and kept.ranks is None)
     rules: list[int] = []
     for k in range(count):
         lo, last = (kept.lo[k], kept.last[k]) if kept.lo else (0, most)
-        # Where the least key is above the largest that can be, nothing is kept.
+        # A least key above the largest possible one keeps nothing.
         band = (1, 0) if lo > most else (max(lo, 0), min(last, most))
         words = kept.seeds[2 * k : 2 * k + 2] or (0, 0)
         rules += [*band, *words, kept.limits[k] if kept.limits else 0]

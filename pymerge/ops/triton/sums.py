@@ -22,7 +22,7 @@ from pymerge.ops.triton.sparse import decides, rules_of
 
 __all__ = ["ROWS", "chunk_sums"]
 
-# Rows of sums that belong together, and to what: each model, each pair, or all models.
+# For each kind, the rows that belong together, and what they belong to: a model, a pair, or all.
 ROWS = {
     "sparse": (2, "model"),
     "gram": (1, "pair"),
@@ -43,7 +43,7 @@ def _pairs(kind: str, count: int) -> list[tuple[int, int]]:
 
 
 def _tables_of(kind: str, count: int, reals: Sequence[float], kept: Kept, wide: bool) -> Any:
-    """Return the integers and the numbers of a kind of sums."""
+    """Return the integer and the float table of a kind of sums."""
     if kind == "sparse":
         rules, chances = rules_of(kept, count, wide)
         return [kept.start, *rules], chances
