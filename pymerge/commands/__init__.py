@@ -1,1 +1,1 @@
-"""The commands of `pymerge`: one module each, with its options, its run and its words."""
+"""The commands of `pymerge`: one module each, with its options, its run and its output."""

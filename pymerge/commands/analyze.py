@@ -24,45 +24,45 @@ def add(commands: Commands) -> None:
         "--out", metavar="OUT", help="directory to write: report, JSON, CSV (default: nothing)"
     )
     parser.add_argument(
-        "--names", type=_list(str), metavar="A,B,...", help="of the models, in reports"
+        "--names", type=_list(str), metavar="A,B,...", help="names of the models in reports"
     )
     parser.add_argument(
         "--densities",
         type=_list(float),
         default=[0.1, 0.2, 0.5],
         metavar="D,D,...",
-        help="of TIES' trim over the whole model; '' for none (default: 0.1,0.2,0.5)",
+        help="densities of TIES' trim over the whole model; '' for none (default: 0.1,0.2,0.5)",
     )
     parser.add_argument(
         "--thresholds",
         choices=("sampled", "exact"),
         default="sampled",
-        help="of these trims; exact ones take another pass or two (default: sampled)",
+        help="thresholds of these trims; exact ones take another pass or two (default: sampled)",
     )
     parser.add_argument(
-        "--spectra", action="store_true", help="also singular values and subspaces, which is slow"
+        "--spectra", action="store_true", help="add singular values and subspaces, which is slow"
     )
     parser.add_argument(
-        "--rank", type=_count, default=16, metavar="R", help="of subspaces (default: 16)"
+        "--rank", type=_count, default=16, metavar="R", help="rank of the subspaces (default: 16)"
     )
     parser.add_argument(
         "--scores",
         type=_list(float),
         metavar="S,S,...",
-        help="of the models on validation data, for advice on averages",
+        help="scores of the models on validation data, for advice on averages",
     )
     parser.add_argument(
         "--nan",
         choices=("error", "skip"),
         default="error",
-        help="what to do with tensors that hold NaN or infinity (default: error)",
+        help="what to do with tensors that contain NaN or infinity (default: error)",
     )
     parser.add_argument(
         "--backend",
         type=one_of("auto", "reference", "cpu"),
         default="auto",
         metavar="{auto,reference,cpu}",
-        help="what computes (default: auto)",
+        help="backend that computes (default: auto)",
     )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="compute threads (default: one per core)"

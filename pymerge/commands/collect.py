@@ -33,10 +33,10 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--force", action="store_true", help="collect anew, and replace files")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, and say what would be done"
+        "--dry-run", action="store_true", help="check everything, and report what would be done"
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--verbose", action="store_true", help="tell more of each model")
+    amount.add_argument("--verbose", action="store_true", help="print more about each model")
     amount.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
 
@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_table(found: Sequence[Collected]) -> None:
-    """Print a line for each model: its file, how many examples, the file's size, what was done."""
+    """Print a line for each model: its file, the number of examples, the file's size, the
+    action."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("base", metavar="BASE", help="the base model")
     parser.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory (PEFT)")
     parser.add_argument("out", metavar="OUT", help="directory to write")
-    parser.add_argument("--dtype", metavar="NAME", help="of the output (default: the base's)")
+    parser.add_argument("--dtype", metavar="NAME", help="dtype of the output (default: the base's)")
     parser.add_argument("--memory", type=size, default="2GiB", metavar="SIZE", help="to stay under")
     parser.add_argument("--threads", type=integer(1), metavar="N", help="default: one per core")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`pymerge info`: the installation."""
+"""`pymerge info`: describes the installation."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def gather_info() -> dict[str, Any]:
-    """Return what is installed, and which backends work or why not."""
+    """Return the versions installed, and for each backend whether it works or why not."""
     from pymerge.memory import default_threads
     from pymerge.merging.report import distribution_version, versions
 
     info: dict[str, Any] = {"cuda": _cuda(), "triton": distribution_version("triton")}
-    # after torch was imported, so that the version is the one that runs
+    # After torch was imported, so that this is the version in use.
     info = {**versions(), "processors": default_threads(), **info}
     try:
         from pymerge.ops import backends
@@ -46,12 +46,12 @@ def gather_info() -> dict[str, Any]:
         **info,
         **described,
         "methods": support(described["backends"]),
-        "analyze": "cpu, or reference; GPUs have no kernels for it: what is there is copied here",
+        "analyze": "cpu or reference; no GPU kernels: tensors on a GPU are copied to the host",
     }
 
 
 def support(backends: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which backends each method runs on, or why not."""
+    """Return for each method the backends that it runs on, or why a backend cannot run it."""
     return {
         method: {
             name: (entry["available"] or entry["reason"])
@@ -78,7 +78,7 @@ def _cuda() -> str:
 
 
 def print_info(info: Mapping[str, Any]) -> None:
-    """Print what `gather_info` found."""
+    """Print the result of `gather_info`."""
     for name, value in info.items():
         if not isinstance(value, Mapping):
             print(f"{name:<12}{_scalar(value)}")
@@ -103,7 +103,7 @@ def print_info(info: Mapping[str, Any]) -> None:
             runs = [backend for backend, state in support.items() if state is True]
             print(f"  {method:<18}{', '.join(runs) or 'no backend'}")
             for backend, state in support.items():
-                # what holds for every method stands under the backend
+                # A reason that holds for every method is printed with the backend.
                 if isinstance(state, str) and state != backends.get(backend, {}).get("reason"):
                     print(f"    {backend}: {state}")
 

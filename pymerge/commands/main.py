@@ -5,7 +5,7 @@ Exit codes: 0 done; 1 a failure that is not the request's fault (disk full, I/O)
 with every problem listed; 130 interrupted by Ctrl-C and 143 by SIGTERM. PYMERGE_DEBUG=1 shows
 tracebacks.
 
-torch takes a second to import, so nothing here imports it before a command needs it.
+torch takes a second to import, so this module leaves the import to the commands that need it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pymerge.errors import MergeError, RequestError
 
 __all__ = ["COMMANDS", "main", "run"]
 
-# In the order in which the help lists them.
+# In the order of the help.
 COMMANDS = (
     merge,
     plan,
@@ -76,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RequestError as error:
         return _failed(str(error), 2)
     except BrokenPipeError:
-        # the reader of our output is gone (`pymerge methods | head`): nothing to say, nobody to say
-        # it to
+        # The reader of our output has closed the pipe (`pymerge methods | head`): end silently.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MergeError, OSError) as error:
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Looks up the version only when it is requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> NoReturn:
         from pymerge.merging.report import package_version
@@ -124,7 +123,7 @@ def _terminable() -> Iterator[None]:
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only that one may say what signals do
+        yield  # only the main thread may install signal handlers
         return
     before = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -136,8 +135,8 @@ def _terminable() -> Iterator[None]:
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code.
 
-    It ends at once: everything is written by then, and taking torch apart again, module by module,
-    costs half a second.
+    The process ends at once: all output has been written by then, and unloading torch module by
+    module would take half a second.
     """
     try:
         code = main()

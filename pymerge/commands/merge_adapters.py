@@ -21,10 +21,10 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument(
-        "--seed", type=integer(0), default=0, metavar="N", help="of random masks (default: 0)"
+        "--seed", type=integer(0), default=0, metavar="N", help="seed of random masks (default: 0)"
     )
     parser.add_argument(
-        "--memory", type=size, default="2GiB", metavar="SIZE", help="of a model that is written"
+        "--memory", type=size, default="2GiB", metavar="SIZE", help="memory for writing a model"
     )
     parser.add_argument("--threads", type=integer(1), metavar="N", help="default: one per core")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`pymerge methods [NAME]`: the merge methods, or all about one."""
+"""`pymerge methods [NAME]`: lists the merge methods, or describes one."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def print_methods(specs: Sequence[MethodSpec]) -> None:
 
 
 def print_method(spec: MethodSpec) -> None:
-    """Print everything about one method."""
+    """Print the full description of one method."""
     from rich.table import Table
     from rich.text import Text
 

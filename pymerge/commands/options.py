@@ -1,4 +1,4 @@
-"""What several commands read from their arguments."""
+"""Options and argument types that several commands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
 def size(text: str) -> int:
-    """Read a size such as 2GiB."""
+    """Parse a size such as 2GiB."""
     try:
         return parse_size(text, "size")
     except RequestError as error:
@@ -26,7 +26,7 @@ def size(text: str) -> int:
 
 
 def integer(least: int) -> Callable[[str], int]:
-    """Return what reads an integer of at least so much."""
+    """Return a parser of integers that are at least `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -41,7 +41,7 @@ def integer(least: int) -> Callable[[str], int]:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """Return what reads one of a few words, and refuses others as the functions do."""
+    """Return a parser of one of a few words, which refuses others as the functions do."""
 
     def parse(text: str) -> str:
         if text not in words:
@@ -52,7 +52,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def device(text: str) -> str:
-    """Read the name of a device."""
+    """Parse the name of a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
@@ -71,7 +71,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         type=one_of(*BACKENDS),
         default="auto",
         metavar="{" + ",".join(BACKENDS) + "}",
-        help="what computes (default: auto)",
+        help="backend that computes (default: auto)",
     )
     parser.add_argument(
         "--memory",
@@ -84,7 +84,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--device-memory",
         type=size,
         metavar="SIZE",
-        help="memory of the GPU to stay under (default: half of what is free there)",
+        help="memory of the GPU to stay under (default: half of its free memory)",
     )
     parser.add_argument(
         "--threads", type=integer(1), metavar="N", help="compute threads (default: one per core)"
@@ -97,5 +97,5 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="largest file to write (default: 5GB)",
     )
     parser.add_argument(
-        "--seed", type=integer(0), default=0, metavar="N", help="of random masks (default: 0)"
+        "--seed", type=integer(0), default=0, metavar="N", help="seed of random masks (default: 0)"
     )

@@ -1,4 +1,4 @@
-"""`pymerge plan CONFIG`: what a merge would read, write and take, from headers alone."""
+"""`pymerge plan CONFIG`: what a merge would read, write and need, from file headers alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def plan_text(plan: MergePlan) -> str:
-    """Return a plan for people."""
+    """Return a plan as text for people."""
     config, memory = plan.config, plan.memory
     lines = [f"method    {config.method.name} ({config.method.title})"]
     for checkpoint in plan.inputs:
@@ -97,13 +97,13 @@ def plan_text(plan: MergePlan) -> str:
 
 
 def _rarely(plan: MergePlan) -> str:
-    """Return the bytes of the worst case, where they are more."""
+    """Return the worst case of the bytes to read, if it is more than the usual."""
     most = plan.most_bytes_to_read
     return f", at most {format_size(most)}" if most > plan.bytes_to_read else ""
 
 
 def _device(plan: MergePlan) -> str:
-    """Say what a merge takes of a GPU's memory."""
+    """Describe how much of a GPU's memory a merge needs."""
     budget = plan.device_memory
     sizes = device_sizes(budget or 1 << 62, plan.memory.buffer_bytes)
     parts = (
@@ -117,7 +117,7 @@ def _device(plan: MergePlan) -> str:
 
 
 def _setting(config: MergeConfig, name: str) -> str:
-    """Return a parameter's value, noting where models or tensors have their own."""
+    """Return a parameter's value; note where models or tensors have values of their own."""
     holders = [entry for entry in config.models if name in entry.parameters]
     shared = config.parameters.get(name)
     text = (

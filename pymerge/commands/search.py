@@ -1,4 +1,4 @@
-"""`pymerge search CONFIG OUT`: searches the coefficients with which a metric is best."""
+"""`pymerge search CONFIG OUT`: searches for the coefficients that score best on a metric."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["add", "print_result", "run"]
 def add(commands: Commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
-        "search", help="search the coefficients with which a metric is best (grid, random, CMA-ES)"
+        "search", help="search for the coefficients that score best (grid, random, CMA-ES)"
     )
     parser.add_argument("config", metavar="CONFIG", help="what is searched, and how (YAML)")
     parser.add_argument("out", metavar="OUT", help="folder of the study; a search goes on there")
@@ -30,14 +30,14 @@ def add(commands: Commands) -> None:
     parser.add_argument("--seed", type=integer(0), metavar="N", help="instead of CONFIG's")
     parser.add_argument("--workers", type=integer(1), metavar="N", help="instead of CONFIG's")
     parser.add_argument(
-        "--executor", choices=("threads", "processes"), help="what workers are (CONFIG's)"
+        "--executor", choices=("threads", "processes"), help="kind of workers, instead of CONFIG's"
     )
     parser.add_argument(
-        "--memory", type=size, default="8GiB", metavar="SIZE", help="of all merges (default: 8GiB)"
+        "--memory", type=size, default="8GiB", metavar="SIZE", help="for all merges (default: 8GiB)"
     )
     parser.add_argument("--threads", type=integer(1), metavar="N", help="of a merge")
     parser.add_argument("--merge", action="store_true", help="write the best model to OUT/merged")
-    parser.add_argument("--restart", action="store_true", help="forget an earlier run's trials")
+    parser.add_argument("--restart", action="store_true", help="discard an earlier run's trials")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
 
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_result(result: SearchResult, folder: Path) -> None:
-    """Print the best trials as a table, and what the search took."""
+    """Print the best trials as a table, and the time that the search took."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output that several commands share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 
 def value_text(value: Any) -> str:
-    """Return a parameter's value as YAML has it."""
+    """Return a parameter's value in YAML syntax."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def console() -> Console:
-    """Return a console that is wide when nobody's terminal says how wide to be."""
+    """Return a console that is wide unless a terminal sets its width."""
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
