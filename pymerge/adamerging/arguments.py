@@ -1,4 +1,4 @@
-"""The arguments of `AdaMerging`, checked before anything is opened."""
+"""Checks the arguments of `AdaMerging` before anything is opened."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_arguments(
     fixed: Any,
     dtype: Any,
 ) -> None:
-    """Raise RequestError with all that is wrong with the arguments of `AdaMerging`."""
+    """Raise a RequestError that lists every problem with the arguments of `AdaMerging`."""
     problems: list[str] = []
     if not isinstance(model, nn.Module):
         problems.append(f"model: expected a module, got {type(model).__name__}")
@@ -92,13 +92,13 @@ def _about_names(names: Any, count: int) -> list[str]:
 def model_names(
     models: Sequence[Any], names: Sequence[str | None] | None = None
 ) -> tuple[str, ...]:
-    """Return what tables call the models, no two alike.
+    """Return the names that tables use for the models; they are unique.
 
     Args:
         models: paths, or anything else.
-        names: chosen ones, or None for those that are not. A path's default is its last part (of
-            MODEL+ADAPTER, that of the adapter), or all of it where another has the same; of
-            anything else, "model K".
+        names: the names chosen by the user, or None. The default for a path is its last part (for
+            MODEL+ADAPTER, that of the adapter), or the whole path if two last parts are equal. For
+            anything else it is "model K".
     """
     chosen = list(names) if names is not None else [None] * len(models)
     paths = [isinstance(model, (str, os.PathLike)) for model in models]
@@ -115,7 +115,7 @@ def model_names(
 
 
 def _last(path: str) -> str:
-    """Return what a path is called by: its last part, of MODEL+ADAPTER the adapter's."""
+    """Return the last part of a path; for MODEL+ADAPTER, that of the adapter."""
     found = read_reference(path, (), lambda _: "", [])
     own = path if found is None else found.adapter or found.path
     return Path(own).name or path

@@ -1,4 +1,4 @@
-"""Keeps the state of a fit in one safetensors file, so that it can go on after an interruption."""
+"""Saves the state of a fit in one safetensors file, so that an interrupted fit can be resumed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["fit_settings", "load_state", "save_state"]
 Tensor = torch.Tensor
 
 _FORMAT = "pymerge.adamerging.fit/2"
-# Of each tensor, so many blocks of so many elements tell whether a checkpoint is the same.
+# The fingerprint of a checkpoint hashes this many blocks of this many elements of each tensor.
 _BLOCKS = 4
 _BLOCK = 256
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
-# How messages call settings that are not arguments.
+# The wording in messages of settings that are not arguments.
 _MEANING = {"contents": "base and models with the contents"}
 
 
 @dataclass
 class _Row:
-    """A step of a history; see `FitResult`."""
+    """One step of a history; see `FitResult`."""
 
     step: int
     entropy: float
@@ -46,16 +46,16 @@ class _Row:
 
 @dataclass
 class _Metadata:
-    """What the metadata of a file says."""
+    """The metadata of a state file."""
 
     settings: dict[str, Any]
     history: list[_Row]
 
 
 def fit_settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
-    """Return what must be the same for a run to go on, as JSON has it.
+    """Return the settings that must match for a run to be resumed, as JSON values.
 
-    Some of every tensor is read: once a run is enough.
+    This reads a sample of every tensor, so call it once per run.
     """
     settings = {
         "preset": ada.preset_name,
@@ -77,7 +77,10 @@ def fit_settings(ada: AdaMerging, how: Fitting) -> dict[str, Any]:
 
 
 def _contents(ada: AdaMerging) -> str:
-    """Return what tells other checkpoints of the same names: a digest of some of each tensor."""
+    """Return a fingerprint that distinguishes checkpoints with the same tensor names.
+
+    It hashes a sample of each tensor.
+    """
     digest = hashlib.sha256()
     for label, name, tensor in ada.stored_tensors():
         digest.update(f"{label} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -90,7 +93,7 @@ def _contents(ada: AdaMerging) -> str:
 
 
 def _init(table: Tensor) -> float | str:
-    """Return the one coefficient that a fit begins with, or a digest of its table."""
+    """Return the initial coefficient if all are equal, otherwise a digest of the table."""
     values = table.unique()
     if len(values) == 1:
         return float(values)
@@ -105,7 +108,7 @@ def save_state(
     settings: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> None:
-    """Write coefficients, the state of Adam and the history; the file is replaced as a whole."""
+    """Write the coefficients, Adam's state and the history; the file is replaced atomically."""
     tensors = {"coefficients": ada.raw_coefficients.detach().cpu().contiguous()}
     if optimizer is not None:
         for name, value in optimizer.state[ada.raw_coefficients].items():
@@ -121,10 +124,10 @@ def save_state(
 def load_state(
     path: Path, ada: AdaMerging, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Take the state of a run from a file; return its history.
+    """Restore the state of a run from a file; return its history.
 
     Raises:
-        RequestError: it is not such a file, or of a run with other settings.
+        RequestError: the file is not a state file, or belongs to a run with other settings.
     """
     where, table = f"checkpoint: {path}", ada.raw_coefficients
     with open_file(path, where) as file:

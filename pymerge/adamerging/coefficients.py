@@ -1,4 +1,4 @@
-"""Tables of coefficients: what they are at the start, and what people see of them."""
+"""Tables of coefficients: their initial values, and the form in which users see them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A table of coefficients, as they are used (cut to the preset's range).
+    """A table of coefficients with their effective values (clamped to the preset's range).
 
-    values: float32 [models, groups]. models: their names. groups: names of the groups of tensors
-    (with granularity "layer", of the tensors). layers: for each merged tensor, its group.
+    Attributes:
+        values: float32 [models, groups].
+        models: names of the models.
+        groups: names of the groups of tensors (with granularity "layer", of the tensors).
+        layers: the group of each merged tensor.
     """
 
     values: Tensor
@@ -36,7 +39,7 @@ class Coefficients:
         return coefficients_text(self)
 
     def of(self, layer: str) -> list[float]:
-        """Return the coefficients of a tensor, one a model."""
+        """Return the coefficients of a tensor, one for each model."""
         if layer not in self.layers:
             raise RequestError(
                 f"layer: there is no merged tensor {layer!r}{nearest(layer, self.layers)}"
@@ -51,22 +54,23 @@ class Coefficients:
         }
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw a heat map, models by groups, with matplotlib (`pymerge-kernels[plot]`)."""
+        """Draw a heat map of models by groups with matplotlib (`pymerge-kernels[plot]`)."""
         from pymerge.adamerging.show import save_png
 
         save_png(self, Path(path))
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the heat map as a table in one HTML file, which needs nothing else."""
+        """Write the heat map as a table in a self-contained HTML file."""
         from pymerge.adamerging.show import save_html
 
         save_html(self, Path(path))
 
 
 def initial_coefficients(init: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return a table [models, groups] of what `AdaMerging` takes as `init`.
+    """Return a table [models, groups] from the `init` argument of `AdaMerging`.
 
-    Raises RequestError where it has another shape, NaN or infinity.
+    Raises:
+        RequestError: it has another shape, or contains NaN or infinity.
     """
     try:
         table = torch.as_tensor(init, dtype=dtype).detach().cpu()

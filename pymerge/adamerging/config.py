@@ -29,7 +29,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _check_table(value: Any) -> Any:
-    """Check a number, or lists of numbers of any depth."""
+    """Validate a number, or arbitrarily nested lists of numbers."""
     return [_check_table(one) for one in value] if isinstance(value, list) else check_number(value)
 
 
@@ -76,7 +76,7 @@ class _Named(BaseModel):
 
 
 def _nothing(value: Any) -> Any:
-    """Take a key without a value, such as one whose lines are comments, for an empty mapping."""
+    """Treat a key without a value (its lines may be comments) as an empty mapping."""
     return {} if value is None else value
 
 
@@ -103,18 +103,18 @@ class _Config(BaseModel):
     fit: Annotated[_Fit, BeforeValidator(_nothing)] = _Fit()
 
 
-# What the entry point gives.
+# Arguments that the entry point provides.
 _OF_ENTRY = ("model", "loaders", "heads", "inputs", "labels")
 
 
 class AdaConfig:
-    """A configuration that has been checked as far as that needs no model.
+    """A configuration, checked as far as is possible without the model.
 
     Attributes:
-        values: its keys, defaults included.
-        base, paths: of the base and the models; MODEL+ADAPTER where one is given.
-        names: of the models.
-        files: all paths of the base and the models.
+        values: its keys, including defaults.
+        base, paths: paths of the base and of the models; MODEL+ADAPTER where an adapter is given.
+        names: names of the models.
+        files: all paths of the base and of the models.
         fit: the keyword arguments of `AdaMerging.fit`.
     """
 
@@ -146,11 +146,11 @@ class AdaConfig:
         return read_reference(value, at, lambda path: self.where(*path), problems)
 
     def where(self, *path: str | int) -> str:
-        """Return `file:line: key` of a key, what messages begin with."""
+        """Return `file:line: key` for a key: the beginning of messages about it."""
         return f"{self._document.where(path)}: {dotted(path)}"
 
     def located(self, error: RequestError) -> RequestError:
-        """Return an error of `AdaMerging` with the lines of the keys that it is about."""
+        """Return an error of `AdaMerging` with the line numbers of the keys that it is about."""
         return type(error)([self._located(problem) for problem in error.problems])
 
     def _located(self, problem: str) -> str:
@@ -169,10 +169,10 @@ class AdaConfig:
 
 
 def read_config(path: str | os.PathLike[str]) -> AdaConfig:
-    """Read a configuration.
+    """Read and validate a configuration.
 
     Raises:
-        RequestError: listing everything that is wrong with it, with `file:line`.
+        RequestError: lists every problem with its `file:line`.
     """
     keys = "base_model: ..., models: ..., entry: ..."
     document, _ = read_yaml(path, "an AdaMerging configuration", keys)

@@ -1,4 +1,4 @@
-"""Whether low entropy means low loss on these tasks: the assumption that AdaMerging stands on."""
+"""Tests the assumption behind AdaMerging: that low entropy means low loss on these tasks."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ __all__ = [
 
 Tensor = torch.Tensor
 
-# The label of what is not counted, as in torch.nn.functional.cross_entropy.
+# The label of positions that are not counted, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class TaskCorrelation:
-    """Entropy and loss of each example of a task.
+    """The entropy and the loss of each example of a task.
 
-    spearman, pearson: correlation in [-1, 1]; NaN where all entropies or all losses are equal.
-    entropies, losses: float32 [examples], in nats; the loss is the cross-entropy with the labels.
-    accuracy: share of right predictions.
+    Attributes:
+        spearman, pearson: correlation in [-1, 1]; NaN if all entropies or all losses are equal.
+        entropies, losses: float32 [examples], in nats. The loss is the cross-entropy with the
+            labels.
+        accuracy: share of correct predictions.
     """
 
     task: str
@@ -53,12 +55,12 @@ class TaskCorrelation:
 
 
 def _first(result: Any) -> float:
-    """Return the correlation of a result of scipy, which comes with a p-value."""
+    """Return the correlation from a scipy result, which also holds a p-value."""
     return float(result[0])
 
 
 def batch_labels(batch: Any) -> Tensor:
-    """Return the labels of a batch: a tuple's second item, or a dictionary's "labels"."""
+    """Return the labels of a batch: the second item of a tuple, or "labels" of a dictionary."""
     if isinstance(batch, Mapping):
         for name in ("labels", "label", "targets", "target"):
             if name in batch:
@@ -72,13 +74,14 @@ def batch_labels(batch: Any) -> Tensor:
 
 
 def next_tokens(batch: Any) -> Tensor:
-    """Return what a causal language model is to predict: the next token at each position.
+    """Return the targets of a causal language model: the next token at each position.
 
-    For `correlations(labels=next_tokens)`. The last position, and those before padding, have none.
+    For `correlations(labels=next_tokens)`. The last position and positions before padding have no
+    target.
 
     Args:
-        batch: token numbers [batch, length]: a tensor, the first item of a tuple, or a dictionary's
-            "input_ids", whose "attention_mask" tells padding.
+        batch: token numbers [batch, length]: a tensor, the first item of a tuple, or "input_ids" of
+            a dictionary, whose "attention_mask" marks padding.
 
     Returns:
         Token numbers [batch, length], int64; IGNORED where there is no next token.
@@ -103,7 +106,7 @@ def next_tokens(batch: Any) -> Tensor:
 
 
 def require_scipy() -> Any:
-    """Return scipy.stats, or raise RequestError where there is none."""
+    """Return scipy.stats; raise RequestError if scipy is missing."""
     try:
         from scipy import stats
     except ImportError as error:
@@ -122,23 +125,23 @@ def correlations(
     labels: Callable[[Any], Tensor] = batch_labels,
     names: Sequence[str] | None = None,
 ) -> list[TaskCorrelation]:
-    """Return the Spearman and Pearson correlation of entropy and loss, for each task.
+    """Return, for each task, the Spearman and Pearson correlations of entropy and loss.
 
-    Yang et al. 2024, section 3.2.2 and figure 4, report a Spearman correlation of 0.87 on average
-    for their eight tasks; where it is low, minimising the entropy need not help. Needs scipy.
+    Yang et al. 2024, section 3.2.2 and figure 4, report an average Spearman correlation of 0.87
+    over their eight tasks. Where it is low, minimising the entropy need not help. Needs scipy.
 
     Args:
         loaders: for each task, batches with labels.
-        inputs: what the model is called with; see `fit.batch_inputs`. Its mask tells padding, which
-            is left out.
-        labels: of a batch; see `batch_labels`. The number of the right class
-            of each prediction, of the logits' shape without their last dimension: [batch], or
-            [batch, length]. Predictions with the label -100 (IGNORED) are left out. A causal
-            language model's are `next_tokens`.
-        names: of the tasks; default those of the models.
+        inputs: returns the inputs of the model for a batch, and a mask; see `fit.batch_inputs`.
+            Positions that the mask marks as padding are left out.
+        labels: returns the labels of a batch; see `batch_labels`. They are class numbers, one for
+            each prediction, of the logits' shape without its last dimension: [batch] or [batch,
+            length]. Predictions with the label -100 (IGNORED) are left out. For a causal language
+            model, use `next_tokens`.
+        names: names of the tasks; default: those of the models.
 
     Raises:
-        RequestError: no batches, or fewer than two examples; labels that are no class numbers;
+        RequestError: no batches, or fewer than two examples; labels that are not class numbers;
             logits that are not finite.
     """
     stats = require_scipy()
@@ -185,7 +188,7 @@ def correlations(
 def _predictions(
     logits: Tensor, labels: Any, mask: Tensor | None, where: str
 ) -> tuple[Tensor, Tensor]:
-    """Return logits [n, classes] and labels [n] of the predictions that count."""
+    """Return the logits [n, classes] and labels [n] of the predictions that are counted."""
     shape, classes = tuple(logits.shape[:-1]), logits.shape[-1]
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

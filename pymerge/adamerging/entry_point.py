@@ -1,4 +1,4 @@
-"""What the entry point of `pymerge ada` returns."""
+"""Calls the entry point of `pymerge ada` and checks what it returns."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ __all__ = ["AdaSetup", "call_entry"]
 
 @dataclass
 class AdaSetup:
-    """What a config's entry point returns (or a dictionary of the same).
+    """The return value of a config's entry point, which may also be a dictionary with these keys.
 
-    model: the architecture. loaders: for each task, an iterable of batches without or with labels
-    (which are not used). heads: for each task, what makes logits, or None. inputs: what the model
-    is called with; see `pymerge.adamerging.fit.batch_inputs`. labelled: for each task, batches with
-    labels, for the correlation of entropy and loss; or None. labels: what they are, a function of a
-    batch; see `pymerge.adamerging.correlations`. join: instead of the config's; see
-    `pymerge.adamerging.fit.fit`.
+    Attributes:
+        model: the architecture.
+        loaders: for each task, an iterable of batches. Labels in them are not used.
+        heads: for each task, a function or module that computes logits; or None.
+        inputs: returns the inputs of the model for a batch; see
+            `pymerge.adamerging.fit.batch_inputs`.
+        labelled: for each task, batches with labels, for the correlation of entropy and loss; or
+            None.
+        labels: returns the labels of a batch; see `pymerge.adamerging.correlations`.
+        join: overrides the config's; see `pymerge.adamerging.fit.fit`.
     """
 
     model: nn.Module
@@ -43,7 +47,7 @@ def call_entry(config: AdaConfig) -> AdaSetup:
     """Call the entry point and check what it returns.
 
     Raises:
-        RequestError: there is no such function, it does not take the arguments, it raised, or it
+        RequestError: there is no such function, it does not accept the arguments, it raised, or it
             returned something else.
     """
     values, where = config.values, config.where("entry")

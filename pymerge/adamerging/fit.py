@@ -1,4 +1,4 @@
-"""Learns the coefficients of an `AdaMerging` without labels: entropy minimisation by Adam."""
+"""Learns the coefficients of an `AdaMerging` without labels: minimises the entropy with Adam."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ _LABELS = ("labels", "label", "targets", "target")
 
 @dataclass
 class FitResult:
-    """What a run of `fit` did.
+    """The outcome of a run of `fit`.
 
-    history: for each step, {"step", "entropy" (mean over tasks, nats), "tasks" (one a task),
-    "seconds"}. steps: how many were taken, those before a resumption included. stopped: "steps",
-    "patience" or "already done".
+    Attributes:
+        history: for each step, {"step", "entropy" (mean over tasks, nats), "tasks" (one for each
+            task), "seconds"}.
+        steps: number of steps taken, including those before a resumption.
+        stopped: "steps", "patience" or "already done".
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -43,10 +45,11 @@ class FitResult:
 
 
 def batch_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """Return (args, kwargs, mask) of a batch: what the model is called with, what is padding.
+    """Return (args, kwargs, mask) for a batch: the inputs of the model, and what is not padding.
 
-    A tensor is the one argument; of a tuple or list, the first item is (the rest are labels); a
-    dictionary is keyword arguments without its labels, and its `attention_mask` tells padding.
+    A tensor is the only argument. Of a tuple or list, the first item is the only argument; the rest
+    are labels. A dictionary, without its labels, is keyword arguments; its `attention_mask` marks
+    padding.
     """
     if isinstance(batch, Tensor):
         return (batch,), {}, None
@@ -89,44 +92,47 @@ def fit(
 ) -> FitResult:
     """Learn the coefficients by minimising the entropy of predictions (Yang et al. 2024, eq. 4).
 
-    Each step merges once, runs `batches_per_task` batches of every task, adds up the gradients of
-    all, and takes one step of Adam (betas 0.9 and 0.999, no weight decay) on
+    Each step merges once, runs `batches_per_task` batches of every task, adds up all gradients, and
+    takes one step of Adam (betas 0.9 and 0.999, no weight decay) on
 
         sum_k sum_{batches of task k} mean_x H(softmax f_theta(x))
 
     Args:
-        loaders: for each task, an iterable of batches, begun again when it ends. With heads, task k
-            takes head k; without, all take the model's own output.
-        steps, lr, batches_per_task, entropy: default those of the preset (official: 500, 1e-3, 2,
+        loaders: for each task, an iterable of batches, restarted when it ends. With heads, task k
+            uses head k; without, all tasks use the model's own output.
+        steps, lr, batches_per_task, entropy: default: those of the preset (official: 500, 1e-3, 2,
             "exact"; fusion_bench: 1000, 1e-3, 1, "fusion_bench").
-        weights: of the tasks' entropies in the sum, positive; default 1 each, as in the paper. As
-            entropies are up to log(classes), 1 / log(classes) lets tasks count alike.
-        inputs: what to do with a batch; see `batch_inputs`.
-        tokens: of a language model, so many predictions a batch, drawn at random.
+        weights: positive weights of the tasks' entropies in the sum; default: 1 each, as in the
+            paper. Entropies reach up to log(classes), so 1 / log(classes) gives tasks equal
+            influence.
+        inputs: returns the inputs of the model for a batch; see `batch_inputs`.
+        tokens: for a language model, the number of predictions per batch to use, drawn at random.
         autocast: run the model in mixed precision, e.g. torch.bfloat16.
-        seed: of everything that is drawn here; data loaders have their own.
-        accumulate: what is added up over the batches of a step: "gradients" (of the merged tensors,
-            as large as one model; reduced to coefficients once a step), or "coefficients" (each
-            layer's gradient is reduced to K numbers and freed at once: least memory, and a pass
-            over the checkpoints for each batch).
-        join: run the model once for the batches of all tasks, and give each head the rows of its
-            task, which is faster where batches are small; takes the memory of as many activations.
-            "concatenate": batches have equal shapes but for the first dimension; or a function of
-            the list of the tasks' batches that returns one batch of all, in that order (and pads).
-            The results agree within rounding where a model treats each example by itself.
-        patience, min_delta: stop when the mean entropy of the last 20 steps has not sunk by
-            `min_delta` for so many steps.
-        checkpoint: file that coefficients and the state of Adam are kept in, every
-            `checkpoint_every` steps and at the end; with `resume`, a run goes on from it, at the
-            batch where it was: those taken before are passed over, of a list by their number, of
-            any other loader by reading it. The result is that of one run where a loader gives the
-            same batches again, i.e. where its shuffling is seeded.
+        seed: seed of everything that is drawn here; data loaders have their own.
+        accumulate: what is summed over the batches of a step. "gradients": those of the merged
+            tensors, as large as one model; reduced to coefficients once per step. "coefficients":
+            each layer's gradient is reduced to K numbers and freed at once, which needs the least
+            memory, but one pass over the checkpoints for each batch.
+        join: run the model once for the batches of all tasks, and pass to each head the rows of its
+            task. This is faster if batches are small, and needs memory for the activations of all
+            of them. "concatenate": batches have equal shapes except for the first dimension. A
+            function takes the list of the tasks' batches and returns them as one batch, in that
+            order (padded if necessary). The results agree up to rounding if the model treats
+            examples independently.
+        patience, min_delta: stop if the mean entropy of the last 20 steps has not decreased by
+            `min_delta` for `patience` steps.
+        checkpoint: file in which the coefficients and Adam's state are saved, every
+            `checkpoint_every` steps and at the end. With `resume`, a run continues from it, at the
+            batch it had reached.
+            Earlier batches are skipped: those of a list by index, those of any other loader by
+            reading them. The result equals that of an uninterrupted run if a loader yields the same
+            batches again, i.e. if its shuffling is seeded.
         progress: show a bar with the entropy of each task (on a terminal).
 
     Raises:
-        RequestError: loaders that are empty or give NaN, outputs without classes, values out of
+        RequestError: loaders that are empty or yield NaN, outputs without classes, values out of
             range.
-        MergeError: the run diverges; the coefficients are the last good ones, and saved.
+        MergeError: the run diverges; the last good coefficients are kept and saved.
     """
     how = check_fitting(
         ada,
@@ -152,7 +158,7 @@ def fit(
 
 
 def endless(loader: Iterable[Any], label: str, skip: int = 0) -> Iterator[Any]:
-    """Give the batches of a loader, again and again, from number `skip` on."""
+    """Yield the batches of a loader, again and again, starting at number `skip`."""
     if isinstance(loader, Sequence) and len(loader) > 0:
         while True:
             yield loader[skip % len(loader)]
@@ -181,8 +187,8 @@ class _Run:
         self.batches: list[Iterator[Any]] = []
         self.optimizer = torch.optim.Adam([ada.raw_coefficients], lr=how.lr)
         self.result = FitResult()
-        self.settings: dict[str, Any] = {}  # of the checkpoint, where there is one
-        self.good = ada.raw_coefficients.detach().clone()  # the last that gave finite entropies
+        self.settings: dict[str, Any] = {}  # of the state file, if there is one
+        self.good = ada.raw_coefficients.detach().clone()  # the last ones with finite entropies
 
     def run(self) -> FitResult:
         from pymerge.adamerging.checkpoint import fit_settings, load_state
@@ -231,7 +237,7 @@ class _Run:
         generator = torch.Generator().manual_seed((self.how.seed * 1_000_003 + step) % 2**63)
         losses = self._accumulate(step, generator)
         gradient = table.grad
-        if gradient is None:  # no layer takes part in any output
+        if gradient is None:  # no output depends on any layer
             raise RequestError(
                 "model: expected outputs that depend on the merged parameters; none of them got a "
                 "gradient"
@@ -254,7 +260,7 @@ class _Run:
         totals = [0.0] * len(self.batches)
         turns = self.how.batches * (1 if self.how.join else len(self.batches))
         for turn, found in enumerate(self._losses(leaves, step, generator), 1):
-            # The graph of the merge holds no tensors of its own, so keeping it costs nothing.
+            # The graph of the merge owns no tensors, so retaining it costs nothing.
             self._backward(found, totals, leaves is merged and turn < turns)
         if leaves is not merged:
             taken = [(merged[n], leaf.grad) for n, leaf in leaves.items() if leaf.grad is not None]
@@ -263,7 +269,7 @@ class _Run:
         return [total / self.how.batches for total in totals]
 
     def _backward(self, found: dict[int, Tensor], totals: list[float], retain: bool) -> None:
-        """Add entropies to those of their tasks; take their gradients, and the entropies away."""
+        """Add the entropies to the totals of their tasks, backpropagate them, and clear `found`."""
         for task, loss in found.items():
             totals[task] += float(loss.detach())
         parts = [loss * self.how.weights[task] for task, loss in found.items()]
@@ -273,9 +279,10 @@ class _Run:
     def _losses(
         self, merged: Mapping[str, Tensor], step: int, generator: torch.Generator
     ) -> Iterator[dict[int, Tensor]]:
-        """Give the entropies of the step's batches by task, as many at once as share a graph.
+        """Yield the entropies of the step's batches by task, together if they share a graph.
 
-        They are to be given up before the next are asked for, so that one graph is there at a time.
+        The caller must drop them before it requests the next ones, so that only one graph exists at
+        a time.
         """
         if self.how.join is not None:
             for _ in range(self.how.batches):
@@ -382,8 +389,8 @@ def _tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device: itself, or one of the same form."""
-    if callable(move := getattr(batch, "to", None)):  # tensors, and batches that have a way
+    """Return a batch with its tensors on a device: the batch itself, or one of the same form."""
+    if callable(move := getattr(batch, "to", None)):  # tensors, and batches that can move
         return move(device)
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}

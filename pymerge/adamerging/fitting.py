@@ -1,4 +1,4 @@
-"""The checked arguments of a fit."""
+"""Checks the arguments of a fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Fitting", "check_fitting"]
 
 @dataclass(frozen=True)
 class Fitting:
-    """Checked arguments of `fit`."""
+    """The checked arguments of `fit`."""
 
     steps: int
     lr: float
@@ -63,10 +63,10 @@ def check_fitting(
     resume: Any,
     progress: Any,
 ) -> Fitting:
-    """Return the arguments of `fit` with the preset's defaults.
+    """Return the arguments of `fit`, completed with the preset's defaults.
 
     Raises:
-        RequestError: names all that are not as expected.
+        RequestError: lists every invalid argument.
     """
     preset = ada.preset
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""One batch of the batches of all tasks, so that a step runs the model once for all of them."""
+"""Joins the batches of all tasks, so that a step runs the model once for all of them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ JOINS = ("concatenate",)
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """Return one batch of several: their tensors one after the other along the first dimension.
+    """Return several batches as one: their tensors are concatenated along the first dimension.
 
-    What a batch holds beside tensors is the first one's.
+    Items of a batch that are not tensors are taken from the first batch.
 
     Args:
-        batches: each a tensor, a tuple or a dictionary, all of one form; their tensors have equal
-            shapes but for the first dimension.
+        batches: tensors, tuples or dictionaries, all of one form. Their tensors have equal shapes
+            except for the first dimension.
 
     Raises:
-        RequestError: they are of different forms or shapes.
+        RequestError: the batches differ in form or shape.
     """
     first = batches[0]
     if isinstance(first, Tensor):
@@ -63,12 +63,12 @@ def split_rows(output: Any, batches: Sequence[Any]) -> list[Any]:
     """Return the parts of a joined batch's output, or of its mask, that belong to each batch.
 
     Args:
-        output: a tensor whose first dimension counts the examples of all batches, or a tuple,
-            dictionary or dataclass of such; other tensors in it go to every part.
-        batches: what was joined.
+        output: a tensor whose first dimension runs over the examples of all batches, or a tuple,
+            dictionary or dataclass of such tensors; every part gets the other tensors in it.
+        batches: the batches that were joined.
 
     Raises:
-        RequestError: it has another number of examples.
+        RequestError: the output has another number of examples.
     """
     sizes = [batch_size(batch, f"loaders[{task}]") for task, batch in enumerate(batches)]
     total, found = sum(sizes), _leading(output)
@@ -84,7 +84,7 @@ def split_rows(output: Any, batches: Sequence[Any]) -> list[Any]:
 
 
 def _leading(output: Any) -> int | None:
-    """Return the length of the first tensor that has one."""
+    """Return the length of the first tensor that has at least one dimension."""
     if isinstance(output, Tensor):
         return len(output) if output.dim() else None
     if is_dataclass(output) and not isinstance(output, type):

@@ -1,4 +1,4 @@
-"""Which tensors of a model are merged, and which coefficient each of them takes."""
+"""Selects the tensors of a model that are merged, and the coefficients that each of them uses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Tensor = torch.Tensor
 StateDict = Mapping[str, Tensor]
 Granularity = str | Sequence[str]
 
-_SHOWN = 5  # names in a message
+_SHOWN = 5  # names listed in a message
 
 
 def load_tensors(model: Any, label: str) -> dict[str, Tensor]:
     """Return the tensors of a model: a state dict, a module, or the path of a checkpoint.
 
-    A checkpoint is mapped, not read: a tensor costs memory only while it is used. Of
-    MODEL+ADAPTER, the tensors that the adapter changes are computed, into memory.
+    A checkpoint is mapped, not read: a tensor costs memory only while it is used. For
+    MODEL+ADAPTER, the tensors that the adapter changes are computed and held in memory.
     """
     if isinstance(model, (str, os.PathLike)):
         return _mapped(os.fspath(model), label)
@@ -63,10 +63,12 @@ def _mapped(path: str, label: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Layers:
-    """The tensors of an architecture, sorted out.
+    """The tensors of an architecture, divided into merged and fixed ones.
 
-    merged: parameters that are merged, in the module's order. fixed: parameters and buffers that
-    are the base's, and that do not differ between models (or may, if so asked).
+    Attributes:
+        merged: parameters that are merged, in the module's order.
+        fixed: parameters and buffers that are taken from the base. They must not differ between
+            models, unless the caller permits it.
     """
 
     merged: tuple[str, ...]
@@ -81,12 +83,13 @@ def match_layers(
     only_trainable: bool,
     fixed: str,
 ) -> Layers:
-    """Sort out the tensors, or raise RequestError with everything that does not fit.
+    """Divide the tensors into merged and fixed ones; raise a RequestError listing every mismatch.
 
     Args:
-        only_trainable: merge what requires a gradient in `architecture`, else all parameters.
-        fixed: "equal" demands that what is not merged is the same in all models, "base" takes the
-            base's.
+        only_trainable: merge only the parameters of `architecture` that require a gradient, else
+            all.
+        fixed: "equal" requires that tensors that are not merged are the same in all models; "base"
+            takes the base's.
     """
     parameters = dict(architecture.named_parameters())
     buffers = dict(architecture.named_buffers())
@@ -154,7 +157,8 @@ def _differing(
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which coefficient each layer takes: `index[l]` is a column of the table, named `names`."""
+    """The coefficient of each layer: `index[l]` is a column of the table; `names` names the
+    columns."""
 
     names: tuple[str, ...]
     index: tuple[int, ...]
@@ -166,10 +170,10 @@ def group_layers(layers: Sequence[str], granularity: Granularity) -> Grouping:
     Args:
         layers: names of tensors.
         granularity: "layer" (each tensor has coefficients of its own, as in the authors' code),
-            "module" (weight and bias of a module share them), "task" (all tensors do), or regular
-            expressions, of which the first that is found in a name counts: tensors in which it
-            finds the same text share coefficients, e.g. [r"layer\\.\\d+\\."]; those in which none
-            is found have their own.
+            "module" (weight and bias of a module share them), "task" (all tensors share them), or
+            regular expressions. The first expression that is found in a name applies: tensors in
+            which it matches the same text share coefficients, e.g.
+            [r"layer\\.\\d+\\."]. Tensors that match none have their own.
     """
     if isinstance(granularity, str):
         keys = {

@@ -1,4 +1,4 @@
-"""Entropy of predictions: what AdaMerging minimises in place of a loss that needs labels.
+"""The entropy of predictions, which AdaMerging minimises in place of a loss that needs labels.
 
 H(x) = - sum_c p_c(x) log p_c(x),  p = softmax(f(x))          Yang et al. 2024, eq. 4
 """
@@ -15,7 +15,7 @@ __all__ = ["ENTROPIES", "entropy", "entropy_of_each", "find_logits"]
 
 Tensor = torch.Tensor
 
-# "exact": by log_softmax, as the authors' code. "fusion_bench": -sum p log(p + 1e-8), as there.
+# "exact": uses log_softmax, like the authors' code. "fusion_bench": -sum p log(p + 1e-8), like its.
 ENTROPIES = ("exact", "fusion_bench")
 
 
@@ -78,16 +78,16 @@ def entropy(
     """Return the mean entropy of predictions, a scalar.
 
     Args:
-        logits: [batch, classes], or [batch, length, classes] of a language model.
-        kind: "exact", or "fusion_bench" with its 1e-8 within the logarithm.
-        mask: [batch, length] (or [batch]); only where it is not 0 are predictions counted: padding
-            is not.
-        tokens: take so many of the counted predictions, drawn without replacement: the logits of a
-            language model over all tokens and classes cost much memory.
-        generator: of the draw, on the CPU.
+        logits: [batch, classes], or [batch, length, classes] for a language model.
+        kind: "exact", or "fusion_bench" with its 1e-8 inside the logarithm.
+        mask: [batch, length] (or [batch]); predictions where it is 0, such as padding, are not
+            counted.
+        tokens: number of counted predictions to use, drawn without replacement, because the logits
+            of a language model over all tokens and classes need much memory.
+        generator: generator of the draw, on the CPU.
 
     Raises:
-        RequestError: nothing is left to count, or the mask's shape does not fit.
+        RequestError: no prediction is left to count, or the mask has the wrong shape.
     """
     flat = logits.reshape(-1, logits.shape[-1])
     if mask is not None:

@@ -68,35 +68,36 @@ class AdaMerging(nn.Module):
         """Wrap an architecture.
 
         Args:
-            model: the architecture, any module, in the mode (train or eval) it shall run in. Its
-                own parameters are not used: it may be on the meta device.
+            model: the architecture, any module, in the mode (train or eval) that it shall run in.
+                Its own parameters are not used, so it may be on the meta device.
             base: theta_0: a state dict, a module, or the path of a checkpoint (which is mapped, not
-                read). What it has beside the architecture's tensors takes no part; a checkpoint's
-                are the base's in what `save` writes.
-            models: theta_1 .. theta_K, the same.
+                read). Tensors that the architecture lacks are ignored; `save` writes those of a
+                checkpoint unchanged.
+            models: theta_1 .. theta_K, in the same forms.
             granularity: which tensors share coefficients: "layer" (each tensor has its own, as in
                 the authors' code), "module", "task" (all), or a list of regular expressions; see
                 `group_layers`.
-            trimmed: AdaMerging++: task vectors are first trimmed and their signs elected as TIES
-                does, and kept as bit masks and values.
-            init: lambda at the start: a number, one a model, or a table [models, groups].
-            preset: "official" (all parameters, coefficients cut to [0, 1] wherever they are used)
-                or "fusion_bench" (parameters that require a gradient, no cut); also what `fit`
-                does by default. See docs/adamerging.md.
-            heads: for each task, what makes logits of the model's output; they stay as they are
-                (parameters of modules are frozen).
-            clamp: (lowest, highest) coefficient, or None; default the preset's. Outside, the
-                gradient is 0, as that of `torch.clamp`; at the ends it is 1.
+            trimmed: AdaMerging++: first trim the task vectors and elect their signs as TIES does,
+                and store them as bit masks and values.
+            init: initial lambda: a number, one for each model, or a table [models, groups].
+            preset: "official" (all parameters, coefficients clamped to [0, 1] wherever they are
+                used) or "fusion_bench" (parameters that require a gradient, no clamping); it also
+                sets the defaults of `fit`. See docs/adamerging.md.
+            heads: for each task, a function or module that computes logits from the model's output.
+                Heads are not trained (parameters of modules are frozen).
+            clamp: (lowest, highest) coefficient, or None; default: the preset's. Outside the range
+                the gradient is 0, as with `torch.clamp`; at its ends it is 1.
             density: share of each task vector that `trimmed` keeps.
-            names: of the models, for tables, no two alike; default those of their paths, or
+            names: unique names of the models, for tables; default: those of their paths, or
                 "model 0", ...
-            fixed: what is not merged (buffers; frozen parameters with preset "fusion_bench") must
-                be "equal" in all models, or is taken from the "base" whatever the others have.
-            dtype: of the merged tensors; default that of the architecture's.
+            fixed: tensors that are not merged (buffers; frozen parameters with preset
+                "fusion_bench") must be "equal" in all models, or are taken from the "base"
+                regardless of the models.
+            dtype: dtype of the merged tensors; default: the architecture's.
 
         Raises:
-            RequestError: models that do not fit the architecture, values out of range; lists every
-                problem.
+            RequestError: models that do not fit the architecture, or values out of range; lists
+                every problem.
         """
         super().__init__()
         check_arguments(
@@ -158,12 +159,12 @@ class AdaMerging(nn.Module):
 
     @property
     def architecture(self) -> nn.Module:
-        """The module that is wrapped."""
+        """The wrapped module."""
         return self._plain["architecture"]
 
     @property
     def inputs(self) -> tuple[Any, list[Any]]:
-        """The base and the models, as they were given."""
+        """The base and the models, as they were passed."""
         return self._plain["paths"]
 
     @property
@@ -177,15 +178,15 @@ class AdaMerging(nn.Module):
 
     @property
     def init(self) -> Tensor:
-        """The coefficients at the start, [models, groups], on the CPU."""
+        """The initial coefficients, [models, groups], on the CPU."""
         return self._plain["init"]
 
     def used_coefficients(self) -> Tensor:
-        """Return lambda as it is used, [models, merged tensors], on the CPU, differentiable."""
+        """Return the effective lambda, [models, merged tensors], on the CPU, differentiable."""
         table = self.raw_coefficients
         if self.clamp is not None:
             table = table.clamp(*self.clamp)
-        # Kernels take numbers: one transfer for all layers.
+        # Kernels take plain numbers, so there is one transfer for all layers.
         return table.cpu().index_select(1, self._index.cpu())
 
     def merged_parameters(self) -> dict[str, Tensor]:
@@ -214,14 +215,14 @@ class AdaMerging(nn.Module):
         return self._layer(name, self.used_coefficients()[:, self.layers.index(name)])
 
     def merged_kinds(self) -> Iterable[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return name, dtype and shape of each merged tensor."""
+        """Return the name, dtype and shape of each merged tensor."""
         for name in self.layers:
             yield name, self._plain["kinds"][name], tuple(self._plain["base"][name].shape)
 
     def fixed_tensors(self) -> dict[str, Tensor]:
-        """Return what is not merged: the base's buffers and frozen parameters.
+        """Return the tensors that are not merged: the base's buffers and frozen parameters.
 
-        They are in the architecture's dtypes.
+        They have the architecture's dtypes.
         """
         return dict(self._plain["fixed"])
 
@@ -229,12 +230,12 @@ class AdaMerging(nn.Module):
         """Run the merged model.
 
         Args:
-            args, kwargs: of the architecture.
-            task: 0 .. models - 1, whose head makes the logits; needed where there are heads, and
-                without effect where there are none.
+            args, kwargs: the arguments of the architecture.
+            task: 0 .. models - 1, the task whose head computes the logits. Required if there are
+                heads; otherwise it has no effect.
 
         Returns:
-            What the architecture returns, or what the task's head makes of it.
+            The output of the architecture, or of the task's head applied to it.
         """
         self._check_task(task)
         return self.run(self.merged_parameters(), args, kwargs, task)
@@ -242,20 +243,20 @@ class AdaMerging(nn.Module):
     def run(
         self, merged: Mapping[str, Tensor], args: Any, kwargs: Any, task: int | None = None
     ) -> Any:
-        """Run the architecture with merged tensors that are there already, and a task's head."""
+        """Run the architecture with given merged tensors, then a task's head."""
         return self.apply_head(self.run_architecture(merged, args, kwargs), task)
 
     def run_architecture(self, merged: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """Run the architecture with merged tensors that are there already."""
-        # A pass that writes to buffers (BatchNorm in training mode) gets its own: those of the base
-        # are the caller's, or mapped files that cannot be written to.
+        """Run the architecture with given merged tensors."""
+        # A pass that writes to buffers (BatchNorm in training mode) gets copies: the base's buffers
+        # belong to the caller, or are mapped files that cannot be written.
         buffers = self._plain["buffers"]
         fixed = {n: t.clone() if n in buffers else t for n, t in self.fixed_tensors().items()}
         tensors = {**fixed, **merged}
         return functional_call(self.architecture, tensors, args, kwargs)
 
     def apply_head(self, output: Any, task: int | None) -> Any:
-        """Return what a task's head makes of the architecture's output; without heads, that."""
+        """Return the output of a task's head; without heads, the architecture's output."""
         heads = self._plain["heads"]
         if heads is None:
             return output
@@ -277,7 +278,7 @@ class AdaMerging(nn.Module):
             what = "one of the models" if heads is None else "one of the heads"
             raise RequestError(f"task: expected 0 .. {len(self.names) - 1}, {what}; got {task!r}")
 
-    # Functions of files of their own, whose first argument, `ada`, is this module.
+    # Functions from other files; their first argument, `ada`, is this module.
     fit = _fit
     correlations = _correlations
     save_coefficients = _save_coefficients
@@ -285,7 +286,7 @@ class AdaMerging(nn.Module):
 
     @property
     def coefficients(self) -> Coefficients:
-        """The coefficients as they are used: a table that can be printed, saved and drawn."""
+        """The effective coefficients: a table that can be printed, saved and drawn."""
         table = self.raw_coefficients.detach().cpu()
         if self.clamp is not None:
             table = table.clamp(*self.clamp)
@@ -302,7 +303,7 @@ class AdaMerging(nn.Module):
         for name, tensor in self.architecture.state_dict(keep_vars=True).items():
             if name in known:
                 state[name] = known[name].detach().clone() if name in self.fixed else known[name]
-            else:  # a second name of a tied parameter
+            else:  # another name of a tied parameter
                 twin = next(
                     (n for n, p in self.architecture.named_parameters() if p is tensor), None
                 )
@@ -310,9 +311,9 @@ class AdaMerging(nn.Module):
         return state
 
     def stored_tensors(self) -> Iterable[tuple[str, str, Tensor]]:
-        """Give what is kept of the checkpoints: "base" or "models[k]", a name, a tensor.
+        """Yield the stored tensors of the checkpoints: "base" or "models[k]", a name, a tensor.
 
-        Of trimmed task vectors, the values that are kept.
+        For trimmed task vectors, the tensor holds the values that are kept.
         """
         plain = self._plain
         for name, tensor in plain["base"].items():
@@ -332,7 +333,7 @@ class AdaMerging(nn.Module):
         return None
 
     def nbytes(self) -> int:
-        """Return the bytes of the checkpoints that are kept, mapped files included."""
+        """Return the bytes of the stored checkpoints, including mapped files."""
         total = sum(tensor.nbytes for tensor in self._plain["base"].values())
         packed = self._plain["packed"]
         if packed is not None:
@@ -340,7 +341,8 @@ class AdaMerging(nn.Module):
         return total + sum(t.nbytes for model in self._plain["models"] for t in model.values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaMerging:
-        """Move the checkpoints, the architecture and the heads along; their dtypes stay."""
+        """Move the checkpoints, the architecture and the heads along; their dtypes do not
+        change."""
         super()._apply(fn, recurse)
         device = self.raw_coefficients.device
 

@@ -1,9 +1,9 @@
 """A merged layer as a differentiable function of its coefficients.
 
 `merged_layer` computes `theta_0 + sum_k lambda_k (theta_k - theta_0)` in one pass over the
-checkpoints (Yang et al. 2024, AdaMerging, eq. 3); its gradient is `d lambda_k = <g, tau_k>`, one
-pass too. Task vectors are formed in registers: nothing is kept but references to the checkpoints.
-Trimmed task vectors (AdaMerging++) come as bit masks and values, see `pymerge.adamerging.packed`.
+checkpoints (Yang et al. 2024, AdaMerging, eq. 3). Its gradient, `d lambda_k = <g, tau_k>`, takes
+one pass too. Task vectors are formed in registers: only references to the checkpoints are kept.
+Trimmed task vectors (AdaMerging++) are bit masks and values; see `pymerge.adamerging.packed`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["merged_layer", "merged_packed_layer"]
 Tensor = torch.Tensor
 Result = TypeVar("Result")
 
-# Functional twins of the in-place ops, so that torch.compile can trace them.
+# Functional versions of the in-place ops, so that torch.compile can trace them.
 _LIBRARY = torch.library.Library("pymerge", "FRAGMENT")
 _LIBRARY.define(
     "merged_layer(Tensor coefficients, Tensor base, Tensor[] models, ScalarType dtype) -> Tensor",
@@ -62,7 +62,8 @@ def _counters(count: tuple[int, ...], dtype: torch.dtype, like: Tensor, backend:
 
 
 def _run(op: str, device: torch.device, call: Callable[[str], Result]) -> Result:
-    """Call an op of `pymerge.ops.contract` with the fastest backend on the device that takes it."""
+    """Call an op of `pymerge.ops.specs` on the fastest backend of the device that accepts the
+    call."""
     refused: list[str] = []
     while True:
         backend = choose(op, None, device, refused)
@@ -171,7 +172,8 @@ torch.library.register_fake("pymerge::merged_packed_layer_dots", _one_a_model, l
 
 
 class _Dots(torch.autograd.Function):
-    """The gradient of a merged layer with respect to its coefficients, which has none itself."""
+    """The gradient of a merged layer with respect to its coefficients; not differentiable
+    itself."""
 
     @staticmethod
     def forward(gradient: Tensor, base: Tensor, *models: Tensor) -> Tensor:
@@ -211,13 +213,13 @@ class _MergedLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         coefficients, _, *tensors = inputs
-        ctx.save_for_backward(*tensors)  # references: nothing is copied
+        ctx.save_for_backward(*tensors)  # references, not copies
         ctx.like = (coefficients.dtype, coefficients.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         base, *models = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # which does not trace a function within a backward pass
+        if torch.compiler.is_compiling():  # it cannot trace a function inside a backward pass
             dots = torch.ops.pymerge.merged_layer_dots(*gradients, base, models)
         else:
             dots: Any = _Dots.apply(*gradients, base, *models)
@@ -252,7 +254,7 @@ class _MergedPackedLayer(_MergedLayer):
 def _one_by_one(
     function: type[torch.autograd.Function], info: Any, in_dims: Any, *arguments: Any
 ) -> tuple[Tensor, int]:
-    """Apply a function to each of what torch.func.vmap maps over; return results along axis 0."""
+    """Apply a function to each slice that torch.func.vmap maps over; stack results along axis 0."""
     results = [
         function.apply(
             *(
@@ -266,14 +268,14 @@ def _one_by_one(
 
 
 def _parts(packed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return masks, values and offsets of all models, which come model by model."""
+    """Return the masks, the values and the offsets of all models, which come model by model."""
     return list(packed[0::3]), list(packed[1::3]), list(packed[2::3])
 
 
 def _check_layer(
     coefficients: Any, base: Any, models: Any, dtype: torch.dtype | None, label: str
 ) -> None:
-    """Raise RequestError unless a layer can be merged of these."""
+    """Raise RequestError unless these tensors can be merged into a layer."""
     if not isinstance(base, Tensor) or not is_float(base.dtype):
         raise RequestError(f"base: expected a floating-point tensor, got {_kind(base)}")
     if dtype is not None and not is_float(dtype):
@@ -331,19 +333,19 @@ def merged_layer(
 ) -> Tensor:
     """Return `theta_0 + sum_k lambda_k (theta_k - theta_0)`, differentiable in lambda.
 
-    AdaMerging (Yang et al. 2024, eq. 3), one layer. The backward pass gives
-    `d lambda_k = <g, theta_k - theta_0>`, summed in doubles, and frees the gradient g of this layer
-    before that of the layer before it is made. It cannot be differentiated again.
+    AdaMerging (Yang et al. 2024, eq. 3), for one layer. The backward pass computes
+    `d lambda_k = <g, theta_k - theta_0>`, summed in doubles. It frees the gradient g of this layer
+    before that of the preceding layer is computed, and cannot be differentiated again.
 
     Args:
         coefficients: lambda, [K], float32 or float64; the only argument that gets a gradient.
         base: theta_0, of any shape, of dtype float32, float16, bfloat16 or float64.
-        models: theta_1 .. theta_K, of the shape of `base`, dtypes in any mixture.
-        dtype: of the result; default that of `base`. Arithmetic is in float32 (float64 if an input
-            is), rounded once.
+        models: theta_1 .. theta_K, of the shape of `base`, in any mixture of dtypes.
+        dtype: dtype of the result; default: that of `base`. Arithmetic is in float32 (float64 if an
+            input is), with one rounding.
 
     Raises:
-        RequestError: shapes, dtypes or devices that do not fit, one model too few.
+        RequestError: shapes, dtypes or devices that do not fit, or no model.
 
     >>> lam = torch.tensor([0.5], requires_grad=True)
     >>> layer = merged_layer(lam, torch.zeros(2), [torch.tensor([1.0, 3.0])])
@@ -364,13 +366,13 @@ def merged_packed_layer(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the same of trimmed task vectors that are stored as bit masks and values.
+    """Return the same for trimmed task vectors that are stored as bit masks and values.
 
     Args:
-        packed: of each model; see `pymerge.adamerging.packed`.
+        packed: the task vector of each model; see `pymerge.adamerging.packed`.
 
     Raises:
-        RequestError: as `merged_layer`.
+        RequestError: as in `merged_layer`.
     """
     _check_layer(coefficients, base, packed, dtype, "packed")
     tensors = [tensor for own in packed for tensor in own.tensors]

@@ -1,10 +1,11 @@
 """Trimmed task vectors for AdaMerging++, stored as bit masks and values.
 
-AdaMerging++ (Yang et al. 2024) replaces each task vector by what TIES keeps of it: trimmed over
-the whole model, and only where its sign is the elected one. A fifth of the elements is left, so K
-models are kept as one bit for each element and, where it is set, the model's own number in the
-checkpoint's dtype: about 0.5 bytes a parameter and model in bf16. The difference to the base is
-formed when it is used, which is exact where a stored difference would have to be rounded.
+AdaMerging++ (Yang et al. 2024) replaces each task vector by the part that TIES keeps: it is trimmed
+over the whole model, and kept only where its sign is the elected one. A fifth of the elements
+remains. A model is therefore stored as one bit for each element and, where it is set, the model's
+own number in the checkpoint's dtype: about 0.5 bytes per parameter and model in bf16. The
+difference from the base is formed when it is used; this is exact, whereas a stored difference would
+have to be rounded.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from pymerge.primitives import trim
 __all__ = ["Packed", "pack_trimmed"]
 
 Tensor = torch.Tensor
-_TILE = 1 << 20  # elements worked on at a time; a multiple of 32
+_TILE = 1 << 20  # elements processed at a time; a multiple of 32
 
 
 @dataclass(frozen=True)
 class Packed:
     """One trimmed task vector of one tensor.
 
-    mask: int32 words [ceil(n / 32)]; bit i of word j is element 32 j + i. values: [kept], the
-    model's numbers in its own dtype. offsets: int64 [ceil(n / 1024) + 1], how many are kept before
-    each chunk of 1024 elements.
+    Attributes:
+        mask: int32 words [ceil(n / 32)]; bit i of word j is element 32 j + i.
+        values: [kept], the model's numbers in its own dtype.
+        offsets: int64 [ceil(n / 1024) + 1], the number of kept elements before each chunk of 1024.
     """
 
     mask: Tensor
@@ -44,11 +46,11 @@ class Packed:
 
     @classmethod
     def of(cls, mask: Tensor, values: Tensor, numel: int) -> Packed:
-        """Make one of a mask and the values that it keeps of `numel` elements."""
+        """Make a `Packed` from a mask over `numel` elements and the values that it keeps."""
         chunks = -(-numel // SUM_CHUNK)
         bits = torch.zeros(chunks * (SUM_CHUNK // 32), dtype=torch.int32, device=mask.device)
         bits[: mask.numel()] = mask
-        # How many bits are set in each word, by adding up ever wider fields.
+        # Count the bits set in each word by adding up ever wider fields.
         bits = bits.long() & 0xFFFFFFFF
         for width, field in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F)):
             bits = (bits & field) + ((bits >> width) & field)
@@ -58,7 +60,7 @@ class Packed:
         return cls(mask, values, offsets)
 
     def to(self, device: torch.device) -> Packed:
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return Packed(self.mask.to(device), self.values.to(device), self.offsets.to(device))
 
     @property
@@ -76,14 +78,15 @@ def pack_trimmed(
     *,
     density: float = 0.2,
 ) -> dict[str, list[Packed]]:
-    """Return what TIES keeps of each task vector, tensor by tensor: a `Packed` for each model.
+    """Return the part that TIES keeps of each task vector, tensor by tensor: a `Packed` for each
+    model.
 
     Trim and election are those of the AdaMerging authors' `ties_merging_split`: one threshold for
-    each model over all tensors together (`semantics="adamerging"`, keeping everything that equals
-    it), the sign of the sum, and for sums of 0 the majority sign of all elements.
+    each model over all tensors together (`semantics="adamerging"`, which keeps everything equal to
+    the threshold), the sign of the sum, and the majority sign of all elements where the sum is 0.
 
     Args:
-        base, models: tensors by name, of equal names and shapes, on one device.
+        base, models: tensors by name, with equal names and shapes, on one device.
         density: share of each task vector that the trim keeps, in [0, 1].
     """
     rule = SEMANTICS["adamerging"]
@@ -133,7 +136,7 @@ def _pack(base: Tensor, models: Sequence[Tensor], keys: list[int], default: int)
 
 
 def _words(kept: Tensor) -> Tensor:
-    """Return 32 booleans in each int32, the first in the lowest bit."""
+    """Return booleans packed into int32, 32 in each, the first in the lowest bit."""
     room = -(-kept.numel() // 32) * 32
     bits = torch.zeros(room, dtype=torch.int64, device=kept.device)
     bits[: kept.numel()] = kept

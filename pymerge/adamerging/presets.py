@@ -1,4 +1,4 @@
-"""Presets: what implementations of AdaMerging do by default."""
+"""Presets: the defaults of published implementations of AdaMerging."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ __all__ = ["PRESETS", "Preset"]
 
 @dataclass(frozen=True)
 class Preset:
-    """What one implementation does.
+    """The defaults of one implementation.
 
-    clamp: the range that coefficients are cut to wherever they are used, or None. only_trainable:
-    merge parameters that require a gradient, else all. batches_per_task, steps, lr, entropy: of
-    `fit`.
+    Attributes:
+        clamp: the range that coefficients are clamped to wherever they are used, or None.
+        only_trainable: merge only parameters that require a gradient, else all.
+        batches_per_task, steps, lr, entropy: defaults of `fit`.
     """
 
     clamp: tuple[float, float] | None
@@ -25,7 +26,7 @@ class Preset:
 
 
 PRESETS = {
-    # EnnengYang/AdaMerging, src/main_layer_wise_adamerging.py and its kin
+    # EnnengYang/AdaMerging, src/main_layer_wise_adamerging.py and its variants
     "official": Preset((0.0, 1.0), False, 2, 500, 1e-3, "exact"),
     # FusionBench 0.2.33, config/method/adamerging/clip.yaml
     "fusion_bench": Preset(None, True, 1, 1000, 1e-3, "fusion_bench"),

@@ -1,4 +1,4 @@
-"""`pymerge ada CONFIG OUT`: learns coefficients as a config says, and writes the merged model."""
+"""`pymerge ada CONFIG OUT`: learns coefficients according to a config and writes the model."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def run_ada(
 
     Args:
         config: path of a YAML file; see docs/adamerging.md.
-        out: directory of the merged model; appears complete or not at all. Beside it, `OUT.ada`
+        out: directory of the merged model; it appears complete or not at all. `OUT.ada`, beside it,
             gets the coefficients (safetensors, JSON, HTML, PNG), the history, the correlations of
-            entropy and loss where the entry point gives labelled data, and the state from which
-            an interrupted run goes on.
+            entropy and loss if the entry point returns labelled data, and the state from which an
+            interrupted run continues.
         force: replace `out` if it exists.
         quiet: show no progress.
-        memory, threads: of the merge that writes the model; see `merge_checkpoints`.
-        resume: go on from the state of an earlier run.
+        memory, threads: for the merge that writes the model; see `merge_checkpoints`.
+        resume: continue from the state of an earlier run.
 
     Raises:
-        RequestError: something is wrong with the config, the models or what the entry point gives.
+        RequestError: the config, the models or the return value of the entry point are invalid.
         MergeError: the run diverged, or the output cannot be written.
     """
     parse_size(memory, "memory")
     read, out = read_config(config), Path(out)
     values = read.values
-    # Hours may go into the fit: what would stop the writing is found before.
+    # The fit may take hours, so problems with the output are found before it.
     check_output(out, read.files, force=force)
     setup = call_entry(read)
     if setup.labelled is not None:

@@ -24,7 +24,7 @@ __all__ = ["save", "save_coefficients"]
 
 
 def save_coefficients(ada: AdaMerging, path: str | os.PathLike[str]) -> None:
-    """Write the coefficients as they are used to a safetensors file, which is replaced as a whole.
+    """Write the effective coefficients to a safetensors file, which is replaced atomically.
 
     `merge_method: adamerging` reads it.
     """
@@ -65,13 +65,13 @@ def save(
 ) -> MergeReport | None:
     """Write the merged model to the directory `out`, which appears complete or not at all.
 
-    Where the base and all models are checkpoints, they are merged as `pymerge merge` merges files:
-    streamed, in bounded memory, with config and tokenizer files. The coefficients are written to
-    `coefficients` first, and the report holds the config with which `pymerge merge` repeats it.
-    Otherwise the merged tensors are written as `model.safetensors`, layer by layer.
+    If the base and all models are checkpoints, they are merged as `pymerge merge` merges files:
+    streamed, in bounded memory, with config and tokenizer files. The coefficients are first written
+    to `coefficients`, and the report contains the config with which `pymerge merge` repeats the
+    merge. Otherwise the merged tensors are written as `model.safetensors`, layer by layer.
 
     Args:
-        coefficients: the file for them; default OUT.coefficients.safetensors.
+        coefficients: the file for the coefficients; default: OUT.coefficients.safetensors.
         device and the others: as in `merge_checkpoints`. Without checkpoints only `force` and
             `shard_size` have an effect; others are refused.
 
@@ -79,7 +79,7 @@ def save(
         The report of `merge_checkpoints`; None without checkpoints.
 
     Raises:
-        RequestError, MergeError: as `merge_checkpoints`.
+        RequestError, MergeError: as in `merge_checkpoints`.
     """
     base, models = ada.inputs
     out = Path(out)

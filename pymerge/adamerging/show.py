@@ -1,4 +1,4 @@
-"""Shows coefficients (text, PNG, HTML) and how a fit goes."""
+"""Shows coefficients (text, PNG, HTML) and the progress of a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FitBar", "coefficients_text", "save_html", "save_png"]
 
-_ROWS = 40  # groups in a printed table; the rest is in the files
+_ROWS = 40  # groups in a printed table; files contain all
 
 
 def coefficients_text(table: Coefficients) -> str:
@@ -41,7 +41,7 @@ def coefficients_text(table: Coefficients) -> str:
 
 
 def save_png(table: Coefficients, path: Path) -> None:
-    """Draw models by groups as a heat map."""
+    """Draw a heat map of models by groups."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def save_png(table: Coefficients, path: Path) -> None:
 
 
 def save_html(table: Coefficients, path: Path) -> None:
-    """Write groups by models as a coloured table, in one file without scripts."""
+    """Write a coloured table of groups by models to one HTML file without scripts."""
     low, high = _range(table)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.models)
     rows = []
@@ -103,7 +103,8 @@ def _colour(x: float, low: float, high: float) -> str:
 
 
 class FitBar:
-    """A progress bar on stderr with the entropy of each task; nothing where it is no terminal."""
+    """A progress bar on stderr with the entropy of each task; silent if stderr is not a
+    terminal."""
 
     def __init__(self, steps: int, done: int, tasks: tuple[str, ...], *, shown: bool) -> None:
         self._steps, self._done, self._tasks, self._shown = steps, done, tasks, shown
@@ -133,7 +134,7 @@ class FitBar:
         return self
 
     def advance(self, entropies: list[float]) -> None:
-        """Tell that a step is done."""
+        """Advance the bar by one step, and show its entropies."""
         if self._bar is not None:
             text = " ".join(f"{value:.3f}" for value in entropies)
             self._bar.update(self._task, advance=1, entropies=f"entropy {text}")
