@@ -19,14 +19,14 @@ def add(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="the fine-tuned model")
     parser.add_argument("out", metavar="OUT", help="directory to write, as PEFT does")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--rank", type=integer(1), metavar="N", help="rank per module (default: 16)")
+    amount.add_argument("--rank", type=integer(1), metavar="N", help="rank (default: 16)")
     amount.add_argument(
         "--energy",
         type=float,
         metavar="E",
         help="take each module's smallest rank that keeps this share of its change's squared norm",
     )
-    parser.add_argument("--max-rank", type=integer(1), metavar="N", help="upper limit with --energy")
+    parser.add_argument("--max-rank", type=integer(1), metavar="N", help="limit with --energy")
     parser.add_argument(
         "--modules",
         metavar="NAMES",
