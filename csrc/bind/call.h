@@ -1,4 +1,5 @@
-// What the calls of all kernels are made of: arguments from Python, and the call itself.
+// The building blocks of every kernel call: conversion of the Python arguments, and the call
+// itself.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -50,7 +51,7 @@ inline void require_size(const char* name, size_t size, size_t expected) {
   }
 }
 
-// Raises for a call that failed. kind: of the op `what`, or empty.
+// Raises the exception for a failed call. kind: that of the op `what`, or empty.
 [[noreturn]] inline void raise(Status status, const std::string& what, const std::string& kind,
                                const KernelTable& by) {
   const std::string op = kind.empty() ? what : what + " '" + kind + "'";
@@ -89,7 +90,8 @@ void call(KernelOf<Args> KernelTable::* kernel, const Args& args, const char* wh
   if (status != Status::kOk) raise(status, what, kind, by);
 }
 
-// What is kept of sparse task vectors: one of each for each model, seeds two or none.
+// Which elements of the sparse task vectors are kept: one entry for each model in every vector; two
+// seeds for each, or none.
 struct Kept {
   const std::vector<int64_t>& lo;
   const std::vector<int64_t>& last;
@@ -112,7 +114,7 @@ struct Kept {
   }
 };
 
-// What every call has: execution, sizes, the operands.
+// The arguments that every call has: execution, sizes, operands.
 struct Common {
   Address base;
   std::vector<Operand> inputs;
@@ -141,8 +143,8 @@ struct Common {
   }
 };
 
-// Ranks of elements in their rows, which may decide what is kept: (address, stride), and chances,
-// two for each model, or none.
+// Ranks of elements within their rows, which may decide which elements are kept: (address, stride).
+// chances: two for each model, or none.
 struct Ranked {
   std::pair<uintptr_t, int64_t> ranks;
   const std::vector<double>& chances;

@@ -1,4 +1,4 @@
-// The kinds of ops by their names: those of the .def files.
+// Looks up the kinds of ops by name; the names are those of the .def files.
 #pragma once
 
 #include <cstddef>
@@ -31,12 +31,12 @@ constexpr Named<Divergence> kDivergences[] = {
 #include "divergence.def"
 };
 
-// "backend 'cpu': pointwise_: ", how errors of a call begin.
+// "backend 'cpu': pointwise_: ", the prefix of a call's error messages.
 inline std::string where(const char* op, int32_t device) {
   return std::string("backend '") + (device < 0 ? "cpu" : "cuda") + "': " + op + ": ";
 }
 
-// The kind of that name; raises where there is none.
+// Returns the kind with that name; raises if there is none.
 template <class Kind, size_t kCount>
 Kind kind_named(const Named<Kind> (&all)[kCount], const std::string& name, const char* op,
                 int32_t device) {
@@ -49,7 +49,7 @@ Kind kind_named(const Named<Kind> (&all)[kCount], const std::string& name, const
                               "'");
 }
 
-// Raises unless there are as many reals as a kind takes.
+// Raises unless the number of reals is the one that the kind takes.
 inline void require_reals(size_t count, int64_t expected, const std::string& kind, size_t models,
                           const char* op, int32_t device) {
   if (static_cast<int64_t>(count) == expected) return;

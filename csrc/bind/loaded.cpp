@@ -49,7 +49,7 @@ void load_cuda(const std::string& path) {
   using Entry = const KernelTable* (*)();
   const auto entry = reinterpret_cast<Entry>(dlsym(library, "pymerge_cuda_table"));
   if (entry == nullptr) throw std::runtime_error(path + " is not pymerge's CUDA library");
-  // Where the hash differs, nothing else of the table may be read: it may be of another shape.
+  // If the hash differs, read nothing else: the table may have a different layout.
   const KernelTable* loaded = entry();
   if (loaded->abi != kAbi) {
     throw std::runtime_error(path + " was built from another kernel table (" +

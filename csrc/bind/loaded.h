@@ -1,4 +1,4 @@
-// Which kernels there are: those of an instruction set, and of the CUDA library once it is loaded.
+// The kernels in use: those of one CPU instruction set, and those of the CUDA library once loaded.
 #pragma once
 
 #include <cstdint>
@@ -10,16 +10,17 @@
 
 namespace pymerge::bind {
 
-// KernelTable::abi in hexadecimal digits.
+// KernelTable::abi as hexadecimal digits.
 std::string abi_text(uint64_t abi);
 
-// Chooses the kernels of the CPU: a name of `isa_list`, or "auto".
+// Selects the CPU kernels: a name from `isa_list`, or "auto".
 void use_isa(const std::string& name);
 
-// The instruction sets of this build, and whether this machine runs them.
+// The instruction sets of this build, each with whether this machine supports it.
 std::vector<std::pair<std::string, bool>> isa_list();
 
-// Loads the CUDA library; an empty path forgets it. It stays loaded: work may still be under way.
+// Loads the CUDA library; an empty path drops it from use. It stays in memory, since work may still
+// be in flight.
 void load_cuda(const std::string& path);
 
 // The kernels for a device; -1 is the CPU.

@@ -1,6 +1,6 @@
-// pymerge._C: a function for each kernel. Pointers come as integers; the Python side has already
-// validated what they point to (pymerge/ops/native/marshal.py, marshal_cuda.py). Device -1 is the
-// CPU.
+// pymerge._C: one function for each kernel. Pointers are passed as integers; the Python side has
+// already validated the memory behind them (pymerge/ops/native/marshal.py, marshal_cuda.py). Device
+// -1 is the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +25,7 @@ namespace {
 
 using SumKernel = KernelOf<WeightedSumArgs> KernelTable::*;
 
-// Returns the flag of non-finite results, but adds it to `stats` where there is such a counter.
+// Returns the flag for non-finite results, or adds it to `stats` if such a counter is given.
 template <SumKernel Kernel>
 int64_t weighted_sum(Address out, Address base, const std::vector<Address>& models,
                      const std::vector<double>& weights, double scale, double divisor,
@@ -176,7 +176,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return "(" + text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// shape: that of the partials, [sums, chunks or rows].
+// shape: the shape of the partials, [sums, chunks or rows].
 void chunk_sums(const py::tuple& common, uintptr_t partials, const std::vector<int64_t>& shape,
                 const std::string& kind, int64_t columns, const std::vector<int64_t>& lo,
                 const std::vector<int64_t>& last, const std::vector<int64_t>& seeds,
@@ -229,8 +229,8 @@ void pcb(const py::tuple& common, Address out, uintptr_t stats, uintptr_t scores
   call(&KernelTable::pcb, args, "pcb", all.device);
 }
 
-// Trimmed task vectors; the models of `common` are the values that they keep. With partials their
-// dot products with the gradient, else their weighted sum.
+// Trimmed task vectors; the models of `common` are their kept values. Computes the dot products
+// with the gradient if partials are given, else the weighted sum.
 void packed(const py::tuple& common, const std::vector<uintptr_t>& masks,
             const std::vector<uintptr_t>& offsets, Address out, const std::vector<double>& weights,
             Address gradient, uintptr_t partials, int64_t num_chunks) {
@@ -342,7 +342,7 @@ py::dict isa_dict() {
   return result;
 }
 
-// The kinds of an op -> what `numbers` says of each.
+// Maps each kind of an op to the result of `numbers`.
 template <class Kind, size_t kCount, class Numbers>
 py::dict kinds_of(const Named<Kind> (&all)[kCount], Numbers numbers) {
   py::dict result;

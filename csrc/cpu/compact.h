@@ -1,5 +1,5 @@
-// Chosen lanes of vectors one after the other, and back: where few are, or, without a branch for
-// each, any number of them.
+// Packs the chosen lanes of vectors next to each other, and unpacks them: one version for few
+// lanes, and a branch-free one for any number of them.
 #pragma once
 
 #include "cpu/simd.h"
@@ -8,9 +8,9 @@ namespace pymerge {
 namespace {
 
 #if defined(__AVX512F__)
-// The chosen lanes first, zeros after them. On Zen 4 the operation waits for what its destination
-// held, even where it keeps nothing of it: here zeros that are new each time, as the compiler is
-// not told what they are.
+// Moves the chosen lanes to the front and fills up with zeros. On Zen 4 the instruction waits for
+// the old contents of its destination even where it keeps none of them. The inline assembly
+// therefore makes fresh zeros each time, in a way that the compiler cannot see through.
 PM_INLINE I compressed(I values, __mmask16 mask) {
   __m512i zeros;
   __asm__("vpxord %0, %0, %0" : "=v"(zeros));
@@ -19,7 +19,7 @@ PM_INLINE I compressed(I values, __mmask16 mask) {
 #endif
 
 // Writes the lanes of `values` that the mask chooses to `to`, which has room for a whole vector, in
-// any order; returns how many there are.
+// any order; returns their number.
 PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
   store_bits(to, (U)compressed(values, mask));
@@ -39,8 +39,8 @@ PM_INLINE int compress(int32_t* to, I values, FloatMasks::Mask mask) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each choice of 8 lanes, one byte for each place: the lane that comes there; the other way,
-// the place where the lane comes from.
+// For each choice of 8 lanes, one byte for each place: the lane that moves there, or, in the other
+// direction, the place that the lane comes from.
 struct LaneTable {
   uint64_t pack[256], unpack[256];
 };
@@ -68,7 +68,7 @@ PM_INLINE F permuted(F values, const uint64_t& order) {
 // Writes the chosen lanes to `to`, which has room for a whole vector.
 PM_INLINE void pack(float* to, F values, uint32_t chosen) {
 #if defined(__AVX512F__)
-  // In a register: storing lanes of it directly is slow on some processors.
+  // In a register: storing its lanes directly is slow on some processors.
   store_bits(to, (U)compressed((I)values, static_cast<__mmask16>(chosen)));
 #elif defined(__AVX2__)
   store_bits(to, (U)permuted(values, kLaneTable.pack[chosen]));
@@ -82,7 +82,8 @@ PM_INLINE void pack(float* to, F values, uint32_t chosen) {
 #endif
 }
 
-// The first of `from`, which has a whole vector to read, in the chosen lanes; `others` in the rest.
+// Fills the chosen lanes with the first values of `from` and the rest from `others`; a whole vector
+// must be readable at `from`.
 PM_INLINE F unpack(const float* from, uint32_t chosen, F others) {
 #if defined(__AVX512F__)
   return (F)_mm512_mask_expand_ps((__m512)others, static_cast<__mmask16>(chosen),

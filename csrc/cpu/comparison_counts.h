@@ -1,5 +1,5 @@
-// Counting with bit masks, for comparison_masks.h alone, which includes it with and without
-// PM_FAST_ONES: an instruction that counts the bits of a vector.
+// Counting with bit masks, only for comparison_masks.h. It includes this file with and without
+// PM_FAST_ONES, which means an instruction that counts the bits of a vector.
 
 #if PM_FAST_ONES
 namespace fast_ones {
@@ -11,13 +11,14 @@ PM_INLINE void add_ones(W* counts, W words) {
   store_bits(lanes, (U)words);
   uint64_t total = 0;
   for (uint64_t lane : lanes) total += static_cast<uint64_t>(__builtin_popcountll(lane));
-  *reinterpret_cast<uint64_t*>(counts) += total;  // the first lane; all are added up later
+  *reinterpret_cast<uint64_t*>(counts) += total;  // the first lane; all lanes are added up later
 }
 #endif
 
-// Counts of one level, added to counts: kept[K], pairs i < j: kept by both, of these with opposite
-// signs; then, for n = 1 .. K kept at a place and m = 0 .. n / 2, places where m have one sign and
-// n - m the other. Masks of models are `stride` words apart. kCount: K, or 0 if only known here.
+// Adds the counts of one level to `counts`: kept[K]; for pairs i < j the elements kept by both, and
+// of these the ones with opposite signs; then, for n = 1 .. K models that keep an element and m = 0
+// .. n / 2, the elements where m have one sign and n - m the other. Masks of models are `stride`
+// words apart. kCount: K, or 0 if it is only known at run time.
 template <int kCount>
 void count_models(int models, const uint64_t* negative, const uint64_t* kept, int64_t stride,
                   W* counts) {

@@ -1,4 +1,4 @@
-// Bit masks of a chunk of task vectors (bit i: element i), and what is counted with them.
+// Bit masks of a chunk of task vectors (bit i: element i), and the counts made with them.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -27,11 +27,11 @@ PM_INLINE void put_mask(uint64_t* words, int i, FloatMasks::Mask mask) {
   }
 }
 
-// Sums of magnitudes and squares are taken in two steps: kSumGroup steps of all lanes in the
-// compute type, these in doubles.
+// Sums of magnitudes and squares have two levels: kSumGroup steps of all lanes are summed in the
+// compute type, and these partial sums in doubles.
 constexpr int kSumGroup = 8;
 
-// Adds a vector of kLanes floats to as many doubles.
+// Adds a vector of kLanes floats to kLanes doubles.
 PM_INLINE void add_halves(D* sums, F x) {
   alignas(PM_VECTOR_BYTES) float lanes[kLanes];
   store_bits(lanes, (U)x);
@@ -39,16 +39,16 @@ PM_INLINE void add_halves(D* sums, F x) {
   sums[1] += load_doubles(lanes + kDLanes);
 }
 
-// What a thread will read next. Asked for one step after the other: memory answers only so many
-// requests at once, and a burst of them waits (1.4x the time, 4 models of bf16).
+// The data that a thread reads next. It is prefetched step by step: memory serves only so many
+// requests at once, and a burst of them stalls (1.4x the time with 4 models in bf16).
 struct Ahead {
   const char* data;
   int bytes;  // of an element
 };
 
-// Of a chunk of a task vector: what is below 0 (where kFirst), what is at or above each threshold,
-// and the sums found[0] of magnitudes (where kFirst) and found[1 + level] of squares at or above
-// the thresholds (where kFirst, but for the first one).
+// For a chunk of a task vector, makes masks of the elements below 0 (if kFirst) and of those at or
+// above each threshold. found: the sums of squares at or above each threshold; if kFirst, found[0]
+// is the sum of magnitudes instead.
 template <int kLevels, bool kFirst>
 void masks_and_sums(const float* values, const int32_t* thresholds, uint64_t* negative,
                     uint64_t* kept, double* found, Ahead ahead) {
@@ -104,8 +104,8 @@ void all_masks(const float* values, const int32_t* thresholds, int levels, uint6
   }
 }
 
-// As the vectors of floats do it, one number at a time: add(i, group) adds what there is of
-// element i to the group's sums.
+// The scalar counterpart of the vector loops over floats, one element at a time: add(i, group) adds
+// element i's terms to the group's sums.
 template <int kCount, class V, class Step>
 void grouped_sums(Step step, double* found) {
   double lanes[kCount][kSumLanes] = {};
@@ -147,7 +147,8 @@ void all_masks(const double* values, const int64_t* thresholds, int levels, uint
 constexpr int kMostCompared = 64;  // models
 constexpr int kPlanes = 7;         // bits of a number of models
 
-// How many of the masks of `count` models are set at each place, as bits of a number.
+// Adds a mask to counters in bit planes: plane j has bit j of the number of masks set at each
+// place.
 PM_INLINE void add_planes(W* planes, int used, W carry) {
   for (int j = 0; j < used; ++j) {
     const W both = planes[j] & carry;
@@ -175,7 +176,7 @@ int64_t level_width(int64_t models) {
 #undef PM_FAST_ONES
 
 #if defined(__AVX512F__) && defined(__x86_64__)
-// Newer processors count the bits of vectors. Which of the two runs changes no number.
+// Newer processors count the bits of whole vectors. Both versions give the same numbers.
 #pragma GCC push_options
 #pragma GCC target("avx512vpopcntdq")
 #define PM_FAST_ONES 1

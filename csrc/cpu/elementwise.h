@@ -7,20 +7,20 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;        // elements that are worth waking another thread for
+constexpr int64_t kGrain = 1 << 16;        // elements that justify waking another thread
 constexpr int kLine = 64;                  // bytes of a cache line
-constexpr int kPrefetchBytes = 512;        // how far ahead of the work memory is asked for
+constexpr int kPrefetchBytes = 512;        // how far ahead memory is prefetched
 constexpr int kBlock = 512;                // elements converted at a time where dtypes are mixed
-constexpr int64_t kStreamBytes = 1 << 20;  // outputs from this size on go past the caches
+constexpr int64_t kStreamBytes = 1 << 20;  // outputs of at least this size bypass the caches
 
-// Whether a vector of keys, each the largest of its lane, tells of NaN or infinity.
+// Returns whether any of the keys, each the largest of its lane, is that of NaN or infinity.
 inline bool has_nonfinite(I worst) {
   return lane_bits(FloatMasks::at_least(worst, I{} + Traits<F>::kInfinity)) != 0;
 }
 
 inline void set_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
-// Asks for what a step some way ahead will read. A kernel that computes fills the reorder buffer
+// Prefetches the data of a step some way ahead. A kernel that computes fills the reorder buffer
 // with few steps, too few to keep the memory busy by themselves.
 template <class Io, int kStreams>
 PM_INLINE void prefetch_ahead(const char* const* in, int64_t at) {
@@ -41,14 +41,14 @@ struct Streams {
   int num_models;
   MutableOperand out;  // data == null: nothing is stored
   Dtype compute;
-  int64_t written = 0;  // elements that one thread writes, where that is more than one range
+  int64_t written = 0;  // elements that one thread writes, if they span more than one range
 
   int count() const { return num_models + (base != nullptr ? 1 : 0); }
   const Operand& at(int i) const {
     if (base == nullptr) return models[i];
     return i == 0 ? *base : models[i - 1];
   }
-  // The one dtype of all streams if they can be read and written without conversion.
+  // Whether all streams share one dtype and can be read and written without conversion; sets it.
   bool uniform(Dtype* dtype) const {
     *dtype = at(0).dtype;
     for (int i = 1; i < count(); ++i) {
@@ -59,11 +59,11 @@ struct Streams {
   }
 };
 
-// Workspace of one thread: pointers, then room for every stream and the output of a block.
+// Workspace of one thread: pointers, then room for a block of every stream and of the output.
 struct Room {
   const char** pointers;
   char* data;
-  char* more;  // what was asked for beside it
+  char* more;  // additional room, as requested
 
   static int64_t bytes(int streams, int lane_bytes) {
     return (streams * 8 + 63) / 64 * 64 + static_cast<int64_t>(streams + 4) * kBlock * lane_bytes;
@@ -78,7 +78,7 @@ struct Room {
   }
 };
 
-// A kernel that wants to know which elements it works on has a member `at`: the first one's number,
+// A kernel that needs the position of its elements has a member `at`: the number of the first one,
 // counted from the beginning of the operands.
 template <class Kernel>
 PM_INLINE auto locate(Kernel& kernel, int64_t at, int) -> decltype(kernel.at, void()) {
@@ -139,7 +139,7 @@ void run_uniform(Kernel& kernel, const Streams& streams, Room& room, int64_t beg
   }
 }
 
-// Any mixture of dtypes: blocks are converted to the compute type, worked on, converted back.
+// Any mixture of dtypes: blocks are converted to the compute type, processed, and converted back.
 template <class Io, class Kernel>
 void run_mixed(Kernel& kernel, const Streams& streams, Room& room, int64_t begin, int64_t end) {
   using Value = typename Io::Value;
@@ -200,9 +200,9 @@ struct Mixed64 {
   }
 };
 
-// n elements of an operand from `at` on -> V, zeros up to `padded`, a multiple of kStep; all of it
-// less `minus` if there is one. `raw` has room for `padded` elements of 8 bytes, `scratch` for as
-// many floats.
+// Converts n elements of an operand from `at` on to V, fills up with zeros to `padded`, a multiple
+// of kStep, and subtracts `minus` if given. `raw` has room for `padded` elements of 8 bytes,
+// `scratch` for `padded` floats.
 template <class V>
 void widen_part(const Operand& operand, int64_t at, int n, int padded, V* to, char* raw,
                 char* scratch, const V* minus = nullptr) {
@@ -221,7 +221,7 @@ void widen_part(const Operand& operand, int64_t at, int n, int padded, V* to, ch
   }
 }
 
-// The keys of scalars: as magnitude_key.
+// The keys of scalars, as magnitude_key defines them.
 template <class V>
 struct KeyOf {
   using Type = int32_t;
@@ -242,7 +242,7 @@ PM_INLINE typename KeyOf<V>::Type scalar_key(V value) {
   return key & KeyOf<V>::kLargest;
 }
 
-// Work through [begin, end) with the kernel for fp32 arithmetic.
+// Processes [begin, end) with the kernel for fp32 arithmetic.
 template <class Kernel>
 void run_range(Kernel& kernel, const Streams& streams, Room& room, int64_t begin, int64_t end) {
   Dtype dtype;

@@ -1,6 +1,6 @@
-// What the task vectors of several models have to do with each other: norms, products, distances,
-// and how often they are equal, kept by a trim, or of opposite signs. Chunk by chunk: sums in the
-// order of kernels_sums.h, the rest in bit masks and integers.
+// Compares the task vectors of several models: norms, products, distances, and how often elements
+// are equal, kept by a trim, or of opposite signs. Chunk by chunk: sums are in the order of
+// kernels_sums.h, the rest uses bit masks and integers.
 #pragma once
 
 #include "cpu/comparison_masks.h"
@@ -9,8 +9,8 @@
 namespace pymerge {
 namespace {
 
-// sum + x. A product with 1 is exact, so that this is a sum, by the units that multiply: those that
-// add have the differences to do.
+// sum + x. Multiplying by 1 is exact, so this is a plain sum, but it runs on the multiply units:
+// the add units are busy with the differences.
 PM_INLINE F plus(F sum, F x) {
 #if defined(__AVX512F__)
   return (F)_mm512_fmadd_ps((__m512)x, _mm512_set1_ps(1.0f), (__m512)sum);
@@ -52,7 +52,7 @@ void distances(const float* values, double* found) {
   for (int pair = 0; pair < kPairs; ++pair) found[pair] = add_lanes(lanes[pair]);
 }
 
-// The same of two models that lie anywhere.
+// The same for two models at any addresses.
 void distance(const float* a, const float* b, double* found) {
   double lanes[kSumLanes];
   for (int part = 0; part < kSumLanes; part += kLanes) {
@@ -97,7 +97,7 @@ int64_t comparison_rows(int64_t models, int64_t levels) {
   return 1 + models * (models + 1) + models * levels;
 }
 
-// Room of one thread: a chunk of every input, masks, and what was found.
+// Workspace of one thread: a chunk of every input, masks, and results.
 template <class V>
 struct ComparisonRoom {
   using Int = typename KeyOf<V>::Type;
@@ -160,13 +160,14 @@ struct ComparisonRoom {
   }
 };
 
-// Magnitudes of elements [first, last) of each model: bins of an eighth of an octave, zeros apart.
+// Histograms of the magnitudes of elements [first, last) of each model: bins of an eighth of an
+// octave, and one for zeros.
 template <class V>
 void count_magnitudes(const V* values, int count, int first, int last, int64_t* histogram) {
   constexpr int shift = sizeof(V) == 4 ? 20 : 49;
   constexpr int bias = sizeof(V) == 4 ? 127 : 1023;
   constexpr int lowest = (bias + kComparisonLow) * 8;
-  constexpr int kAtOnce = 4;  // models: equal bins after one another wait for each other
+  constexpr int kAtOnce = 4;  // models: equal bins in succession would wait for each other
   int32_t bins[kAtOnce][kSumChunk];
   for (int k = 0; k < count; k += kAtOnce) {
     const int own = count - k < kAtOnce ? count - k : kAtOnce;
@@ -271,7 +272,7 @@ void compare_chunk(const ComparisonArgs& args, ComparisonRoom<V>& room, int64_t 
     count_equal_slowly(args, room, at, n);
   }
   int first = 0, last = n;
-  if (args.every > 1) {  // a part of the chunk that differs from chunk to chunk
+  if (args.every > 1) {  // a part of the chunk that differs between chunks
     constexpr int part = kSumChunk / kComparisonEvery;
     const auto number = static_cast<uint32_t>((args.start + at) / kSumChunk);
     first = static_cast<int>((number * 2654435761u) >> 28) * part;

@@ -45,7 +45,7 @@ PM_INLINE double sum_terms(int n, Term&& term) {
   return total;
 }
 
-// Elements of an operand as doubles, by way of V, which is the type that deltas are computed in.
+// Converts elements of an operand to doubles by way of V, the type that deltas are computed in.
 template <class V>
 struct Doubles {
   V* widened;
@@ -82,9 +82,9 @@ struct Doubles {
   }
 };
 
-constexpr int kRowRoom = 1 << 14;  // elements of which both inputs are held, and their exp
+constexpr int kRowRoom = 1 << 14;  // elements: a row up to this size is held with its exp
 
-// What a thread has room for: whole rows that fit, or chunks of one that does not.
+// Workspace of one thread: whole rows if they fit, or chunks of one that does not.
 template <class V>
 struct RowRoom {
   double* x;
@@ -153,7 +153,7 @@ struct Columns {
   }
 };
 
-// One kind of a row that does not fit: loaded chunk by chunk.
+// One kind of divergence of a row that does not fit: loaded chunk by chunk.
 template <class V>
 void step_of_long_row(const DivergenceArgs& args, Divergence kind, RowRoom<V>& room, int64_t begin,
                       int64_t length, Columns columns) {
@@ -183,7 +183,7 @@ void step_of_long_row(const DivergenceArgs& args, Divergence kind, RowRoom<V>& r
   if (rows.count > 1) columns[rows.first + 1] = other;
 }
 
-// The same of a row that is held: its exp are computed once.
+// The same for a row that is held: its exp are computed once.
 template <class V>
 void steps_of_row(Divergence kind, const RowRoom<V>& room, int64_t offset, int64_t length,
                   Columns columns) {
@@ -227,8 +227,8 @@ void steps_of_row(Divergence kind, const RowRoom<V>& room, int64_t offset, int64
   columns[4] = total;
 }
 
-// The same of up to kDLanes rows of up to kRowLanes elements, a row in each lane of vectors. The
-// sum of such a row is that of its elements in their order.
+// The same for up to kDLanes rows of up to kRowLanes elements, one row in each lane of the vectors.
+// Such a row is summed in the order of its elements.
 template <class V>
 void steps_of_short_rows(const DivergenceArgs& args, const RowRoom<V>& room, int64_t offset,
                          int length, int64_t first, int count) {

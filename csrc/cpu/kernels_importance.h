@@ -1,4 +1,5 @@
-// What is weighed by divergences of rows: importances, and the merge that takes what has enough.
+// Kernels that weigh elements by the divergences of their rows: importances, and the merge that
+// takes the elements of sufficient importance.
 #pragma once
 
 #include "cpu/elementwise.h"

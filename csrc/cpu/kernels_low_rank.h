@@ -1,6 +1,5 @@
-// A weight and what a LoRA adapter adds to it: out = base + scale * (b a). The products of an
-// element are added up in the order of the rank, in floats, so that the bits depend on nothing
-// else.
+// Adds a LoRA adapter to a weight: out = base + scale * (b a). The products of an element are added
+// up in floats in the order of the rank, so the bits depend on nothing else.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -9,7 +8,7 @@ namespace pymerge {
 namespace {
 
 constexpr int kLowRankColumns = 256;  // of a block: its part of `a` stays in the cache
-constexpr int kLowRankVectors = 4;    // sums that are in registers at once
+constexpr int kLowRankVectors = 4;    // sums held in registers at once
 constexpr int kLowRankRun = kLowRankVectors * kLanes;
 static_assert(kLowRankColumns % kLowRankRun == 0 && kLowRankColumns % kStep == 0, "whole vectors");
 
@@ -49,7 +48,7 @@ PM_INLINE void low_rank_row(const float* b, int64_t rank, const float* factor, f
   }
 }
 
-// Rows [first, last) of the columns from `at` on, of which there are n.
+// Rows [first, last) of the n columns from `at` on.
 PM_INLINE void low_rank_block(const LowRankArgs& args, int64_t first, int64_t last, int64_t at,
                               int n, LowRankRoom& room) {
   const int padded = (n + kLowRankRun - 1) / kLowRankRun * kLowRankRun;

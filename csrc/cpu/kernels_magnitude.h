@@ -1,5 +1,5 @@
-// Counting kernels of the exact selection: a histogram of magnitudes over a bracket of keys, and
-// the number of elements that equal one key, chunk by chunk.
+// Counting kernels of the exact selection. They make a histogram of magnitudes over a bracket of
+// keys, and count the elements equal to one key, chunk by chunk.
 #pragma once
 
 #include "cpu/compact.h"
@@ -15,7 +15,7 @@ struct HistogramContext {
   int32_t failed;
 };
 
-// What one thread found of one model beside the bins.
+// What one thread counts for one model outside the bins.
 struct Sides {
   int64_t below, hot, counted;
 };
@@ -38,7 +38,7 @@ Bracket<Int> bracket_of(const HistogramArgs& args, int k, Int largest) {
 }
 
 // n elements, a multiple of kStep, at most kCountBlock; the guess is not below the bracket. `next`
-// and `next_base` are what the next call will read.
+// and `next_base` point to the data of the next call, for prefetching.
 template <class Io>
 void histogram_block(const char* base, const char* model, int64_t n, const char* next,
                      const char* next_base, const Bracket<int32_t>& bracket, int32_t* bins,
@@ -47,7 +47,7 @@ void histogram_block(const char* base, const char* model, int64_t n, const char*
   I below{}, hot{};
   const I lo = I{} + bracket.lo, span = I{} + (bracket.hi - bracket.lo);
   const I frequent = I{} + bracket.hot;
-  // Keys inside the bracket are few: they are put aside without a branch and counted afterwards.
+  // Keys inside the bracket are few: they are set aside without a branch and counted afterwards.
   int32_t aside[kCountBlock + kLanes];
   int64_t count = 0;
   const auto look = [&](I key) {
@@ -258,7 +258,7 @@ int64_t count_equal(const char* base, const char* model, int64_t n, int32_t key)
   return total;
 }
 
-// Ranges are of chunks here.
+// Here the ranges are ranges of chunks.
 void equal_range(void* opaque, int64_t first, int64_t last, int) {
   auto& context = *static_cast<EqualContext*>(opaque);
   const EqualCountsArgs& args = *context.args;

@@ -1,5 +1,5 @@
-// Trimmed task vectors that are stored as bit masks and values (AdaMerging++): their weighted sum,
-// and their dot products with a gradient. The same bits as those of dense task vectors with zeros.
+// Trimmed task vectors stored as bit masks and values (AdaMerging++): their weighted sum, and their
+// dot products with a gradient. Gives the same bits as dense task vectors with zeros.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -32,7 +32,7 @@ struct PackedRoom {
   }
 };
 
-// Calls visit(element of the chunk, value) for all that model k keeps of chunk c.
+// Calls visit(element of the chunk, value) for every element of chunk c that model k keeps.
 template <class V, class Visit>
 PM_INLINE void visit_kept(const PackedArgs& args, int k, int64_t c, PackedRoom<V>& room,
                           Visit visit) {

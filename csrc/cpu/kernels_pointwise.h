@@ -1,4 +1,4 @@
-// Methods that look at each element by itself (csrc/math/pointwise.h).
+// Methods that treat each element independently (csrc/math/pointwise.h).
 #pragma once
 
 #include "cpu/kernels_weighted_sum.h"
@@ -9,8 +9,8 @@ namespace {
 
 #define PM_ALWAYS __attribute__((always_inline))
 
-// Calls function with what computes an element: a type for each kind, so that a loop is compiled
-// for it alone.
+// Calls `function` with the element formula of the op. Each kind is a type of its own, so the loop
+// is compiled separately for each.
 template <class Function>
 PM_INLINE void with_point(Pointwise op, Function&& function) {
   switch (op) {
@@ -22,7 +22,7 @@ PM_INLINE void with_point(Pointwise op, Function&& function) {
   }
 }
 
-// The most reals that a kind takes of K models.
+// The largest number of reals that any kind takes for K models.
 constexpr int64_t most_pointwise_reals(int64_t K) {
   int64_t most = 1;
 #define PM_POINTWISE(kind, name, reals, models) most = most < (reals) ? (reals) : most;
@@ -30,11 +30,11 @@ constexpr int64_t most_pointwise_reals(int64_t K) {
   return most;
 }
 
-// SCE with its mask everywhere, of finite numbers: sce_point at two thirds of its operations. The
-// variance is only compared with the threshold T, so that sum d_k^2 - (sum d_k)^2 / K - K T does;
-// it and the variance as sce_point rounds it are together not further from what is exact than 40
-// units in the last place of sum d_k^2. `unsure` becomes not zero where it is nearer to 0 than that
-// allows for, and where a delta is not finite: the elements are then done by sce_point.
+// SCE for finite numbers where the mask is set everywhere: sce_point at two thirds of its
+// operations. The variance is only compared with the threshold T, so sum d_k^2 - (sum d_k)^2 / K -
+// K T is enough. The rounding errors of this number and of the variance in sce_point add up to at
+// most 40 units in the last place of sum d_k^2. `unsure` becomes nonzero where the number is closer
+// to 0 than that, or where a delta is not finite; sce_point then computes these elements.
 template <int K>
 struct SceEverywhere {
   F weights[K];
@@ -42,7 +42,7 @@ struct SceEverywhere {
 
   static bool possible(Pointwise op, const float* reals) {
 #if !defined(__FMA__)
-    return false;  // a square that is rounded by itself may overflow where the distance does not
+    return false;  // a square that is rounded separately may overflow where the distance does not
 #endif
     const float least = reals[1];
     bool finite = true;
@@ -89,7 +89,8 @@ struct PointwiseKernel {
   Pointwise op;
   const float* reals;
   int num_models;
-  I worst;  // the largest key of all inputs, where finite steps do not tell that all are finite
+  I worst;  // the largest key of all inputs, kept where the finite steps do not show that all are
+            // finite
 
   // Any numbers, any number of models; [begin, end).
   template <class Io, class Point>
@@ -115,8 +116,9 @@ struct PointwiseKernel {
     worst = seen;
   }
 
-  // Returns what is not finite if an input is not or if the result may be NaN: the sum of all task
-  // vectors and the result. The sum costs nothing where the method makes the same one.
+  // The result and the sum of all task vectors go into `seen`, which becomes non-finite if an input
+  // is not finite or the result may be NaN. The sum costs nothing where the method computes the
+  // same one.
   template <class Io, int K, int Half, class Point>
   PM_INLINE F finite_point(Point compute, const PointwiseCall<F>& call, const char* const* in,
                            int64_t bytes, F& seen) {

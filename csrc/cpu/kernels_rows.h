@@ -1,4 +1,4 @@
-// Ranks within rows, and sums with weights of their own for each row.
+// Ranks within rows, and weighted sums with separate weights for each row.
 #pragma once
 
 #include "cpu/kernels_weighted_sum.h"
@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kShortRow = 64;  // elements up to which insertion beats counting
 
-// An element of a row: its key, and its place in the row below it, so that numbers are ordered as
-// elements are.
+// An element of a row: its key above its place in the row, so that comparing the numbers orders the
+// elements.
 template <class Key>
 struct RowItem {
   Key key;
@@ -35,10 +35,10 @@ struct RowItem<int32_t> {
   bool operator<(const RowItem& other) const { return both < other.both; }
 };
 
-// Sorts the elements of a row by key, equal keys by index: by digits of 10 bits, least significant
-// ones first. Of a row that is not long, only the two most significant digits are sorted by: what
-// they leave in the wrong order are few neighbours, for insertion. Where these are many after all,
-// all digits are.
+// Sorts the elements of a row by key, equal keys by index. This is a radix sort with digits of 10
+// bits, least significant first. Rows that are not long are sorted by their two most significant
+// digits only; this leaves few neighbours in the wrong order, which insertion fixes. If it leaves
+// many after all, every digit is used.
 template <class Key>
 struct RowSorter {
   using Item = RowItem<Key>;
@@ -47,7 +47,7 @@ struct RowSorter {
   static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key)) - 1;  // keys are not negative
   static constexpr int kPasses = (kKeyBits + kDigitBits - 1) / kDigitBits;
   static constexpr int32_t kLongRow = 1 << 15;
-  static constexpr int kMoves = 4;  // for each element
+  static constexpr int kMoves = 4;  // allowed for each element
 
   Item* items;      // [columns]
   Item* other;      // [columns]
@@ -79,7 +79,7 @@ struct RowSorter {
     for (int32_t i = 0; i < n; ++i) ranks[items[i].place()] = i;
   }
 
-  // Writes ranks of items that are nearly in order; returns whether so many moves were enough.
+  // Writes the ranks of items that are nearly in order; returns whether `moves` moves were enough.
   bool insert(int32_t n, int64_t moves, int32_t* ranks) {
     Item last = items[0];
     ranks[last.place()] = 0;
@@ -112,15 +112,15 @@ struct RowSorter {
     return static_cast<int>(item.key_bits() >> shift_of(number) & (kDigits - 1));
   }
 
-  // By the most significant digits, kCount of them.
+  // Sorts by the kCount most significant digits.
   template <int kCount>
   void sort(int32_t n) {
 #pragma GCC unroll 8
     for (int number = kCount - 1; number >= 0; --number) sort_by_digit(n, number);
   }
 
-  // Neighbours often share a digit, and a number just stored takes long to read: the halves of a
-  // row have tables of their own and are counted and moved in turns.
+  // Neighbours often share a digit, and a number that was just stored is slow to read back. So the
+  // two halves of a row have separate tables, and are counted and moved alternately.
   __attribute__((always_inline)) void sort_by_digit(int32_t n, int number) {
     const int32_t half = n / 2;
     int32_t *const first = digits, *const second = digits + kDigits;
@@ -130,7 +130,7 @@ struct RowSorter {
       ++second[digit(items[half + i], number)];
     }
     if (2 * half < n) ++second[digit(items[n - 1], number)];
-    // Where all share the digit, there is nothing to move.
+    // If all items share the digit, there is nothing to move.
     const int shared = digit(items[0], number);
     if (first[shared] + second[shared] == n) return;
     int32_t sum = 0;
@@ -170,7 +170,7 @@ template <class V>
 bool rank_rows(const RanksArgs& args, int64_t first, int64_t last) {
   using Key = typename KeyOf<V>::Type;
   const int64_t columns = args.columns, rows = args.numel / columns;
-  // Blocks of both inputs, a padded copy and room for conversions through fp32.
+  // Blocks of both inputs, a padded copy, and room for conversions through fp32.
   constexpr int64_t kRoom = 4 * kBlock * 8;
   char* memory = static_cast<char*>(thread_workspace(kRoom + RowSorter<Key>::bytes(columns)));
   if (memory == nullptr) return false;
@@ -222,7 +222,7 @@ struct RowSumContext {
   int32_t failed, nonfinite;
 };
 
-// A kernel of weighted sums works through row after row.
+// Runs a kernel of weighted sums row by row.
 template <class V, class Kernel, class Run>
 void sum_rows(const RowSumArgs& args, int64_t first, int64_t last, V* weights, Kernel& kernel,
               Run run) {

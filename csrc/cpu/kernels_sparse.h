@@ -9,7 +9,7 @@ namespace {
 struct SparseKernel {
   SparseCall<F> call;
   bool band, drawn, elect;
-  bool plain;      // is_plain
+  bool plain;      // result of is_plain
   uint32_t start;  // the low half of the flat index of element 0
   F* values;
   I worst;
@@ -45,7 +45,7 @@ struct SparseKernel {
           : careful_loop<Io, kBand, kDrawn, false>(in, out, begin, end, store);
   }
 
-  // Finite numbers, at most kCheckSteps: adds to `seen`.
+  // Finite numbers, at most kCheckSteps steps: accumulates into `seen`.
   template <class Io, int K, bool kBand, bool kDrawn, Election kElect>
   PM_INLINE void finite_steps(const SparseCall<F>& call, const char* const* in, char* out,
                               int64_t begin, int64_t end, Store store, U index, F (&seen)[2]) {
@@ -114,7 +114,7 @@ struct Sparse64 {
   bool nonfinite;
   int64_t at;
 
-  // What a call by ranks makes of an element.
+  // The term of one element in a call by ranks.
   double ranked(double delta, uint32_t hash, int64_t i, int k) const {
     const int32_t rank = args->ranks[k * args->rank_stride + at + i];
     if (args->chances == nullptr) return rank >= args->lo[k] && rank <= args->last[k] ? delta : 0.0;
@@ -194,7 +194,7 @@ void sparse_range(void* opaque, int64_t begin, int64_t end, int) {
   const SparseArgs& args = *context.args;
   const Streams streams{&args.base, args.models, args.num_models, args.out, args.compute};
   const bool wide = args.compute == Dtype::kF64;
-  // What models give, and ranks of one step.
+  // Terms of the models, and ranks of one step.
   const int64_t extra = static_cast<int64_t>(args.num_models) * (PM_VECTOR_BYTES + 4 * kStep);
   Room room;
   if (!room.take(streams.count(), wide ? 8 : 4, extra)) return set_flag(&context.failed);
@@ -262,7 +262,7 @@ Status sparse_merge(const SparseArgs* args) {
   }
   const int64_t last = args->start + args->numel - 1;
   if (args->seeds != nullptr && last >> 32 != args->start >> 32 && args->numel > 0) {
-    return Status::kBadArgument;  // the hash sees the low half; the caller mixes in the high one
+    return Status::kBadArgument;  // the hash uses the low half; the caller mixes in the high one
   }
   const int64_t padded = (args->numel + kScoreAlignment - 1) / kScoreAlignment * kScoreAlignment;
   if (args->ranks != nullptr &&
@@ -280,7 +280,7 @@ Status sparse_merge(const SparseArgs* args) {
   float* weights = factors + k;
   float* chances = weights + k;
   for (int64_t i = 0; i < k; ++i) {
-    // Nothing is kept where the least key is above the largest that can be.
+    // Nothing is kept if the least key is above the largest possible key.
     const bool nothing = args->compute != Dtype::kF64 && args->lo[i] > INT32_MAX;
     lo[i] = nothing ? 1 : narrow_key(args->lo[i]);
     top[i] = nothing ? 0 : narrow_key(args->last[i]);

@@ -1,4 +1,5 @@
-// Merges of sparse task vectors by ranks (csrc/math/sparse.h), and what all sparse merges share.
+// Merges of sparse task vectors by ranks (csrc/math/sparse.h), and code that all sparse merges
+// share.
 #pragma once
 
 #include "cpu/kernels_weighted_sum.h"
@@ -9,14 +10,14 @@ namespace {
 
 constexpr int kUnrolledSparse = 4;
 
-// Numbers of a call, where what stores write cannot be thought to change them.
+// Local copies of a call's numbers, which the compiler knows that no store can change.
 template <int K>
 struct SparseNumbers {
   int32_t lo[K], last[K];
   uint32_t seeds[2 * K], limits[K];
   float factors[K], weights[K], chances[2 * K];
 
-  // Copies what `call` points to and makes it point here.
+  // Copies the arrays of `call` and redirects it to the copies.
   explicit SparseNumbers(SparseCall<F>& call) {
     for (int k = 0; k < K; ++k) {
       lo[k] = call.lo[k];
@@ -39,16 +40,16 @@ struct SparseNumbers {
   }
 };
 
-// Numbers that are broadcast are to be read from memory where they are used, which costs nothing,
-// instead of being kept in registers that there are too few of.
+// Makes broadcast numbers be read from memory where they are used, which costs nothing, rather than
+// be kept in registers, which are too few.
 template <class Numbers>
 PM_INLINE void read_again(Numbers& numbers) {
   __asm__ volatile("" : "+m"(numbers));
 }
 
-// The merge of the two halves of a step, model by model, so that one need not wait for the other.
-// term(half, k, delta) gives v_k. `seen` becomes not finite where a delta is not, kept or not, or
-// where the result may be NaN; it may do so with large finite numbers, too.
+// Merges the two halves of a step, model by model, so that neither waits for the other. term(half,
+// k, delta) gives v_k. `seen` becomes non-finite if a delta is not finite, kept or not, or if the
+// result may be NaN; large finite numbers may set it, too.
 template <class Io, int K, Election kElect, class Term>
 PM_INLINE void sparse_step(const char* const* in, int64_t bytes, const SparseCall<F>& call,
                            Term term, F (&seen)[2], F (&merged)[2]) {
@@ -73,9 +74,9 @@ PM_INLINE void sparse_step(const char* const* in, int64_t bytes, const SparseCal
   }
 }
 
-// Asks for the inputs of a step that is near, and for those and the ranks of one that is far, to
-// the second cache: ranks are most of the bytes, and asked for nearer by they keep out what is
-// loaded.
+// Prefetches the inputs of a nearby step, and the inputs and ranks of a distant one into the
+// second-level cache. Ranks are most of the bytes; if they were prefetched closer, they would crowd
+// out the data being loaded.
 template <class Io, int K>
 PM_INLINE void prefetch_ranked(const char* const* in, const int32_t* const* ranks, int64_t at) {
   constexpr int kFar = 4096;  // bytes
@@ -95,7 +96,7 @@ PM_INLINE void prefetch_ranked(const char* const* in, const int32_t* const* rank
   }
 }
 
-// Whether finite deltas give a result by sparse_merge_finite. args: as the call computes.
+// Whether sparse_merge_finite is right for finite deltas. args: in the compute precision.
 bool is_plain(const SparseCall<F>& call, float scale, float divisor) {
   float sum = 0;
   for (int k = 0; k < call.num_models; ++k) {
@@ -107,7 +108,7 @@ bool is_plain(const SparseCall<F>& call, float scale, float divisor) {
          __builtin_isfinite(divisor) && divisor != 0;
 }
 
-// Ranks are in order; Io says which element is in which lane.
+// Ranks are in the order of elements; Io maps lanes to elements.
 struct RankedKernel {
   SparseCall<F> call;
   const int32_t* ranks;  // [num_models][stride]
@@ -115,7 +116,7 @@ struct RankedKernel {
   int32_t* padded;  // [num_models][kStep]
   uint32_t start;
   bool elect;
-  bool plain;  // is_plain
+  bool plain;  // result of is_plain
   F* values;
   I worst;
   int64_t at;
@@ -202,7 +203,7 @@ struct RankedKernel {
   void run(const char* const* in, char* out, int64_t n, Store store) {
     const int32_t* from = ranks + at;
     int64_t apart = stride;
-    if (at + n > stride) {  // a tail, one step of which less is there
+    if (at + n > stride) {  // a tail, which ends before a whole step does
       for (int k = 0; k < call.num_models; ++k) {
         std::memset(padded + k * kStep, 0, sizeof(int32_t) * kStep);
         std::memcpy(padded + k * kStep, from + k * stride,
@@ -226,7 +227,7 @@ struct RankedKernel {
   }
 };
 
-// fp16 goes by converted blocks: a third of the code that loops by ranks would be.
+// fp16 goes through converted blocks: it would add a third of the code of these loops.
 void run_ranked(RankedKernel& kernel, const Streams& streams, Room& room, int64_t begin,
                 int64_t end) {
   Dtype dtype;

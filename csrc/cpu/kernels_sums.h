@@ -1,6 +1,6 @@
-// Sums over chunks of kSumChunk elements, in doubles and in one order everywhere: element i of a
-// chunk goes to lane i mod 16, each lane adds up in order, then the lanes, 0 to 15. What is added
-// is exact or rounded once: products of two floats fit a double.
+// Sums over chunks of kSumChunk elements, in doubles and always in one order: element i of a chunk
+// goes to lane i mod 16, each lane adds up in order, then the lanes are added, 0 to 15. The
+// summands are exact or rounded once: the product of two floats fits in a double.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -11,7 +11,7 @@
 namespace pymerge {
 namespace {
 
-// Keeps of `values` what model k of a sparse merge keeps. index: that of the first one.
+// Keeps of `values` those that model k of a sparse merge keeps. index: that of the first value.
 template <class V>
 void keep_sparse(const SumsArgs& args, int k, int64_t index, const V* values, V* kept) {
   using Int = typename KeyOf<V>::Type;
@@ -33,7 +33,7 @@ void keep_sparse(const SumsArgs& args, int k, int64_t index, const V* values, V*
   }
 }
 
-// The same by ranks, of n values; `at` is the place of the first one among the ranks.
+// The same by ranks, for n values; `at` is the position of the first one in the ranks.
 template <class V>
 void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values, V* kept) {
   const int32_t* ranks = args.ranks + k * args.rank_stride + at;
@@ -55,7 +55,7 @@ void keep_ranked(const SumsArgs& args, int k, int64_t at, int n, const V* values
 
 int64_t rows_of(const SumsArgs& args) { return sums_shape(args.kind, args.num_models).rows; }
 
-// Room of one thread: a chunk of every input, one more, and what conversions need.
+// Workspace of one thread: a chunk of every input, one more, and room for conversions.
 template <class V>
 struct ChunkRoom {
   V* values;  // [models][kSumChunk]
@@ -85,10 +85,10 @@ struct ChunkRoom {
   }
 };
 
-// A function for each kind of sums.def, name##_sums: the sums of n <= kSumChunk elements from `at`
-// on, which room.values holds, to room.found.
+// One function for each kind in sums.def, name##_sums: writes to room.found the sums of the n <=
+// kSumChunk elements from `at` on, which room.values holds.
 
-// What there is of each task vector, and what of it a sparse merge keeps.
+// The magnitudes of each task vector, and of the part that a sparse merge keeps.
 template <class V>
 void sparse_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
   for (int k = 0; k < args.num_models; ++k) {
@@ -132,7 +132,7 @@ void statistics_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int n) {
   }
 }
 
-// RAM: how many elements each model alone changed, and how many with others.
+// RAM: how many elements each model changed alone, and how many together with others.
 template <class V>
 void ram_counts_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
   const V* values = room.values;
@@ -153,7 +153,7 @@ void ram_counts_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
   }
 }
 
-// EMR: |tau_t|, and what its mask keeps of the unified vector.
+// EMR: |tau_t|, and the part of the unified vector that its mask keeps.
 template <class V>
 void emr_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
   const V* values = room.values;
@@ -202,19 +202,20 @@ void sce_sums(const SumsArgs& args, ChunkRoom<V>& room, int64_t, int) {
   }
 }
 
-// Asks for the chunk after the one at `at`: what adds up a chunk is too long to look ahead.
+// Prefetches the chunk after the one at `at`: adding up a chunk takes too many instructions for the
+// processor to look that far ahead.
 PM_INLINE void prefetch_chunk(const Operand& operand, int64_t at) {
   const int bytes = dtype_bytes(operand.dtype);
   const char* next = static_cast<const char*>(operand.data) + (at + kSumChunk) * bytes;
   for (int line = 0; line < kSumChunk * bytes; line += kLine) __builtin_prefetch(next + line);
 }
 
-// The sums of n <= kSumChunk elements from `at` on, to room.found.
+// Writes the sums of the n <= kSumChunk elements from `at` on to room.found.
 template <class V>
 void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
   const int count = args.num_models;
   const bool has_base = args.base.data != nullptr;
-  // The gradient is no model.
+  // The gradient is not a model.
   const int deltas = args.kind == SumsKind::kDots ? count - 1 : count;
   if (has_base) {
     widen_part(args.base, at, n, kSumChunk, room.base, room.raw, room.scratch);
@@ -233,7 +234,7 @@ void sum_chunk(const SumsArgs& args, ChunkRoom<V>& room, int64_t at, int n) {
   }
 }
 
-// Whether a row of partials holds least (-1) or largest (1) values, which are not added up.
+// Whether a row of partials holds smallest (-1) or largest (1) values, which are not added up.
 int extreme_of(SumsKind kind, int64_t row) {
   if (kind == SumsKind::kPcbExtremes) return row % 2 == 0 ? -1 : 1;
   if (kind == SumsKind::kStatistics && row % 4 < 2) return row % 4 == 0 ? -1 : 1;

@@ -26,7 +26,7 @@ struct TiesKernel {
   TiesCall<F> call;
   bool weighted;
   bool want_signs;
-  bool any;  // a dialect that only ties_point_any knows
+  bool any;  // a dialect that only ties_point_any supports
   F* values;
   I worst;
   TiesTotals totals;
@@ -43,7 +43,7 @@ struct TiesKernel {
     }
   }
 
-  // [begin, end), at most kCheckSteps of them. K = 0 is the version for everything.
+  // [begin, end), at most kCheckSteps steps. K = 0 is the version for everything.
   template <class Io, int K, bool kWeighted, bool kSigns>
   PM_INLINE I steps(const TiesCall<F>& call, const char* const* in, F* values, char* out,
                     int64_t begin, int64_t end, Store store, TiesTotals& totals) {
@@ -69,7 +69,7 @@ struct TiesKernel {
 
   template <class Io, int K, bool kWeighted, bool kSigns>
   void loop(const char* const* streams, char* out, int64_t n, Store store) {
-    // Local copies of everything: what the stores write must not be able to change them.
+    // Local copies of everything: the compiler must see that no store can change them.
     const TiesCall<F> mine = call;
     F* const room = values;
     TiesTotals found = totals;

@@ -1,4 +1,4 @@
-// weighted_sum, and the streaming floor that kernels are measured against.
+// weighted_sum, and the streaming floor, which is the benchmark baseline of all kernels.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -16,9 +16,9 @@ PM_INLINE void store_step(char* out, int64_t i, F a, F b, Store store) {
   }
 }
 
-// Finite numbers take a shorter way. After so many steps it is looked whether all were finite; if
-// not, these steps are done again: what they read is still in the cache. No output overlaps an
-// input.
+// Finite numbers take a faster path. After every kCheckSteps steps the kernel checks whether all
+// were finite; if not, it redoes these steps, whose inputs are still in the cache. No output
+// overlaps an input.
 constexpr int64_t kCheckSteps = 128;
 
 constexpr int kUnrolledModels = 16;
@@ -28,7 +28,7 @@ struct ModelCount {
   static constexpr int value = K;
 };
 
-// Calls function(ModelCount<k>) for k in 1..16, function(ModelCount<0>) for any other.
+// Calls function(ModelCount<k>) for k in 1..16, and function(ModelCount<0>) for any other k.
 template <int K = kUnrolledModels, class Function>
 PM_INLINE void with_model_count(int k, Function&& function) {
   if constexpr (K == 0) {

@@ -1,4 +1,4 @@
-// Lanes that each choose one of up to four models: bit i of a lane's integer is for model i.
+// Lanes that each choose one of up to four models: bit i of a lane's integer stands for model i.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,10 +9,10 @@ namespace {
 #if defined(__AVX2__)
 constexpr bool kLookUps = true;
 #else
-constexpr bool kLookUps = false;  // nothing permutes by lanes that are not constants
+constexpr bool kLookUps = false;  // there is no permutation by variable lane indices
 #endif
 
-// `bits` in the lanes of a mask, beside what is there.
+// Adds `bits` to the bits already set, in the lanes of a mask.
 PM_INLINE I with_bits(I chosen, int bits, FloatMasks::Mask mask) {
 #if defined(__AVX512F__)
   return (I)_mm512_mask_or_epi32((__m512i)chosen, mask, (__m512i)chosen, _mm512_set1_epi32(bits));
@@ -50,7 +50,7 @@ PM_INLINE FloatMasks::Mask one_bit(I chosen) {
 #endif
 }
 
-// Of K vectors, in each lane that of its model.
+// Picks from K vectors, in each lane, the value of its model.
 template <int K>
 PM_INLINE F of_model(const F (&values)[K], I chosen) {
   F found = values[K - 1];
@@ -59,8 +59,8 @@ PM_INLINE F of_model(const F (&values)[K], I chosen) {
   return found;
 }
 
-// A table of one number a model, from which each lane takes that of the only bit it has. Where a
-// lane has none or several, any number comes, or 0.
+// A table with one number for each model, from which each lane takes the number of its only bit. A
+// lane with no bit or several gets any number, or 0.
 struct ModelTable {
 #if defined(__AVX512F__)
   static constexpr int kPlaces = 16;
@@ -74,12 +74,12 @@ struct ModelTable {
   void set(int model, float number) { numbers[place(model)] = number; }
 };
 
-// Where in a table a lane's number is.
+// The table index of each lane.
 PM_INLINE I table_places(I chosen) {
 #if defined(__AVX512F__)
   return chosen;
 #else
-  // Of a float 2^m, the lowest bits of the exponent are m + 3 modulo 4.
+  // In a float 2^m, the lowest bits of the exponent are m + 3 modulo 4.
   return (I)((U) __builtin_convertvector(chosen, F) >> 23);
 #endif
 }
@@ -108,10 +108,10 @@ PM_INLINE U halves_of(U low, U high) {
 #endif
 }
 
-// size with the sign of x, for size >= 0.
+// `size` with the sign of x, for size >= 0.
 PM_INLINE F with_sign(F x, F size) { return (F)((U)size | ((U)x & 0x80000000u)); }
 
-// x with a magnitude of `most` at most; NaN becomes any number.
+// x with its magnitude limited to at most `most`; NaN becomes any number.
 PM_INLINE F not_beyond(F x, F most) {
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)most, 2);
@@ -120,7 +120,7 @@ PM_INLINE F not_beyond(F x, F most) {
 #endif
 }
 
-// x with a magnitude of `least` at least; NaN becomes any number.
+// x with its magnitude raised to at least `least`; NaN becomes any number.
 PM_INLINE F not_within(F x, F least) {
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)least, 3);

@@ -1,4 +1,5 @@
-// What the paper's PCB-Merging needs of the products of pairs, chunk by chunk (kernels_sums.h).
+// The sums and extremes of pair products that the paper's PCB-Merging needs, chunk by chunk
+// (kernels_sums.h).
 #pragma once
 
 #include "cpu/sum_lanes.h"
@@ -7,7 +8,7 @@
 namespace pymerge {
 namespace {
 
-// sum_in_lanes (kernels_sums.h) of numbers that are not negative.
+// sum_in_lanes (kernels_sums.h) for numbers that are not negative.
 inline double sum_positive(const float* values) {
   constexpr int kParts = kSumLanes / kDLanes;
   D lanes[kParts] = {};
@@ -22,12 +23,12 @@ inline double sum_positive(const float* values) {
   return total;
 }
 
-// Least and largest of n products.
+// Smallest and largest of n products.
 inline void product_extremes(const float* a, const float* b, int n, double* found) {
   F least = F{} + __builtin_inff(), most = -least;
   const auto look = [&](F product) {
-    // NaN and infinity are left out: they must not spoil what is finite. Less itself, only what is
-    // finite is 0; of a NaN and another number, these take the second.
+    // NaN and infinity are left out: they must not spoil the finite values. x - x is 0 only for
+    // finite x, and of NaN and another number these functions return the second argument.
     const F clean = product + (product - product);
     least = Traits<F>::smaller(clean, least);
     most = Traits<F>::larger(clean, most);
@@ -45,7 +46,7 @@ inline void product_extremes(const float* a, const float* b, int n, double* foun
   found[1] += 0.0;
 }
 
-// Products of all pairs, of n elements: extremes, or sums of exp of the scaled products.
+// Products of all pairs over n elements: extremes, or sums of exp of the scaled products.
 inline void pcb_chunk(const SumsArgs& args, const float* values, int n, float* room,
                       double* found) {
   constexpr int kWidth = 4 * kLanes;
