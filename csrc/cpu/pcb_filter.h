@@ -1,9 +1,11 @@
-// PCB-Merging: which elements may have a share above 0, told at a fraction of what scores cost.
+// PCB-Merging: finds the elements that may have a share above 0, at a fraction of the cost of their
+// scores.
 //
-// A share is above 0 where a score reaches its threshold q, which a tenth of the scores does. For
-// an element that is filtered out, every model's score is proven to be below its q; whatever else
-// is told costs time only. The bounds, in base-2 logarithms, with L(x) = bits(x) / 2^23 - 127, the
-// logarithm drawn straight between powers of two: L(x) <= log2 x <= L(x) + 0.0861 for x > 0.
+// A share is above 0 where a score reaches its threshold q, which a tenth of the scores does. If an
+// element is filtered out, every model's score is proven to be below its q; if one passes
+// needlessly, that costs only time. The bounds are in base-2 logarithms. They use L(x) = bits(x) /
+// 2^23 - 127, which interpolates the logarithm linearly between powers of two: L(x) <= log2 x <=
+// L(x) + 0.0861 for x > 0.
 //
 // kRoot, kVision   score = e^(K n^2) tanh(p) <= e^(K n^2) p where p > 0, and is not above 0
 //                  otherwise. So score >= q needs L(p) + K n^2 log2 e >= log2 q - 0.0861. bits(p)
@@ -25,8 +27,8 @@
 //                  b u_i (T - u_i) + h / 2 ((K - 2) u_i^2 + Q) + 0.595 (b + h) r u_i^2 Q, with T
 //                  the sum of the u_j and Q that of their squares.
 //
-// Rounding of scores and bounds, at most 1e-4 of a logarithm, is covered by kSlack. Elements whose
-// magnitudes are large, infinite or NaN are never filtered out.
+// Rounding errors of scores and bounds, at most 1e-4 of a logarithm, are covered by kSlack.
+// Elements with large, infinite or NaN magnitudes are never filtered out.
 #pragma once
 
 #include <cmath>
@@ -51,7 +53,7 @@ struct PcbFilter {
   float most[kFilteredModels];    // kVision, kVisionEs: hi inv g; g^2 n^2 = 2^23 K n^2 log2 e
   float least[kFilteredModels];   // kPaper: the threshold
   int32_t key[kFilteredModels];   // others: the threshold, times 2^23
-  float limit;                    // kPaper, kRoot: no bound holds for an element from here on
+  float limit;                    // kPaper, kRoot: from here on no bound holds for an element
   float large;  // kPaper: no argument of exp is beyond 87 below this Q; others: no bound holds for
                 // a block from here on
   float slope, spread;  // kPaper: b, h / 2; kVision: -, c g; kVisionEs: below
@@ -60,7 +62,7 @@ struct PcbFilter {
 
 inline bool in_range(double x, double low, double high) { return x >= low && x <= high; }
 
-// Thresholds as logarithms, where p comes times a factor. q is far from what is subnormal.
+// Sets the thresholds as logarithms, for a p scaled by `factor`. q is far from the subnormal range.
 inline bool pcb_keys(const PcbCall& call, double factor, PcbFilter& filter) {
   for (int i = 0; i < call.num_models; ++i) {
     const double q = call.q[i];
@@ -94,7 +96,7 @@ inline bool pcb_codes_filter(const PcbCall& call, PcbFilter& filter) {
   if (!(count * kLog2E * largest * largest <= most)) return false;
   filter.limit = static_cast<float>(most * kExponent);
   const double m = largest * largest;
-  // Rounding of n, of tanh and of their sums is in proportion to K^2.
+  // The rounding errors of n, of tanh and of their sums grow with K^2.
   spread = spread * (1 + 1e-6) + count * count * largest * 2e-5;
   filter.spread = static_cast<float>(spread * gain);
   const bool vision = call.variant == PcbVariant::kVision;
@@ -157,7 +159,8 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
   const double others = slope * std::sqrt((count - 1) * limit);  // b |T - u| is not larger
   for (int i = 0; i < count; ++i) {
     const double q = std::log2(static_cast<double>(call.q[i])) - logarithm[i] - kSlack;
-    // Up to d_ii = far. Where it is larger what is told does not hold, but is above the threshold.
+    // Up to d_ii = far. For larger d_ii the bound does not hold, but the computed value is above
+    // the threshold anyway.
     bool found = false;
     for (double far = 0.25; far <= 1 && !found; far *= 2) {
       const double square =
@@ -169,18 +172,18 @@ inline bool pcb_paper_filter(const PcbCall& call, PcbFilter& filter) {
     if (!found) return false;
     filter.least[i] = static_cast<float>(q);
   }
-  // They differ by little: the largest serves all models.
+  // They differ little: the largest serves all models.
   for (int i = 1; i < count; ++i) filter.square[0] = std::fmax(filter.square[0], filter.square[i]);
   filter.slope = static_cast<float>(slope);
   filter.spread = static_cast<float>(half);
   filter.curve = static_cast<float>(curve);
   filter.limit = static_cast<float>(limit);
-  // What is added to K c_ii and c_ij, which are not beyond 40: K d_ii, and d_ij.
+  // What is added to K c_ii and to c_ij, which are at most 40: K d_ii, and d_ij.
   filter.large = static_cast<float>(40 / std::fmax(count, cross / 2));
   return true;
 }
 
-// What the filter needs to know of a call; not usable where its premises do not hold.
+// The filter's constants for a call; not usable where its premises do not hold.
 inline PcbFilter pcb_filter(const PcbCall& call) {
   PcbFilter filter;
   if (call.num_models > kFilteredModels || !in_range(call.scale, -1e30, 1e30)) return filter;
@@ -193,11 +196,12 @@ inline PcbFilter pcb_filter(const PcbCall& call) {
   return filter;
 }
 
-// A sum that begins with its first summand: not with 0, which would be added.
+// A sum that starts with its first summand, which saves adding it to 0.
 PM_INLINE F sum_of(int i, F sum, F x) { return i == 0 ? x : sum + x; }
 
-// The elements that some model may have a share of. kBits: `passing` gets which of K models may, as
-// bits. largest: of what tells of large magnitudes, as unsigned integers, so that NaN counts.
+// Finds the elements that some model may have a share of. kBits: `passing` gets, as bits, which of
+// the K models may. largest: the maximum of the numbers that reveal large magnitudes, as unsigned
+// integers, so that NaN counts.
 template <PcbVariant kVariant, int K, bool kBits>
 PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall& call, const F* tau,
                                          U& largest, I& passing) {
@@ -234,7 +238,7 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
       }
     }
   }
-  // Sums of what may have either sign: large ones cancel, but infinity and NaN do not.
+  // Sums of terms of either sign: large ones may cancel, but infinity and NaN do not.
   if constexpr (kVariant == PcbVariant::kVisionEs) sizes = bit_cast<F>(magnitude_key(sizes));
   const U key = (U)sizes;
   largest = key > largest ? key : largest;
@@ -250,8 +254,8 @@ PM_INLINE FloatMasks::Mask pcb_survivors(const PcbFilter& filter, const PcbCall&
   if constexpr (kVariant == PcbVariant::kPaper || kVariant == PcbVariant::kRoot) {
     add((1 << K) - 1, T::not_less(sizes, splat<F>(filter.limit)));
   }
-  // kVisionEs: of what |v| is multiplied with where v is above 0 and elsewhere, half the sum (it
-  // comes with |v|) and half the difference (with v).
+  // kVisionEs: |v| has one factor where v is above 0 and another elsewhere. Half their sum (used
+  // with |v|) and half their difference (used with v).
   F middle{}, apart{};
   if constexpr (kVariant == PcbVariant::kVisionEs) {
     middle = T::about(both, slope, spread);

@@ -10,9 +10,9 @@
 namespace pymerge {
 namespace {
 
-// How elements that may have a share are packed where their models are told, in bf16: what the task
-// vectors are made of, two numbers a word, which is less to pack. (m_0, m_1), (m_2, m_3), and
-// (bits of the models, base), as low and high halves.
+// Packing, for bf16, of elements that may have a share, where it is known which models may. It
+// packs the inputs of the task vectors, two numbers in a word, which is less data: (m_0, m_1),
+// (m_2, m_3), and (bits of the models, base), as low and high halves.
 template <int K>
 struct PcbWords {
   static constexpr int kPairs = (K + 1) / 2, kCount = kPairs + 1;
@@ -41,22 +41,22 @@ struct PcbWords {
   }
 };
 
-// The merge, block by block: task vectors of the elements that may have a share, one after the
-// other; what the merge adds to these; the output. Where most elements have a share, all are worked
-// on. In bf16 what is added is told for most elements without their scores (pcb_single.h); the rest
-// is packed once more.
+// The merge, block by block: packs the task vectors of the elements that may have a share, computes
+// their changes, writes the output. Where most elements have a share, all are computed. In bf16
+// most changes are known without scores (pcb_single.h); the remaining elements are packed once
+// more.
 struct PcbMergeKernel {
   static constexpr int kBlockSize = 2048;
   static constexpr int kStride = kBlockSize + kLanes;  // a vector may be written at the end
-  static constexpr int kDenseBlocks = 15;              // until it is looked again
+  static constexpr int kDenseBlocks = 15;              // before the filter is tried again
 
-  // Elements one after the other.
+  // The selected elements, packed.
   struct Packed {
     float* taus;    // [num_models][kStride]; at first their words, one array more
     float* change;  // [kStride]
 
     float* tau(int k) const { return taus + static_cast<int64_t>(k) * kStride; }
-    // A vector of zeros at the end, so that what is read there is not NaN.
+    // Appends a vector of zeros, so that reads past the end are not NaN.
     void end_at(int64_t count, int arrays) const {
       for (int k = 0; k < arrays; ++k) store_bits(tau(k) + count, U{});
     }
@@ -66,12 +66,12 @@ struct PcbMergeKernel {
   const float* reals;
   PcbFilter filter;
   PcbSingles singles;
-  Packed all;   // that may have a share
-  Packed rest;  // whose scores matter
+  Packed all;   // elements that may have a share
+  Packed rest;  // elements whose scores matter
   F* room;      // [2 * num_models]
   uint32_t chosen[kBlockSize / kLanes];
-  int dense = 0;       // blocks to come that are not filtered
-  bool large = false;  // whether there are large magnitudes in a block
+  int dense = 0;       // coming blocks that are not filtered
+  bool large = false;  // whether a block has large magnitudes
   I worst{};
 
   static int64_t bytes(int64_t models) {
@@ -111,7 +111,7 @@ struct PcbMergeKernel {
     load_taus<Io, 0>(known.num_models, in, bytes, low_tau);
     load_taus<Io, 1>(known.num_models, in, bytes, high_tau);
     constexpr bool kBits = kSingles<Io, K>;
-    // In registers: what is stored may, to the compiler, change everything in memory.
+    // In registers: as far as the compiler knows, a store may change anything in memory.
     const uint32_t low =
         lane_bits(pcb_survivors<kVariant, K, kBits>(filter, known, low_tau, largest, low_passing));
     const uint32_t high = lane_bits(
@@ -199,7 +199,7 @@ struct PcbMergeKernel {
     worst = seen;
   }
 
-  // The same of words.
+  // The same for elements packed as words.
   template <PcbVariant kVariant, int K>
   void change_words(int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -210,7 +210,7 @@ struct PcbMergeKernel {
     change_all<kVariant, K>(all, n);
   }
 
-  // The same where nothing is large, without the scores that do not matter.
+  // The same where nothing is large; skips the scores that do not matter.
   template <PcbVariant kVariant, int K>
   __attribute__((noinline)) void change_singles(int64_t n) {
     PcbKnown<kVariant, K> numbers;

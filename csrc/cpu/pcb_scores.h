@@ -14,7 +14,8 @@ struct PcbKind {
   static constexpr PcbVariant value = V;
 };
 
-// Whether no argument of exp is beyond 87, whatever the elements. The paper's are always clamped.
+// Whether no argument of exp can exceed 87, whatever the elements. Those of the paper's variant are
+// always clamped.
 inline bool pcb_bounded(const PcbCall& call) {
   for (int i = 0; i < call.num_models && call.variant != PcbVariant::kPaper; ++i) {
     const double n = (static_cast<double>(call.hi[i]) - call.lo[i]) * call.inv[i];
@@ -64,7 +65,8 @@ PM_INLINE void in_steps(Function&& function) {
   if constexpr (kFirst + kWidth < N) in_steps<N, kFirst + kWidth>(function);
 }
 
-// The call with what is known when compiling, its numbers where nothing else is written.
+// The call with everything that is known at compile time; its numbers are copied to where no store
+// can change them.
 template <PcbVariant kVariant, int K>
 struct PcbKnown {
   float numbers[K > 0 ? pcb_reals(kVariant, K > 0 ? K : 1) : 1];
@@ -123,7 +125,7 @@ PM_INLINE void pcb_scores_in_step(const PcbCall& call, const F (&tau)[K], F (&sc
     }
     exp32_of<K, kClamped>(own);
     if constexpr (kVariant == PcbVariant::kVisionEs) {
-      // Of n_i n_i, large ones are not rare where scores are large.
+      // Where scores are large, large values of n_i n_i are not rare.
       F squares[K], terms[kPairs];
       PM_UNROLL
       for (int i = 0; i < K; ++i) squares[i] = normal[i] * normal[i];

@@ -1,9 +1,9 @@
-// PCB-Merging in bf16: elements that one model only has a share of, most of those that the filter
-// (pcb_filter.h) leaves. Such a share s cancels but for rounding: what is added is
+// PCB-Merging in bf16: elements that only one model has a share of. These are most of the elements
+// that pass the filter (pcb_filter.h). Such a share s cancels but for rounding; the change is
 //   scale ((w v s) / s), v the task vector's element, clipped in the authors' variants.
-// With t = scale w v it is within 6 |t| 2^-24 of t, so wherever base + t is not next to the middle
-// between two numbers in bf16, s need not be known: only that the score reaches its threshold for
-// certain, told by a lower bound. All others are computed as ever.
+// With t = scale w v it is within 6 |t| 2^-24 of t. So wherever base + t is not close to the
+// midpoint of two bf16 numbers, s need not be known; it is enough that the score certainly reaches
+// its threshold, which a lower bound shows. All other elements are computed in full.
 //
 // The lower bounds, of the score of model i:
 //
@@ -13,7 +13,7 @@
 //          tanh p >= p (1 - p^2 / 3) for p >= 0, and where p < 0 the score is not above 0 either.
 //          kVisionEs: an odd polynomial, within 6e-5 of tanh x for |x| <= 1.01.
 //
-// Scores as they are computed are within 1e-4 of themselves, which the thresholds' factor covers.
+// Computed scores are within 1e-4 of the exact ones, which the thresholds' factor covers.
 #pragma once
 
 #include "cpu/pcb_filter.h"
@@ -26,7 +26,7 @@ constexpr int kSingleModels = 4;
 template <class Io, int K>
 constexpr bool kSingles = kLookUps && Io::kDtype == Dtype::kBF16 && K > 0 && K <= kSingleModels;
 
-// Models' numbers, for lanes to take those of their model.
+// Numbers of each model, from which every lane takes those of its model.
 struct PcbSingles {
   bool usable = false;
   ModelTable factor;                // scale w
@@ -36,8 +36,8 @@ struct PcbSingles {
 };
 
 inline bool pcb_single_numbers(const PcbCall& call, int i, PcbSingles& singles) {
-  // So that no product with a share or a score overflows, and subnormal ones change t by less than
-  // 2^-100.
+  // So that no product with a share or a score overflows, and subnormal products change t by less
+  // than 2^-100.
   const double factor = static_cast<double>(call.scale) * call.weights[i];
   if (!in_range(call.scale, -1e6, 1e6) || !in_range(call.weights[i], -1e6, 1e6)) return false;
   singles.factor.set(i, static_cast<float>(factor));
@@ -88,13 +88,13 @@ inline PcbSingles pcb_singles(const PcbCall& call, const PcbFilter& filter) {
   return singles;
 }
 
-// sgn(tau) n, rounded otherwise than in the score: within 4e-6.
+// sgn(tau) n, rounded differently than in the score: within 4e-6 of it.
 PM_INLINE F pcb_near_normal(F clipped, F inv, F lowest) {
   return Traits<F>::about(clipped, inv, -with_sign(clipped, lowest));
 }
 
-// Lower bounds of scores, and what is weighted with their shares. kVisionEs: `lost` gets lanes
-// whose scores are below their thresholds for certain. chosen: the bit of the model.
+// Lower bounds of scores, and the values that their shares weight. kVisionEs: `lost` gets the lanes
+// whose scores are certainly below their thresholds. chosen: the bit of the model.
 template <PcbVariant kVariant, int K>
 PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, const F (&tau)[K],
                                I chosen, I places, F& value, FloatMasks::Mask& lost) {
@@ -138,7 +138,7 @@ PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, c
       p = T::about(p, z, splat<F>(0.9996737f));
       sum = T::about(p, x, sum);
     }
-    // y <= 0.502: the powers of e^y are at most 1.022 times what is here.
+    // y <= 0.502: the powers of e^y are at most 1.022 times this polynomial's.
     const F least = look_up(singles.least, places) * splat<F>(0.974f);
     lost = T::greater(least, power * (sum + splat<F>(2e-4f * K)));
     return power * sum;
@@ -151,7 +151,7 @@ PM_INLINE F pcb_score_at_least(const PcbCall& call, const PcbSingles& singles, c
   return power * (p * T::larger(less, F{}));
 }
 
-// What is added to the base where the mask tells so: in lanes with one bit.
+// Computes the change of the base; returns the lanes with one bit in which it is certain.
 template <PcbVariant kVariant, int K>
 PM_INLINE FloatMasks::Mask pcb_single_change(const PcbCall& call, const PcbSingles& singles, F base,
                                              const F (&tau)[K], I chosen, F& change) {

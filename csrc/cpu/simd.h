@@ -1,5 +1,5 @@
-// Vectors, loads and stores of one instruction set. The including file defines PM_VECTOR_BYTES.
-// Internal linkage throughout: see math/value.h.
+// Vectors, loads and stores for one instruction set. The including file defines PM_VECTOR_BYTES.
+// Everything has internal linkage: see math/value.h.
 #pragma once
 
 #include <cstdint>
@@ -86,7 +86,7 @@ struct FloatMasks : VectorMasks<F, I> {
 #endif
   PM_INLINE Mask equal(I a, I b) { return a == b; }
   PM_INLINE Mask less(I a, I b) { return a < b; }
-  // a * b + c, rounded once or twice: for bounds, and nothing that is part of a result.
+  // a * b + c, rounded once or twice: for bounds only, never for part of a result.
 #if defined(__FMA__)
   PM_INLINE F about(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   PM_INLINE F less_exact(F x, F n, F c) {
@@ -145,7 +145,7 @@ constexpr int kStep = 2 * kLanes;             // elements that one step of a ker
 PM_INLINE U load_bits(const void* p) { return (U) * static_cast<const Unaligned*>(p); }
 PM_INLINE void store_bits(void* p, U v) { *static_cast<Unaligned*>(p) = (Unaligned)v; }
 
-// Floats, as many as there are doubles in a vector.
+// As many floats as a vector has doubles.
 PM_INLINE D load_doubles(const float* p) {
 #if defined(__AVX512F__)
   return (D)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
@@ -156,7 +156,7 @@ PM_INLINE D load_doubles(const float* p) {
 #endif
 }
 
-// Past the caches; p must be aligned to PM_VECTOR_BYTES.
+// A store that bypasses the caches; p must be aligned to PM_VECTOR_BYTES.
 PM_INLINE void stream_bits(void* p, U v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
@@ -240,12 +240,12 @@ PM_INLINE void store_f16(void* p, F x) {
 #endif
 }
 
-// load<Half> gives one of the two vectors of a step, store<Stream, kFinite> takes both; kFinite
+// load<Half> returns one of the two vectors of a step, store<Stream, kFinite> takes both; kFinite
 // promises that there is no NaN.
 //
-// How a step of kStep elements is cut into two vectors. Elementwise kernels do not care which lane
-// holds which element, so bf16 takes the even elements first and the odd ones second: one
-// operation each instead of a widening shuffle.
+// How a step of kStep elements is split into two vectors: elementwise kernels do not care which
+// lane holds which element, so bf16 takes the even elements first and the odd ones second. That
+// needs one operation each instead of a widening shuffle.
 template <int kStride>
 PM_INLINE U lane_numbers(int first) {
   U numbers;
@@ -253,7 +253,7 @@ PM_INLINE U lane_numbers(int first) {
   return numbers;
 }
 
-// Every other of the numbers in low and high, from the first or the second on.
+// Every other number of low and high, starting from the first or the second.
 template <int First>
 PM_INLINE I every_other(I low, I high) {
 #if defined(__AVX512F__)
@@ -281,7 +281,7 @@ struct Bf16 {
   PM_INLINE U lanes() {
     return lane_numbers<2>(Half);
   }
-  // Numbers of the elements of a step, as its lanes are.
+  // Arranges the numbers of a step's elements in the order of its lanes.
   template <int Half>
   PM_INLINE I in_lanes(const int32_t* numbers) {
     return every_other<Half>((I)load_bits(numbers), (I)load_bits(numbers + kLanes));
@@ -350,7 +350,7 @@ constexpr int dtype_bytes(Dtype dtype) {
   return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
 }
 
-// Writes what load(i) gives for elements i to i + kLanes - 1, less `minus` if there is one.
+// Writes load(i) for elements i to i + kLanes - 1, minus `minus` if given.
 template <class Load>
 PM_INLINE void widen_with(Load load, int n, float* to, const float* minus) {
   if (minus != nullptr) {
@@ -362,8 +362,8 @@ PM_INLINE void widen_with(Load load, int n, float* to, const float* minus) {
   }
 }
 
-// n elements of any dtype -> floats, in order, less `minus` if there is one. n must be a multiple
-// of kLanes.
+// Converts n elements of any dtype to floats, in order, minus `minus` if given. n must be a
+// multiple of kLanes.
 inline void widen(Dtype dtype, const char* from, int n, float* to, const float* minus = nullptr) {
   if (dtype == Dtype::kF32) {
     widen_with([&](int i) { return (F)load_bits(from + 4 * i); }, n, to, minus);
@@ -385,7 +385,7 @@ inline void widen(Dtype dtype, const char* from, int n, float* to, const float* 
   }
 }
 
-// n floats -> elements of any dtype. n must be a multiple of kLanes.
+// Converts n floats to elements of any dtype. n must be a multiple of kLanes.
 inline void narrow(const float* from, int n, Dtype dtype, char* to) {
   if (dtype == Dtype::kF32) {
     std::memcpy(to, from, 4 * static_cast<size_t>(n));
@@ -405,7 +405,7 @@ inline void narrow(const float* from, int n, Dtype dtype, char* to) {
   }
 }
 
-// The same over doubles. `scratch` holds n floats.
+// The same with doubles. `scratch` holds n floats.
 inline void widen(Dtype dtype, const char* from, int n, double* to, float* scratch) {
   if (dtype == Dtype::kF64) {
     std::memcpy(to, from, 8 * static_cast<size_t>(n));

@@ -1,4 +1,4 @@
-// What the sums of a chunk are made of: vectors of its lanes, and products added to them.
+// Building blocks of the sums over a chunk: vectors of its lanes, and products added to them.
 #pragma once
 
 #include "cpu/simd.h"
@@ -12,8 +12,8 @@ using Floats = float __attribute__((vector_size(PM_VECTOR_BYTES / 2)));  // kDLa
 
 PM_INLINE D load_doubles(const double* p) { return (D)load_bits(p); }
 
-// sum + a b. Products of two floats are exact in a double, so that one operation, which rounds
-// once, gives the bits of two.
+// sum + a b. The product of two floats is exact in a double, so one fused operation, which rounds
+// once, gives the same bits as two.
 template <class V>
 PM_INLINE D add_product(D sum, D a, D b) {
 #if defined(__AVX512F__)
@@ -30,8 +30,9 @@ PM_INLINE double add_lanes(const double* lanes) {
   return total;
 }
 
-// Sums of kSumChunk elements, kCount of them at once: what step(i, sums) adds for kDLanes elements
-// from the i-th on. A vector of lanes at a time, so that all sums stay in registers.
+// Computes kCount sums over kSumChunk elements at once; step(i, sums) adds the terms of the kDLanes
+// elements from the i-th on. It takes one vector of lanes at a time, so that all sums stay in
+// registers.
 template <int kCount, class Step>
 PM_INLINE void lane_sums(Step step, double* found) {
   double lanes[kCount][kSumLanes];
@@ -56,7 +57,7 @@ double sum_in_lanes(const V* values) {
   return total;
 }
 
-// a b_k for vectors b_k, kSumChunk elements apart.
+// Sums of a b_k for vectors b_k, kSumChunk elements apart.
 template <int kCount, class V>
 void dots_in_lanes(const V* a, const V* b, double* found) {
   lane_sums<kCount>(
@@ -83,7 +84,7 @@ void dots_in_lanes(const V* a, const V* b, int count, double* found) {
   if (count == 1) dots_in_lanes<1>(a, b, found);
 }
 
-// All pairs i <= j of kCount vectors, row by row.
+// Sums of the products of all pairs i <= j of kCount vectors, row by row.
 template <int kCount, class V>
 void gram_in_lanes(const V* values, double* found) {
   lane_sums<kCount*(kCount + 1) / 2>(
@@ -134,7 +135,7 @@ void norms_in_lanes(const V* values, double* found) {
       found);
 }
 
-// Least and largest of n values; NaN is left out.
+// Smallest and largest of n values; NaN is left out.
 template <class V>
 void extremes_of(const V* values, int n, double* found) {
   V least = static_cast<V>(__builtin_inf()), most = -least;

@@ -17,7 +17,7 @@ struct CpuVariant {
   bool supported;  // by this machine
 };
 
-// Fastest last. Returns how many there are; `variants` has room for 3.
+// Fills `variants`, which has room for 3, fastest last; returns their number.
 int cpu_variants(CpuVariant* variants);
 
 }  // namespace pymerge

@@ -1,5 +1,5 @@
 // A small pool of threads with a fixed mapping of work to threads. It never spins, survives fork
-// (the child gets a fresh pool), and knows nothing of Python.
+// (the child gets a fresh pool), and does not depend on Python.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@ using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int th
 int parallel_ranges(int64_t size, int64_t grain, int num_threads, RangeFunction function,
                     void* context);
 
-// How many ranges parallel_ranges would make.
+// Returns the number of ranges that parallel_ranges would make.
 int count_ranges(int64_t size, int64_t grain, int num_threads);
 
 int default_threads();
 void set_default_threads(int num_threads);
 
-// A buffer of at least `bytes`, 64-byte aligned, that belongs to the calling thread until its next
-// call; null when memory is short.
+// A buffer of at least `bytes`, 64-byte aligned, which belongs to the calling thread until its next
+// call; null if memory runs out.
 void* thread_workspace(int64_t bytes);
 
 }  // namespace pymerge

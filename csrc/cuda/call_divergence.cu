@@ -1,4 +1,4 @@
-// Divergences of rows and what is weighed by them: arguments to records.
+// Divergences of rows and their use as weights: converts arguments to records.
 #include "cuda/calls.h"
 #include "cuda/record.h"
 
@@ -18,7 +18,7 @@ Status divergence_sums(const DivergenceArgs* args) {
   const int64_t length = args->columns > 0 ? args->columns : kSumChunk;
   if (args->columns > 0 && args->numel % args->columns != 0) return refuse("columns");
   if (args->num_chunks != (args->numel + length - 1) / length) return refuse("num_chunks");
-  if (args->numel == 0) return Status::kOk;  // nothing has no address
+  if (args->numel == 0) return Status::kOk;  // an empty tensor has no address
   if (args->base.data == nullptr || args->table == nullptr) return refuse("null argument");
   Record<RowsHead, Model> record(1);
   const Operands operands = record.set_operands(*args, args->compute, nullptr);
@@ -38,7 +38,7 @@ Status divergence_sums(const DivergenceArgs* args) {
 Status row_importance(const ImportanceArgs* args) {
   if (args->num_models != 1 || args->numel < 0) return refuse("num_models or numel");
   if (args->columns < 1 || args->numel % args->columns != 0) return refuse("columns");
-  if (args->numel == 0) return Status::kOk;  // nothing has no address
+  if (args->numel == 0) return Status::kOk;  // an empty tensor has no address
   if (args->base.data == nullptr || args->out.data == nullptr || args->divergences == nullptr) {
     return refuse("null argument");
   }

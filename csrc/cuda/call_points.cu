@@ -1,4 +1,5 @@
-// sparse_merge, pointwise, pcb and row_weighted_sum: arguments to records, choice of kernels.
+// sparse_merge, pointwise, pcb and row_weighted_sum: converts arguments to records, chooses
+// kernels.
 #include "cuda/calls.h"
 #include "cuda/sparse_records.h"
 #include "math/pcb.h"
@@ -7,7 +8,7 @@ namespace pymerge {
 namespace cuda {
 namespace {
 
-// Whether a call has what they all need, besides room for its models.
+// Returns why a call is invalid, or null; does not check whether its models fit.
 template <class Args>
 const char* unfit_call(const Args& args) {
   if (args.num_models < 1 || args.numel < 0) return "num_models or numel";
@@ -15,7 +16,7 @@ const char* unfit_call(const Args& args) {
   return nullptr;
 }
 
-// Bands alone, hashes alone, or both; both are slow, and rare: a model of which nothing is kept.
+// Bands alone, hashes alone, or both. kBoth is slow, but rare: it takes a model that keeps nothing.
 SparseForm form_of(const SparseArgs& args) {
   if (args.ranks != nullptr) return SparseForm::kRanks;
   if (args.seeds == nullptr) return SparseForm::kBand;
@@ -78,7 +79,7 @@ Status pointwise(const PointwiseArgs* args) {
 
 Status pcb(const PcbArgs* args) {
   if (const char* why = unfit_call(*args)) return refuse(why);
-  if (args->numel == 0) return Status::kOk;  // nothing has no address
+  if (args->numel == 0) return Status::kOk;  // an empty tensor has no address
   const bool merge = args->scores == nullptr;
   if (args->base.data == nullptr || merge == (args->out.data == nullptr)) {
     return refuse("null argument");

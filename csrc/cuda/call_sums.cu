@@ -1,4 +1,4 @@
-// chunk_sums: arguments to records.
+// chunk_sums: converts arguments to records.
 #include "cuda/calls.h"
 #include "cuda/sparse_records.h"
 
@@ -25,7 +25,7 @@ const char* unfit_sums(const SumsArgs& args) {
 template <class AnyModel>
 Status run_sums(const SumsArgs& args) {
   using AnyRecord = Record<RowsHead, AnyModel>;
-  // Those of the other kinds are the record's scale.
+  // The other kinds pass theirs as the record's scale.
   const int64_t numbers = args.kind == SumsKind::kPcbExp ? args.num_reals : 0;
   if (too_many<AnyRecord>(args.num_models, numbers * 4)) return refuse(kTooMany);
   AnyRecord record(args.num_models, numbers * 4);

@@ -1,4 +1,4 @@
-// The entries of the library's table that have a file of their own.
+// The entries of the library's table that are defined in separate files.
 #pragma once
 
 #include "kernel_table.h"

@@ -1,4 +1,4 @@
-// Which kernel makes the sums of a kind. Those over pairs of models have files of their own.
+// Chooses the kernel for a kind of sums. Those over pairs of models have separate files.
 #include "cuda/kernels_sums.h"
 #include "cuda/sparse_points.h"
 #include "cuda/sum_terms.h"

@@ -1,5 +1,5 @@
-// How elements lie in memory: 16 bytes at a time where all operands share one dtype, one at a time
-// for everything else.
+// How kernels access elements in memory: 16 bytes at a time if all operands share one dtype, one
+// element at a time otherwise.
 #pragma once
 
 #include "cuda/table.h"
@@ -20,8 +20,9 @@ PM_DEVICE void set_word(uint4& raw, int word, uint32_t value) {
   if (word == 3) raw.w = value;
 }
 
-// Each dtype: kPerWord elements in a word of 32 bits; `get` gives one of them as a float, `put`
-// makes a word of them; `load` and `store` take one element at a multiple of its size.
+// One struct for each dtype: kPerWord elements in a word of 32 bits; `get` returns one of them as a
+// float, `put` packs them into a word; `load` and `store` take one element at a multiple of its
+// size.
 struct Bf16 {
   static constexpr int kPerWord = 2;
   static constexpr int kBytes = 2;
@@ -65,7 +66,7 @@ struct F32 {
 template <class Io>
 constexpr int kPerVector = 4 * Io::kPerWord;
 
-// How many whole vectors of a tile can be taken 16 bytes at a time.
+// The number of whole vectors of a tile that can be accessed 16 bytes at a time.
 template <class Io>
 PM_DEVICE int vectors_of(const Head& head, const Tile& tile) {
   return (head.flags & kAligned) != 0 ? tile.count / kPerVector<Io> : 0;
@@ -79,8 +80,8 @@ PM_DEVICE uint4* vector_at(void* p, int64_t element, int bytes) {
   return reinterpret_cast<uint4*>(static_cast<char*>(p) + element * bytes);
 }
 
-// Vector `at` of a tile. Unsigned offsets, which one addition joins to an address that all threads
-// share, take half of the registers of addresses that each thread keeps.
+// Vector `at` of a tile. An unsigned offset, which one addition joins to an address that all
+// threads share, takes half the registers of an address for each thread.
 PM_DEVICE uint4 load_vector(const uint4* tile, int at) {
   const char* begin = reinterpret_cast<const char*>(tile);
   return load_once(reinterpret_cast<const uint4*>(begin + (static_cast<uint32_t>(at) << 4)));
@@ -129,7 +130,7 @@ PM_DEVICE F load_any(const void* p, int32_t dtype, int64_t i) {
   }
 }
 
-// A double goes to 16 bits by way of a float, as torch has it.
+// A double is converted to 16 bits through a float, as in torch.
 template <class F>
 PM_DEVICE void store_any(void* p, int32_t dtype, int64_t i, F x) {
   const float single = static_cast<float>(x);
@@ -157,7 +158,7 @@ auto by_dtype(Dtype dtype, Pick pick) {
   return pick(F32{});
 }
 
-// Calls pick with the Io of a kind of operands.
+// Calls pick with the Io for a kind of operands.
 template <class Pick>
 auto by_kind(Dtype dtype, bool mixed, Pick pick) {
   if (dtype == Dtype::kF64) return pick(Mixed<double>{});

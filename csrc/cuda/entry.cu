@@ -9,7 +9,7 @@ namespace cuda {
 namespace {
 
 constexpr int32_t kInfinityKey = 0x7f800000;
-constexpr int kSharedBins = 1 << 13;  // more of them are counted in device memory
+constexpr int kSharedBins = 1 << 13;  // a larger number of bins is counted in device memory
 constexpr int kModelsAtOnce = 64;     // in a record of the counting kernels
 
 using Elementwise = Record<Head, Model>;
@@ -51,7 +51,7 @@ Status streaming_floor(const WeightedSumArgs* args) {
   return record.run_tiles(args->execution, floor_of_streams(count));
 }
 
-// The form of a call that kernels of one dtype can take.
+// The form of a call that the kernels of one dtype can handle.
 TiesForm form_of(const TiesArgs& args) {
   const bool weighted = args.weighting != Weighting::kNone;
   const bool signs = args.want_signs != 0;
@@ -91,7 +91,7 @@ Status ties(const TiesArgs* args) {
   for (int k = 0; k < count; ++k) {
     int64_t threshold = args->thresholds[k];
     if (!wide && threshold > INT32_MAX) threshold = INT32_MAX;
-    // 0 and 1 keep the same, and 1 is what ties_point_finite takes.
+    // Thresholds 0 and 1 keep the same elements, and ties_point_finite needs 1.
     record.model(k).threshold = threshold < 1 ? 1 : threshold;
     record.set_weight(k, args->weights != nullptr ? args->weights[k] : 1.0);
   }
@@ -114,7 +114,7 @@ Status run_magnitudes(const Execution& execution, Dtype compute, const Operands&
                            chunks * record.num_models(), bytes);
 }
 
-// The bracket of model k; false where it is not one.
+// Sets the bracket of model k; returns false if it is not valid.
 bool set_bracket(const HistogramArgs& args, int k, MagnitudeModel& model) {
   const int64_t largest = args.compute == Dtype::kF64 ? INT64_MAX : INT32_MAX;
   const int64_t lo = args.lo[k], shift = args.shift[k];

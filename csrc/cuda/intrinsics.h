@@ -1,6 +1,5 @@
-// The few instructions that C++ has no name for. Everything else in csrc/cuda is portable: the
-// tests compile it for the processor, with a header of the same name that takes the place of this
-// one.
+// The few instructions that have no name in C++. Everything else in csrc/cuda is portable: the
+// tests compile it for the CPU, with a header of the same name in place of this one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +11,7 @@ namespace cuda {
 
 #define PM_DEVICE static __device__ __forceinline__
 
-// Inputs are read once and written by nobody meanwhile: past the L1 cache, in any order.
+// For inputs that are read once and not written meanwhile: bypasses the L1 cache, in any order.
 PM_DEVICE uint4 load_once(const uint4* p) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -27,7 +26,7 @@ PM_DEVICE void store_once(uint4* p, uint4 v) {
                : "memory");
 }
 
-// The two halves of a word, lower first.
+// Unpacks the two halves of a word, lower first.
 PM_DEVICE float2 unpack_f16(uint32_t pair) {
   float2 v;
   asm("{.reg .b16 low, high;\n\t"
@@ -59,14 +58,14 @@ PM_DEVICE float approximate_reciprocal(float x) {
   return r;
 }
 
-// The same number, but the compiler does not know it: what follows from it is computed again rather
-// than kept in registers.
+// Returns x in a way that the compiler cannot see through: values derived from it are recomputed
+// rather than kept in registers.
 PM_DEVICE int forget(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// The launch's dynamic shared memory.
+// The dynamic shared memory of the launch.
 PM_DEVICE int32_t* dynamic_shared() {
   extern __shared__ int4 pymerge_dynamic_shared[];
   return reinterpret_cast<int32_t*>(pymerge_dynamic_shared);
@@ -74,7 +73,7 @@ PM_DEVICE int32_t* dynamic_shared() {
 
 PM_DEVICE int bits_in(uint32_t x) { return __popc(x); }
 
-// What another thread of the warp brings; all 32 of them come here.
+// Returns the x of another thread of the warp; all 32 threads must call it.
 PM_DEVICE int32_t warp_read(int32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 PM_DEVICE int32_t warp_sum(int32_t x) { return __reduce_add_sync(0xffffffffu, x); }

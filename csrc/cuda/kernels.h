@@ -1,4 +1,4 @@
-// The kernels of all files of this folder, by what they are for.
+// The kernels of all files of this folder, grouped by op.
 #pragma once
 
 #include <utility>
@@ -8,18 +8,18 @@
 namespace pymerge {
 namespace cuda {
 
-// Kernels of one dtype are unrolled for up to so many models.
+// The largest number of models that kernels of one dtype are unrolled for.
 #if defined(PYMERGE_CUDA_UNROLLED)
 constexpr int kUnrolledModels = PYMERGE_CUDA_UNROLLED;
 #else
 constexpr int kUnrolledModels = 16;
 #endif
 constexpr int kFloorStreams = kUnrolledModels + 1;
-// Ops that are wanted for many models less often.
+// The same for ops that rarely have many models.
 constexpr int kUnrolledPoints = 8;
 
-// Which arithmetic a kernel has: ties_point_finite without weights, with weights, and with
-// statistics of signs; or ties_point_careful for every dialect.
+// The arithmetic of a kernel: ties_point_finite without weights, with weights, or with statistics
+// of signs; or ties_point_careful for every dialect.
 enum class TiesForm { kPlain, kWeighted, kSigns, kCareful };
 
 // What decides which elements of sparse task vectors are kept.
@@ -27,11 +27,11 @@ enum class SparseForm { kBand, kDrawn, kBoth, kRanks };
 
 Kernel floor_of_streams(int num_streams);
 
-// Where the bins of a histogram are: none are wanted, in shared memory, or in device memory.
+// Where a histogram's bins are: nowhere, in shared memory, or in device memory.
 enum class Bins { kNone, kShared, kDevice };
 
-// The operands of a call: all of one dtype, or any dtypes where `mixed`, computed in `dtype`: kF64
-// or kF32.
+// The operands of a call: all of one dtype, or, if `mixed`, of any dtypes and computed in `dtype`,
+// which is kF64 or kF32.
 struct Kind {
   Dtype dtype;
   bool mixed;
@@ -39,7 +39,7 @@ struct Kind {
 
 Kernel magnitudes(Kind kind, Bins bins);
 
-// Of any number of models.
+// For any number of models.
 Kernel weighted_sum_kernel_of(Kind kind, int num_models, bool has_base);
 Kernel ties_kernel_of(Kind kind, int num_models, TiesForm form);
 Kernel sparse_kernel_of(Kind kind, int num_models, SparseForm form, bool elect);
@@ -51,8 +51,8 @@ Kernel sums_kernel_of(Kind kind, int num_models, SumsKind sums, bool ranks);
 Kernel pcb_kernel_of(int num_models, int32_t variant, bool merge);
 Kernel pcb_paper(int num_models, bool merge);
 
-// Of one dtype: Bf16, F16 or F32. Large families are compiled once for each, all in parallel. Of
-// weighted sums and TIES, num_models is in 1 .. kUnrolledModels.
+// For one dtype: Bf16, F16 or F32. Large families are compiled once for each dtype, all in
+// parallel. For weighted sums and TIES, num_models is in 1 .. kUnrolledModels.
 template <class Io>
 Kernel weighted_sum_of_dtype(int num_models, bool has_base);
 template <class Io>
@@ -62,7 +62,8 @@ Kernel sparse_of_dtype(int num_models, SparseForm form, bool elect);
 template <class Io>
 Kernel pointwise_of_dtype(int num_models, Pointwise op);
 
-// Of one kind of sums. `ranks`: they decide what sparse keeps.
+// For one kind of sums. `ranks`: whether ranks decide which elements of sparse task vectors are
+// kept.
 #define PM_SUMS(kind, name, rows, reals, inputs) \
   Kernel name##_sums(Kind kind, int num_models, bool ranks);
 #include "sums.def"

@@ -1,5 +1,6 @@
-// weighted_sum and ties for everything else: mixed dtypes, doubles, any address, any number of
-// models. One element at a time; neighbours are loaded by neighbouring threads.
+// weighted_sum and ties for all other operands: mixed dtypes, doubles, any address, any number of
+// models. Each thread takes one element at a time, and neighbouring threads load neighbouring
+// elements.
 #pragma once
 
 #include "cuda/elements.h"

@@ -1,6 +1,6 @@
-// Divergences of rows (math/divergence.h), summed as kernels_sums.h sums, and what is weighed by
-// them. A table of divergences lies in device memory: the rows that a kernel reads are not those
-// that it writes.
+// Divergences of rows (math/divergence.h), summed in the order of kernels_sums.h, and the kernels
+// that use them as weights. The table of divergences is in device memory: a kernel never reads the
+// rows that it writes.
 #pragma once
 
 #include "cuda/kernels_sums.h"
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Model& model = models_of<Model>(head)[0];
   const Stretch s = stretch_of_thread(head);
   const int64_t column = s.first + threadIdx.x / kSumLanes;
-  // A thread without a stretch reads what another one does, and adds nothing.
+  // A thread without a stretch reads the same data as another one, and adds nothing.
   const Terms terms(head, column < head.stride ? column : head.stride - 1);
   for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
     const int64_t begin = s.begin + chunk * kSumChunk + s.lane;
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// |delta| D_row, or the base and what of the delta has enough of it. `weights` are the divergences,
-// `scale` is the threshold.
+// |delta| D_row, or the base plus the deltas of sufficient importance. `weights` are the
+// divergences, `scale` is the threshold.
 template <class Io, bool kMerge>
 __global__ void __launch_bounds__(kThreads) importance_kernel(const __grid_constant__ Table table) {
   using F = typename Elements<Io>::F;

@@ -1,6 +1,5 @@
-// The counting kernels of the exact selection. A block counts one chunk of one model: the blocks of
-// the models of a chunk follow each other, so that the base comes from the L2 cache for all but
-// one.
+// The counting kernels of the exact selection. A block counts one chunk of one model. The blocks of
+// a chunk's models are adjacent, so that all but one of them find the base in the L2 cache.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +12,7 @@
 namespace pymerge {
 namespace cuda {
 
-// Keys of one dtype, which base and model share.
+// Keys where base and model share one dtype.
 template <class Io>
 struct UniformKeys {
   using F = float;
@@ -58,7 +57,7 @@ struct MixedKeys {
   }
 };
 
-// The bracket of a block, and what a thread has counted.
+// The bracket of a block, and the counts of a thread.
 template <class Int, Bins kBins>
 struct Bracket {
   using Word = std::conditional_t<sizeof(Int) == 8, uint64_t, uint32_t>;
@@ -68,7 +67,7 @@ struct Bracket {
   int32_t* bins;
   int32_t hot_count, below, inside;
 
-  // As few instructions as possible: the kernel waits for them as much as for the memory.
+  // As few instructions as possible: the kernel is limited by them as much as by memory.
   __device__ __forceinline__ void count(Int key) {
     const bool is_hot = key == hot;
     hot_count += is_hot ? 1 : 0;
@@ -80,7 +79,7 @@ struct Bracket {
       atomicAdd((kBins == Bins::kShared ? dynamic_shared() : bins) + (offset >> shift), 1);
     }
   }
-  // Those that are not hot.
+  // The number below the bracket without the hot ones.
   __device__ __forceinline__ int32_t below_only() const {
     return hot >= 0 && hot < lo ? below - hot_count : below;
   }
@@ -88,7 +87,7 @@ struct Bracket {
 
 template <class Io, class AnyBracket>
 PM_DEVICE void count_vectors(const UniformKeys<Io>& keys, int64_t vectors, AnyBracket& bracket) {
-  constexpr int kUnroll = 4;  // vectors of a thread that are loaded at once
+  constexpr int kUnroll = 4;  // vectors that a thread loads at once
   for (int64_t first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
     uint4 base[kUnroll], model[kUnroll];
 #pragma unroll
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       add_to(model.counts + head.num_bins + 2, hot);
     }
   }
-  if (kBins == Bins::kShared) {  // the sums have waited for all threads
+  if (kBins == Bins::kShared) {  // all threads have been waited for in the sums
     for (int bin = threadIdx.x; bin < head.num_bins; bin += kThreads) {
       add_to(model.counts + 1 + bin, dynamic_shared()[bin]);
     }

@@ -1,6 +1,6 @@
-// Trimmed task vectors that are stored as bit masks and values: their weighted sum, and their dot
-// products with a gradient. Any number of models, one after the other. The bits are those of the
-// CPU's kernels (cpu/kernels_packed.h): what is not kept adds nothing.
+// Trimmed task vectors stored as bit masks and values: their weighted sum, and their dot products
+// with a gradient. Any number of models, one after the other. Gives the same bits as the CPU's
+// kernels (cpu/kernels_packed.h): elements that are not kept add nothing.
 #pragma once
 
 #include "cuda/kernels_sums.h"
@@ -12,11 +12,11 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMaskWords = kSumChunk / 32;  // of a chunk: one for each thread of a warp
-constexpr int kOfWarp = 512;                // elements at a time
-constexpr int kAlone = 4;                   // of a thread, where it takes them one by one
+constexpr int kOfWarp = 512;                // elements that a warp takes at a time
+constexpr int kAlone = 4;                   // elements that a thread takes one by one
 static_assert(kMaskWords == kWarp && kSumChunk % kOfWarp == 0 && kTile % kSumChunk == 0, "chunks");
 
-// The sum of what the threads of the warp before this one bring.
+// The sum of x over the threads of the warp before this one.
 PM_DEVICE int warp_sum_before(int x) {
   const int lane = threadIdx.x % kWarp;
   int total = x;
@@ -35,7 +35,8 @@ PM_DEVICE uint32_t mask_word(const PackedModel& model, int64_t word, int64_t num
   return word * 32 < numel ? model.mask[word] : 0;
 }
 
-// What a model keeps from its number `first` on. What follows is counted in 32 bits.
+// The values of a model from its value number `first` on. Offsets from there are counted in 32
+// bits.
 template <class Io>
 PM_DEVICE const char* values_from(const PackedModel& model, int64_t first) {
   int64_t bytes;
@@ -48,8 +49,8 @@ PM_DEVICE const char* values_from(const PackedModel& model, int64_t first) {
   return static_cast<const char*>(model.data) + first * bytes;
 }
 
-// Elements [begin, begin + count) of a tensor, which one warp takes: runs of kPer elements for each
-// thread, the runs of neighbours beside each other. With kPer > 1 all of them are there.
+// Elements [begin, begin + count) of a tensor, processed by one warp: each thread has runs of kPer
+// elements, next to the runs of its neighbours. With kPer > 1 no element is missing.
 template <class Io, int kPer, int kOfThread>
 struct Part {
   using F = typename Elements<Io>::F;
@@ -96,21 +97,21 @@ struct Part {
   }
 };
 
-// out = base + sum_k w_k t_k of one part. All threads of the warp come here.
+// out = base + sum_k w_k t_k for one part. All threads of the warp must call it.
 template <class Io, int kPer, int kOfThread>
 PM_DEVICE void sum_part(const PackedHead& head, int num_models,
                         const Part<Io, kPer, kOfThread>& part) {
   using F = typename Elements<Io>::F;
   const PackedModel* models = models_of<PackedModel>(head);
   const int lane = threadIdx.x % kWarp;
-  const int bit = lane * kPer % 32;  // of a word, that of the first element of each run
+  const int bit = lane * kPer % 32;  // in a word, the bit of the first element of each run
   const int64_t chunk = part.begin / kSumChunk;
   const int first_word = static_cast<int>(part.begin % kSumChunk) / 32;
   F base[kOfThread], sum[kOfThread];
   part.load(head, base);
 #pragma unroll
   for (int i = 0; i < kOfThread; ++i) sum[i] = 0;
-  // What tells where the next model's values are is on its way while this one's are added.
+  // The mask that locates the next model's values is loaded while this model's values are added.
   uint32_t next = mask_word(models[0], chunk * kMaskWords + lane, head.numel);
   int64_t next_first = models[0].offsets[chunk];
 #pragma unroll 1
@@ -125,7 +126,7 @@ PM_DEVICE void sum_part(const PackedHead& head, int num_models,
     const int count = bits_in(own);
     const int before = warp_sum_before(count);
     const int last = warp_read(before + count, kWarp - 1) - 1;
-    if (last < 0) continue;  // it keeps nothing of the chunk
+    if (last < 0) continue;  // the model keeps nothing of the chunk
     const char* values = values_from<Io>(model, first);
     const F weight = weight_of<F>(model);
 #pragma unroll
@@ -134,10 +135,10 @@ PM_DEVICE void sum_part(const PackedHead& head, int num_models,
       const auto whole = static_cast<uint32_t>(warp_read(static_cast<int32_t>(own), word));
       const uint32_t bits = whole >> bit;
       int at = warp_read(before, word) + bits_in(below(whole, bit));
-      F value[kPer];  // all are on their way before the first is needed
+      F value[kPer];  // all loads are in flight before the first value is needed
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        // Where nothing is kept, the next value is read and not used.
+        // Where nothing is kept, the next value is read but not used.
         value[j] = Elements<Io>::load(values, model.dtype, min(at, last));
         at += static_cast<int>(bits >> j & 1u);
       }
@@ -177,8 +178,8 @@ __global__ void __launch_bounds__(kThreads) packed_sum_kernel(const __grid_const
   }
 }
 
-// Dot products with the gradient, of 16 threads for each chunk, as all sums are. They step through
-// its words together, and each counts what is kept before.
+// Dot products with the gradient; 16 threads for each chunk, as for all sums. They step through its
+// words together, and each counts the elements kept before its own.
 template <class Io>
 __global__ void __launch_bounds__(kThreads, 2)
     packed_dots_kernel(const __grid_constant__ Table table) {

@@ -1,5 +1,5 @@
-// PCB-Merging (math/pcb.h): scores and the merge. Arithmetic is what takes the time, so
-// neighbouring threads take neighbouring elements, which is enough to load and store at full width.
+// PCB-Merging (math/pcb.h): scores and the merge. Arithmetic dominates, so neighbouring threads
+// take neighbouring elements, which is enough to load and store at full width.
 #pragma once
 
 #include "cuda/elements.h"
@@ -21,7 +21,7 @@ PM_DEVICE void load_all(const Head& head, const Model* models, int64_t at, float
   for (int k = 0; k < K; ++k) tau[k] = tau[k] - base;
 }
 
-// One question of dtypes for all operands, so that their loads are under way together.
+// Checks the dtype once for all operands, so that their loads are in flight together.
 template <int K>
 PM_DEVICE void load_streams(const Head& head, const Model* models, int64_t at, float& base,
                             float (&tau)[K]) {
@@ -36,7 +36,7 @@ PM_DEVICE void load_streams(const Head& head, const Model* models, int64_t at, f
   }
 }
 
-// Deltas and scores of any number of models, computed where they are asked for.
+// Deltas and scores of any number of models, computed on demand.
 struct TausAt {
   const Model* models;
   int64_t at;

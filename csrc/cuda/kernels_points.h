@@ -1,11 +1,12 @@
-// Ops that make each element of the output of the same element of the base and the models, and of
-// nothing else: one driver for all of them.
+// One driver for all ops where each output element depends only on the same element of the base and
+// the models.
 //
-// A Point says what is computed:
-//   ModelType: of the records
+// A Point defines the computation:
+//   ModelType: the type of a model in the records
 //   kNumbers<K>: how many numbers of a call follow its models
-//   get<K, F>(base, load, head, models, numbers, count, at, finite): load(k) gives element `at` of
-//   model k, count is K where K > 0; `finite` becomes false where an input is not.
+//   get<K, F>(base, load, head, models, numbers, count, at, finite): load(k) returns
+//   element `at` of model k, count is K where K > 0; sets `finite` to false if an input is not
+//   finite.
 #pragma once
 
 #include "cuda/elements.h"
@@ -15,7 +16,7 @@
 namespace pymerge {
 namespace cuda {
 
-// What vectors have left of a tile, or all of it, one element at a time.
+// The rest of a tile after the vectors, or all of it, one element at a time.
 template <class Io, int K, class Point>
 PM_DEVICE bool point_elements(const Head& head, int num_models, int begin) {
   using F = typename Elements<Io>::F;
@@ -36,7 +37,7 @@ PM_DEVICE bool point_elements(const Head& head, int num_models, int begin) {
   return finite;
 }
 
-// Blocks that a multiprocessor must have room for: as many as the registers allow without spills.
+// Minimum blocks per multiprocessor: as many as the registers allow without spills.
 constexpr int point_blocks(int models) { return models <= 4 ? 3 : 2; }
 
 // One dtype, K models known at compile time; K = 0 takes any number, and Io may be Mixed then.
@@ -46,9 +47,9 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
   const int index = record_of_block<Head>(table);
   bool finite = true;
   if constexpr (K > 0) {
-    constexpr int kUnroll = K <= 2 ? 2 : 1;  // vectors of a thread that are loaded at once
-    // Copies, of which what is read stays in registers: the compiler would read the record anew for
-    // each element.
+    constexpr int kUnroll = K <= 2 ? 2 : 1;  // vectors that a thread loads at once
+    // Local copies, of which only the used parts stay in registers; without them the compiler would
+    // reload the record for each element.
     const Head head = record<Head>(table, index);
     const auto* of_record = models_of<typename Point::ModelType>(record<Head>(table, index));
     const Tile tile = tile_of_block(head);
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, point_blocks(K))
     float numbers[kNumbers > 0 ? kNumbers : 1];
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) numbers[i] = numbers_after<float>(of_record, K)[i];
-    // Addresses of many models are read anew for each vector.
+    // If there are many models, their addresses are reloaded for each vector.
     const auto in = [&](int i) {
       const void* data = i == 0 ? head.base : K < 7 ? models[i - 1].data : of_record[i - 1].data;
       return vector_at(data, tile.begin, Io::kBytes);

@@ -7,7 +7,7 @@
 namespace pymerge {
 namespace cuda {
 
-// Unrolled for up to `most` models, or for as many as the kind looks at.
+// Unrolled for up to `most` models, or up to as many as the kind takes.
 template <class Io, int most>
 Kernel pick_pointwise(int num_models, Pointwise op) {
   constexpr int K = most;

@@ -1,4 +1,4 @@
-// Weighted sums with weights of their own for each row, which lie in device memory.
+// Weighted sums with separate weights for each row, which are in device memory.
 #pragma once
 
 #include "cuda/elements.h"

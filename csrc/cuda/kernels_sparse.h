@@ -13,7 +13,7 @@ Kernel pick_sparse_kept(int num_models, bool elect) {
                : PointInstances<Io, SparsePoint<Kept, false>>::template pick<most>(num_models);
 }
 
-// Unrolled for up to `most` models where only one thing decides what is kept.
+// Unrolled for up to `most` models in the forms where only one criterion decides what is kept.
 template <class Io, int most>
 Kernel pick_sparse(int num_models, SparseForm form, bool elect) {
   switch (form) {

@@ -1,9 +1,9 @@
 // Sums in a fixed order: element i of a chunk of kSumChunk goes to lane i mod 16, each lane adds up
-// in order in doubles, then the lanes; the chunks of a row follow each other. 16 threads are the 16
-// lanes of a stretch, which is a chunk or a row; a block has 16 stretches.
+// in order in doubles, then the lanes are added; the chunks of a row are added in order. 16 threads
+// are the 16 lanes of a stretch, which is a chunk or a row; a block has 16 stretches.
 //
-// What is summed is said by policies, of which there are two kinds: over models (Terms), some of
-// them at a time, and over pairs of models (Pairs).
+// Policies define the summands. There are two kinds: over models (Terms), several at a time, and
+// over pairs of models (Pairs).
 #pragma once
 
 #include "cuda/elements.h"
@@ -15,12 +15,12 @@ namespace cuda {
 constexpr int kSumLanes = 16;
 constexpr int kStretches = kThreads / kSumLanes;  // of a block
 
-// The stretches of a block, and the part of the one that a thread has a lane of.
+// The stretches of a block, and the part of the stretch in which a thread has a lane.
 struct Stretch {
   int64_t first;   // number of the block's first stretch
   int64_t begin;   // first element of this thread's
-  int64_t length;  // of it; 0: there is none
-  int64_t chunks;  // of the longest of the block
+  int64_t length;  // of this stretch; 0: there is none
+  int64_t chunks;  // of the longest stretch of the block
   int lane;
 };
 
@@ -36,14 +36,14 @@ PM_DEVICE Stretch stretch_of_thread(const RowsHead& head) {
   return s;
 }
 
-// How many elements of chunk `chunk` are of this thread's lane.
+// The number of elements of chunk `chunk` in this thread's lane.
 PM_DEVICE int steps_of(const Stretch& s, int64_t chunk) {
   const int64_t left = s.length - chunk * kSumChunk;
   const int count = left <= 0 ? 0 : left < kSumChunk ? static_cast<int>(left) : kSumChunk;
   return (count - s.lane + kSumLanes - 1) / kSumLanes;
 }
 
-// Room to put lanes together, of kAtOnce sums at a time. The rows of 17 begin in other banks each.
+// Shared memory to combine lanes, kAtOnce sums at a time. Rows of 17 start in different banks.
 constexpr int kAtOnce = 8;
 using LaneRoom = double[kAtOnce][kStretches][kSumLanes + 1];
 
@@ -52,8 +52,8 @@ PM_DEVICE LaneRoom& lane_room() {
   return room;
 }
 
-// Puts together what the lanes of all stretches of a block have of one chunk, and adds it to what
-// the chunks before have. row_of(sum, slot) is the row of the output, or -1.
+// Combines the lanes of one chunk, for all stretches of a block, and adds the result to that of the
+// chunks before. row_of(sum, slot) is the row of the output, or -1.
 template <class Policy, int kSums, class RowOf>
 PM_DEVICE void join_lanes(const typename Policy::Sum (&mine)[kSums][Policy::kSlots],
                           const RowsHead& head, const Stretch& s, bool begins, RowOf row_of) {
@@ -62,14 +62,14 @@ PM_DEVICE void join_lanes(const typename Policy::Sum (&mine)[kSums][Policy::kSlo
   const int stretch = threadIdx.x / kSumLanes;
 #pragma unroll
   for (int first = 0; first < kRows; first += kAtOnce) {
-    __syncthreads();  // what was there before has been read
+    __syncthreads();  // the previous contents have been read
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
       const int at = first + r;
       if (at < kRows) room[r][stretch][s.lane] = mine[at / kSlots][at % kSlots];
     }
     __syncthreads();
-    // Neighbouring threads have neighbouring stretches, which are neighbours in the output.
+    // Neighbouring threads have neighbouring stretches, which are adjacent in the output.
     const int r = threadIdx.x / kStretches, of = threadIdx.x % kStretches;
     if (r >= kAtOnce || first + r >= kRows || s.first + of >= head.stride) continue;
     const int slot = (first + r) % kSlots;
@@ -86,7 +86,7 @@ PM_DEVICE void join_lanes(const typename Policy::Sum (&mine)[kSums][Policy::kSlo
   }
 }
 
-// An element of the inputs at a place: models, or their deltas where there is a base.
+// Loads one element of the inputs: models, or their deltas if there is a base.
 template <class Io>
 struct Inputs {
   using F = typename Elements<Io>::F;
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, 2) terms_kernel(const __grid_constan
   }
 }
 
-// Sums over pairs of models first .. first + kI - 1 and second .. second + kJ - 1; where they are
-// the same models, over those with i <= j.
+// Sums over pairs of models first .. first + kI - 1 and second .. second + kJ - 1; if these are the
+// same models, over pairs i <= j.
 template <class Io, class Pairs, int kI, int kJ, bool kSame>
 PM_DEVICE void sum_pairs(const RowsHead& head, int count, int first, int second) {
   using F = typename Elements<Io>::F;
@@ -157,7 +157,7 @@ PM_DEVICE void sum_pairs(const RowsHead& head, int count, int first, int second)
   constexpr int kSlots = Pairs::kSlots;
   const Model* models = models_of<Model>(head);
   const Stretch s = stretch_of_thread(head);
-  // A model beyond the last is read as the last; what comes of it is not kept.
+  // A model beyond the last one is read as the last; its sums are discarded.
   const auto model = [&](int k) -> const Model& { return models[k < count ? k : count - 1]; };
   for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
     const int64_t begin = s.begin + chunk * kSumChunk + s.lane;

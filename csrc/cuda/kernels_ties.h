@@ -26,7 +26,7 @@ PM_DEVICE TiesCall<F> ties_call(const Head& head, int num_models) {
   return call;
 }
 
-// Weights and thresholds that are read where they are needed and take no registers meanwhile.
+// Weights and thresholds that are read where they are needed, so that they occupy no registers.
 template <class F>
 struct ModelWeights {
   const Model* models;
@@ -41,7 +41,7 @@ struct ModelThresholds {
   }
 };
 
-// What a thread has counted.
+// The counts of a thread.
 struct TiesFound {
   int32_t balance = 0;
   int32_t zero_kept = 0;
@@ -66,8 +66,8 @@ PM_DEVICE void report(const TiesFound& found, const Head& head) {
   if (__syncthreads_or(found.nonfinite) && threadIdx.x == 0) raise_flag(head.stats + 2);
 }
 
-// One vector by ties_point_careful. The words of `raw` move down, so that none is chosen at run
-// time and the code for one word serves all four; `raw` is used up.
+// Processes one vector with ties_point_careful. The words of `raw` move down, so that no word is
+// selected at run time and the code for one word serves all four; `raw` is used up.
 template <class Io, int K>
 PM_DEVICE uint4 careful_vector(uint4 (&raw)[K + 1], const TiesCall<float>& call,
                                const int32_t* thresholds, const float* weights, TiesFound& found) {
@@ -92,12 +92,12 @@ PM_DEVICE uint4 careful_vector(uint4 (&raw)[K + 1], const TiesCall<float>& call,
   return result;
 }
 
-// Blocks that a multiprocessor must have room for: as many as the registers allow without spills.
+// Minimum blocks per multiprocessor: as many as the registers allow without spills.
 constexpr int ties_blocks(int models, TiesForm form) {
   return models <= 2 ? 4 : models <= (form == TiesForm::kCareful ? 4 : 5) ? 3 : models <= 8 ? 2 : 1;
 }
 
-// Elements begin, begin + step, ... before end of a tile by ties_point_careful.
+// Processes elements begin, begin + step, ... before end of a tile with ties_point_careful.
 template <class Io, int K>
 PM_DEVICE void careful_elements(const Head& head, int64_t tile, int begin, int end, int step,
                                 TiesFound& found) {
@@ -118,7 +118,8 @@ PM_DEVICE void careful_elements(const Head& head, int64_t tile, int begin, int e
   }
 }
 
-// What the loop over vectors has left: steps whose bit is set in `again`, and the end of the tile.
+// Processes what the vector loop leaves over: steps whose bit is set in `again`, and the end of the
+// tile.
 template <class Io, int K>
 PM_DEVICE void finish_tile(const Head& head, uint32_t again, TiesFound& found) {
   constexpr int kVector = kPerVector<Io>;

@@ -43,7 +43,7 @@ PM_DEVICE SumCall<K> sum_call(const Head& head) {
   return call;
 }
 
-// The end of a tile, one element at a time; true if all results are finite.
+// Processes the end of a tile, one element at a time; returns whether all results are finite.
 template <class Io, int K, bool kBase>
 PM_DEVICE bool sum_elements(const Head& head) {
   const Model* models = models_of<Model>(head);
@@ -65,14 +65,14 @@ PM_DEVICE bool sum_elements(const Head& head) {
   return finite;
 }
 
-// Blocks that a multiprocessor must have room for: as many as the registers allow without spills.
+// Minimum blocks per multiprocessor: as many as the registers allow without spills.
 constexpr int sum_blocks(int streams) { return streams <= 4 ? 4 : streams <= 9 ? 2 : 1; }
 
 template <class Io, int K, bool kBase>
 __global__ void __launch_bounds__(kThreads)
     weighted_sum_kernel(const __grid_constant__ Table table) {
   constexpr int kStreams = K + (kBase ? 1 : 0);
-  constexpr int kUnroll = kStreams <= 3 ? 2 : 1;  // vectors of a thread that are loaded at once
+  constexpr int kUnroll = kStreams <= 3 ? 2 : 1;  // vectors that a thread loads at once
   const int index = record_of_block<Head>(table);
   const Head& head = record<Head>(table, index);
   const Model* models = models_of<Model>(head);
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads)
   if (__syncthreads_or(!finite) && threadIdx.x == 0) raise_flag(again.stats);
 }
 
-// The floor: reads kStreams streams and writes one, computing nothing. Elements are of 16 bits.
+// The streaming floor: reads kStreams streams and writes one, computing nothing. Elements have 16
+// bits.
 template <int kStreams>
 __global__ void __launch_bounds__(kThreads, sum_blocks(kStreams))
     floor_kernel(const __grid_constant__ Table table) {

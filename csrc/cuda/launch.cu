@@ -16,11 +16,11 @@ thread_local char error_text[256];
 Status fail(cudaError_t error, const char* what) {
   std::snprintf(error_text, sizeof(error_text), "%s: %s (%s)", what, cudaGetErrorString(error),
                 cudaGetErrorName(error));
-  cudaGetLastError();  // an error that is not sticky is over
+  cudaGetLastError();  // clears an error that is not sticky
   return error == cudaErrorMemoryAllocation ? Status::kOutOfMemory : Status::kDeviceFailure;
 }
 
-// Makes a device current for as long as it lives.
+// Makes a device current during its lifetime.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -43,7 +43,7 @@ class CurrentDevice {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Records that wait for one launch.
+// Records waiting for one launch.
 struct Batch {
   Launch launch;
   int64_t blocks = 0;

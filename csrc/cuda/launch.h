@@ -1,4 +1,4 @@
-// Launches, at once or gathered between begin and end. Host code.
+// Launches kernels, either at once or batched between begin and end. Host code.
 #pragma once
 
 #include "cuda/table.h"
@@ -6,7 +6,7 @@
 namespace pymerge {
 namespace cuda {
 
-// What can share a launch: one kernel with records of one shape.
+// What records need in common to share a launch: one kernel, one shape of record.
 struct Launch {
   Kernel kernel;
   int32_t num_models;
@@ -14,10 +14,10 @@ struct Launch {
   int32_t shared_bytes;  // of dynamic shared memory
 };
 
-// The most bytes that a record may have.
+// The maximum size of a record in bytes.
 constexpr int64_t kRecordBytes = sizeof(Table::records);
 
-// Remembers why a call of this thread fails, and returns `status`.
+// Records why a call of this thread fails, and returns `status`.
 Status fail(Status status, const char* why);
 const char* last_error();
 
@@ -25,7 +25,7 @@ Status begin(const Execution* execution);
 Status end(const Execution* execution);
 Status check(const Execution* execution, Kernel kernel);
 
-// Runs `blocks` blocks on a record, which begins with first_block.
+// Runs `blocks` blocks on a record, which starts with first_block.
 Status run(const Execution& execution, const Launch& launch, const void* record, int64_t blocks);
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// packed: arguments to records, and the choice of kernels.
+// packed: converts arguments to records, and chooses kernels.
 #include "cuda/calls.h"
 #include "cuda/kernels_packed.h"
 #include "cuda/record.h"
@@ -33,7 +33,7 @@ Status packed(const PackedArgs* args) {
   const bool dots = args->partials != nullptr;
   if (const char* why = unfit_packed(*args, dots)) return refuse(why);
   PackedRecord record(args->num_models);
-  // Values lie where they lie; what is as long as the tensor is read and written 16 bytes at a
+  // The values may have any address; the operands as long as the tensor are accessed 16 bytes at a
   // time.
   Operands whole(args->base.dtype, args->compute);
   whole.add(args->base.data, args->base.dtype);

@@ -1,4 +1,4 @@
-// Methods that look at each element by itself: math/pointwise.h.
+// Methods that treat each element independently: math/pointwise.h.
 #pragma once
 
 #include "cuda/table.h"

@@ -16,7 +16,7 @@ inline int dtype_bytes(Dtype dtype) {
 
 inline Status refuse(const char* why) { return fail(Status::kBadArgument, why); }
 
-// What the operands of a call have in common.
+// The common properties of a call's operands.
 struct Operands {
   Dtype dtype;
   bool uniform;      // one dtype, all at multiples of its size, arithmetic in float
@@ -31,19 +31,19 @@ struct Operands {
   int32_t flags() const { return (places % 16 == 0 ? kAligned : 0) | (uniform ? kUniform : 0); }
 };
 
-// Which kernels take the operands of a call.
+// Chooses the kernels that can handle the operands of a call.
 inline Kind kind_of(const Operands& operands, Dtype compute) {
   const Dtype mixed = compute == Dtype::kF64 ? compute : Dtype::kF32;
   return {operands.uniform ? operands.dtype : mixed, !operands.uniform};
 }
 
-// A head, models, and bytes of numbers after them.
+// A head, the models, and then the bytes of numbers.
 template <class AnyHead, class AnyModel>
 class Record {
  public:
   explicit Record(int num_models, int64_t bytes_of_numbers = 0)
       : num_models_(num_models), bytes_(size_of(num_models, bytes_of_numbers)) {}
-  // In 64 bits: what is asked for may be too much.
+  // In 64 bits: the requested size may be too large.
   static int64_t size_of(int64_t num_models, int64_t bytes_of_numbers = 0) {
     const int64_t bytes = sizeof(AnyHead) + sizeof(AnyModel) * num_models + bytes_of_numbers;
     return (bytes + 15) / 16 * 16;
@@ -54,7 +54,7 @@ class Record {
   const void* data() const { return bytes_.data(); }
   int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
 
-  // The numbers after the models, as kernels that compute in float or double read them.
+  // The numbers after the models, in the precision of the kernel: float or double.
   template <class Number>
   void set_numbers(const Number* numbers, int64_t count, bool wide) {
     char* to = reinterpret_cast<char*>(&model(num_models_));
@@ -66,8 +66,8 @@ class Record {
     }
   }
 
-  // What most calls have: base, models and an output of as many elements. `out` may be missing.
-  // Returns what the operands have in common.
+  // Adds what most calls have: base, models and an output with as many elements. `out` may be
+  // missing. Returns the common properties of the operands.
   template <class Args>
   Operands set_operands(const Args& args, Dtype compute, const MutableOperand* out) {
     const Dtype first = args.models[0].dtype;
@@ -101,7 +101,7 @@ class Record {
     if (divisor != 1.0) head().flags |= kDivide;
   }
 
-  // Runs a kernel with one block for each tile, or for so many blocks.
+  // Runs a kernel with one block for each tile, or with the given number of blocks.
   Status run_tiles(const Execution& execution, Kernel kernel) {
     return run_blocks(execution, kernel, (head().numel + kTile - 1) / kTile);
   }
@@ -116,7 +116,7 @@ class Record {
   std::vector<char> bytes_;
 };
 
-// Whether a call has so many models that its record is larger than a launch takes.
+// Whether a call has so many models that its record does not fit in a launch.
 template <class AnyRecord>
 bool too_many(int64_t num_models, int64_t bytes_of_numbers = 0) {
   return AnyRecord::size_of(num_models, bytes_of_numbers) > kRecordBytes;

@@ -1,6 +1,6 @@
-// Merges of sparse task vectors on a GPU: the arithmetic of math/sparse.h, step by step. What is
-// kept is one comparison of unsigned integers, and models beyond those that are unrolled are
-// computed again rather than kept.
+// Merges of sparse task vectors on a GPU: the arithmetic of math/sparse.h, step by step. Whether an
+// element is kept takes one comparison of unsigned integers. The terms of models beyond the
+// unrolled ones are recomputed rather than stored.
 #pragma once
 
 #include "cuda/table.h"
@@ -22,9 +22,9 @@ PM_DEVICE bool in_band(typename Traits<F>::Bits key, const SparseModel& model) {
   }
 }
 
-// `mixed` is the element's flat index, its low half, mixed: mask_mix of math/sparse.h.
+// `mixed` is the mixed low half of the element's flat index: see mask_mix in math/sparse.h.
 //
-// What decides: bands of keys, hashes of indices, both, or ranks.
+// An element is kept by bands of keys, hashes of indices, both, or ranks.
 template <bool kBand, bool kDrawn>
 struct KeptByKey {
   using ModelType = SparseModel;
@@ -83,7 +83,7 @@ struct SparsePoint {
     }
     F merged = s;
     if (kElect) {
-      // s begins with +0 and so is never -0: its sign bit is what is elected.
+      // s begins with +0 and so is never -0: its sign bit is the elected sign.
       const auto sign = sign_bit(s);
       F sum = 0, divisor = 0;
 #pragma unroll

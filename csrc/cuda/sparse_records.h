@@ -1,4 +1,4 @@
-// What a sparse merge keeps of each model, in a record. Host code.
+// Adds to a record what a sparse merge keeps of each model. Host code.
 #pragma once
 
 #include "cuda/record.h"
@@ -6,7 +6,7 @@
 namespace pymerge {
 namespace cuda {
 
-// lo .. last, as unsigned numbers: lo and how far the last one is.
+// lo .. last, as unsigned numbers: lo and the distance to last.
 inline void set_band(SparseModel& model, int64_t lo, int64_t last, bool wide) {
   const int64_t largest = wide ? INT64_MAX : INT32_MAX;
   if (lo < 0) lo = 0;
@@ -48,11 +48,11 @@ void set_ranks(const Args& args, AnyRecord& record) {
   }
 }
 
-// Why what is kept cannot be told, or null.
+// Returns why a call's selection is invalid, or null.
 template <class Args>
 const char* unfit(const Args& args) {
   if (args.start < 0) return "start";
-  // The hash sees the low half of an index; the caller mixes in the high one.
+  // The hash uses the low half of an index; the caller mixes in the high one.
   const int64_t last = args.start + args.numel - 1;
   if (args.seeds != nullptr && args.numel > 0 && last >> 32 != args.start >> 32) return "start";
   if (args.ranks == nullptr) return nullptr;

@@ -1,7 +1,7 @@
-// What is summed: see kernels_sums.h, and SumsArgs in kernel_table.h for the formulas.
+// The summands: see kernels_sums.h, and SumsArgs in kernel_table.h for the formulas.
 //
-// A policy has kSlots sums of type Sum for each term, which begin as begin(slot) and are put
-// together by join(slot, a, b).
+// A policy has kSlots sums of type Sum for each term. Each starts as begin(slot), and join(slot, a,
+// b) combines two of them.
 #pragma once
 
 #include "cuda/table.h"
@@ -12,7 +12,8 @@
 namespace pymerge {
 namespace cuda {
 
-// a + x y. Products of two floats are exact in a double, so one rounding is what two would be.
+// a + x y. The product of two floats is exact in a double, so rounding once gives the same as
+// twice.
 PM_DEVICE double add_product(double a, float x, float y) {
   return fma(static_cast<double>(x), static_cast<double>(y), a);
 }
@@ -25,7 +26,7 @@ PM_DEVICE double magnitude_of(F x) {
 
 struct Nothing {};
 
-// Sums over all models, with nothing that they share.
+// Sums over each model separately.
 struct EachModel {
   using ModelType = Model;
   using Sum = double;
@@ -39,7 +40,7 @@ struct EachModel {
   }
 };
 
-// |delta|, and what a sparse merge keeps of it.
+// |delta|, and the part of it that a sparse merge keeps.
 template <class Kept>
 struct SparseTerms : EachModel {
   using ModelType = typename Kept::ModelType;
@@ -55,7 +56,7 @@ struct SparseTerms : EachModel {
   }
 };
 
-// Products with the last of the models, which is a gradient.
+// Products with the last model, which is a gradient.
 struct DotTerms : EachModel {
   static constexpr int kSlots = 1;
   PM_DEVICE int terms(int count) { return count - 1; }
@@ -70,7 +71,7 @@ struct DotTerms : EachModel {
   }
 };
 
-// Least, largest, sum of magnitudes and of squares. NaN is left out of the extremes.
+// Smallest, largest, sum of magnitudes and of squares. NaN is left out of the extremes.
 struct StatisticsTerms : EachModel {
   static constexpr int kSlots = 4;
   PM_DEVICE double begin(int slot) {
@@ -93,7 +94,8 @@ struct StatisticsTerms : EachModel {
   }
 };
 
-// RAM: elements that a model alone changed, and those that others did, too. `scale` is epsilon.
+// RAM: counts the elements that one model alone changed, and those that others changed, too.
+// `scale` is epsilon.
 struct RamTerms : EachModel {
   static constexpr int kSlots = 2;
   template <class F, class Inputs>
@@ -114,7 +116,7 @@ struct RamTerms : EachModel {
   }
 };
 
-// EMR: |tau_t|, and what its mask keeps of the unified vector. `scale` is t.
+// EMR: |tau_t|, and the part of the unified vector that its mask keeps. `scale` is t.
 struct EmrTerms : EachModel {
   static constexpr int kSlots = 2;
   PM_DEVICE int terms(int) { return 1; }
@@ -147,7 +149,7 @@ struct EmrTerms : EachModel {
   }
 };
 
-// SCE: squares of each task vector where the variance of the models has a key of at least the
+// SCE: squares of each task vector where the variance of the models has a key at or above the
 // threshold.
 struct SceTerms : EachModel {
   static constexpr int kSlots = 1;
@@ -184,7 +186,7 @@ struct GramPairs {
   }
 };
 
-// Least and largest product of PCB. What is not finite is left out.
+// Smallest and largest product of PCB. Non-finite products are left out.
 struct ExtremePairs {
   using Sum = float;
   static constexpr int kSlots = 2;
@@ -204,7 +206,8 @@ struct ExtremePairs {
   }
 };
 
-// Sums of exp of the scaled products of PCB; after all pairs, of exp of the models' own times K.
+// Sums of exp of the scaled products of PCB; after all pairs, of exp of K times the models' own
+// products.
 struct ExpPairs {
   using Sum = double;
   static constexpr int kSlots = 2;

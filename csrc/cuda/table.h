@@ -1,5 +1,5 @@
-// What a launch works on: records of many tensors, passed as one kernel parameter. Nothing is
-// copied to the device beforehand, so a launch is asynchronous and can be captured in a CUDA graph.
+// The input of a launch: records of many tensors, passed as one kernel parameter. Nothing is copied
+// to the device beforehand, so a launch is asynchronous and can be captured in a CUDA graph.
 #pragma once
 
 #include "cuda/intrinsics.h"
@@ -10,8 +10,8 @@ namespace cuda {
 
 constexpr int kThreads = 256;  // of every kernel
 
-// Elements that one block of an elementwise kernel works on: enough to hide what a block costs to
-// start, few enough that a tensor of a million elements fills a device.
+// Elements that one block of an elementwise kernel processes: enough to hide the cost of starting a
+// block, few enough that a tensor of a million elements fills a device.
 constexpr int kTile = 1 << 14;
 
 // Parameters take up to 32764 bytes with CUDA 12.1, and 4096 before.
@@ -32,7 +32,7 @@ struct Table {
   alignas(16) char records[kTableBytes - 16];
 };
 
-// The heads begin with the number of the first block that works on them.
+// A head begins with the number of the first block that works on it.
 struct Head {
   int32_t first_block;
   int32_t flags;
@@ -42,12 +42,12 @@ struct Head {
   int64_t* stats;  // null: none wanted
   double scale;
   double divisor;
-  float scale32;  // in float too: a kernel would convert it again and again
+  float scale32;  // as a float, too, so that kernels need not convert it each time
   float divisor32;
   int32_t base_dtype;
   int32_t out_dtype;
   int32_t zero_sign;
-  uint32_t start;  // of hashes: the flat index of element 0, its low half
+  uint32_t start;  // for hashes: the low half of the flat index of element 0
 };
 
 struct Model {
@@ -74,7 +74,8 @@ enum : int32_t {
   kPerElement = 4096,
 };
 
-// Of what writes rows of numbers: `out` is the first, others follow `stride` numbers apart.
+// For ops that write rows of numbers: `out` is the first row, the others follow `stride` numbers
+// apart.
 struct RowsHead : Head {
   int64_t stride;
   int64_t columns;  // of the rows of the inputs; 0: the inputs are chunks
@@ -86,7 +87,7 @@ struct RowSumHead : RowsHead {
   int64_t reserved;
 };
 
-// What is kept of a task vector: lo <= key <= lo + span, and the hashes up to a limit.
+// The selection from a task vector: lo <= key <= lo + span, and hashes up to a limit.
 struct SparseModel : Model {
   uint64_t span;  // `threshold` is lo
   double factor;
@@ -95,7 +96,7 @@ struct SparseModel : Model {
   uint32_t limit;
 };
 
-// Ranks decide in place of keys: lo <= rank <= lo + span, or drawn with probability chance + rank *
+// Ranks decide instead of keys: lo <= rank <= lo + span, or drawn with probability chance + rank *
 // spread.
 struct RankedModel : SparseModel {
   const int32_t* ranks;
@@ -103,7 +104,7 @@ struct RankedModel : SparseModel {
   float chance32, spread32;
 };
 
-// Trimmed task vectors, of which `data` are the values that are kept: PackedArgs says how they lie.
+// Trimmed task vectors, whose kept values are at `data`; see PackedArgs for their layout.
 struct PackedHead : RowsHead {
   const void* gradient;
   int32_t gradient_dtype;
@@ -115,7 +116,7 @@ struct PackedModel : Model {
   const int64_t* offsets;
 };
 
-// Blocks of one record: for each chunk in turn, one for each model.
+// The order of the blocks of one record: chunk by chunk, one block for each model.
 struct MagnitudeHead {
   int32_t first_block;
   int32_t num_bins;
@@ -192,13 +193,13 @@ PM_DEVICE const AnyModel* models_of(const AnyHead& head) {
   return reinterpret_cast<const AnyModel*>(&head + 1);
 }
 
-// Numbers of a call that follow its models.
+// The numbers of a call, which follow its models.
 template <class F, class AnyModel>
 PM_DEVICE const F* numbers_after(const AnyModel* models, int count) {
   return reinterpret_cast<const F*>(models + count);
 }
 
-// The number of a block's record: the last one that begins at or before it.
+// The index of a block's record: the last record that begins at or before the block.
 template <class AnyHead>
 PM_DEVICE int record_of_block(const Table& table) {
   int low = 0, high = table.count;
@@ -213,7 +214,7 @@ PM_DEVICE int record_of_block(const Table& table) {
   return low;
 }
 
-// The elements of a block of an elementwise kernel.
+// The elements that a block of an elementwise kernel processes.
 struct Tile {
   int64_t begin;
   int count;

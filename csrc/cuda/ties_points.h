@@ -9,12 +9,13 @@ namespace cuda {
 
 // sum / count for a count of 1 .. K, correctly rounded, without the branches of a division.
 //
-// r is 1 / count correctly rounded: one Newton step from within an ulp or two of it, and 1 / count
-// is far from the middle between two floats. q is then within an ulp of the quotient, the remainder
-// is exact (an integer times the ulp of q), and the last step rounds the quotient but for an error
-// of 2^-24 of an ulp. No quotient by a small integer comes that close to the middle between two
-// floats without lying on it; and it lies on it only where it is subnormal and the count is even.
-// Powers of two have exact reciprocals, so from K = 6 on tiny sums are left to the other form.
+// r is 1 / count correctly rounded: one Newton step from within an ulp or two of it is enough,
+// since 1 / count is far from the midpoint of two floats. q is then within an ulp of the quotient,
+// the remainder is exact (an integer times the ulp of q), and the last step rounds the quotient but
+// for an error of 2^-24 of an ulp. No quotient by a small integer comes that close to the midpoint
+// of two floats without lying on it, and it lies on it only if it is subnormal and the count is
+// even. Powers of two have exact reciprocals, so from K = 6 on tiny sums are left to the other
+// form.
 PM_DEVICE float divide_by_count(float sum, float count) {
   float r = approximate_reciprocal(count);
   r = fmaf(r, fmaf(-count, r, 1.0f), r);
@@ -26,15 +27,15 @@ PM_DEVICE float divide_by_count(float sum, float count) {
 // mean or sum; weights, if any, apply before the election and make up the divisor. Thresholds are
 // in [1, infinity's key], scale is finite and not 0.
 //
-// Right for finite numbers. `odd` is set where it may not be: where the merged value is not finite,
-// as it is wherever a kept delta is not. Sums begin with +0 and are thus never -0.
+// Right for finite numbers. Sets `odd` where the result may be wrong: where the merged value is not
+// finite, as is the case wherever a kept delta is not. Sums begin with +0 and are thus never -0.
 //
-// What is kept and what agrees are predicates of additions here: two instructions for every
-// comparison and sum, where the form of math/ties.h for vectors of the CPU would clear values
-// first.
+// Whether a value is kept, and whether it agrees, are predicates of the additions here. That takes
+// two instructions for every comparison and sum, where the form of math/ties.h for the CPU's
+// vectors would clear values first.
 //
-// shares: what a model adds to the divisor: its weight or 1, and 0 where a sum is wanted, which
-// makes the divisor 1.
+// shares: each model's contribution to the divisor. It is the model's weight, or 1, or 0 for a sum,
+// which makes the divisor 1.
 template <int K, bool kWeighted, bool kSigns, class Load>
 PM_DEVICE float ties_point_finite(float base, Load load, const TiesCall<float>& call,
                                   const int32_t* thresholds, const float* weights,
@@ -64,7 +65,7 @@ PM_DEVICE float ties_point_finite(float base, Load load, const TiesCall<float>& 
   }
   if (kSigns) {
     signs.balance += max(-1, min(1, bits));
-    // Numbers that add up to 0 have both signs, so one of those that were kept agrees.
+    // Numbers that add up to 0 have both signs, so one of the kept ones agrees.
     signs.zero_kept = T::count(signs.zero_kept, (s == 0.0f) & (sum != 0.0f));
   }
   odd = odd | !(fabsf(sum) < bit_cast<float>(T::kInfinity));
@@ -80,7 +81,7 @@ PM_DEVICE float ties_point_finite(float base, Load load, const TiesCall<float>& 
 }
 
 // Every dialect, NaN and infinity: ties_point_any of math/ties.h, step by step. K = 0 takes any
-// number of models, and computes a vote again rather than keep it.
+// number of models, and recomputes a vote rather than store it.
 template <int K, class F, class Load, class Thresholds, class Weights>
 PM_DEVICE F ties_point_careful(F base, Load load, const TiesCall<F>& call, Thresholds thresholds,
                                Weights weights, typename Traits<F>::Bits& worst,

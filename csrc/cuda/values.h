@@ -11,7 +11,7 @@ struct ScalarMasks {
   using Mask = bool;
   PM_INLINE bool at_least(BitsOfF key, BitsOfF threshold) { return key >= threshold; }
   PM_INLINE bool greater(F a, F b) { return a > b; }
-  // x > 0 or NaN, among those chosen before
+  // x > 0 or NaN, within `among`
   PM_INLINE bool positive(F x, bool among) { return !(x <= F{}) & among; }
   PM_INLINE bool zero(F x) { return x == F{}; }
   PM_INLINE bool any(bool chosen) { return chosen; }
@@ -32,8 +32,8 @@ struct Traits<float> : ScalarMasks<float, int32_t> {
   static constexpr int32_t kMagnitudeMask = INT32_MAX;
   static constexpr int32_t kSignMask = INT32_MIN;
   static constexpr int32_t kInfinity = 0x7f800000;
-  // Thresholds are keys of numbers, and NaN is above all of them: one comparison of floats, which
-  // takes |x| for free, where a mask and one of integers would be two instructions.
+  // Thresholds are keys of numbers, and NaN is above all of them. So one comparison of floats,
+  // which takes |x| for free, replaces a mask and a comparison of integers.
   PM_INLINE bool at_least(int32_t key, int32_t threshold) {
     return !(bit_cast<float>(key) < bit_cast<float>(threshold));
   }

@@ -1,10 +1,11 @@
-// KL(softmax(x) || softmax(y)) of two rows with kFloor added to each probability, in doubles and in
-// one order everywhere: only +, -, *, / and integer operations.
+// KL(softmax(x) || softmax(y)) of two rows with kFloor added to each probability, in doubles and
+// always in one order: only +, -, *, / and integer operations.
 //
-// Sums of P log(P / Q) cancel where the rows are nearly equal: the terms are of the size of the
-// changes, the sum of their squares. Both P and Q sum up to the same, so P log(P / Q) - P + Q sum
-// up to the same as well, and none of these terms is negative: nothing cancels. With t = log(q / p)
-// from the inputs themselves, each is exact to a few units in the last place, however small.
+// Sums of P log(P / Q) cancel if the rows are nearly equal: the terms are as large as the changes,
+// the sum only as large as their squares. P and Q have the same sum, so the terms P log(P / Q) - P
+// + Q have the same sum as P log(P / Q), and none of them is negative: nothing cancels. With t =
+// log(q / p) computed from the inputs themselves, each term is accurate to a few units in the last
+// place, however small.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ PM_INLINE F expm1_tail(F r) {
   return p * r + splat<F>(1.0 / 2);
 }
 
-// sum z^j / (2 j + 3): log(1 + f) = 2 s + 2 s z times it, s = f / (2 + f), z = s^2
+// sum z^j / (2 j + 3): log(1 + f) = 2 s + 2 s z times this, s = f / (2 + f), z = s^2
 template <class F>
 PM_INLINE F log_tail(F z) {
   F p = splat<F>(1.0 / 21);
@@ -70,7 +71,7 @@ PM_INLINE F exp64(F x) {
   const F n = shifted - rounder;
   const F r =
       (x - n * splat<F>(6.93147180369123816490e-01)) - n * splat<F>(1.90821492927058770002e-10);
-  // The integer stands in the low bits; of NaN any bits may come.
+  // The integer is in the low bits; for NaN any bits may result.
   const Bits exponent = bit_cast<Bits>(shifted) & splat_bits<F>(0xfff);
   const Bits power = ((exponent + splat_bits<F>(1023)) & splat_bits<F>(0x7ff)) << 52;
   return (expm1_small(r) + splat<F>(1.0)) * bit_cast<F>(power);
@@ -114,7 +115,7 @@ PM_INLINE F log64(F v) {
   return small_integer<F>(parts.k) * splat<F>(kLn2) + (f - log_excess(f));
 }
 
-// What a row is divided by, and log(Z_x / Z_y).
+// The divisor of each row, and log(Z_x / Z_y).
 template <class F>
 struct DivergenceRow {
   F x_max, y_max;
@@ -128,8 +129,8 @@ PM_INLINE DivergenceRow<F> divergence_row(F x_max, F y_max, F x_sum, F y_sum) {
   return {x_max, y_max, one / x_sum, one / y_sum, (x_max - y_max) + log64<F>(x_sum / y_sum)};
 }
 
-// P log(P / Q) - P + Q of an element, given its difference x - y, p = exp(x - x_max), and what
-// gives exp(y - y_max) where it is needed. any: whether any lane of a comparison is true.
+// P log(P / Q) - P + Q of an element, given its difference x - y, p = exp(x - x_max), and a
+// function that returns exp(y - y_max) if needed. any: whether any lane of a comparison is true.
 template <class F, class OfBase, class Any>
 PM_INLINE F divergence_term(F difference, F x_exp, OfBase y_exp, const DivergenceRow<F>& row,
                             Any any) {
@@ -152,7 +153,7 @@ PM_INLINE F divergence_term(F difference, F x_exp, OfBase y_exp, const Divergenc
   return is_near ? near : far;
 }
 
-// The same of the elements of both rows.
+// The same, given the elements of both rows.
 template <class F, class Any>
 PM_INLINE F divergence_point(F x, F y, const DivergenceRow<F>& row, Any any) {
   return divergence_term<F>(

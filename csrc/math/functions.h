@@ -1,6 +1,6 @@
-// exp and tanh in single precision from one polynomial each, the same bits on every backend: only
-// +, -, *, / and integer operations, in this order. Coefficients: Cephes (Moshier), expf and tanhf.
-// Within 2 units in the last place of the exact value.
+// exp and tanh in single precision, with one polynomial each and the same bits on every backend:
+// only +, -, *, / and integer operations, in this order. Coefficients: Cephes (Moshier), expf and
+// tanhf. Within 2 units in the last place of the exact value.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace pymerge {
 
-// Into the place of the exponent. For one integer the shift is of an unsigned one: of NaN any bits
-// may come.
+// Shifts into the place of the exponent. A single integer is shifted as an unsigned one, since NaN
+// may give any bits.
 template <class Bits>
 PM_INLINE Bits to_exponent(Bits x) {
   return x << 23;
@@ -19,8 +19,8 @@ PM_INLINE int32_t to_exponent(int32_t x) {
   return static_cast<int32_t>(static_cast<uint32_t>(x) << 23);
 }
 
-// y * 2^n for a whole number n, which stands in the low bits of `shifted` too. Where the processor
-// has an operation for it, Traits have it.
+// y * 2^n for a whole number n, which is also in the low bits of `shifted`. If the processor has an
+// instruction for it, Traits provides it.
 template <class F>
 PM_INLINE auto times_power(F y, F n, F, int) -> decltype(Traits<F>::times_power(y, n)) {
   return Traits<F>::times_power(y, n);
@@ -32,8 +32,8 @@ PM_INLINE F times_power(F y, F, F shifted, long) {
   return y * bit_cast<F>(to_exponent(exponent + splat_bits<F>(127)));
 }
 
-// x - n c, where n c is exact: the same bits with a fused operation. Where the processor has one,
-// Traits have it.
+// x - n c, where n c is exact, so a fused operation gives the same bits. If the processor has one,
+// Traits provides it.
 template <class F>
 PM_INLINE auto less_exact(F x, F n, F c, int) -> decltype(Traits<F>::less_exact(x, n, c)) {
   return Traits<F>::less_exact(x, n, c);
@@ -50,9 +50,9 @@ PM_INLINE void step_of(F* p, const F* x, float c) {
   for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + splat<F>(c);
 }
 
-// e^x for |x| <= 87; x beyond is clamped, unless it is known that there is none. Of N numbers, in
-// step: each operation waits for the one before it, so one number alone leaves most of a processor
-// idle.
+// e^x for |x| <= 87. x beyond is clamped, unless it is known that there is none. N numbers go in
+// step: each operation waits for the one before it, so a single number would leave most of a
+// processor idle.
 template <int N, bool kClamped = true, class F>
 PM_INLINE void exp32_of(F* x) {
   const F top = splat<F>(87.0f);
@@ -93,7 +93,7 @@ PM_INLINE F exp32(F x) {
   return x;
 }
 
-// What tanh is of large magnitudes: with x's sign. NaN counts as large.
+// tanh of large magnitudes, with the sign of x. NaN counts as large.
 template <int N, class F>
 PM_INLINE void tanh32_far(const F* x, F* near) {
   using Bits = typename Traits<F>::Bits;
@@ -113,7 +113,7 @@ PM_INLINE void tanh32_far(const F* x, F* near) {
 }
 
 // tanh of N numbers, in step. Small arguments are the rule, and large ones cost several times as
-// much. kRare: where there is a large one, it is the only one.
+// much. kRare: large arguments come alone, if at all.
 template <int N, bool kRare = true, class F>
 PM_INLINE void tanh32_of(F* x) {
   using Bits = typename Traits<F>::Bits;
@@ -124,8 +124,9 @@ PM_INLINE void tanh32_of(F* x) {
     largest = key > largest ? key : largest;
   }
   if constexpr (N > 1) {
-    // Below 2^-12 the polynomial is within x (1 - x^2 / 3), nearer to x than half of what is
-    // between neighbours (2^-25 x at least): it rounds to x. -0 becomes 0, as there.
+    // Below 2^-12 the polynomial is within x (1 - x^2 / 3). That is nearer to x than half of the
+    // distance between neighbouring floats (at least 2^-25 x), so it rounds to x. -0 becomes 0, as
+    // in the polynomial.
     const Bits tiny = splat_bits<F>(bit_cast<int32_t>(0x1p-12f));
     if (!Traits<F>::any(Traits<F>::at_least(largest, tiny))) {
       PM_UNROLL

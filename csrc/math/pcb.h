@@ -1,5 +1,5 @@
-// PCB-Merging (Du et al. 2024): competition within a task vector and between task vectors decides
-// what of each parameter is kept, and with which weight.
+// PCB-Merging (Du et al. 2024): competition within and between task vectors decides which part of
+// each parameter is kept, and with which weight.
 //
 // Variants: kPaper is the paper's formula. The authors' codes differ from it and from each other:
 // kRoot (pcb-merging.py, and with other quantiles the NLP code), kVision (pcb.py), kVisionEs
@@ -42,7 +42,7 @@ struct PcbCall {
   float scale;
 };
 
-// The numbers of a call one after the other, as PcbArgs has them.
+// The numbers of a call in the order of PcbArgs.
 PM_INLINE PcbCall pcb_call(PcbVariant variant, int count, const float* reals) {
   const int pairs = count * (count + 1) / 2;
   PcbCall call{};
@@ -78,7 +78,7 @@ PM_INLINE int pcb_pair(int i, int j, int count) {
   return a * count - a * (a - 1) / 2 + (b - a);
 }
 
-// sgn(x) size, with size >= 0: 0 where x is.
+// sgn(x) size, with size >= 0: 0 if x is 0.
 template <class F>
 PM_INLINE F pcb_signed(F x, F size) {
   using T = Traits<F>;
@@ -109,7 +109,8 @@ PM_INLINE F pcb_normal(const PcbCall& call, F tau, int i) {
   return pcb_signed(tau, n);
 }
 
-// tau[i] gives the task vectors' elements. What the scores of all models share: the sum in tanh.
+// The part of the scores that all models share: the sum in tanh. tau[i] returns the task vectors'
+// elements.
 template <class F, class Taus>
 PM_INLINE F pcb_total(const PcbCall& call, const Taus& tau) {
   F sum{};
@@ -161,8 +162,9 @@ PM_INLINE void pcb_scores(const PcbCall& call, const Taus& tau, F* scores) {
   for (int i = 0; i < call.num_models; ++i) scores[i] = pcb_score(call, tau, total, i);
 }
 
-// The same for K models in an array. A pair's exp or tanh serves both of its models: their product
-// is the same in either order. kMost: up to how many models there are registers for it.
+// The same for K models in an array. A pair's exp or tanh serves both of its models, since their
+// product is the same in either order. kMost: the number of models for which there are enough
+// registers.
 template <int kMost, class F, int K>
 PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)[K]) {
   if constexpr (K <= kMost) {
@@ -211,14 +213,14 @@ PM_INLINE void pcb_scores_of(const PcbCall& call, const F (&tau)[K], F (&scores)
   pcb_scores(call, tau, &scores[0]);
 }
 
-// What order statistics are taken of: NaN and what is not positive count as 0. scale: 1, or -1 for
-// the statistics of scores below 0.
+// The values whose order statistics are taken: NaN and values that are not positive count as 0.
+// scale: 1, or -1 for the statistics of scores below 0.
 template <class F>
 PM_INLINE F pcb_positive(const PcbCall& call, F score) {
   return Traits<F>::larger(splat<F>(call.scale) * score, F{});
 }
 
-// What the merge adds to the base.
+// The change that the merge adds to the base.
 template <class F, class Taus, class Scores>
 PM_INLINE F pcb_change(const PcbCall& call, const Taus& tau, const Scores& scores) {
   const bool paper = call.variant == PcbVariant::kPaper;

@@ -19,11 +19,11 @@
 namespace pymerge {
 
 // A number in [0, 2^32) from an element's flat index (its low half) and two words of a seed. The
-// index is mixed by rounds of xor-shift and multiply, a permutation, which all models of an element
-// share; each model takes the mixed index through a line of its own, words that are as good as
-// random. Lines of two models agree no more than random numbers do: n a + m b = 0 for small n and m
-// is what correlates them, and of all slopes only a few in 2^32 have that. The upper bits are the
-// random ones. U is an unsigned vector or integer of 32 bits.
+// index is mixed by rounds of xor-shift and multiply. This is a permutation, which all models share
+// for an element. Each model maps the mixed index through a line of its own, whose words are as
+// good as random. The lines of two models agree no more than random numbers do: they correlate if n
+// a + m b = 0 for small n and m, which holds for only a few of the 2^32 slopes. The upper bits are
+// the random ones. U is an unsigned vector or integer of 32 bits.
 template <class U>
 PM_INLINE U mask_mix(U x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -31,7 +31,7 @@ PM_INLINE U mask_mix(U x) {
   return x ^ (x >> 16);
 }
 
-// A slope is odd, so that the line goes through every number once.
+// A slope is odd, so that the line takes every number once.
 PM_INLINE uint32_t mask_slope(uint32_t second) { return second | 1; }
 
 template <class U>
@@ -48,19 +48,19 @@ template <class F>
 struct SparseCall {
   using Scalar = typename Traits<F>::Scalar;
   using IntScalar = typename Traits<F>::IntScalar;
-  const IntScalar* lo;     // [num_models] least and largest key that is kept
+  const IntScalar* lo;     // [num_models] smallest and largest key that is kept
   const IntScalar* last;   // [num_models]
-  const uint32_t* seeds;   // [num_models][2], of the second word its mask_slope
-  const uint32_t* limits;  // [num_models] kept where the hash is at most this
+  const uint32_t* seeds;   // [num_models][2], the second word as returned by mask_slope
+  const uint32_t* limits;  // [num_models] an element is kept if its hash is at most this
   const Scalar* factors;   // [num_models]
   const Scalar* weights;   // [num_models]
   int num_models;
-  bool divide;  // by the weights of those that agree with the election, else by divisor
+  bool divide;  // by the weights that agree with the election, else by divisor
   bool divide_by_divisor;
   F divisor;
   F scale;
   bool bare;              // the merge alone, without the base
-  bool chance;            // by ranks: drawn with probabilities from chances
+  bool chance;            // by ranks: elements are drawn with probabilities from chances
   bool per_element;       // and divided by them
   const Scalar* chances;  // [num_models][2]: first, spread
 };
@@ -71,11 +71,11 @@ PM_INLINE F sparse_finish(F base, F merged, const SparseCall<F>& call) {
   return call.bare ? added : base + added;
 }
 
-// Where ranks decide: those of a band are kept, or what is drawn, by chance, and divided by it or
-// not.
+// How ranks decide: a band of ranks is kept, or elements are drawn by chance, and divided by their
+// chance or not.
 enum class RankRule { kBand, kChance, kPerElement };
 
-// Whether model k keeps what has this rank; share: its chance, where there is one.
+// Whether model k keeps an element of this rank; share: its chance, if there is one.
 template <RankRule kRule, class F, class U>
 PM_INLINE typename Traits<F>::Mask keeps_rank(typename Traits<F>::Bits rank, U mixed,
                                               const SparseCall<F>& call, int k, F& share) {
@@ -90,7 +90,7 @@ PM_INLINE typename Traits<F>::Mask keeps_rank(typename Traits<F>::Bits rank, U m
   return T::greater(share, drawn);
 }
 
-// v_k by ranks, any numbers.
+// v_k by ranks, for any numbers.
 template <class F, class U>
 PM_INLINE F ranked_value(F base, F x, typename Traits<F>::Bits rank, U mixed,
                          const SparseCall<F>& call, int k, typename Traits<F>::Bits& worst) {
@@ -126,7 +126,7 @@ PM_INLINE F sparse_value(F base, F x, U mixed, const SparseCall<F>& call, int k,
   return splat<F>(call.weights[k]) * (splat<F>(call.factors[k]) * T::keep(delta, kept));
 }
 
-// The merge of what value(k) gives: v_k, any numbers; `values` has room for num_models values.
+// Merges the terms v_k = value(k), for any numbers; `values` has room for num_models values.
 template <bool kElect, class F, class Value>
 PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, F* values) {
   using T = Traits<F>;
@@ -140,7 +140,7 @@ PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, 
     if (call.divide_by_divisor) s = s / call.divisor;
     return sparse_finish(base, s, call);
   }
-  // s begins with +0 and so is never -0: its sign bit is what is elected.
+  // s begins with +0 and so is never -0: its sign bit is the elected sign.
   const auto sign = bit_cast<typename T::Bits>(s) & T::kSignMask;
   F sum{}, divisor{};
   for (int k = 0; k < call.num_models; ++k) {
@@ -156,7 +156,7 @@ PM_INLINE F sparse_merge_values(F base, Value value, const SparseCall<F>& call, 
   return sparse_finish(base, merged, call);
 }
 
-// load(k) gives theta_k; worst: the largest key of a delta.
+// load(k) returns theta_k; worst: the largest key of a delta.
 template <bool kBand, bool kDrawn, bool kElect, class F, class U, class Load>
 PM_INLINE F sparse_point(F base, Load load, U mixed, const SparseCall<F>& call, F* values,
                          typename Traits<F>::Bits& worst) {
@@ -166,8 +166,8 @@ PM_INLINE F sparse_point(F base, Load load, U mixed, const SparseCall<F>& call, 
   return sparse_merge_values<kElect>(base, value, call, values);
 }
 
-// What an election merges: nothing is elected, the sum of those that agree, or that by their
-// weights if call.divide says so.
+// How an election merges: without one; the sum of the values that agree; or that sum divided by
+// their weights if call.divide is set.
 enum class Election { kNone, kSum, kMean };
 
 // Below: finite numbers, K known at compile time. Factors, weights and their sum, scale and divisor

@@ -35,7 +35,7 @@ PM_INLINE F ties_sign(F v) {
   return (v > F{} ? one : F{}) - (v < F{} ? one : F{});
 }
 
-// s with zeros replaced by what a zero elects.
+// s with zeros replaced by the sign that a zero elects.
 template <class F>
 PM_INLINE F ties_elect(F s, F zero_sign) {
   return s == F{} ? zero_sign : s;
@@ -51,7 +51,7 @@ PM_INLINE F flip(F x, typename Traits<F>::Bits sign) {
   return bit_cast<F>(bit_cast<typename Traits<F>::Bits>(x) ^ sign);
 }
 
-// Everything about a call that is the same for all elements.
+// All numbers of a call that are the same for all elements.
 template <class F>
 struct TiesCall {
   using Scalar = typename Traits<F>::Scalar;
@@ -59,7 +59,7 @@ struct TiesCall {
   const IntScalar* thresholds;  // [num_models]
   const Scalar* weights;        // [num_models]
   int num_models;
-  bool divide;             // a mean: divide by the count, or by the weights, of those that agree
+  bool divide;             // a mean: divide by the count or the weights of those that agree
   bool divide_by_weights;  // read by ties_point_any only, as are the next three
   bool weigh_before;
   bool weigh_after;
@@ -89,12 +89,12 @@ PM_INLINE void ties_count_signs(F vote, typename Traits<F>::Bits kept, TiesSigns
 // or -1, merged by mean or sum; weights, if any, apply before the election and make up the divisor.
 // thresholds must be in [1, infinity's key] (0 and 1 keep the same), scale finite and not 0.
 //
-// load(k) gives theta_k. Where a kept delta is not finite, the merged value is not: `worst`, the
-// largest key of it, tells, and ties_point_any gives the right result. (It may tell of a sum of
-// finite numbers that overflows, too.)
+// load(k) returns theta_k. Where a kept delta is not finite, the merged value is not finite either.
+// `worst`, the largest key of the merged values, shows this, and ties_point_any gives the right
+// result. (A sum of finite numbers that overflows shows up there, too.)
 //
-// Sums begin with +0 and are thus never -0. What is elected is the sign bit of s, and of s - 1 in
-// integers where a zero elects -1: `zero_step`.
+// Sums begin with +0 and are thus never -0. The elected sign is the sign bit of s, or, if a zero
+// elects -1, the sign bit of s - 1 in integers: `zero_step`.
 template <int K, bool kWeighted, bool kSigns, class F, class Load>
 PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call, typename Traits<F>::Bits& worst,
                        TiesSigns<F>& signs) {
@@ -108,7 +108,7 @@ PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call, typename Trai
     const F delta = load(k) - base;
     kept[k] = T::at_least(magnitude_key(delta), splat_bits<F>(call.thresholds[k]));
     v[k] = kWeighted ? splat<F>(call.weights[k]) * delta : delta;
-    // What is kept is not 0, but a product may be -0.
+    // A kept value is not 0, but a product may be -0.
     s = k == 0 && !kWeighted ? T::keep(v[k], kept[k]) : T::add(s, v[k], kept[k]);
   }
   if (kSigns) {
@@ -135,7 +135,7 @@ PM_INLINE F ties_point(F base, Load load, const TiesCall<F>& call, typename Trai
   worst = key > worst ? key : worst;
   if (call.divide) {
     const F one = splat<F>(1);
-    // A count, which is not negative, is ordered as its bits are.
+    // A count is not negative, so it is ordered as its bits are.
     const Bits count = bit_cast<Bits>(divisor), least = bit_cast<Bits>(one);
     sum = sum / (kWeighted ? (divisor == F{} ? one : divisor)
                            : bit_cast<F>(count > least ? count : least));

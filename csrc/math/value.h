@@ -1,14 +1,14 @@
-// The value types that the per-element math is written over.
+// The value types that the per-element math is written for.
 //
 // Math headers are templates over F, the value: `float` or `double` on CUDA, a GCC vector of them
-// on the CPU. They need only arithmetic, comparisons that give a mask type, `mask ? a : b`, and the
-// few functions here. Everything has internal linkage: the same header is compiled for several
-// instruction sets into one library, and a shared symbol would let one set's code run on another.
+// on the CPU. They need only arithmetic, comparisons that return a mask type, `mask ? a : b`, and
+// the few functions here. Everything has internal linkage: the same header is compiled for several
+// instruction sets into one library, and with a shared symbol one set's code could run on another.
 #pragma once
 
 #if defined(__CUDACC__)
 #define PM_INLINE static __device__ __forceinline__
-// What is indexed in a loop stays in registers only where the loop is unrolled.
+// An array indexed in a loop stays in registers only if the loop is unrolled.
 #define PM_UNROLL _Pragma("unroll")
 #else
 #define PM_UNROLL _Pragma("GCC unroll 4")
@@ -31,7 +31,7 @@ PM_INLINE To bit_cast(From from) {
 
 template <class F>
 PM_INLINE F splat(typename Traits<F>::Scalar value) {
-  return value - F{};  // + would be an operation: it makes 0 of -0
+  return value - F{};  // + would be an operation: it turns -0 into 0
 }
 
 template <class F>
@@ -49,15 +49,15 @@ PM_INLINE F to_float(typename Traits<F>::Bits value) {
 #endif
 }
 
-// What comparisons of vectors give, as integers of the same shape, all ones where true. Instruction
-// sets with mask registers have their own.
+// Results of vector comparisons, as integers of the same shape, all ones where true. Instruction
+// sets with mask registers have their own version.
 template <class F, class Bits>
 struct VectorMasks {
   using Mask = Bits;
   PM_INLINE Mask at_least(Bits key, Bits threshold) { return key >= threshold; }
   PM_INLINE Mask between(Bits key, Bits least, Bits most) { return (key >= least) & (most >= key); }
   PM_INLINE Mask greater(F a, F b) { return a > b; }
-  // x > 0 or NaN, among those chosen before
+  // x > 0 or NaN, within `among`
   PM_INLINE Mask positive(F x, Mask among) { return ~(x <= F{}) & among; }
   PM_INLINE Mask zero(F x) { return x == F{}; }
   // a > b ? a : b and a < b ? a : b: the second where one is NaN
