@@ -1,8 +1,7 @@
 """Triton twins of the per-element math in csrc/math.
 
-Empty in this version: no method has a Triton kernel yet. The package is installed as
-`pymerge.triton_kernels`. A top-level `triton_kernels` belongs to another project, so this one
-refuses to be imported under that name.
+The package is installed as `pymerge.triton_kernels`. A top-level `triton_kernels` belongs to
+another project, so this one refuses to be imported under that name.
 """
 
 if __name__ != "pymerge.triton_kernels":

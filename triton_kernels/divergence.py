@@ -1,7 +1,7 @@
 # type: ignore
 # Kernels are written in Triton's language, whose types are not those of Python.
-"""Divergences of rows, and what is weighed by them: the twin of csrc/math/divergence.h, step by
-step, summed in the order of `sums.py`."""
+"""Divergences of rows and the ops that use them as weights: the twin of csrc/math/divergence.h,
+step by step, summed in the order of `sums.py`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _point(
     x: tl.tensor, y: tl.tensor, x_max: tl.tensor, y_max: tl.tensor, x_scale: tl.tensor,
     y_scale: tl.tensor, shift: tl.tensor,
 ):  # fmt: skip
-    """P log(P / Q) - P + Q of each element."""
+    """Return P log(P / Q) - P + Q of each element."""
     t = shift - (x - y)
     p = exp64(x - x_max) * x_scale
     own = p + FLOOR
@@ -132,10 +132,10 @@ def divergence_sums_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A kind of `divergence_sums_` over lines of `length` elements, chunks or rows.
+    """Compute a kind of `divergence_sums_` over lines of `length` elements, chunks or rows.
 
-    table: doubles [5, lines]. numbers: of the type to compute in, otherwise unused. LONG: lines are
-    longer than a chunk.
+    table: doubles [5, lines]. numbers: only its dtype is used, the type to compute in. LONG: lines
+    are longer than a chunk.
     """
     F = numbers.dtype.element_ty
     CHUNKS: tl.constexpr = BLOCK // SUM_CHUNK
@@ -220,18 +220,18 @@ def row_importance_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """|model - base| D_r in row r of `columns` elements; with MERGE the base, and the delta where
-    that is at least the threshold.
+    """Compute |model - base| D_r in row r of `columns` elements; with MERGE the base plus the
+    deltas for which that is at least the threshold.
 
     divergences: doubles [rows]. LONG: rows have BLOCK elements or more. integers: [0] the flag of
-    `raise_flag`. numbers: [0] the threshold, of the type to compute in.
+    `raise_flag`. numbers: [0] the threshold; its dtype is the type to compute in.
     """
     F = numbers.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
     first = start // columns
-    # 64-bit division is slow: one for the program, and 32 bits within it.
+    # 64-bit division is slow: the program does one, and uses 32 bits otherwise.
     if LONG:
         row = (lane >= (first + 1) * columns - start).to(tl.int32)
     else:

@@ -15,7 +15,7 @@ def exp32(x: tl.tensor):
     """e^x for |x| <= 87; x beyond is clamped."""
     x = tl.where(x > 87.0, 87.0, x)
     x = tl.where(x < -87.0, -87.0, x)
-    # Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    # Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     shifted = x * 1.44269504088896341 + 12582912.0
     n = shifted - 12582912.0
     r = x - n * 0.693359375

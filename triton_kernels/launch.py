@@ -1,7 +1,7 @@
-"""Launching: how many elements a program works on, with how many warps, and the search for better.
+"""Launches kernels: chooses block sizes and numbers of warps, and searches for better ones.
 
-A kernel here may run more than once for one call only while it is tuned, and then on scratch copies
-of everything that it adds to.
+Kernels here run more than once for a call only while they are tuned, and then on scratch copies of
+everything that they add to.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ KERNELS: dict[str, Any] = {
     "packed_sum": packed_sum_kernel,
     "packed_dots": packed_dots_kernel,
 }
-_BY_CHUNKS = ("chunk_sums", "divergence_sums", "packed_dots")  # a block is whole chunks
-_KEEPING = ("ties", "sparse_merge", "pointwise")  # what they load of each model
+_BY_CHUNKS = ("chunk_sums", "divergence_sums", "packed_dots")  # a block consists of whole chunks
+_KEEPING = ("ties", "sparse_merge", "pointwise")  # they keep loaded values of each model
 _PAIRWISE = ("pcb", "chunk_sums")  # their code grows with the square of the number of models
 _PACKED = ("packed_sum", "packed_dots")  # their code for each model is long
 
 _CHUNK = int(SUM_CHUNK.value)
-# Below so many elements a call is over before a better configuration could pay.
+# Smaller calls end before a better configuration could pay off.
 _WORTH_TUNING = 1 << 20
 _REPETITIONS = 5
 
 
 @dataclass(frozen=True)
 class Config:
-    """Elements of a program, a power of two that divides a hot chunk; warps that share them."""
+    """The elements of a program, a power of two that divides a hot chunk, and its number of
+    warps."""
 
     block: int
     warps: int
@@ -72,7 +73,8 @@ _CANDIDATES = [
 
 
 def unrolled(kernel: str) -> int:
-    """Return up to how many models a kernel is compiled for their number; beyond, it loops."""
+    """Return the largest number of models that a kernel is compiled for; beyond it, the kernel
+    loops."""
     return 8 if kernel in (*_PAIRWISE, *_PACKED) else 16
 
 
@@ -80,12 +82,13 @@ def unrolled(kernel: str) -> int:
 class Launch:
     """A call of a kernel.
 
-    arguments: what the kernel takes, by name, but BLOCK.
-    numel: elements, which with `units` fix the number of programs where `programs` does not.
-    models: the number of models, whatever the kernel is told.
-    scratch: names of arguments that the kernel adds to; where one is None, it is not there.
+    arguments: the kernel's arguments by name, except BLOCK.
+    numel: number of elements, which with `units` determines the number of programs if `programs`
+    does not.
+    models: the number of models, whatever number the kernel gets.
+    scratch: names of arguments that the kernel adds to; those that are None are ignored.
     units: programs that share a block of elements.
-    span: what a block is a part of, where that is not `numel`.
+    span: the number of elements that blocks divide, if that is not `numel`.
     """
 
     kernel: str
@@ -100,13 +103,13 @@ class Launch:
     span: int | None = None
 
     def keywords(self, config: Config) -> dict[str, Any]:
-        """Return everything that the kernel is called with."""
-        # No fused operations: two roundings are what the definition says.
+        """Return all arguments of the kernel."""
+        # No fused operations: the definition rounds twice.
         options = {"num_warps": config.warps, "enable_fp_fusion": False}
         return {**self.arguments, "BLOCK": config.block, **options}
 
     def start(self, config: Config) -> None:
-        """Start the kernel on the device's current stream; wait for nothing."""
+        """Start the kernel on the device's current stream without waiting."""
         span = self.numel if self.span is None else self.span
         programs = self.programs or -(-span // config.block) * self.units
         KERNELS[self.kernel][(programs,)](**self.keywords(config))
@@ -114,19 +117,19 @@ class Launch:
 
 def default_config(launch: Launch) -> Config:
     """Return a fixed configuration: 16 bytes per thread and tensor, where registers allow it."""
-    if INTERPRETED.value:  # a program costs the interpreter as much as its elements do
+    if INTERPRETED.value:  # for the interpreter, a program costs as much as its elements
         return Config(16384 if launch.kernel in _BY_CHUNKS else 2048, 4)
     if launch.kernel in _BY_CHUNKS:
-        return Config(4096, 2)  # chunks of 1024, of each of which 16 elements at a time
+        return Config(4096, 2)  # chunks of 1024, each processed 16 elements at a time
     if launch.kernel == "packed_sum":
         return Config(_CHUNK, 4)
     if launch.kernel.startswith("magnitude"):
-        return Config(2048, 8)  # each program adds to the same few counters
+        return Config(2048, 8)  # all programs add to the same few counters
     width = max(dtype.itemsize for dtype in launch.dtypes)
     if launch.kernel == "pcb":
-        # It computes more than it waits for memory, and each model takes many registers.
+        # It is bound by computation more than by memory, and each model takes many registers.
         return Config({1: 512, 2: 512, 3: 256, 4: 256}.get(launch.models, 128), 4)
-    # What all models vote with is kept: 8 elements of 16 models are more than a thread can hold.
+    # The votes of all models are kept: 8 elements of 16 models are too much for a thread.
     if launch.kernel in _KEEPING and 8 < launch.models <= unrolled(launch.kernel):
         return Config(512 if width < 8 else 256, 4)
     return Config(1024 if width == 2 else 512, 4)
@@ -137,7 +140,7 @@ def candidates(launch: Launch) -> list[Config]:
     first = default_config(launch)
     if launch.kernel in _BY_CHUNKS:
         return [first, Config(2048, 1), Config(8192, 4), Config(16384, 4)]
-    # More elements a thread than these would only spill registers.
+    # More elements per thread than these would only spill registers.
     keeps = launch.kernel == "pcb" or (launch.kernel in _KEEPING and launch.models > 4)
     most = 4 if keeps else 16
     least = _CHUNK if launch.kernel == "packed_sum" else 0  # whole chunks

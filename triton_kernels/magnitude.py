@@ -1,7 +1,7 @@
 # type: ignore
 # Kernels are written in Triton's language, whose types are not those of Python.
-"""Counting kernels of the exact selection: a histogram of magnitudes over a bracket of keys, and
-the number of elements that equal one key, chunk by chunk.
+"""Counting kernels of the exact selection. They make a histogram of magnitudes over a bracket of
+keys, and count the elements equal to one key, chunk by chunk.
 
 The twin of csrc/cpu/kernels_magnitude.h.
 """
@@ -30,8 +30,8 @@ def _count(
     within = offset <= tl.load(bracket + 1).to(unsigned)
     is_hot = key == tl.load(bracket + 3).to(key.dtype)
     column = offset >> tl.load(bracket + 2).to(unsigned)
-    # Keys inside the bracket are few. Those on its sides are added up first: a field of 10 bits
-    # for each kind, as far as that holds, then two fields of 16.
+    # Keys inside the bracket are few. Those on its sides are added up first, with a field of 10
+    # bits for each kind while that suffices, then two fields of 16.
     tl.atomic_add(counts + 1 + column, 1, mask=within & mask & (is_hot == 0), sem="relaxed")
     side = tl.where(within, 0, tl.where(key < lo, 1, 1 << 10))
     side = tl.where(mask, tl.where(is_hot, 1 << 20, side), 0)
@@ -60,12 +60,12 @@ def magnitude_histogram_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add to counts[k, 0 .. bins + 2]: keys below, in each bin of, and above a bracket, and those
-    that equal hot_k. hot_chunks[k, j], where there are any, begin at 0.
+    """Add to counts[k, 0 .. bins + 2] the number of keys below, in each bin of, and above a
+    bracket, and of those equal to hot_k. hot_chunks[k, j], if given, must start at 0.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows.
     integers: [4 k ..] lo_k, span_k (the last key inside, less lo_k), shift_k, hot_k.
-    numbers: of the type to compute in, otherwise unused.
+    numbers: only its dtype is used, the type to compute in.
     """
     tl.static_assert(HOT_CHUNK % BLOCK == 0)
     F = numbers.dtype.element_ty
@@ -104,9 +104,9 @@ def magnitude_equal_counts_kernel(
     numel: int,
     BLOCK: tl.constexpr,
 ):
-    """counts[j] = number of elements of chunk j whose key is integers[0]: a program a chunk.
+    """Set counts[j] to the number of keys in chunk j equal to integers[0]; one program per chunk.
 
-    numbers: of the type to compute in, otherwise unused.
+    numbers: only its dtype is used, the type to compute in.
     """
     F = numbers.dtype.element_ty
     number = tl.program_id(0).to(tl.int64)

@@ -2,10 +2,10 @@
 # Kernels are written in Triton's language, whose types are not those of Python.
 """Trimmed task vectors as bit masks and values: their weighted sum, and dot products with them.
 
-Bit i of word j of a mask says whether element 32 j + i is kept; `offsets` tell how many are before
-each chunk of 1024 elements. The place of a value is its chunk's offset, and how many bits are set
-in the words before, and in its own word below it. The twin of csrc/cpu/kernels_packed.h: what is
-not kept adds nothing.
+Bit i of word j of a mask is set if element 32 j + i is kept; `offsets` has the number of kept
+elements before each chunk of 1024 elements. The place of a value is its chunk's offset, plus the
+number of bits set in the words before, plus that of the bits below in its own word. The twin of
+csrc/cpu/kernels_packed.h: elements that are not kept add nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKED_ROW = tl.constexpr(4)
 
 @triton.jit
 def bits_in(word: tl.tensor):
-    """How many bits of each word are set, by adding up ever wider fields."""
+    """Return how many bits of each word are set, by adding up ever wider fields."""
     x = word - ((word >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -33,7 +33,7 @@ def bits_in(word: tl.tensor):
 
 @triton.jit
 def bits_below(word: tl.tensor, bit: tl.tensor):
-    """How many bits of each word are set below a bit."""
+    """Return how many bits of each word are set below a bit."""
     return bits_in(word & ((tl.full(bit.shape, 1, tl.uint32) << bit) - 1))
 
 
@@ -42,8 +42,8 @@ def _model(
     values: tl.tuple | tl.tensor, masks: tl.tuple | None, offsets: tl.tuple | None, k: int,
     unit: int, MODELS: tl.constexpr,
 ):  # fmt: skip
-    """Where model k has its values, its mask and its offsets; for MODELS = 0 model `unit` + k, of
-    which the values' row of the table is returned."""
+    """Return the values, mask and offsets of model k. For MODELS = 0 it is model `unit` + k, and
+    the table row of the values takes their place."""
     if MODELS > 0:
         found = (values[k], masks[k], offsets[k])
     else:
@@ -57,7 +57,7 @@ def _model(
 def _values(
     values: tl.tensor, place: tl.tensor, kept: tl.tensor, MODELS: tl.constexpr, F: tl.constexpr
 ):
-    """What is kept, at each place."""
+    """Return the kept value at each place."""
     if MODELS > 0:
         value = load(values, place, kept, F)
     else:
@@ -76,14 +76,15 @@ def _add_kept(
     values: tl.tuple | tl.tensor, masks: tl.tuple | None, offsets: tl.tuple | None,
     weight: tl.tensor, k: int, MODELS: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """total, and what model k adds to it. total, origin: [words, 32]. left: elements from here."""
+    """Return total plus what model k adds. total, origin: [words, 32]. left: elements from here
+    on."""
     own, bits, starts = _model(values, masks, offsets, k, 0, MODELS)
     ROWS: tl.constexpr = total.shape[0]
     row = tl.arange(0, ROWS)
     there = row * WORD < left
     words = _load_words(bits + chunk * WORDS, row, there)
     counts = bits_in(words)
-    # How many are kept in the words before, of the same chunk.
+    # The number of kept elements in the previous words of the same chunk.
     in_chunks = tl.reshape(counts, [ROWS // WORDS, WORDS])
     before = tl.reshape(tl.cumsum(in_chunks, axis=1) - in_chunks, [ROWS])
     first = tl.load(starts + chunk + row // WORDS, mask=there, other=0)
@@ -108,7 +109,7 @@ def packed_sum_kernel(
     MODELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = base + sum_k w_k (x_k - base), over what each model keeps.
+    """Compute out = base + sum_k w_k (x_k - base), over the elements that each model keeps.
 
     values, masks, offsets: MODELS pointers each, or for MODELS = 0 `values` is a table of `count`
     rows. numbers: [k] w_k.
@@ -152,12 +153,12 @@ def packed_dots_kernel(
     MODELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partials[k, c] = sum of g (x_k - base) over what model k keeps of chunk c, in the order of
-    triton_kernels/sums.py.
+    """Compute partials[k, c] = sum of g (x_k - base) over the elements of chunk c that model k
+    keeps, in the order of triton_kernels/sums.py.
 
-    values, masks, offsets: MODELS pointers each, and a program makes all rows; or for MODELS = 0
-    `values` is a table, and a program makes the row of one of `units` models. numbers: of the type
-    to compute in, otherwise unused.
+    values, masks, offsets: MODELS pointers each, and a program makes all rows. For MODELS = 0
+    `values` is a table, and a program makes the row of one of `units` models. numbers: only its
+    dtype is used, the type to compute in.
     """
     F = numbers.dtype.element_ty
     CHUNKS: tl.constexpr = BLOCK // SUM_CHUNK

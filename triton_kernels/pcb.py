@@ -29,13 +29,13 @@ PAPER, ROOT, VISION, VISION_ES = (tl.constexpr(code) for code in range(4))
 
 @triton.jit
 def scaled_product(a: tl.tensor, b: tl.tensor, least: tl.tensor, inverse: tl.tensor):
-    """x_ij of the paper, from two deltas."""
+    """Return x_ij of the paper, from two deltas."""
     return (a * b - least) * inverse
 
 
 @triton.jit
 def _signed(x: tl.tensor, size: tl.tensor):
-    """sgn(x) size, with size >= 0: 0 where x is."""
+    """Return sgn(x) size, with size >= 0: 0 if x is 0."""
     return tl.where(x == 0, 0.0, flip(size, sign_bit(x)))
 
 
@@ -56,7 +56,7 @@ def _normal(tau: tl.tensor, k: int, reals: tl.tensor, count: int):
 
 @triton.jit
 def _scores(taus: tl.tuple, numbers: tl.tensor, MODELS: tl.constexpr, VARIANT: tl.constexpr):
-    """The scores of all models. What two models share is computed once and added to both."""
+    """Return the scores of all models. What two models share is computed once and added to both."""
     many, reals = tl.load(numbers), numbers + 1
     PAIRS: tl.constexpr = MODELS * (MODELS + 1) // 2
     zero = tl.zeros_like(taus[0])
@@ -111,7 +111,7 @@ def _score(
     mask: tl.tensor, numbers: tl.tensor, count: int, total: tl.tensor, ALIGNED: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """The score of one model and its delta, where models are loaded again for every pair."""
+    """Return one model's score and delta; the models are loaded again for every pair."""
     many, reals = tl.load(numbers), numbers + 1
     tau = load_model(models, i, start, lane, mask, 0, ALIGNED, tl.float32) - origin
     inter = tl.zeros_like(tau)
@@ -170,7 +170,7 @@ def _scale(reals: tl.tensor, count: int, VARIANT: tl.constexpr):
 
 @triton.jit
 def _positive(score: tl.tensor, reals: tl.tensor, count: int, VARIANT: tl.constexpr):
-    """What is selected from: max(scale score, 0); NaN counts as 0."""
+    """Return the values that are selected from: max(scale score, 0); NaN counts as 0."""
     scaled = _scale(reals, count, VARIANT) * score
     return tl.where(scaled > 0, scaled, 0.0)
 
@@ -201,8 +201,8 @@ def pcb_kernel(
     VARIANT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge, or where `out` is None fill scores[k, : numel] with max(scale score, 0), rows `stride`
-    apart.
+    """Merge, or if `out` is None fill scores[k, : numel] with max(scale score, 0). Rows of scores
+    are `stride` apart.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows, each loaded for every pair.
     integers: [0] the flag of `raise_flag`. numbers: see above.

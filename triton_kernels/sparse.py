@@ -2,9 +2,9 @@
 # Kernels are written in Triton's language, whose types are not those of Python.
 """Merges of sparse task vectors: DARE, Breadcrumbs, DELLA. The twin of csrc/math/sparse.h.
 
-KEEP says what decides on an element: "all"; its key ("band"); a hash of its index ("drawn"), or
-"both"; its rank in its row ("ranks"); a hash and its rank ("chances", or "shares" where what is
-kept is divided by its probability).
+KEEP is the criterion that decides on an element: "all"; its key ("band"); a hash of its index
+("drawn"), or "both"; its rank in its row ("ranks"); a hash and its rank ("chances", or "shares" if
+kept values are divided by their probability).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .value import (
     store,
 )
 
-# Integers that the rule of one model has: lo, last, two words of a seed, limit.
+# The integers of a model's rule: lo, last, two words of a seed, limit.
 RULE = tl.constexpr(5)
 
 
 @triton.jit
 def mask_mix(x: tl.tensor):
-    """Mix flat indices, uint32: all models of an element share it."""
+    """Mix flat indices, uint32; all models share the result."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -38,13 +38,14 @@ def mask_mix(x: tl.tensor):
 
 @triton.jit
 def _mask_hash(mixed: tl.tensor, first: tl.tensor, slope: tl.tensor):
-    """The hash of mixed indices: a line for each model, of an odd slope. All are uint32."""
+    """Return the hash of mixed indices: a line for each model, with an odd slope. All are
+    uint32."""
     return mixed * slope + first
 
 
 @triton.jit
 def load_rule(integers: tl.tensor, numbers: tl.tensor, k: int):
-    """Load the rule of model k: lo, last, seed, limit, and the chance of rank 0 and its step."""
+    """Load the rule of model k: lo, last, seed, limit, and the chance at rank 0 and its step."""
     at = integers + RULE * k
     first, slope = tl.load(at + 2).to(tl.uint32), tl.load(at + 3).to(tl.uint32) | 1
     limit = tl.load(at + 4).to(tl.uint32)
@@ -56,7 +57,7 @@ def load_rule(integers: tl.tensor, numbers: tl.tensor, k: int):
 def load_rank(
     ranks: tl.tensor | None, stride: int, k: int, start: tl.tensor, lane: tl.tensor, mask: tl.tensor
 ):
-    """Load ranks of model k, where there are any."""
+    """Load ranks of model k, if there are any."""
     rank = lane
     if ranks is not None:
         rank = tl.load(ranks + (k * stride.to(tl.int64) + start) + lane, mask=mask, other=0)
@@ -65,7 +66,8 @@ def load_rank(
 
 @triton.jit
 def keep(delta: tl.tensor, mixed: tl.tensor, rank: tl.tensor, rule: tl.tuple, KEEP: tl.constexpr):
-    """Return what a model keeps of its task vector; zeros elsewhere. mixed: of flat indices."""
+    """Return a model's task vector with zeros for what it does not keep. mixed: the mixed
+    indices."""
     if KEEP == "band" or KEEP == "both":
         key = magnitude_key(delta)
         within = (key >= rule[0].to(key.dtype)) & (key <= rule[1].to(key.dtype))
@@ -91,7 +93,7 @@ def _value(
     delta: tl.tensor, mixed: tl.tensor, rank: tl.tensor, k: int, count: int, integers: tl.tensor,
     numbers: tl.tensor, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """What one model adds, and its weight."""
+    """Return the value that one model adds, and its weight."""
     kept = keep(delta, mixed, rank, load_rule(integers + 2, numbers + 2 + 2 * count, k), KEEP)
     weight = tl.load(numbers + 3 + 2 * k)
     return weight * (tl.load(numbers + 2 + 2 * k) * kept), weight
@@ -101,7 +103,7 @@ def _value(
 def _agree(
     value: tl.tensor, weight: tl.tensor, sign: tl.tensor, merged: tl.tensor, divisor: tl.tensor
 ):
-    """Add a value to the merged magnitude, and its weight to the divisor, where it agrees."""
+    """Add a value to the merged magnitude, and its weight to the divisor, if it agrees."""
     aligned = flip(value, sign)
     agrees = (aligned > 0) | (aligned != aligned)
     return merged + tl.where(agrees, aligned, 0.0), divisor + tl.where(agrees, weight, 0.0)
@@ -128,13 +130,14 @@ def sparse_merge_kernel(
     BARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = base + scale * merge_k w_k (f_k t_k), with t_k what model k keeps of its task vector.
+    """Compute out = base + scale * merge_k w_k (f_k t_k), t_k the part of its task vector that k
+    keeps.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows, loaded twice with ELECT.
     ranks: rows `stride` apart. BARE: without the base.
     integers: [0] the flag of `raise_flag`, [1] flat index of the first element, [2 + RULE k ..] the
-    rule of model k. numbers: [0] scale, [1] divisor, [2 + 2k] f_k, [3 + 2k] w_k, then, K of them,
-    the chance of rank 0 and its step.
+    rule of model k. numbers: [0] scale, [1] divisor, [2 + 2k] f_k, [3 + 2k] w_k, then, for each of
+    the K models, the chance at rank 0 and its step.
     """
     F = numbers.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -163,7 +166,7 @@ def sparse_merge_kernel(
     raise_flag(stats + 2, integers, is_nonfinite(worst))
     merged = vote
     if ELECT:
-        # The vote begins with +0 and so is never -0: its sign bit is what is elected.
+        # The vote begins with +0 and so is never -0: its sign bit is the elected sign.
         sign = sign_bit(vote)
         merged = tl.zeros([BLOCK], F)
         divisor = merged

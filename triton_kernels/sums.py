@@ -1,10 +1,10 @@
 # type: ignore
 # Kernels are written in Triton's language, whose types are not those of Python.
-"""Sums over chunks of 1024 elements or over rows, in doubles and in one order everywhere.
+"""Sums over chunks of 1024 elements or over rows, in doubles and always in one order.
 
-Element i of a chunk goes to lane i mod 16, each lane adds up in order, then the lanes, 0 to 15;
-a row's chunks are added in order. The twin of csrc/cpu/kernels_sums.h. No reduction of Triton's
-adds floats here: its order is free.
+Element i of a chunk goes to lane i mod 16, each lane adds up in order, then the lanes are added, 0
+to 15; a row's chunks are added in order. The twin of csrc/cpu/kernels_sums.h. No floats are added
+by Triton's reductions, whose order is unspecified.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ LANES = tl.constexpr(16)
 
 @triton.constexpr_function
 def _ahead(rows: int) -> int:
-    """How many steps' loads do not wait for each other: fewer where many sums fill registers."""
+    """Return how many steps load ahead without waiting: fewer if many sums fill the registers."""
     return 1 if INTERPRETED.value or rows > 20 else 2 if rows > 10 else 4
 
 
 @triton.constexpr_function
 def _how(kind: str, row: int) -> str:
-    """How a row is made: "sum", "min" or "max"."""
+    """Return how a row is reduced: "sum", "min" or "max"."""
     if kind == "pcb_extremes":
         return ("min", "max")[row % 2]
     if kind == "statistics":
@@ -49,7 +49,7 @@ def _how(kind: str, row: int) -> str:
 
 @triton.constexpr_function
 def _vectors(kind: str, models: int) -> int:
-    """How many vectors a program loads: all models, or where it loops what one unit needs."""
+    """Return how many vectors a program loads: all models, or those of one unit if it loops."""
     pair = kind in ("gram", "dots", "pcb_extremes", "pcb_exp")
     return models if models > 0 else 2 if pair else 1
 
@@ -59,7 +59,7 @@ def _initial(
     ROWS: tl.constexpr, KIND: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
     F: tl.constexpr,
 ):  # fmt: skip
-    """What each row begins with: sums are doubles."""
+    """Return the initial value of each row: sums are doubles."""
     rows = ()
     for row in tl.static_range(ROWS):
         if _how(KIND, row) == "min":
@@ -105,7 +105,7 @@ def in_order(lanes: tl.tensor):
 
 @triton.jit
 def _chunk(rows: tl.tuple, ROWS: tl.constexpr, KIND: tl.constexpr):
-    """What the lanes of each chunk come to."""
+    """Reduce the lanes of each chunk."""
     found = ()
     for row in tl.static_range(ROWS):
         if _how(KIND, row) == "min":
@@ -120,7 +120,7 @@ def _chunk(rows: tl.tuple, ROWS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _gather(x: tl.tensor, total: tl.tensor, numbers: tl.tensor, KIND: tl.constexpr):
-    """Let one model add to what is made of all: of ram_counts how many are active."""
+    """Add one model to the values made of all models: for ram_counts how many are active."""
     if KIND == "ram_counts":
         x = tl.where(absolute(x) > tl.load(numbers), 1.0, 0.0)
     return total + x
@@ -128,7 +128,7 @@ def _gather(x: tl.tensor, total: tl.tensor, numbers: tl.tensor, KIND: tl.constex
 
 @triton.jit
 def _gather_again(x: tl.tensor, total: tl.tensor, found: tl.tensor, KIND: tl.constexpr):
-    """The same where the sum of all task vectors is known, or of sce their mean."""
+    """The same once the sum of all task vectors, or for sce their mean, is known."""
     if KIND == "emr":
         aligned = align(x, total > 0)
         found = tl.where(aligned > found, aligned, found)
@@ -144,8 +144,8 @@ def _together(
     lane: tl.tensor, mask: tl.tensor, numbers: tl.tensor, count: int, MODELS: tl.constexpr,
     ALIGNED: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """What is made of all models: ram_counts, how many are active; emr, the sum and the largest
-    that agrees with it; sce, the mean and the variance."""
+    """Return the values made of all models: for ram_counts, how many are active; for emr, the sum
+    and the largest magnitude that agrees with it; for sce, the mean and the variance."""
     total = tl.zeros(lane.shape, F)
     found = total
     if MODELS > 0:
@@ -172,19 +172,19 @@ def _together(
 
 @triton.jit
 def _product(a: tl.tensor, b: tl.tensor):
-    """Exact for floats."""
+    """Return the product, which is exact for floats."""
     return a.to(tl.float64) * b.to(tl.float64)
 
 
 @triton.jit
 def _extremes(x: tl.tensor, counts: tl.tensor):
-    """x where it counts, for the least and for the largest value."""
+    """Return x where it counts, for the smallest and for the largest value."""
     return tl.where(counts, x, float("inf")), tl.where(counts, x, float("-inf"))
 
 
 @triton.jit
 def _known(x: tl.tensor, mask: tl.tensor):
-    """x as a double; what is NaN or past the end counts for nothing."""
+    """Return x as a double; NaN and elements past the end are left out."""
     return tl.where(mask & (x == x), x, 0.0).to(tl.float64)
 
 
@@ -194,7 +194,7 @@ def _own_terms(
     total: tl.tensor, found: tl.tensor, integers: tl.tensor, numbers: tl.tensor,
     KIND: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """What one model adds to its rows. total, found: of all models."""
+    """Return the terms that one model adds to its rows. total, found: values made of all models."""
     if KIND == "sparse":
         kept = keep(x, mixed, rank, rule, KEEP)
         terms = (absolute(x).to(tl.float64), absolute(kept).to(tl.float64))
@@ -220,8 +220,8 @@ def _pair_terms(
     xs: tl.tuple, mask: tl.tensor, numbers: tl.tensor, pairs: int, first: int,
     COUNT: tl.constexpr, ALONE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """What products add to their rows. With ALONE only x_0 x_1 is wanted, pair `first` of
-    `pairs`."""
+    """Return the terms that products add to their rows. With ALONE only x_0 x_1 is computed, pair
+    `first` of `pairs`."""
     terms = ()
     own = ()
     if KIND == "dots":
@@ -233,7 +233,7 @@ def _pair_terms(
                 if KIND == "gram":
                     terms = terms + (_product(xs[i], xs[j]),)  # noqa: RUF005
                 elif KIND == "pcb_extremes":
-                    # What is not finite is left out: it must not spoil the rest.
+                    # Non-finite products are left out: they must not spoil the rest.
                     product = xs[i] * xs[j]
                     finite = mask & (magnitude_key(product) < 0x7F800000)
                     terms = terms + _extremes(product, finite)
@@ -256,7 +256,7 @@ def _step(
     stride: int, unit: int, pairs: int, MODELS: tl.constexpr, ALIGNED: tl.constexpr,
     KIND: tl.constexpr, KEEP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """What one step of all lanes adds to each row."""
+    """Return the terms that one step of all lanes adds to each row."""
     COUNT: tl.constexpr = _vectors(KIND, MODELS)
     PAIRED: tl.constexpr = _vectors(KIND, 0) == 2
     SHARED: tl.constexpr = KIND == "ram_counts" or KIND == "emr" or KIND == "sce"
@@ -276,7 +276,7 @@ def _step(
             elif KIND == "emr":
                 which = own
             x = load_row(models + ROW * which, start, lane, mask, ALIGNED, F)
-        # The last vector of dots is no model, but a gradient.
+        # The last vector of dots is a gradient, not a model.
         if base is not None and not (KIND == "dots" and k == COUNT - 1):
             x = x - origin
         xs = xs + (x,)  # noqa: RUF005
@@ -336,14 +336,15 @@ def chunk_sums_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partials[row, c] = sum, least or largest over line c: of `length` elements, a chunk or a row.
+    """Compute partials[row, c] = sum, min or max over line c of `length` elements, a chunk or a
+    row.
 
-    KIND, and the rows: SumsArgs in csrc/kernel_table.h says what they are.
+    KIND, and its rows: see SumsArgs in csrc/kernel_table.h.
     models: MODELS pointers, and a program makes all rows; or for MODELS = 0 a table of `count`
     rows, and a program makes the ROWS of one of `units` models or pairs of them.
     ranks: rows `stride` apart. LONG: lines are longer than a chunk.
-    integers: [0] flat index of the first element, or of emr the model asked about; [1 ..] sparse:
-    the rules; sce: the least key; gram, dots and pcb, where MODELS is 0: the models of each pair.
+    integers: [0] flat index of the first element, or for emr the model in question; [1 ..] sparse:
+    the rules; sce: the smallest key; gram, dots and pcb, if MODELS is 0: the models of each pair.
     numbers: sparse: chances; ram_counts: epsilon; sce: K; pcb_exp: K, min[P], inv[P].
     """
     F = numbers.dtype.element_ty
@@ -388,7 +389,7 @@ def chunk_sums_kernel(
         at = ROWS * unit + row
         mask = there
         if KIND == "pcb_exp" and MODELS == 0:
-            # Of each pair the row of exp(x_ij), and where it is a model's own that of exp(K x_kk).
+            # For each pair the row of exp(x_ij); for a model with itself, the row of exp(K x_kk).
             i, j = tl.load(integers + 1 + 2 * unit), tl.load(integers + 2 + 2 * unit)
             at = unit
             if row == 1:

@@ -2,7 +2,7 @@
 # Kernels are written in Triton's language, whose types are not those of Python.
 """TIES: trim, elect sign, disjoint merge, in every dialect. The twin of csrc/math/ties.h.
 
-Where that header sums magnitudes and puts the sign back, so does this.
+Like that header, it sums magnitudes and puts the sign back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _trim(
     x: tl.tensor, origin: tl.tensor, threshold: tl.tensor, weight: tl.tensor,
     WEIGHTING: tl.constexpr,
 ):  # fmt: skip
-    """What one model votes with, and the key of its delta."""
+    """Return what one model votes with, and the key of its delta."""
     delta = x - origin
     key = magnitude_key(delta)
     value = tl.where(key >= threshold, delta, 0.0)
@@ -50,7 +50,7 @@ def _merge(
     value: tl.tensor, sign: tl.tensor, weight: tl.tensor, merged: tl.tensor, divisor: tl.tensor,
     WEIGHTING: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Add one model to the merged magnitude and to its divisor, where it agrees."""
+    """Add one model to the merged magnitude and to its divisor, if it agrees."""
     aligned = flip(value, sign)
     agrees = aligned > 0
     chosen = tl.where(agrees, aligned, 0.0)
@@ -99,7 +99,7 @@ def ties_kernel(
     SIGNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge, or where `out` is None only count signs.
+    """Merge, or only count signs if `out` is None.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows, each loaded twice then.
     integers: [0] the flag of `raise_flag`, [1 + k] threshold_k. numbers: [0] scale, [1 + k] w_k.

@@ -1,10 +1,10 @@
 # type: ignore
 # Kernels are written in Triton's language, whose types are not those of Python.
-"""Loading, storing and comparing values: what csrc/math/value.h is to the C++ kernels.
+"""Loading, storing and comparing values: the counterpart of csrc/math/value.h.
 
-A kernel computes in F, float32 or float64: the type of its table of numbers. Sizes are 64-bit; a
-program works on the BLOCK elements from `start`, of which `mask` tells those that are there. The
-others load as zeros, which count for nothing.
+A kernel computes in F, float32 or float64: the type of its table of numbers. Sizes are 64-bit. A
+program works on the BLOCK elements from `start`; `mask` is true for those that exist. The others
+load as zeros, which count for nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Triton decides it when a kernel is defined, and so for good.
+# Triton decides this when a kernel is defined, for good.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# Codes of dtypes in a table of models, and a row of it: an address and such a code.
+# Codes of dtypes in a table of models; a row of the table has an address and such a code.
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 ROW = tl.constexpr(2)
 
 
 @triton.jit
 def magnitude_key(x: tl.tensor):
-    """bits(|x|): for finite values, ordered as |x| is."""
+    """Return bits(|x|): for finite values, ordered as |x| is."""
     if x.dtype == tl.float64:
         key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -38,7 +38,7 @@ def absolute(x: tl.tensor):
 
 @triton.jit
 def sign_bit(x: tl.tensor):
-    """The sign of x, NaN included, as bits that `flip` takes."""
+    """Return the sign of x, NaN included, as bits that `flip` takes."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
         sign = bits ^ (bits & 0x7FFFFFFFFFFFFFFF)
@@ -50,7 +50,7 @@ def sign_bit(x: tl.tensor):
 
 @triton.jit
 def flip(x: tl.tensor, sign: tl.tensor):
-    """x, negated where the sign bit is set; Triton's `-x` need not give -0 of +0."""
+    """Return x, negated if the sign bit is set; Triton's `-x` need not turn +0 into -0."""
     return (x.to(sign.dtype, bitcast=True) ^ sign).to(x.dtype, bitcast=True)
 
 
@@ -68,7 +68,7 @@ def align(x: tl.tensor, positive: tl.tensor):
 
 @triton.jit
 def divide(x: tl.tensor, y: tl.tensor):
-    """x / y, rounded as IEEE 754 says; Triton's `/` of float32 is approximate."""
+    """Return x / y, rounded as IEEE 754 requires; Triton's `/` of float32 is approximate."""
     if x.dtype == tl.float64:
         quotient = x / y
     else:
@@ -78,7 +78,7 @@ def divide(x: tl.tensor, y: tl.tensor):
 
 @triton.jit
 def is_nonfinite(keys: tl.tensor):
-    """Whether any of the keys is that of infinity or NaN: one flag for the program."""
+    """Return whether any of the keys is that of infinity or NaN: one flag for the program."""
     worst = tl.max(keys, axis=0)
     if keys.dtype == tl.int64:
         found = worst >= 0x7FF0000000000000
@@ -89,8 +89,8 @@ def is_nonfinite(keys: tl.tensor):
 
 @triton.jit
 def raise_flag(stat: tl.tensor, flag: tl.tensor, found: tl.tensor):
-    """Add 1 to `stat` where found; `flag`, 0 when the kernel starts, makes it once a call."""
-    # Not a float: whoever comes first, the sum is the same.
+    """Add 1 to `stat` if found; `flag`, 0 when the kernel starts, limits this to once per call."""
+    # An integer, not a float, so that the sum does not depend on the order.
     if found:
         before = tl.atomic_xchg(flag, 1, sem="relaxed")
         if before == 0:
@@ -102,7 +102,7 @@ def load(pointer: tl.tensor, lane: tl.tensor, mask: tl.tensor, F: tl.constexpr):
     """Load a block of any float dtype as F, which is exact."""
     x = tl.load(pointer + lane, mask=mask, other=0)
     if x.dtype == tl.bfloat16:
-        # The interpreter gets subnormal bfloat16 wrong; for the hardware this is the conversion.
+        # The interpreter converts subnormal bfloat16 wrongly; on hardware this is the conversion.
         wide = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         value = wide.to(tl.float32, bitcast=True).to(F)
     else:
@@ -146,7 +146,7 @@ def load_model(
     models: tl.tuple | tl.tensor, k: int, start: tl.tensor, lane: tl.tensor, mask: tl.tensor,
     MODELS: tl.constexpr, ALIGNED: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """Load a block of model k: of a tuple of MODELS pointers, or of a table where that is 0."""
+    """Load a block of model k, from a tuple of MODELS pointers, or from a table if MODELS is 0."""
     if MODELS > 0:
         value = load(models[k] + start, lane, mask, F)
     else:
@@ -156,12 +156,13 @@ def load_model(
 
 @triton.jit
 def store(pointer: tl.tensor, lane: tl.tensor, mask: tl.tensor, x: tl.tensor):
-    """Store a block, rounded once to nearest even; float64 to 16 bits by way of float32."""
+    """Store a block, rounded once to nearest even; float64 is converted to 16 bits through
+    float32."""
     to = pointer.dtype.element_ty
     if to != tl.float64 and to != tl.float32:
         x = x.to(tl.float32)
     if INTERPRETED and to == tl.bfloat16:
-        # The interpreter would cut off the bits that the hardware rounds.
+        # The interpreter would truncate the bits that the hardware rounds.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)

@@ -38,7 +38,7 @@ def weighted_sum_kernel(
     DIVIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = sum_k w_k x_k / divisor, or base + scale * (sum_k w_k (x_k - base) / divisor).
+    """Compute sum_k w_k x_k / divisor, or base + scale * (sum_k w_k (x_k - base) / divisor).
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows.
     integers: [0] the flag of `raise_flag`. numbers: [0] scale, [1] divisor, [2 + k] w_k.
@@ -73,7 +73,7 @@ def weighted_sum_kernel(
 
 @triton.jit
 def _row_term(x: tl.tensor, origin: tl.tensor, weights: tl.tensor, row: tl.tensor, mask: tl.tensor):
-    """What one model adds to each element, with the weights of its rows."""
+    """Return what one model adds to each element, with the weights of its rows."""
     return tl.load(weights + row, mask=mask, other=0).to(x.dtype) * (x - origin)
 
 
@@ -95,18 +95,18 @@ def row_weighted_sum_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = sum_k w_kr x_k, or base + sum_k w_kr (x_k - base), in row r of `columns` elements.
+    """Compute sum_k w_kr x_k, or base + sum_k w_kr (x_k - base), in row r of `columns` elements.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows. weights: doubles [K, rows].
-    LONG: rows have BLOCK elements or more. integers: [0] the flag of `raise_flag`. numbers: of the
-    type to compute in, otherwise unused.
+    LONG: rows have BLOCK elements or more. integers: [0] the flag of `raise_flag`. numbers: only
+    its dtype is used, the type to compute in.
     """
     F = numbers.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < tl.minimum(numel - start, BLOCK).to(tl.int32)
     first = start // columns
-    # 64-bit division is slow: one for the program, and 32 bits within it.
+    # 64-bit division is slow: the program does one, and uses 32 bits otherwise.
     if LONG:
         row = (lane >= (first + 1) * columns - start).to(tl.int32)
     else:

@@ -114,7 +114,7 @@ def as_tensor(flat: Flat) -> torch.Tensor:
 
 
 def widen(flat: Array, wide: bool) -> np.ndarray:
-    """Return the values as float32, or float64 where `wide`."""
+    """Return the values as float32, or as float64 if `wide`."""
     values = flat.numpy()
     if flat.code == "BF16":
         values = (values.astype(np.uint32) << 16).view(np.float32)

@@ -47,7 +47,7 @@ def keep_limit(density: float) -> int:
 
 
 def mask_hash(index: np.ndarray, first: int, second: int) -> np.ndarray:
-    """Return the hash of indices (uint32), as csrc/math/sparse.h computes it."""
+    """Return the hash of indices (uint32) as csrc/math/sparse.h defines it."""
     x = (index ^ (index >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return (x ^ (x >> np.uint32(16))) * np.uint32(second | 1) + np.uint32(first)

@@ -81,7 +81,7 @@ class Runner:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def slots(self) -> int:
-        """Return how many slots of counters `magnitude_histogram_` can use at once."""
+        """Return the number of counter slots that `magnitude_histogram_` can use at once."""
         return int(BACKENDS[self.backend_for("magnitude_histogram_")].slots())
 
     @contextmanager
@@ -106,7 +106,7 @@ def zeros(backend: str | Runner, shape: tuple[int, ...], dtype: str) -> Counters
 
 
 def slots(backend: str | Runner) -> int:
-    """Return how many slots of counters `magnitude_histogram_` can use at once."""
+    """Return the number of counter slots that `magnitude_histogram_` can use at once."""
     return (Runner(backend) if isinstance(backend, str) else backend).slots()
 
 

@@ -16,7 +16,7 @@ from pymerge.ops.array import Flat
 
 __all__ = ["NOTHING", "Call", "Operand"]
 
-Operand: TypeAlias = tuple[int, int]  # address, code of the dtype
+Operand: TypeAlias = tuple[int, int]  # address, dtype code
 NOTHING: Operand = (0, 0)
 
 

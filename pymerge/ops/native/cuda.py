@@ -14,7 +14,7 @@ SUMMARY = "compiled CUDA kernels"
 
 
 def slots() -> int:
-    """Return how many slots of counters `magnitude_histogram` can use at once."""
+    """Return the number of counter slots that `magnitude_histogram` can use at once."""
     return 1
 
 

@@ -81,7 +81,7 @@ def _place(device: torch.device) -> tuple[int, int]:
 
 @contextmanager
 def phase(device: torch.device) -> Iterator[None]:
-    """Gather the calls of this thread on a device's current stream; launch them at the end.
+    """Gather this thread's calls on a device's current stream; launch them at the end.
 
     Calls of the same kernel are combined into one launch over many tensors. The calls must not
     depend

@@ -76,7 +76,7 @@ def _by_numpy(
 
 
 def rescale(out: Array, base: Array, factors: np.ndarray, columns: int) -> None:
-    """Write base * factors to `out`, in float32 (float64 where the base is), rounded once.
+    """Write base * factors to `out`, in float32 (float64 if the base is), rounded once.
 
     Args:
         out, base: [rows * columns].

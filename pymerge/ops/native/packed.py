@@ -22,7 +22,7 @@ def packed_sum(
     weights: Sequence[float],
     wide: bool,
 ) -> None:
-    """out = base + sum_k weights[k] t_k."""
+    """Compute out = base + sum_k weights[k] t_k."""
     call = begin(out)
     parts, chunks = _parts(call, base, masks, values, offsets, wide)
     call.native.packed(*parts, call.operand(out), weights, NOTHING, 0, chunks)
@@ -38,7 +38,7 @@ def packed_dots(
     offsets: Sequence[Any],
     wide: bool,
 ) -> None:
-    """partials[k, c] = <gradient, t_k> over chunk c."""
+    """Compute partials[k, c] = <gradient, t_k> over chunk c."""
     call = begin(base)
     parts, chunks = _parts(call, base, masks, values, offsets, wide)
     check_partials(partials, len(masks), chunks, call.NAME)

@@ -1,1 +1,1 @@
-"""The ops in plain torch: the definitions that every backend is compared with."""
+"""The ops in plain torch: the definitions that every backend is tested against."""

@@ -54,9 +54,9 @@ def sparse_merge(
     how: SparseMerge,
     wide: bool,
 ) -> None:
-    """base + scale * merge_k w_k (f_k kept_k(delta_k)): DARE (Yu et al. 2024), Breadcrumbs
-    (Davari & Belilovsky 2024), DELLA (Deep et al. 2024); with `elect`, TIES' election of signs,
-    where zeros elect +."""
+    """Compute base + scale * merge_k w_k (f_k kept_k(delta_k)): DARE (Yu et al. 2024), Breadcrumbs
+    (Davari & Belilovsky 2024), DELLA (Deep et al. 2024). `elect` adds the election of signs of
+    TIES, where zeros elect +."""
     origin = widened(base, wide)
     zero, one = torch.zeros_like(origin), torch.ones_like(origin)
     vote, values, infinite = zero, [], False

@@ -21,7 +21,7 @@ def weighted_sum(
     divisor: float,
     wide: bool,
 ) -> None:
-    """sum_k w_k x_k / divisor, or base + scale * (sum_k w_k (x_k - base) / divisor)."""
+    """Compute sum_k w_k x_k / divisor, or base + scale * (sum_k w_k (x_k - base) / divisor)."""
     origin = None if base is None else widened(base, wide)
     total = torch.zeros_like(out, dtype=torch.float64 if wide else torch.float32)
     for model, weight in zip(models, weights, strict=True):

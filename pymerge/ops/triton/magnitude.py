@@ -20,7 +20,7 @@ __all__ = ["magnitude_equal_counts", "magnitude_histogram", "slots"]
 
 
 def slots() -> int:
-    """Return how many slots of counters `magnitude_histogram` can use at once."""
+    """Return the number of counter slots that `magnitude_histogram` can use at once."""
     return 1
 
 

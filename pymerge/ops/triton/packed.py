@@ -32,7 +32,7 @@ def packed_sum(
     weights: Sequence[float],
     wide: bool,
 ) -> None:
-    """out = base + sum_k weights[k] t_k."""
+    """Compute out = base + sum_k weights[k] t_k."""
     numel = base.numel()
     _check(masks, values, offsets, base, out)
     if len(weights) != len(values):
@@ -54,7 +54,7 @@ def packed_dots(
     offsets: Tensors,
     wide: bool,
 ) -> None:
-    """partials[k, c] = <gradient, t_k> over chunk c."""
+    """Compute partials[k, c] = <gradient, t_k> over chunk c."""
     chunks = _check(masks, values, offsets, base, gradient)
     check_partials(partials, len(masks), chunks, "triton")
     check_counters(partials, torch.float64)
