@@ -84,7 +84,7 @@ def next_tokens(batch: Any) -> Tensor:
             a dictionary, whose "attention_mask" marks padding.
 
     Returns:
-        Token numbers [batch, length], int64; IGNORED where there is no next token.
+        Token numbers [batch, length], int64; IGNORED if there is no next token.
 
     >>> next_tokens(torch.tensor([[5, 6, 7]]))
     tensor([[   6,    7, -100]])

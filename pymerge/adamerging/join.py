@@ -60,7 +60,7 @@ def _check_forms(equal: bool) -> None:
 
 
 def split_rows(output: Any, batches: Sequence[Any]) -> list[Any]:
-    """Return the parts of a joined batch's output, or of its mask, that belong to each batch.
+    """Split a joined batch's output, or its mask, into the parts of each batch.
 
     Args:
         output: a tensor whose first dimension runs over the examples of all batches, or a tuple,

@@ -165,7 +165,7 @@ class Grouping:
 
 
 def group_layers(layers: Sequence[str], granularity: Granularity) -> Grouping:
-    """Group layers by the name of a granularity, or by regular expressions.
+    """Group layers by a named granularity, or by regular expressions.
 
     Args:
         layers: names of tensors.

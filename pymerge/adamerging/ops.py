@@ -16,7 +16,7 @@ import torch
 from pymerge.adamerging.packed import Packed
 from pymerge.dtypes import is_float
 from pymerge.errors import RequestError
-from pymerge.ops import contract as contract  # declares the in-place ops that these run on
+from pymerge.ops import contract as contract  # declares the in-place ops used here
 from pymerge.ops.arguments import sums_shape
 from pymerge.ops.backends import choose, takes_fewer_models
 from pymerge.ops.constants import SUM_CHUNK

@@ -1,7 +1,7 @@
-"""A document as a pydantic model: every error with the file, the line and the key.
+"""Validates a document against a pydantic model; every error has the file, the line and the key.
 
-What a key is to hold is said where its type is: by the type itself ("an integer", "linear or log"),
-or by `Field(description=...)`, also within `Annotated`.
+The expected content of a key is described with its type: by the type itself ("an integer", "linear
+or log"), or by `Field(description=...)`, also within `Annotated`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def check_number(value: Any) -> float | int:
-    """Return a number of YAML as it is; ValueError for booleans and text, which pydantic takes.
+    """Return a YAML number unchanged; raise ValueError for booleans and text, which pydantic
+    accepts.
 
-    NaN is none, nor is an integer that no float can hold.
+    NaN is rejected, and so is an integer too large for a float.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError("expected a number")
@@ -42,9 +43,9 @@ Number = Annotated[float | int, BeforeValidator(check_number)]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a key.
+    """An error in a key.
 
-    expected: what it is to hold. known: the keys that there may be in its place.
+    expected: its expected content. known: the keys allowed in its place.
     """
 
     kind: Literal["missing", "unknown", "wrong"]

@@ -1,8 +1,7 @@
 """Reads a configuration: a YAML file or a mapping becomes a `MergeConfig`.
 
-Everything that can be wrong without looking at a checkpoint is found here, all at once, each
-problem with the line it stands on. What mergekit's language has and pymerge does not (yet) is
-refused by name, never ignored.
+All problems that need no look at a checkpoint are found here at once, each with its line. Features
+of mergekit's language that pymerge does not support (yet) are refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def load_config(
 
     Args:
         source: the path of a YAML file (a string is always a path), or an already parsed mapping.
-        label: what messages call a mapping; a file has its path.
+        label: the name of a mapping in messages; a file is named by its path.
 
     Raises:
         RequestError: listing everything that is wrong, each as `file:line: key: expected ..., got
@@ -62,9 +61,9 @@ def plain_config(
     """Return the configuration of a merge that sets no parameters.
 
     Args:
-        models: what is merged; there is no base.
+        models: the models to merge; there is no base.
         dtype: name of the result's dtype; default that of each tensor.
-        where: what messages call it.
+        where: the name of the configuration in messages.
 
     Raises:
         RequestError: the dtype is unknown.
@@ -109,7 +108,7 @@ class _Reader:
         data = self.document.data
         self.problems += unsupported(data, self._where)
         self.problems += structure_problems(self.document)
-        # Even where the structure is wrong, a known method lets the parameters be checked.
+        # Even if the structure is wrong, the parameters can be checked if the method is known.
         spec = self._method(data.get("merge_method"))
         base = self._reference(data.get("base_model"), ("base_model",))
         shared = self._settings(data.get("parameters"), ("parameters",), spec, "method")
@@ -145,7 +144,7 @@ class _Reader:
         return f"{where}: {dotted(path)}" if path else where
 
     def _line(self, problem: str) -> int:
-        """Return the line that a problem names, to show problems in the file's order."""
+        """Return the line number of a problem, for sorting in the file's order."""
         number = problem.removeprefix(f"{self.document.name}:").split(":", 1)[0]
         return int(number) if number.isdecimal() else 0
 
@@ -162,7 +161,7 @@ class _Reader:
         return dtype_code(name, path, self._where, self.problems) if isinstance(name, str) else None
 
     def _reference(self, value: Any, path: YamlPath) -> Reference | None:
-        """Return the paths of a model; values of other types are the structure's problem."""
+        """Return the paths of a model; values of other types are reported as structure problems."""
         if not isinstance(value, (str, Mapping)):
             return None
         return read_reference(value, path, self._where, self.problems)
@@ -197,7 +196,7 @@ class _Reader:
         entries: list[ModelEntry],
         shared: dict[str, Setting],
     ) -> tuple[ModelEntry, ...]:
-        """Return the models to merge: without the base where the method has one."""
+        """Return the models to merge, without the base if the method has one."""
         if base is None:
             return tuple(entries)
         real = _real(base.path, base.adapter)
@@ -215,7 +214,7 @@ class _Reader:
             return tuple(entries)
         where = self._where(("base_model",))
         if "weight" in shared:
-            # mergekit adds an unlisted base to the inputs, where the global weight applies to it
+            # mergekit adds an unlisted base to the inputs; the global weight applies to it
             self.warnings.append(
                 f"{where}: is not listed under models, and is averaged with them at the global "
                 "weight, as in mergekit; to take only its config and tokenizer files, list it with "
@@ -253,7 +252,7 @@ class _Reader:
             )
 
     def _check_whole_model_density(self, config: MergeConfig) -> None:
-        """Refuse a density that differs between tensors where one trim spans them all."""
+        """Refuse a density that differs between tensors if one trim spans them all."""
         names = [name for name in ("semantics", "scope") if config.method.parameter(name)]
         chosen = {name: config.value(name) for name in names}
         if not config.method.spans_model(chosen):
@@ -290,12 +289,12 @@ class _Reader:
 
 
 def _real(path: str, adapter: str | None) -> tuple[str, str]:
-    """Return what tells whether two references are the same model."""
+    """Return a key that is equal for two references to the same model."""
     return os.path.realpath(path), "" if adapter is None else os.path.realpath(adapter)
 
 
 def _plain(value: Any) -> Any:
-    """Copy what was given from Python to YAML's own types: tuples become lists, paths strings."""
+    """Convert Python values to YAML's own types: tuples become lists, paths strings."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -308,7 +307,7 @@ def _plain(value: Any) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     try:
-        return _plain(value.item())  # numbers of numpy and torch
+        return _plain(value.item())  # numpy and torch scalars
     except (AttributeError, ValueError, RuntimeError):
         raise RequestError(
             f"config: expected strings, numbers, lists and mappings, got {shown(value)}"

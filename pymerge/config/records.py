@@ -1,4 +1,4 @@
-"""What a configuration says, checked: the method, the models, and what is set for which tensor."""
+"""A checked configuration: the method, the models, and the settings for each tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pymerge.methods import REQUIRED, MethodSpec, Parameter
 
 __all__ = ["MergeConfig", "ModelEntry", "TensorParameters"]
 
-# Resolved parameters of one tensor: a list of K values for those of scope "model", else one value.
+# The resolved parameters of a tensor: a list of K values for scope "model", else one value.
 TensorParameters = dict[str, Any]
 
 
@@ -20,8 +20,9 @@ TensorParameters = dict[str, Any]
 class ModelEntry:
     """One fine-tuned model of a config.
 
-    `name` is how messages call it ("models[0]", by its place in the file); `where` is that with its
-    line ("config.yml:7: models[0]"). `adapter` is the path of one to fold into the model, or None.
+    `name` is its name in messages ("models[0]", by its position in the file); `where` adds the line
+    ("config.yml:7: models[0]"). `adapter` is the path of an adapter to fold into the model, or
+    None.
     """
 
     path: str
@@ -40,8 +41,8 @@ class ModelEntry:
 class MergeConfig:
     """A valid configuration.
 
-    `models` are the fine-tuned models: a base listed among them is taken out for methods that need
-    a base. `parameters` are the global settings by `Parameter.name`; `dtype` and `out_dtype` are
+    `models` are the fine-tuned models: a base listed among them is removed for methods that need a
+    base. `parameters` are the global settings by `Parameter.name`; `dtype` and `out_dtype` are
     safetensors codes; `text` is the YAML as given, `raw` its value.
     """
 
@@ -60,14 +61,14 @@ class MergeConfig:
 
     @property
     def base(self) -> ModelEntry | None:
-        """The base, whether the method works on it or only its other files are taken."""
+        """The base, whether the method uses it or only its other files are taken."""
         if self.base_model is None:
             return None
         return ModelEntry(self.base_model, {}, self.base_where, "base_model", self.base_adapter)
 
     @property
     def side_files_from(self) -> str:
-        """The model whose config, tokenizer and other files the output gets."""
+        """The model whose config, tokenizer and other files go into the output."""
         return self.base_model if self.base_model is not None else self.models[0].path
 
     @property
@@ -79,15 +80,16 @@ class MergeConfig:
 
     @property
     def dialect(self) -> MethodSpec:
-        """The method's record, with the backends that its semantics have."""
+        """The method's record, with the backends that support its semantics."""
         has = self.method.parameter("semantics") is not None
         return self.method.in_dialect(self.value("semantics") if has else None)
 
     def resolve(self, tensor: str, depth: float = 0.0) -> TensorParameters:
         """Return every parameter of one tensor, by `Parameter.name`.
 
-        A model's own setting wins over the global one, that over the default; in a `filter` list
-        the first entry that matches the tensor's name wins, and none matching counts as not set.
+        A model's own setting wins over the global one, which wins over the default. In a `filter`
+        list the first entry that matches the tensor's name wins; if none matches, the parameter
+        counts as not set.
 
         Args:
             tensor: its name.
@@ -99,7 +101,7 @@ class MergeConfig:
         resolved: TensorParameters = {}
         for parameter in self.method.parameters:
             if parameter.no_effect or parameter.only is not None or parameter.kind == "path":
-                continue  # without effect, or no parameter of a tensor
+                continue  # no effect, or not a parameter of tensors
             shared = self.value(parameter.name, tensor, depth)
             if parameter.scope == "method":
                 resolved[parameter.name] = self._required(parameter, shared, tensor, self.where)
@@ -126,8 +128,8 @@ class MergeConfig:
     def default(self, parameter: Parameter) -> Any:
         """Return a parameter's default in YAML.
 
-        `yaml_defaults` describe one dialect; where another is chosen, only the choice of dialect is
-        theirs.
+        `yaml_defaults` describe one dialect. If another one is chosen, only the default of the
+        dialect itself applies.
         """
         defaults = self.method.yaml_defaults
         dialects = "semantics" in defaults and parameter.name != "semantics"
@@ -136,7 +138,7 @@ class MergeConfig:
         return defaults.get(parameter.name, parameter.default)
 
     def clauses(self) -> Iterator[Clause]:
-        """Go through everything that is set, globally and per model."""
+        """Yield every value that is set, globally and per model."""
         for holder in (self.parameters, *(entry.parameters for entry in self.models)):
             for setting in holder.values():
                 yield from setting.clauses

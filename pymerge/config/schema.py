@@ -1,4 +1,4 @@
-"""The shape of a configuration: its keys and their types, dtype names, and how models are named."""
+"""The structure of a configuration: its keys and their types, dtype names, references to models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _UNSUPPORTED_KEYS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that a config names: a path, and that of an adapter to fold into it, or None."""
+    """A model named in a config: its path, and the path of an adapter to fold into it, or None."""
 
     path: str
     adapter: str | None = None
@@ -87,7 +87,7 @@ class _Document(BaseModel):
 
 
 def unsupported(data: Mapping[str, Any], where: Where) -> list[str]:
-    """Return a problem for each key of mergekit's language that pymerge does not know yet."""
+    """Return a problem for each key of mergekit's language that pymerge does not support yet."""
     return [
         f"{where((key,))}: not supported yet: {what}; remove the key"
         for key, what in _UNSUPPORTED_KEYS.items()
@@ -96,10 +96,10 @@ def unsupported(data: Mapping[str, Any], where: Where) -> list[str]:
 
 
 def structure_problems(document: LinedYaml) -> list[str]:
-    """Return what is wrong with the keys and types of a document, parameters aside."""
+    """Return the problems with the keys and types of a document, except parameters."""
     data: Mapping[str, Any] = document.data
     rest = {key: value for key, value in data.items() if key not in _UNSUPPORTED_KEYS}
-    # slices and modules stand in the place of models, and are refused by name already
+    # slices and modules replace models, and are already refused by name
     replaced = data.get("slices") is not None or data.get("modules") is not None
 
     def words(fault: Fault) -> str | None:
@@ -145,15 +145,15 @@ def read_reference(
     Args:
         value: a string, "MODEL" or "MODEL+ADAPTER"; `{path: ...}`; or `{model: <one of these>,
             lora: ADAPTER or {path: ADAPTER}}`.
-        path: where it stands in the document.
+        path: its position in the document.
     """
     if isinstance(value, Mapping):
         return _read_reference_mapping(value, path, where, problems)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         problems.append(f"{where(path)}: expected the path of a model, got {shown(value)}")
         return None
-    # "model+lora" and "model@revision" are mergekit's; a directory really called so is taken as it
-    # is.
+    # "model+lora" and "model@revision" are mergekit's syntax; a directory with such a name is taken
+    # literally.
     if os.path.exists(value):
         return Reference(value)
     model, adapter = _split(value)
@@ -170,7 +170,8 @@ def read_reference(
 
 
 def _split(value: str) -> tuple[str, str | None]:
-    """Split MODEL+ADAPTER: at the first "+" before which there is a model, else at the first."""
+    """Split MODEL+ADAPTER at the first "+" that follows an existing model, else at the first
+    one."""
     marks = [position for position, letter in enumerate(value) if letter == "+"]
     if not marks:
         return value, None

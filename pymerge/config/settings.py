@@ -1,4 +1,4 @@
-"""Values of parameters in a config: one scalar, or one per tensor by `filter` and by layer."""
+"""Values of parameters in a config: one scalar, or different values by `filter` and by layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Gradient:
         last = len(self.values) - 1
         if not self.numeric:
             return self.values[int(depth * last)]
-        # In mergekit's operations, so that numbers are its numbers to the last bit.
+        # The same operations as in mergekit, so that numbers agree to the last bit.
         low = int(depth * last)
         share = depth * last - low
         return (1 - share) * self.values[low] + share * self.values[min(last, low + 1)]
@@ -38,7 +38,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Clause:
-    """A value, and the substring of the tensor names that it is for (None: all)."""
+    """A value, and the substring of the tensor names that it applies to (None: all)."""
 
     filter: str | None
     value: Any
@@ -50,21 +50,21 @@ class Clause:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a config says about one parameter: clauses in order of precedence."""
+    """The clauses that a config has for one parameter, in order of precedence."""
 
     clauses: tuple[Clause, ...]
     where: str
 
     @property
     def by_tensor(self) -> bool:
-        """Whether tensors may differ."""
+        """Whether different tensors may have different values."""
         return any(
             clause.filter is not None or isinstance(clause.value, Gradient)
             for clause in self.clauses
         )
 
     def value_for(self, tensor: str, depth: float = 0.0) -> Any:
-        """Return the value of the first clause that matches, or None where none does.
+        """Return the value of the first clause that matches, or None if none does.
 
         depth: of the tensor's layer, as `layer_depths` has it.
         """
@@ -76,11 +76,12 @@ class Setting:
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
-    """Return how deep each tensor's layer is: 0 the first, 1 the last of its stack of layers.
+    """Return the relative depth of each tensor's layer: 0 for the first of its stack, 1 for the
+    last.
 
-    The first number in a name is its layer, what is before it the stack. Tensors outside of layers
-    (embeddings, the last norm, the head) are at 0, and the layer of a stack of one at 1, as in
-    mergekit.
+    The first number in a name is its layer, and the text before it the stack. Tensors outside of
+    layers (embeddings, the last norm, the head) are at 0, and the layer of a stack of one is at 1,
+    as in mergekit.
     """
     layers: dict[str, tuple[str, int]] = {}
     deepest: dict[str, int] = {}
@@ -107,10 +108,10 @@ def read_settings(
 
     Args:
         data: the section.
-        path: where it is in the document.
-        spec: the method, which knows its parameters.
+        path: its position in the document.
+        spec: the method, which defines its parameters.
         scope: "model" for the section of one model, "method" for the global one.
-        where: gives `file:line: key` of a path.
+        where: returns `file:line: key` for a path.
 
     Returns:
         settings by `Parameter.name`, problems, warnings.
@@ -226,7 +227,7 @@ def _read_conditional(
     if len(problems) > found:
         return None
     value = item["value"]
-    # "" is a part of every name
+    # "" is a substring of every name
     everything = pattern is None or pattern in ("*", "")
     return _read_clause(
         None if everything else pattern, value, (*path, "value"), parameter, where, problems
@@ -254,7 +255,7 @@ def _read_clause(
 def _read_gradient(
     values: list[Any], path: YamlPath, parameter: Parameter, where: Callable[[YamlPath], str]
 ) -> Gradient:
-    """Values over the layers.
+    """Return values over the layers.
 
     Raises:
         RequestError: there is none, or one is not a value of the parameter.
@@ -269,7 +270,7 @@ def _read_gradient(
 
 
 def _coerce(value: Any, parameter: Parameter) -> Any:
-    """Take mergekit's spellings: `1e-3` (a string to PyYAML), and 0 and 1 for booleans."""
+    """Convert mergekit's spellings: `1e-3` (a string to PyYAML), and 0 and 1 for booleans."""
     if parameter.kind in ("float", "int") and isinstance(value, str) and _NUMBER.match(value):
         return (
             float(value)

@@ -1,7 +1,8 @@
-"""YAML that remembers its lines: plain Python values, and the line of each.
+"""YAML with line numbers: plain Python values, and the line of each.
 
-PyYAML's own loader drops positions and lets the last of two equal keys win; a config needs the line
-in every error, and a key given twice is a mistake. Only the types of `yaml.SafeLoader` can be made.
+PyYAML's own loader drops positions and lets the last of two equal keys win. But a config needs the
+line in every error, and a key given twice is a mistake. Only the types of `yaml.SafeLoader` are
+made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def dotted(path: YamlPath) -> str:
-    """Return a path as people write it: `models[0].parameters.weight`."""
+    """Return a path in its readable form: `models[0].parameters.weight`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -61,12 +62,12 @@ class LinedYaml:
 def read_yaml(
     path: str | os.PathLike[str], what: str = _MERGE[0], keys: str = _MERGE[1]
 ) -> tuple[LinedYaml, str]:
-    """Read a file of one YAML document whose top level is a mapping; return it and its text.
+    """Read a file with one YAML document whose top level is a mapping; return it and its text.
 
     Args:
         path: of the file: UTF-8, with or without a byte order mark, at most 16 MiB.
-        what, keys: what was expected, for messages: "a merge configuration", and the keys that it
-            has at least.
+        what, keys: the expected content, for messages: "a merge configuration", and its minimal
+            keys.
 
     Raises:
         RequestError: it cannot be read, or `load_yaml` refuses it.
@@ -87,7 +88,7 @@ def load_yaml(text: str, name: str, what: str = _MERGE[0], keys: str = _MERGE[1]
     Args:
         text: the document.
         name: the file's name, for messages.
-        what, keys: as of `read_yaml`.
+        what, keys: as for `read_yaml`.
 
     Raises:
         RequestError: a syntax error, no document or several, a top level that is not a mapping, a
@@ -162,7 +163,7 @@ class _Walker:
             return None
         try:
             return self.loader.construct_object(node, deep=True)
-        # The date 2024-02-31; what PyYAML makes of "!!int ''", "!!bool x" and "!!timestamp x".
+        # The date 2024-02-31, or PyYAML's results for "!!int ''", "!!bool x" and "!!timestamp x".
         except (ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
             self._problem(node, f"{node.value!r} is not a valid value: {error}")
             return None
@@ -202,7 +203,8 @@ class _Walker:
         return None
 
     def _merge(self, node: yaml.Node, path: YamlPath, result: dict[str, Any]) -> None:
-        """Apply `<<: *anchor`: keys that the mapping itself, or an earlier merge, does not have."""
+        """Apply `<<: *anchor`: adds the keys that neither the mapping itself nor an earlier merge
+        has."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
@@ -235,6 +237,6 @@ def _syntax_problem(error: yaml.YAMLError, name: str, text: str) -> str:
             problem += "; indent with spaces, YAML does not allow tabs"
         return f"{where}: not valid YAML: {problem}"
     reason = " ".join(str(error).split())
-    at = getattr(error, "position", None)  # of a character that YAML does not allow
+    at = getattr(error, "position", None)  # the position of a character that YAML does not allow
     where = name if at is None else f"{name}:{text.count(chr(10), 0, at) + 1}"
     return f"{where}: not valid YAML: {reason}"
