@@ -1,4 +1,4 @@
-"""LoRA and IA3 adapters of PEFT: read, computed with, merged, folded into a base, extracted.
+"""PEFT's LoRA and IA3 adapters: reading, arithmetic, merging, folding into a base, extraction.
 
 See docs/adapters.md.
 """

@@ -1,7 +1,7 @@
-"""Arithmetic on adapters, as in PEM composition (Zhang et al. 2023), on what they do to weights.
+"""Arithmetic on the effects of adapters on weights, as in PEM composition (Zhang et al. 2023).
 
 By default results are exact: the delta of the result is the sum of the deltas. PEM's own code works
-on the factors of LoRA one by one; that is `semantics="pem"`.
+on each LoRA factor separately; that is `semantics="pem"`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def add(
     Args:
         adapters: one or more, all LoRA or all IA3.
         weights: one for each; default 1 / K each, as in PEM.
-        semantics: "exact": LoRA factors are put side by side, so the rank is the sum of the ranks;
-            IA3 vectors are 1 + sum_k w_k (l_k - 1). "pem": weights are divided by their sum; A and
-            B are averaged separately, which mixes them, and all adapters need the same modules,
-            ranks and scalings; IA3 vectors are averaged.
-        saved: what to do with tensors that several adapters have in whole (modules_to_save):
-            "error", or "drop". What only one has is taken over.
+        semantics: "exact": LoRA factors are concatenated, so the rank is the sum of the ranks; IA3
+            vectors are 1 + sum_k w_k (l_k - 1). "pem": weights are divided by their sum; A and B
+            are averaged separately, which mixes them, and all adapters need the same modules, ranks
+            and scalings; IA3 vectors are averaged.
+        saved: what to do with whole tensors (modules_to_save) that several adapters have: "error",
+            or "drop". Those of only one adapter are copied.
 
     Returns:
         An adapter with a scaling of 1.
@@ -86,12 +86,12 @@ def add(
 def negate(adapter: Adapter, factor: float = 1.0) -> Adapter:
     """Negate an adapter: delta = -factor * its delta (PEM's negation, equation 3).
 
-    Of LoRA, B changes its sign; IA3 vectors become 2 - l, or with a factor s (1 + s) - s l. These
+    For LoRA, B changes its sign; IA3 vectors become 2 - l, or with a factor s (1 + s) - s l. These
     are PEM's rules, and exact.
 
     Args:
-        adapter: without tensors in whole (modules_to_save), which cannot be negated.
-        factor: finite; how much of it.
+        adapter: without whole tensors (modules_to_save), which cannot be negated.
+        factor: finite factor of the negated delta.
 
     >>> from pymerge.checkpoint.peft.build import lora
     >>> negate(lora({"fc": (np.ones((2, 1)), np.ones((1, 2)))})).delta("fc")[0]
@@ -103,10 +103,10 @@ def negate(adapter: Adapter, factor: float = 1.0) -> Adapter:
 def scale(adapter: Adapter, factor: float) -> Adapter:
     """Scale an adapter: delta = factor * its delta.
 
-    Of LoRA, B is scaled; IA3 vectors become 1 + factor * (l - 1).
+    For LoRA, B is scaled; IA3 vectors become 1 + factor * (l - 1).
 
     Args:
-        adapter: without tensors in whole (modules_to_save).
+        adapter: without whole tensors (modules_to_save).
         factor: finite.
 
     >>> from pymerge.checkpoint.peft.build import lora
@@ -124,7 +124,7 @@ def analogy(
     *,
     semantics: Semantics = "exact",
 ) -> Adapter:
-    """Take a task to another domain: "task is to source as the result is to target".
+    """Transfer a task to another domain: "task is to source as the result is to target".
 
     delta = c0 delta_task + c1 (delta_target - delta_source): PEM's domain transfer, where `task`
     is a classifier of the source domain, and the others are language models of both domains.
@@ -158,7 +158,7 @@ def analogy(
 
 
 def same_kind(adapters: Sequence[Adapter], where: str) -> str:
-    """Return the type of adapters that must all have one and fit each other, or raise."""
+    """Return the common type of adapters that must fit each other; raise if they do not."""
     if isinstance(adapters, (Adapter, str)) or not isinstance(adapters, Sequence):
         raise RequestError(
             f"{where}: adapters: expected a list of adapters, got {type(adapters).__name__}"
@@ -180,7 +180,7 @@ def same_kind(adapters: Sequence[Adapter], where: str) -> str:
 
 
 def union(adapters: Sequence[Adapter], where: str) -> dict[str, Module]:
-    """Return every module of any adapter, as the first that has it; raise where they differ."""
+    """Return the modules of all adapters, each from the first that has it; raise if they differ."""
     found: dict[str, tuple[Module, Adapter]] = {}
     problems: list[str] = []
     for adapter in adapters:
@@ -218,7 +218,7 @@ def _check_semantics(semantics: str, where: str) -> None:
 
 
 def concatenated(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Factors]:
-    """Return factors whose product is sum_k w_k delta_k: A scaled and stacked, B side by side."""
+    """Return factors whose product is sum_k w_k delta_k: A scaled and stacked, B concatenated."""
     factors: dict[str, Factors] = {}
     for name in union(adapters, "adapters"):
         left, right = [], []
@@ -235,7 +235,8 @@ def concatenated(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
 def saved_of(
     adapters: Sequence[Adapter], saved: Whole, where: str
 ) -> dict[str, tuple[Array, tuple[int, ...]]]:
-    """Return the whole tensors that one adapter alone has; what several have, as `saved` says."""
+    """Return the whole tensors that only one adapter has; shared ones are treated as `saved`
+    says."""
     if saved not in ("error", "drop"):
         raise RequestError(f"{where}: saved: expected 'error' or 'drop', got {saved!r}")
     owners: dict[str, list[Adapter]] = {}
@@ -291,7 +292,7 @@ def _mixed(
     where: str,
     saved: dict[str, tuple[Array, tuple[int, ...]]],
 ) -> Adapter:
-    """Return PEM's mixture: A and B are sums, each of its own."""
+    """Return PEM's mixture: A and B are summed separately."""
     first = adapters[0]
     factors: dict[str, Factors] = {}
     problems: list[str] = []
@@ -334,7 +335,7 @@ def _combined_ia3(adapters: Sequence[Adapter], weights: Sequence[float], where: 
 
 
 def _with_modules(adapters: Sequence[Adapter], modules: Mapping[str, Module]) -> Adapter:
-    """Return an adapter whose config names all of these modules."""
+    """Return an adapter whose config lists all of these modules."""
     first = adapters[0]
     if shared_targets(adapters) is not None:
         return first

@@ -1,4 +1,4 @@
-"""Merges adapters: exactly, by PEFT's combinations, or by any merge method on the deltas."""
+"""Merges adapters exactly, by PEFT's combinations, or by any merge method on the deltas."""
 
 from __future__ import annotations
 
@@ -66,27 +66,28 @@ def merge_adapters(
 
     Args:
         adapters: adapters or their directories, all LoRA or all IA3.
-        method: "cat": sum_k w_k delta_k, exactly: factors side by side, the rank is the sum of the
-            ranks. "svd": the same sum, cut to `rank`; exact from the sum of the ranks on, by QR of
-            the factors, without making a delta. Any method of `pymerge.methods()` that needs no
-            statistics, e.g. "ties", "pcb", "dare_linear": on the deltas as task vectors, a matrix
-            at a time, then cut to `rank`. What PEFT computes is called "peft_linear", "peft_ties",
-            "peft_dare_linear", "peft_dare_ties", "peft_magnitude_prune" (on A and B separately),
-            "peft_cat", "peft_svd", and "peft_ties_svd" and so on.
+        method: "cat": sum_k w_k delta_k exactly; the factors are concatenated, so the rank is the
+            sum of the ranks. "svd": the same sum, truncated to `rank`; exact if that is at least
+            the sum of the ranks. It uses QR of the factors and never forms a delta. Any method of
+            `pymerge.methods()` that needs no statistics, e.g. "ties", "pcb", "dare_linear": on the
+            deltas as task vectors, one matrix at a time, then truncated to `rank`. PEFT's
+            combinations are called "peft_linear", "peft_ties", "peft_dare_linear",
+            "peft_dare_ties", "peft_magnitude_prune" (on A and B separately), "peft_cat",
+            "peft_svd", and "peft_ties_svd" and so on.
         weights: one for each adapter, or one for all; default 1.
         rank: of the result, at least 1. Default: "svd" and "peft_*": the largest rank of the
             adapters, as in PEFT; other methods: the sum of the ranks. Not for "cat", nor for
             methods on factors.
-        energy: instead of a rank, in (0, 1]: of each module the least rank that keeps this share of
-            the delta's squared norm.
-        saved: tensors that several adapters have in whole (modules_to_save): "error" or "drop".
-            What only one adapter has is taken over.
+        energy: instead of a rank, in (0, 1]: each module gets the least rank that keeps this share
+            of the delta's squared norm.
+        saved: whole tensors (modules_to_save) that several adapters have: "error" or "drop". Those
+            of only one adapter are copied.
         parameters: the method's, e.g. `density`, `scale`, `seed`, `semantics`.
 
     Returns:
-        An adapter with a scaling of 1; `captured` says how much of each delta it holds. IA3
-        adapters give an IA3 adapter; there the methods work on l - 1, and "peft_linear" is
-        sum_k w_k l_k.
+        An adapter with a scaling of 1; `captured` is the share of each delta that it holds. IA3
+        adapters give an IA3 adapter; there the methods work on l - 1, and "peft_linear" is sum_k
+        w_k l_k.
 
     Raises:
         RequestError: wrong names or values; adapters of different kinds, bases or, for methods on
@@ -148,7 +149,8 @@ def method_of(name: str, where: str) -> MethodSpec:
 
 
 def check_rank(rank: int | None, energy: float | None, method: str, where: str) -> None:
-    """Raise RequestError for a rank or an energy that is wrong, or that the method has not."""
+    """Raise RequestError for a rank or an energy that is invalid, or that the method does not
+    take."""
     problems: list[str] = []
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         problems.append(f"{where}: rank: expected an integer >= 1, got {rank!r}")
@@ -174,7 +176,7 @@ def _by_name(
     saved: Whole,
     given: dict[str, Any],
 ) -> Adapter:
-    """Merge by a method of `ADAPTER_METHODS`."""
+    """Merge with a method of `ADAPTER_METHODS`."""
     kind = same_kind(adapters, _WHERE)
     values = check_parameters(method, given, _WHERE)
     if kind == "IA3":
@@ -207,7 +209,7 @@ def merge_by(
     saved: Whole,
     **options: Any,
 ) -> Adapter:
-    """Merge by a record of `METHODS`; `resolve` gives the parameters of a tensor."""
+    """Merge with a record of `METHODS`; `resolve` returns the parameters of a tensor."""
     count, kind = len(adapters), same_kind(adapters, _WHERE)
     too_many = spec.max_models is not None and count > spec.max_models
     if count < spec.min_models or too_many:
@@ -260,7 +262,7 @@ def _weighted_ia3(method: str, adapters: Sequence[Adapter], weights: Sequence[fl
 
 
 def _merged_ia3(spec: MethodSpec, adapters: Sequence[Adapter], resolve: Resolve) -> Adapter:
-    """Merge vectors by a method whose base are vectors of ones; what an adapter lacks is ones."""
+    """Merge vectors with a method whose base is vectors of ones; missing modules count as ones."""
     modules = {module.weight: module for module in union(adapters, _WHERE).values()}
     ones = {name: torch.ones(module.shape) for name, module in modules.items()}
     models = [

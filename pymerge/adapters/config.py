@@ -34,13 +34,14 @@ __all__ = ["REPORT", "AdaptersReport", "run_merge_adapters"]
 REPORT = "pymerge_adapters.json"
 _OWN = ("rank", "energy", "saved", "dtype")
 _KNOWN = ("merge_method", "models", "parameters", *_OWN)
-# Stands in the place of a base in a configuration of adapters, which need none.
+# Takes the place of a base in a configuration of adapters, which need none.
 _NO_BASE = "(zero)"
 
 
 @dataclass
 class AdaptersReport:
-    """What was merged: `captured` says how much of each module's delta the result has."""
+    """The record of a merge: `captured` is the share of each module's delta that the result
+    holds."""
 
     method: str
     out: str
@@ -58,7 +59,7 @@ class AdaptersReport:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def summary(self) -> str:
-        """Return a line or two for people."""
+        """Return a human-readable summary of a line or two."""
         ranks = f"rank {self.ranks[0]}"
         if self.ranks[0] != self.ranks[-1]:
             ranks = f"ranks {self.ranks[0]} to {self.ranks[-1]}"
@@ -88,16 +89,15 @@ def run_merge_adapters(
             adapter's directory, with its `parameters`), `parameters`; and `rank` or `energy`,
             `saved` and `dtype` as in `merge_adapters` and `Adapter.save`. With `base_model` (and
             one of the methods of `pymerge methods`) the merged deltas are added to the base, and a
-            whole model is written; nothing is cut to a rank, and it is rounded once.
+            whole model is written; there is no truncation to a rank, and only one rounding.
         out: directory to write; must not exist unless `force`.
         seed: of random masks.
         force: replace an existing `out`.
         quiet: show no progress on stderr.
-        options: of a whole model: memory, shard_size (bytes), threads.
+        options: for a whole model: memory, shard_size (bytes), threads.
 
     Raises:
-        RequestError: listing everything that is wrong with the configuration, then with the
-            adapters.
+        RequestError: listing every problem with the configuration, then with the adapters.
         MergeError: the output could not be written.
     """
     request = _Request(config)
@@ -179,7 +179,7 @@ class _Request:
                 )
 
     def _read_method(self) -> None:
-        """Read a merge method of tensors: the language is that of `pymerge merge`."""
+        """Read a merge method on tensors: the syntax is that of `pymerge merge`."""
         data = {key: value for key, value in self._document.data.items() if key not in _OWN}
         if isinstance(data.get("merge_method"), str):
             try:
@@ -208,7 +208,7 @@ class _Request:
         self.names = [entry.name for entry in self._config.models]
 
     def _read_by_name(self) -> None:
-        """Read `cat`, `svd`, or a combination of PEFT."""
+        """Read `cat`, `svd`, or one of PEFT's combinations."""
         data = self._document.data
         for key in data:
             if key not in _KNOWN:
@@ -254,13 +254,13 @@ class _Request:
         return {key: item for key, item in value.items() if key in known}
 
     def merge_onto_base(self, adapters: list[Adapter], out: Any, **options: Any) -> MergeReport:
-        """Merge adapters that have been opened, and write the base with the result."""
+        """Merge opened adapters, and write the base plus the result."""
         return merge_onto_base(
             self._config, adapters, out, saved=self.saved, dtype=self.dtype, **options
         )
 
     def merge(self, adapters: list[Adapter], seed: int, recorder: Recorder) -> Adapter:
-        """Merge adapters that have been opened."""
+        """Merge opened adapters."""
         if self._config is None:
             given = dict(self._given)
             if any(parameter.name == "seed" for parameter in PARAMETERS.get(self.method, ())):

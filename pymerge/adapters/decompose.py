@@ -1,7 +1,7 @@
 """Low-rank factors of matrices: exact, or by random projections; deterministic.
 
-torch's products and decompositions depend on the number of threads; results must not. So all that
-decides a result runs on one thread, with a generator of its own.
+torch's products and decompositions depend on the number of threads; results must not. So every step
+that affects a result runs on one thread, with a generator of its own.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ __all__ = ["LowRank", "Method", "factor_matrix", "factor_product"]
 Method = Literal["auto", "exact", "randomized"]
 
 _SMALL = 384  # matrices with a side up to this are decomposed exactly
-_EXTRA = 16  # columns beside those that are wanted
-_FIRST = 32  # where an energy is wanted, so many are tried first
+_EXTRA = 16  # additional columns
+_FIRST = 32  # the first rank tried for an energy
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """b @ a, the best of its rank, or close to that.
+    """b @ a, the best approximation of its rank, or close to it.
 
     Attributes:
         b: [rows, rank] float32, `U sqrt(S)`.
         a: [rank, columns] float32, `sqrt(S) V^T`.
-        energy: share of the matrix's squared norm that the singular values of the factors have;
-            1 for a matrix of zeros.
+        energy: share of the matrix's squared norm in the singular values of the factors; 1 for a
+            matrix of zeros.
         exact: whether these are the largest singular values to rounding.
     """
 
@@ -46,14 +46,14 @@ class LowRank:
 
 
 def factor_product(b: np.ndarray, a: np.ndarray, rank: int | None, energy: float | None) -> LowRank:
-    """Return the best approximation of b @ a by its singular values, without making the product.
+    """Return the best approximation of b @ a by its singular values, without forming the product.
 
-    QR of both factors leaves a square matrix of the product's rank; in float64.
+    QR of both factors reduces it to a square matrix of the product's rank; in float64.
 
     Args:
         b: [rows, r]; a: [r, columns].
-        rank: of the result; fewer where the matrix has no more; None with `energy`.
-        energy: the least rank that keeps this share of the squared norm.
+        rank: of the result; smaller if the matrix has a smaller one; None with `energy`.
+        energy: use the least rank that keeps this share of the squared norm.
     """
     with torch_threads(1):
         left, upper = torch.linalg.qr(torch.from_numpy(b).double())
@@ -77,16 +77,16 @@ def factor_matrix(
     """Return low-rank factors of a matrix.
 
     Randomized: the range of the matrix is found by `power` iterations on random columns, with QR
-    between them (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). What the factors keep
-    is then exactly what they say: the energy is that of the projection, a lower bound of the best.
-    Where an energy is wanted and the first attempt does not reach it, the rank is doubled.
+    between them (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). The energy is then that
+    of the projection: exact for these factors, and a lower bound of the best. If an energy is
+    requested and the first attempt does not reach it, the rank is doubled.
 
     Args:
         matrix: [rows, columns], float32.
         rank: of the result, or None with `energy`, in (0, 1].
-        most: the largest rank where an energy is wanted.
-        method: "exact" (LAPACK), "randomized", or "auto": exact where a side is at most 384 or
-            the rank is more than a quarter of it.
+        most: the largest rank allowed for an energy.
+        method: "exact" (LAPACK), "randomized", or "auto": exact if a side is at most 384 or the
+            rank is more than a quarter of it.
         seed: of the random columns.
     """
     full = min(matrix.shape)
@@ -128,12 +128,12 @@ def _project(
 
 
 def _kept(s: torch.Tensor, squares: float, rank: int | None, energy: float | None) -> int:
-    """Return how many singular values are kept; at least 1."""
+    """Return the number of singular values to keep; at least 1."""
     if rank is not None:
         return max(1, min(rank, len(s)))
     assert energy is not None
     sums = torch.cumsum(s * s, 0)
-    # Rounding must not ask for values that are not there.
+    # Rounding must not request more values than there are.
     enough = sums >= energy * squares * (1 - 1e-12)
     return int(enough.int().argmax()) + 1 if bool(enough.any()) else len(s)
 
@@ -141,7 +141,8 @@ def _kept(s: torch.Tensor, squares: float, rank: int | None, energy: float | Non
 def _balanced(
     u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, squares: float, exact: bool
 ) -> LowRank:
-    # Singular vectors have a sign to choose: the largest element of each of U is positive.
+    # The sign of singular vectors is arbitrary: make the largest element of each column of U
+    # positive.
     if u.shape[0]:
         largest = u.gather(0, u.abs().argmax(0, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)

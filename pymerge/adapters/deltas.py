@@ -1,8 +1,8 @@
-"""Any merge method on what adapters add to weights, a matrix at a time.
+"""Applies any merge method to the deltas of adapters, one matrix at a time.
 
-To the engine, the base is zero and a model is the delta of an adapter: so whole-model thresholds,
+To the engine, the base is zero and a model is the delta of an adapter. So whole-model thresholds,
 elections and masks are those of the methods themselves. A delta is computed when it is loaded and
-let go after its use; what a method makes of a matrix is cut to a low rank at once.
+freed after its use; each merged matrix is truncated to a low rank at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Finish = Callable[[Module, torch.Tensor], LowRank]
 
 
 class DeltaSource:
-    """The deltas of adapters as models, and zeros as their base; of what one lacks, zeros."""
+    """The deltas of adapters as models, and zeros as their base; missing modules are zeros."""
 
     def __init__(self, adapters: Sequence[Adapter], modules: Mapping[str, Module], based: bool):
         """
@@ -65,7 +65,7 @@ class DeltaSource:
         return Array.of(delta.reshape(-1), "F32")
 
     def delta(self, adapter: Adapter, name: str) -> np.ndarray | None:
-        """Return the delta of a tensor, or None where the adapter does not change it."""
+        """Return the delta of a tensor, or None if the adapter does not change it."""
         module = self._modules[name]
         return adapter.delta(module.name) if module.name in adapter.modules else None
 
@@ -84,7 +84,7 @@ class DeltaSource:
 
 
 class _Factors:
-    """A sink that cuts each matrix to a low rank when it is complete."""
+    """A sink that truncates each matrix to a low rank when it is complete."""
 
     def __init__(self, modules: Mapping[str, Module], finish: Finish) -> None:
         self.found: dict[str, LowRank] = {}
@@ -111,13 +111,13 @@ def merge_deltas(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, LowRank]:
-    """Merge the deltas of adapters by a method and return the factors of each module.
+    """Merge the deltas of adapters with a method and return the factors of each module.
 
     Args:
         spec: a method without statistics or files.
-        resolve: gives the parameters of a tensor, by its name.
-        finish: cuts a merged delta, [out, in], to a low rank.
-        seed: of random masks, where the parameters have none.
+        resolve: returns the parameters of a tensor, given its name.
+        finish: truncates a merged delta, [out, in], to a low rank.
+        seed: of random masks, if the parameters have none.
     """
     modules = {module.weight: module for module in union(adapters, "merge_adapters").values()}
     works = [

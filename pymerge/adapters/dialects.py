@@ -1,9 +1,8 @@
-"""How PEFT 0.21.2 combines adapters (`add_weighted_adapter`), by its names after `peft_`.
+"""The combinations of adapters in PEFT 0.21.2 (`add_weighted_adapter`), as `peft_` and their name.
 
-Most of its combinations work on A and on B separately: the product of the sums has cross terms, and
-is not the sum of the products. They are here to be compared with, and are right where PEFT is not:
-the result's scaling is 1 with rsLoRA too (PEFT makes it sqrt(r)), and a density of 0 keeps nothing
-(PEFT divides by it).
+Most of them combine A and B separately: the product of the sums has cross terms, and is not the sum
+of the products. They are here for comparison, and correct where PEFT is not: the result's scaling
+is 1 with rsLoRA too (PEFT makes it sqrt(r)), and a density of 0 keeps nothing (PEFT divides by it).
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ _SEED = Parameter("seed", "int", 0, "Of what DARE drops.", minimum=0, per_tensor
 class Combination:
     """One of PEFT's ways to combine factors or deltas.
 
-    drops: elements are dropped at random, as DARE does. trims: each is trimmed by itself. elects:
-    signs are elected, as TIES does, which trims first unless elements were dropped.
+    drops: elements are dropped at random, as in DARE. trims: each is trimmed separately. elects:
+    signs are elected, as in TIES, which trims first unless elements were dropped.
     """
 
     drops: bool = False
@@ -59,7 +58,7 @@ class Combination:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """What it takes."""
+        """The parameters that it takes."""
         found: list[Parameter] = [_DENSITY] if self.drops or self.trims or self.elects else []
         found += [_MAJORITY] if self.elects else []
         return (*found, *([_SEED] if self.drops else []))
@@ -72,7 +71,7 @@ ON_FACTORS = {
     "peft_dare_ties": Combination(drops=True, elects=True),
     "peft_magnitude_prune": Combination(trims=True),
 }
-# Those that PEFT has for deltas, too: a singular value decomposition gives the factors.
+# Those that PEFT has for deltas, too: the factors come from a singular value decomposition.
 ON_DELTAS = {
     f"{name}_svd": combination
     for name, combination in ON_FACTORS.items()
@@ -82,7 +81,7 @@ PARAMETERS = {name: one.parameters for name, one in (ON_FACTORS | ON_DELTAS).ite
 
 
 def check_parameters(method: str, given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the parameters of a method of PEFT, with defaults; or raise RequestError."""
+    """Return the parameters of one of PEFT's methods, with defaults; or raise RequestError."""
     known = {parameter.name: parameter for parameter in PARAMETERS.get(method, ())}
     problems = [
         f"{where}: unknown parameter {name!r} of method {method} (known: {', '.join(known)})"
@@ -110,8 +109,8 @@ def on_factors(
 ) -> dict[str, Factors]:
     """Return (B, A) of each module by a method of `ON_FACTORS`.
 
-    w s, weight times scaling, is shared between the factors: A takes sqrt(|w s|) with the sign, B
-    without. Modules that an adapter lacks are combined without it. All ranks must be equal.
+    w s, weight times scaling, is split between the factors: A is multiplied by sqrt(|w s|) with the
+    sign, B without it. For a module, adapters that lack it are left out. All ranks must be equal.
     """
     factors: dict[str, Factors] = {}
     problems: list[str] = []
@@ -149,7 +148,8 @@ def on_deltas(
     rank: int | None,
     energy: float | None,
 ) -> dict[str, LowRank]:
-    """Return the factors of each module by a method of `ON_DELTAS`: combined deltas, and an SVD."""
+    """Return the factors of each module by a method of `ON_DELTAS`: combines deltas, then an
+    SVD."""
     combine = _combiner(ON_DELTAS[method], parameters)
     found: dict[str, LowRank] = {}
     for name, module in union(adapters, "merge_adapters").items():
@@ -176,7 +176,7 @@ def _combiner(method: Combination, parameters: dict[str, Any]) -> Combine:
         tensors = [torch.from_numpy(one) for one in values]
         zero = torch.zeros_like(tensors[0])
         if method.drops:
-            # A mask depends on the name: each adapter has one of its own.
+            # A mask depends on the name, so each adapter has a different one.
             tensors = [
                 dare_linear(
                     {f"{name}.{k}": zero},

@@ -32,7 +32,7 @@ __all__ = ["EXTRACT_REPORT", "ExtractReport", "Extracted", "extract_lora"]
 
 EXTRACT_REPORT = "pymerge_extract.json"
 _SHOWN = 20
-_AT_ONCE = 1 << 22  # elements that are subtracted at a time
+_AT_ONCE = 1 << 22  # elements that are subtracted at once
 
 
 def extract_lora(
@@ -54,37 +54,37 @@ def extract_lora(
     force: bool = False,
     quiet: bool = True,
 ) -> ExtractReport:
-    """Write a LoRA whose deltas come close to what a fine-tune changed, and say how close.
+    """Write a LoRA whose deltas approximate a fine-tune's change, and report how closely.
 
-    Of each chosen matrix, the difference of the models is taken in float32 (their dtypes are exact
-    in it) and factored: B A = U_r S_r V_r^T, the best of its rank (Eckart and Young 1936), each
-    factor with the root of S. Large matrices are projected on random columns (Halko, Martinsson and
-    Tropp 2011), with a generator seeded for each; on one thread, so that results depend on `seed`
-    alone. Memory holds one matrix.
+    For each chosen matrix, the difference of the models is taken in float32 (which holds their
+    dtypes exactly) and factored: B A = U_r S_r V_r^T, the best of its rank (Eckart and Young 1936),
+    each factor with the root of S. Large matrices are projected on random columns (Halko,
+    Martinsson and Tropp 2011), with a generator seeded for each. This runs on one thread, so that
+    results depend only on `seed`. Memory holds one matrix.
 
     Args:
         base, model: checkpoints of one architecture.
         out: directory to write, in PEFT's format, with a report; must not exist unless `force`.
-        rank: of every module (fewer where a matrix has no more); default 16.
-        energy: instead of a rank, in (0, 1]: of each module the least rank that keeps this share of
-            the squared norm of its change.
-        max_rank: with `energy`, the most.
-        modules: as target_modules of PEFT: last parts of module names, or a regular expression that
-            the whole name matches. Default: every matrix but embeddings and heads.
-        exclude: the same, of modules to leave out.
-        save_changed: put other tensors that changed into the adapter in whole (modules_to_save,
-            trained biases); otherwise they are reported.
+        rank: of every module (smaller if a matrix has a smaller one); default 16.
+        energy: instead of a rank, in (0, 1]: each module gets the least rank that keeps this share
+            of the squared norm of its change.
+        max_rank: the largest rank allowed with `energy`.
+        modules: as target_modules in PEFT: last parts of module names, or a regular expression that
+            matches the whole name. Default: every matrix except embeddings and heads.
+        exclude: modules to leave out, in the same form.
+        save_changed: store other changed tensors whole in the adapter (modules_to_save, trained
+            biases); otherwise they are reported.
         method: "exact", "randomized", or "auto": exact for small matrices and large ranks.
         dtype: of the factors: "float32", "bfloat16" or "float16".
-        fan_in_fan_out: whether weights are [in, out] (Conv1D); None: told from the model's config.
-        prefix: put before the module names, where the class that the adapter is for holds the
-            checkpoint's tensors under one, e.g. "transformer.".
+        fan_in_fan_out: whether weights are [in, out] (Conv1D); None: decided by the model's config.
+        prefix: prepended to the module names, if the class that the adapter is for has the
+            checkpoint's tensors under a prefix, e.g. "transformer.".
         seed: of random columns, >= 0.
         force: replace an existing `out`.
         quiet: show no progress on stderr.
 
     Raises:
-        RequestError: checkpoints that do not fit each other, nothing that changed, wrong options.
+        RequestError: checkpoints that do not fit each other, no changes, wrong options.
         NonFiniteError: a weight holds NaN or infinity.
         MergeError: the output could not be written.
 
@@ -174,7 +174,7 @@ def _compare(base: Checkpoint, model: Checkpoint) -> list[str]:
 
 
 class _Work:
-    """Goes through the tensors once, keeping the factors."""
+    """Processes the tensors once, collecting the factors."""
 
     def __init__(
         self,
@@ -230,7 +230,8 @@ class _Work:
         self._report.captured = held / total if total else 1.0
 
     def _tensor(self, info: TensorInfo, save_changed: bool) -> tuple[float, float]:
-        """Return the squared norm of a tensor's change, and how much of it the adapter has."""
+        """Return the squared norm of a tensor's change, and the part of it that the adapter
+        holds."""
         kind = self._chooser.kind(info)
         if kind is not None:
             return self._module(info, kind)
@@ -241,7 +242,7 @@ class _Work:
         )
         if squares == 0:
             return 0.0, 0.0
-        # PEFT saves modules: what is no weight or bias of one has no name there.
+        # PEFT saves modules: a tensor that is not a module's weight or bias has no name there.
         if save_changed and info.name.endswith((".weight", ".bias")):
             array = self._model.array(info.name)
             self._saved[self._prefix + info.name] = (array, info.shape)
@@ -268,7 +269,7 @@ class _Work:
         return norm**2, norm**2 * max(0.0, 1 - error**2)
 
     def _changes(self, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first element, model - base in float32) of stretches of a tensor."""
+        """Yield (first element, model - base in float32) for consecutive parts of a tensor."""
         wide = "F64" in (info.dtype, self._base.tensors[info.name].dtype)
         pair = [checkpoint.array(info.name) for checkpoint in (self._base, self._model)]
         for start, stop in slices(info.numel, _AT_ONCE):
@@ -292,7 +293,7 @@ class _Work:
         return low, error
 
     def _rounded(self, values: np.ndarray) -> np.ndarray:
-        """Return values as they will be written."""
+        """Return values as rounded by the output dtype."""
         if self._code == "F32":
             return values
         out = Array.of(np.empty(values.size * DTYPES[self._code], np.uint8), self._code)
@@ -300,7 +301,7 @@ class _Work:
         return np.ascontiguousarray(widen(out, False).reshape(values.shape))
 
     def adapter(self) -> Any:
-        """Return what was found as an adapter."""
+        """Return the result as an adapter."""
         every = {
             self._prefix + name.removesuffix(".weight")
             for name, info in self._model.tensors.items()

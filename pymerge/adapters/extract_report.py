@@ -1,4 +1,4 @@
-"""The record of an extraction: how close each module is, and what was left out."""
+"""The record of an extraction: how close each module is, and which tensors were left out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["ExtractReport", "Extracted"]
 class Extracted:
     """A module of an extracted LoRA.
 
-    energy: share of the squared norm of the weight's change that its singular values have. error:
-    norm of what is missing, relative to that of the change, measured with the factors as they are
-    written. norm: of the change. exact: by a full decomposition, or by random projections.
+    energy: share of the squared norm of the weight's change in its singular values. error: norm of
+    the residual, relative to that of the change, measured with the factors as written. norm: of the
+    change. exact: by a full decomposition rather than by random projections.
     """
 
     rank: int
@@ -28,11 +28,11 @@ class Extracted:
 
 @dataclass
 class ExtractReport:
-    """What was extracted, and what was not.
+    """The result of an extraction, and what it lacks.
 
-    modules: by name. unchanged: modules that both models have alike, which get no factors.
+    modules: by name. unchanged: modules that are equal in both models, which get no factors.
     left_out: changed tensors that the adapter does not have, with the norms of their changes.
-    saved: tensors that it has in whole. captured: the share of the squared norm of all changes that
+    saved: tensors that it stores whole. captured: the share of the squared norm of all changes that
     the adapter holds.
     """
 
@@ -52,7 +52,7 @@ class ExtractReport:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def summary(self) -> str:
-        """Return a few lines for people."""
+        """Return a human-readable summary of a few lines."""
         ranks = [one.rank for one in self.modules.values()]
         energies = sorted(one.energy for one in self.modules.values())
         worst = max(self.modules, key=lambda name: self.modules[name].error)

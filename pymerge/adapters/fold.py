@@ -22,19 +22,19 @@ def fold(
     dtype: str | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Write the model that a base and an adapter make: what PEFT's merge_and_unload returns.
+    """Write the model made of a base and an adapter, like the result of PEFT's merge_and_unload.
 
-    W + scaling * (B A) of LoRA (Hu et al. 2021, section 4.1), W * l of IA3 (Liu et al. 2022,
+    W + scaling * (B A) for LoRA (Hu et al. 2021, section 4.1), W * l for IA3 (Liu et al. 2022,
     equation 3): computed in float32, the products of an element added up in the order of the rank,
     and rounded once to the dtype of the base. Streamed: memory holds a weight or two, never a
     model. It is `merge_checkpoints` with the method `passthrough` and the model `base+adapter`.
 
     Args:
         base: a checkpoint, as for `merge_checkpoints`.
-        adapter: a directory of PEFT: LoRA (also rsLoRA), or IA3.
+        adapter: a PEFT directory: LoRA (also rsLoRA), or IA3.
         out: directory to write; must not exist unless `force`.
         dtype: of the output, e.g. "float32"; default that of each tensor of the base. A wider one
-            does not bring back what rounding to the base's dtype lost.
+            does not recover what rounding to the base's dtype lost.
         options: those of `merge_checkpoints`: memory, threads, shard_size, force, quiet, ...
 
     Raises:

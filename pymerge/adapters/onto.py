@@ -61,11 +61,11 @@ def merge_onto_base(
 
     Args:
         config: method and parameters; its models are the adapters, its base a checkpoint.
-        adapters: opened, in the order of the models.
+        adapters: open adapters, in the order of the models.
         saved: see `merge_adapters`.
         dtype: name of the output's dtype; default that of each tensor of the base.
         seed: of random masks.
-        memory, shard_size, threads: of the writing and of the kernels; see `merge_checkpoints`.
+        memory, shard_size, threads: as in `merge_checkpoints`.
 
     Raises:
         RequestError, MergeError: as `merge_checkpoints`.
@@ -75,7 +75,7 @@ def merge_onto_base(
     inputs = [*(path for path in (base.path, base.adapter) if path is not None)]
     inputs += [str(one.path) for one in adapters if one.path is not None]
     with Publication(out, inputs, force=force, quiet=quiet) as output:
-        # The tensors, their dtypes, files and memory are those of a copy of the base.
+        # Tensors, dtypes, files and memory are those of a copy of the base.
         plan = output.open(
             lambda: make_plan(
                 plain_config(PASSTHROUGH, [base], dtype, where=config.where),
@@ -109,7 +109,7 @@ def merge_onto_base(
 
 
 class _Bound:
-    """The modules of all adapters, by the tensors of the base; problems are collected."""
+    """The modules of all adapters, mapped to the tensors of the base; problems are collected."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class _Bound:
 
 
 class _Source(DeltaSource):
-    """Deltas by the names and the orientation of the base."""
+    """Deltas with the names and the orientation of the base."""
 
     def __init__(self, adapters: Sequence[Adapter], request: _Bound, based: bool) -> None:
         super().__init__(adapters, request.modules, based)
@@ -174,7 +174,7 @@ class _Source(DeltaSource):
 
 
 class _Sum:
-    """A sink that adds each merged delta to the base, and copies what lies between."""
+    """A sink that adds each merged delta to the base, and copies the tensors in between."""
 
     def __init__(
         self, writer: ShardWriter, plan: MergePlan, whole: Tensors, runner: Runner, nan: str
@@ -200,7 +200,7 @@ class _Sum:
         self._next = 0
 
     def finish(self) -> None:
-        """Copy the tensors after the last one that is merged."""
+        """Copy the tensors after the last merged one."""
         self._copy_until(None)
 
     def _copy_until(self, name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint an adapter can change, and what to call their modules."""
+"""Decides which tensors of a checkpoint an adapter can change, and names their modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Chooser", "shortest", "task_type"]
 
 _EMBEDDING = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared)\.weight$|relative_attention_bias")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier|cls|pooler)\.")
-# Classes of transformers whose Conv1D holds weights as [in, out].
+# Classes of transformers whose Conv1D weights are [in, out].
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _TASKS = {
@@ -42,11 +42,11 @@ class Chooser:
     ) -> None:
         """
         Args:
-            modules: as target_modules of PEFT: last parts of names, or a regular expression that
-                the whole name matches; None for all matrices but embeddings and heads.
-            exclude: the same, of modules to leave out.
+            modules: as target_modules in PEFT: last parts of names, or a regular expression that
+                matches the whole name; None for all matrices except embeddings and heads.
+            exclude: modules to leave out, in the same form.
             config: config.json of the model.
-            fan_in_fan_out: whether weights are [in, out]; None to tell from the config.
+            fan_in_fan_out: whether weights are [in, out]; None to decide by the config.
         """
         self._modules = modules
         self._exclude = exclude
@@ -63,7 +63,7 @@ class Chooser:
                     ) from None
 
     def kind(self, info: TensorInfo) -> Kind | None:
-        """Return the kind of module that a tensor is the weight of, or None for none."""
+        """Return the kind of module that has this tensor as its weight, or None."""
         if len(info.shape) != 2 or info.numel == 0 or info.dtype not in FLOATS:
             return None
         if not info.name.endswith(".weight"):
@@ -80,7 +80,7 @@ class Chooser:
         return "embedding" if embedding else "linear"
 
     def transposed(self, name: str) -> bool:
-        """Tell whether a linear module's weight is [in, out]."""
+        """Return whether a linear module's weight is [in, out]."""
         if self._transposed is not None:
             return self._transposed
         return self._conv1d and _CONV1D.search(name) is not None
@@ -93,7 +93,7 @@ def _among(module: str, targets: str | Sequence[str]) -> bool:
 
 
 def shortest(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return names that mean these modules and none of the others: last parts where they can."""
+    """Return names that match these modules and none of the others: last parts if possible."""
     modules = set(modules)
     taken = {name.rpartition(".")[2] for name in others}
     return sorted(
@@ -105,7 +105,7 @@ def shortest(modules: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def task_type(config: Mapping[str, Any] | None) -> str | None:
-    """Return PEFT's name of the task that a config's architecture is for, or None."""
+    """Return PEFT's name for the task of a config's architecture, or None."""
     for architecture in (config or {}).get("architectures") or ():
         for ending, task in _TASKS.items():
             if isinstance(architecture, str) and architecture.endswith(ending):

@@ -1,8 +1,8 @@
-"""Merging by what data says of models: statistics collected from it, and gradients.
+"""Merging with data: statistics of models collected from data, and gradients.
 
-`collect_fisher` and `collect_gram` make a `ModelStatistics`, `save_statistics` keeps it beside a
-model, and `fisher_merge`, `regmean_merge` and `gradient_matching` merge with it; configs name the
-files. `regmean_plus_plus` and `gradient_merge` need the data while they merge.
+`collect_fisher` and `collect_gram` return a `ModelStatistics`, `save_statistics` writes it next to
+a model, and `fisher_merge`, `regmean_merge` and `gradient_matching` merge with it; configs name the
+files. `regmean_plus_plus` and `gradient_merge` need the data during the merge.
 """
 
 from __future__ import annotations

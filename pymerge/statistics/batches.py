@@ -1,4 +1,4 @@
-"""Batches of any shape: their examples, what is fed to a model, what comes out, and labels."""
+"""Batches of any structure: their examples, the model's inputs and outputs, and labels."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _LABELS = ("labels", "label")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch, labels left out: `model(x)`, `model(*inputs)`, `model(**inputs)`.
+    """Call a model on a batch without its labels: `model(x)`, `model(*inputs)`, `model(**inputs)`.
 
     Args:
-        batch: a tensor; a tuple or list of inputs with the labels last (where there is more than
-            one item); or a mapping of keyword arguments, with "labels" or "label".
+        batch: a tensor; a tuple or list of inputs, with the labels last (if it has more than one
+            item); or a mapping of keyword arguments, with "labels" or "label".
     """
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in _LABELS})
@@ -47,7 +47,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def logits_of(output: Any, where: str) -> torch.Tensor:
-    """Return the logits of what a model returned: a tensor, `.logits`, ["logits"], or the first."""
+    """Return the logits of a model's output: a tensor, `.logits`, ["logits"], or the first item."""
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("logits")
@@ -81,9 +81,9 @@ def labels_of(batch: Any, where: str) -> torch.Tensor:
 def batches(
     loader: Iterable[Any], samples: int, device: torch.device, where: str
 ) -> Iterator[tuple[int, Any, int]]:
-    """Yield (number of the batch, batch on the device, examples in it) up to `samples` examples.
+    """Yield (batch number, batch on the device, its number of examples) up to `samples` examples.
 
-    Raises RequestError where there is not a single example.
+    Raises RequestError if there are no examples.
     """
     if isinstance(loader, (torch.Tensor, str, Mapping)) or not isinstance(loader, Iterable):
         raise RequestError(
@@ -106,7 +106,7 @@ def batches(
 
 
 def _plain(value: Any, device: torch.device) -> Any:
-    """Move tensors to a device, and make plain dictionaries of mappings."""
+    """Move tensors to a device, and convert mappings to plain dictionaries."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def mapped(batch: Any, change: Callable[[torch.Tensor], Any], size: int) -> Any:
 
 
 def check_count(value: int, name: str, where: str) -> None:
-    """Refuse what is no positive number of things."""
+    """Raise RequestError unless the value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"{where}: {name}: expected an integer >= 1, got {value!r}")
 
@@ -171,7 +171,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode (no dropout, no running statistics), and back."""
+    """Put a module into evaluation mode (no dropout, no running statistics), and restore it."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The configuration of `pymerge collect`: read from YAML and checked, with the line in errors."""
+"""The configuration of `pymerge collect`: read from YAML and checked; errors name the line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pymerge.statistics import fisher, gram
 
 __all__ = ["FUNCTIONS", "CollectConfig", "ModelToCollect", "read_config"]
 
-# What the entry point gives instead of the config: functions and data.
+# These come from the entry point rather than the config: functions and data.
 FUNCTIONS = {"fisher": ("logits",), "gram": ("forward", "mask")}
 _COLLECT: dict[str, Callable[..., Any]] = {
     "fisher": fisher.collect_fisher,
@@ -39,8 +39,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class ModelToCollect:
     """A model of the configuration.
 
-    label: "models[0] (models/german)". at: where it stands in the document. reference: as it was
-    given.
+    label: "models[0] (models/german)". at: its position in the document. reference: as given.
     """
 
     path: str
@@ -52,13 +51,13 @@ class ModelToCollect:
 
 
 class CollectConfig:
-    """A configuration that has been checked as far as that needs no model.
+    """A configuration that has been checked as far as possible without a model.
 
     Attributes:
         kind: "fisher" or "gram".
         models: at least one.
-        entry, arguments: the entry point and what it is called with.
-        options: all options of the function that collects, defaults included, as YAML has them.
+        entry, arguments: the entry point and its arguments.
+        options: all options of the collecting function, defaults included, as YAML values.
     """
 
     def __init__(self, values: _Config, document: LinedYaml) -> None:
@@ -95,9 +94,9 @@ class CollectConfig:
         return self._document.where(path)
 
     def located(self, problem: str) -> str | None:
-        """Return a problem of the function with the line of the option that it is about, or None.
+        """Return a problem of the function with the line of the option that it concerns, or None.
 
-        Whatever else it is about, the line is none of the config's.
+        Other problems have no line in the config.
         """
         found = re.match(rf"collect_{self.kind}: (\w+): ", problem)
         if found is None or found.group(1) not in self.options:
@@ -105,7 +104,7 @@ class CollectConfig:
         return f"{self.where(('options', found.group(1)))}: options.{problem[found.start(1) :]}"
 
     def arguments_of_function(self) -> dict[str, Any]:
-        """Return the options as the function takes them."""
+        """Return the options in the form that the function takes."""
         given = dict(self.options)
         if "accumulate" in given:
             name = given["accumulate"]
@@ -157,7 +156,7 @@ class _Config(BaseModel):
 
 
 def _defaults(kind: str) -> dict[str, Any]:
-    """Return the options of the function that collects, by name, with their defaults."""
+    """Return the options of the collecting function, by name, with their defaults."""
     parameters = inspect.signature(_COLLECT[kind]).parameters.values()
     found = {
         one.name: one.default
@@ -175,7 +174,7 @@ def read_config(path: str | os.PathLike[str]) -> CollectConfig:
     """Read a configuration.
 
     Raises:
-        RequestError: listing everything that is wrong with it, with `file:line`.
+        RequestError: listing every problem, with `file:line`.
     """
     document, _ = read_yaml(path, "a collect configuration", "kind: ..., models: ..., entry: ...")
     return CollectConfig(validated(_Config, document.data, document), document)

@@ -1,4 +1,4 @@
-"""Convolutions as linear layers: the patches of the input that a kernel is laid on, as rows."""
+"""Convolutions as linear layers: the input patches under the kernel, as rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Convolutions = bool | str
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_AT_ONCE = 1 << 22  # elements of patches that are copied out of an input at once
+_AT_ONCE = 1 << 22  # elements of patches that are copied at once
 
 
 def check_convolutions(value: Any, where: str) -> None:
-    """Refuse what is none of False, True and "pointwise"."""
+    """Raise RequestError unless the value is False, True or "pointwise"."""
     if not isinstance(value, bool) and value != "pointwise":
         raise RequestError(
             f"{where}: convolutions: expected False, True or 'pointwise', got {value!r}"
@@ -33,9 +33,9 @@ def check_convolutions(value: Any, where: str) -> None:
 
 
 def is_convolution(module: nn.Module, convolutions: Convolutions) -> bool:
-    """Tell whether a module is a convolution that is asked for.
+    """Return whether a module is a convolution of the requested kind.
 
-    A convolution with groups is several linear layers side by side, each with inputs of its own.
+    A convolution with groups is several linear layers side by side, each with its own inputs.
     """
     if not convolutions or not isinstance(module, _MODULES) or module.groups != 1:
         return False
@@ -46,8 +46,7 @@ def is_convolution(module: nn.Module, convolutions: Convolutions) -> bool:
 class Patches:
     """The patches of one call of a convolution.
 
-    view: [examples, *positions, channels, *kernel], without memory of its own but for what the
-    padding took.
+    view: [examples, *positions, channels, *kernel]; it needs no memory except for padding.
     """
 
     view: Tensor
@@ -72,7 +71,7 @@ class Patches:
         reach = [hole * (size - 1) + 1 for hole, size in zip(holes, kernel, strict=True)]
         view = given if given.dim() == dimensions + 2 else given.unsqueeze(0)
         if padding == "same":
-            # What is left over goes behind, as in torch.
+            # The odd element goes to the end, as in torch.
             edges = [((one - 1) // 2, one - 1 - (one - 1) // 2) for one in reach]
         elif isinstance(padding, str):
             edges = [(0, 0)] * dimensions
@@ -87,7 +86,7 @@ class Patches:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The shape [examples, *positions] of what the convolution puts out."""
+        """The shape [examples, *positions] of the convolution's output."""
         return tuple(self.view.shape[: 1 + self.dimensions])
 
     def rows(self, kept: Tensor | None = None) -> Iterator[Tensor]:
@@ -111,7 +110,8 @@ def _each(value: int | Sequence[int], dimensions: int) -> list[int]:
 def _blocks(
     view: Tensor, kept: Tensor | None, axis: int, free: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield parts of a view, cut along its first `free` axes; those before `axis` have length 1."""
+    """Yield parts of a view, split along its first `free` axes; those before `axis` have length
+    1."""
     if not view.numel():
         return
     length = view.shape[axis]
@@ -129,15 +129,15 @@ def _blocks(
 
 
 class WatchConvolutions(TorchFunctionMode):
-    """Hears of every convolution that torch is asked for.
+    """Intercepts every convolution that torch computes.
 
-    A module's own attributes do not say what it does: subclasses pad the input themselves, or
-    compute the kernel from the weight. What reaches torch is what counts, with every mode of
-    padding.
+    A module's attributes do not determine what it computes: subclasses pad the input themselves, or
+    compute the kernel from the weight. So this looks at the calls of torch, with every padding
+    mode.
 
     Args:
         hear: called with the weight and the patches.
-        known: tells whether a weight is of interest.
+        known: returns whether a weight is of interest.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the entry point of `pymerge collect` returns, and what of it is for which model."""
+"""The return value of the entry point of `pymerge collect`, and each model's part of it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ForEach = Function | Sequence[Function | None] | Mapping[str, Function | None] |
 
 @dataclass
 class CollectSetup:
-    """What a config's entry point returns (or a dictionary of the same).
+    """The return value of a config's entry point (or a dictionary with the same keys).
 
     model: the architecture, with values of any kind; they are overwritten by each model's. loaders:
     for each model an iterable of batches, as a list in the models' order, or by the models' names.
-    logits (of kind fisher), forward, mask (of kind gram): as in `collect_fisher` and
-    `collect_gram`; a function for all models, or one for each as the loaders are. What is for the
-    other kind is not looked at, so that one entry point can serve both.
+    logits (for kind fisher), forward, mask (for kind gram): as in `collect_fisher` and
+    `collect_gram`; a function for all models, or one for each, like the loaders. Those for the
+    other kind are ignored, so that one entry point can serve both.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ def _problems(setup: CollectSetup, config: CollectConfig) -> list[str]:
 
 
 def _for_each_problems(given: Any, name: str, config: CollectConfig) -> list[str]:
-    """Check that there is one thing for each model."""
+    """Check that there is one item for each model."""
     names = [model.name for model in config.models]
     if isinstance(given, Mapping):
         twice = [one for k, one in enumerate(names) if one in names[:k]]
@@ -96,7 +96,7 @@ def _for_each_problems(given: Any, name: str, config: CollectConfig) -> list[str
 
 
 def loader_of(setup: CollectSetup, config: CollectConfig, index: int) -> tuple[Any, int | str]:
-    """Return a model's batches, and what they are called: a name or a position."""
+    """Return a model's batches, and their key: a name or a position."""
     if isinstance(setup.loaders, Mapping):
         name = config.models[index].name
         return setup.loaders[name], name
@@ -104,7 +104,7 @@ def loader_of(setup: CollectSetup, config: CollectConfig, index: int) -> tuple[A
 
 
 def functions_of(setup: CollectSetup, config: CollectConfig, index: int) -> dict[str, Any]:
-    """Return the functions that a model is collected with."""
+    """Return the functions for collecting a model's statistics."""
     found = {}
     for name in FUNCTIONS[config.kind]:
         given = getattr(setup, name)

@@ -1,4 +1,4 @@
-"""Statistics of a model as a dictionary of tensors that knows where it comes from, and its file."""
+"""Statistics of a model: a dictionary of tensors with a record of its origin, and its file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ModelStatistics(Mapping[str, torch.Tensor]):
     """Tensors by the names of a model's parameters, and a record of how they were made.
 
     Fisher information has the shape of the parameter; a Gram matrix is [in, in] and has the name of
-    the weight of its linear layer. All float32, on the CPU. Other names of a shared parameter are
-    keys too, but are not iterated over.
+    its linear layer's weight. All are float32, on the CPU. Other names of a shared parameter are
+    keys too, but iteration skips them.
 
     Attributes:
         record: kind, estimator, number of examples and tokens, names of the model's tensors.
@@ -62,18 +62,18 @@ class ModelStatistics(Mapping[str, torch.Tensor]):
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: ModelStatistics) -> Path:
-    """Write statistics to a safetensors file, whole or not at all.
+    """Write statistics to a safetensors file, atomically.
 
     Args:
-        path: a file ending in `.safetensors`, or an existing directory, such as the model's: the
-            file is then `fisher.safetensors` or `gram.safetensors` in it. An existing file is
+        path: a file ending in `.safetensors`, or an existing directory, such as the model's: it
+            then gets the file `fisher.safetensors` or `gram.safetensors`. An existing file is
             replaced.
         statistics: from `collect_fisher` or `collect_gram`.
 
     Returns: the file.
 
     Raises:
-        RequestError: `path` or `statistics` is something else.
+        RequestError: `path` or `statistics` is of another kind.
         MergeError: the file cannot be written.
 
     >>> import pymerge, tempfile, torch
@@ -106,14 +106,14 @@ def save_statistics(path: str | os.PathLike[str], statistics: ModelStatistics) -
 
 
 def load_statistics(path: str | os.PathLike[str], *, kind: str | None = None) -> ModelStatistics:
-    """Read what `save_statistics` wrote, and check it.
+    """Read a file of `save_statistics`, and check it.
 
     Args:
         path: the file, or a directory with one in it.
-        kind: "fisher" or "gram", if it matters; needed where a directory has both.
+        kind: "fisher" or "gram", if it matters; required if a directory has both.
 
     Raises:
-        RequestError: no such file, a damaged one, one of another kind, or numbers that such
+        RequestError: the file is missing, damaged or of another kind, or holds numbers that such
             statistics cannot have.
     """
     file = Path(path)

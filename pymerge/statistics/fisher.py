@@ -37,8 +37,8 @@ __all__ = ["check_options", "collect_fisher"]
 Tensor = torch.Tensor
 Gradients = dict[str, Tensor]
 _WHERE = "collect_fisher"
-_VECTOR_BYTES = 256 << 20  # of gradients of examples that are computed at once
-_IGNORED = -100  # a label that counts for nothing, as in torch's cross entropy
+_VECTOR_BYTES = 256 << 20  # of examples' gradients that are computed at once
+_IGNORED = -100  # a label that is not counted, as in torch's cross entropy
 
 
 def collect_fisher(
@@ -60,27 +60,27 @@ def collect_fisher(
     batch, expected:  sum over batches of (d sum_x sum_y sqrt(p) log p)^2, / examples    MergeLM
     batch, sampled:   mean over batches of (d mean_x log p(y|x))^2; or true   gradient matching
 
-    The first is Matena and Raffel 2022, and their code. The second line squares sums, so that
-    examples and labels mix: it is not an estimate of the first, and depends on the batches
-    (MergeLM, FusionBench). The last is what the authors of gradient matching (Daheim et al. 2024)
-    call squared gradients.
+    The first is Matena and Raffel 2022, and their code. The third squares sums, so that examples
+    and labels mix: it is not an estimate of the first, and depends on the batches (MergeLM,
+    FusionBench). The last is what the authors of gradient matching (Daheim et al. 2024) call
+    squared gradients.
 
     Args:
-        model: in evaluation mode for the time; its parameters and gradients stay as they are.
-        loader: batches, the examples along the first dimension of every tensor: a tensor, a tuple
-            (inputs..., labels), or a mapping of keyword arguments with "labels".
+        model: is in evaluation mode meanwhile; its parameters and gradients do not change.
+        loader: batches with the examples along the first dimension of every tensor: a tensor, a
+            tuple (inputs..., labels), or a mapping of keyword arguments with "labels".
         estimator: "exact" or "batch".
         labels: "expected", "sampled" or "true" (also called "empirical").
-        samples: how many examples are taken at most, >= 1.
-        logits: `logits(model, batch)` gives them, [examples, classes]; by default the output, its
-            `.logits`, ["logits"] or first item. Of sequences, [examples, positions, classes], an
+        samples: the maximum number of examples, >= 1.
+        logits: `logits(model, batch)` returns them, [examples, classes]; by default the output, its
+            `.logits`, ["logits"] or first item. For sequences, [examples, positions, classes], an
             example's log-probability is the sum over positions, "expected" labels are refused, and
-            true labels of -100 count for nothing; they are taken at the position that predicts
-            them, so shift the labels of a causal language model.
-        parameters: names, or a regular expression that names must contain; by default all that
-            require gradients. Others get no Fisher information: they are averaged in a merge.
-        vectorize: gradients of many examples at once by `torch.func.vmap` (True), one by one
-            (False), or the former where the model allows it (None). The results agree within
+            true labels of -100 are not counted. A label applies to the logits at its own position,
+            so shift the labels of a causal language model.
+        parameters: names, or a regular expression to find in names; by default all that require
+            gradients. Others get no Fisher information: they are averaged in a merge.
+        vectorize: compute gradients of many examples at once with `torch.func.vmap` (True), one by
+            one (False), or the former if the model allows it (None). The results agree within
             rounding.
         seed: of sampled labels.
 
@@ -114,8 +114,8 @@ def collect_fisher(
         for name, parameter in chosen.items()
     }
     examples = steps = 0
-    # The parts of attention where vmap needs them, and on a GPU, where the fused one's gradients
-    # are not the same twice.
+    # Unfused attention where vmap needs it, and on a GPU, where the gradients of the fused one are
+    # not reproducible.
     parts = vectorize is not False or device_of(model).type != "cpu"
     attention = sdpa_kernel(SDPBackend.MATH) if parts else nullcontext()
     with evaluating(model), attention:
@@ -130,7 +130,7 @@ def collect_fisher(
                     )
                 sums[name] += squares
             examples, steps = examples + size, steps + 1
-    # The mean over examples, or over batches where each gave the gradient of a mean.
+    # The mean over examples, or over batches if each gave the gradient of a mean.
     count = steps if estimator == "batch" and labels != "expected" else examples
     tensors = {name: (total / count).float().cpu() for name, total in sums.items()}
     aliases = {alias: name for alias, name in shared_names(model).items() if name in tensors}
@@ -147,10 +147,10 @@ def check_options(
     vectorize: Any = None,
     seed: Any = 0,
 ) -> None:
-    """Refuse what `collect_fisher` does not take, whatever the model.
+    """Check the arguments of `collect_fisher` that do not depend on the model.
 
     Raises:
-        RequestError: names the first such argument.
+        RequestError: names the first invalid argument.
     """
     check_count(samples, "samples", _WHERE)
     for name, value, known in (
@@ -180,7 +180,7 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chosen(model: nn.Module, parameters: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Return the parameters that are asked for, by name."""
+    """Return the requested parameters, by name."""
     every = dict(model.named_parameters())
     free = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
     if parameters is None:
@@ -218,7 +218,7 @@ def _chosen(model: nn.Module, parameters: str | Sequence[str] | None) -> dict[st
 
 
 class _Call(nn.Module):
-    """Makes a module of (model, function), so that its parameters can be put in by name."""
+    """Makes a module of (model, function), so that its parameters can be replaced by name."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _Call(nn.Module):
 
 @dataclass
 class _How:
-    """How squared gradients are taken: of which parameters, for which labels."""
+    """How squared gradients are computed: for which parameters and labels."""
 
     call: _Call
     chosen: dict[str, nn.Parameter]
@@ -274,8 +274,8 @@ class _How:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 if self.vectorize or isinstance(error, RequestError):
                     raise
-                # The model does what vmap cannot. One by one from now on, which raises the same
-                # error again if it is not vmap's.
+                # The model does something that vmap cannot. Continue one by one, which raises the
+                # same error again if vmap was not the cause.
                 self.vectorize = False
         return self._one_by_one(batch, drawn, size, where)
 
@@ -385,14 +385,14 @@ def _weighted_squares(
 
 
 def _seed(log_odds: Tensor, label: Tensor) -> Tensor:
-    """Return what the log-probabilities of an example's labels are summed by: 1 at each."""
-    # One value a position: a one-hot vector of integers would take thrice the logits' memory.
+    """Return the weights that sum the log-probabilities of an example's labels: 1 at each."""
+    # One value per position: a one-hot integer vector would need three times the logits' memory.
     counts = (label != _IGNORED).to(log_odds.dtype).unsqueeze(-1)
     return torch.zeros_like(log_odds).scatter(-1, label.clamp(min=0).unsqueeze(-1), counts)
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Return whether there is no NaN or infinity, without a tensor of answers."""
+    """Return whether there is no NaN or infinity, without a boolean tensor."""
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 

@@ -48,32 +48,32 @@ def gradient_merge(
     average:   theta := theta - lr * mean_i grad L_i(theta)
     matching:  minimises sum_i |grad L_i(theta) - grad L_i(theta_i)|^2
 
-    "matching" is what gradient-based merging is said to minimise; "average" is what the code that
-    it is known by does: it steps down the mean of the tasks' gradients at the merged model, from a
-    copy of the first, and never takes a norm of a difference. They are different methods.
+    "matching" is the stated objective of gradient-based merging. "average" is what its well-known
+    code does: it descends along the mean of the tasks' gradients at the merged model, from a copy
+    of the first, and never computes the norm of a difference. They are different methods.
 
     Args:
-        model: the architecture; stays as it is. Parameters that do not require gradients are not
-            moved.
+        model: the architecture, which is not changed. Parameters that do not require gradients are
+            not moved.
         models: K >= 2 models theta_i of this architecture: modules or state dicts.
-        loaders: batches of each task, begun again when they end.
+        loaders: batches of each task, restarted when they end.
         losses: `loss(model, batch)`, a scalar; one for all tasks, or one for each.
         objective: "average" or "matching". The latter takes gradients of gradients.
-        steps: how many, >= 1.
+        steps: number of steps, >= 1.
         lr: learning rate, above 0, of `torch.optim.SGD`.
         start: "first" (a copy of the first model) or "average" (of all).
         optimizer: makes another optimizer of the parameters, e.g. `lambda p: torch.optim.Adam(p,
-            lr=1e-4)`; `lr` is not used then.
-        callback: `callback(step, value)` after each step, with the mean of the losses, or the
-            objective of "matching", before it.
+            lr=1e-4)`; `lr` is then unused.
+        callback: `callback(step, value)` after each step; value is the mean of the losses, or the
+            objective of "matching", before the step.
 
-    The model is in evaluation mode (no dropout; running statistics stay).
+    The model is in evaluation mode (no dropout; running statistics do not change).
 
     Returns: a state dict. Buffers are those of the start.
 
     Raises:
         RequestError: fewer than two models, models that do not fit the architecture, no examples, a
-            loss that is no scalar, NaN.
+            loss that is not a scalar, NaN.
 
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> states = [{"weight": torch.tensor([[0.0]])}, {"weight": torch.tensor([[2.0]])}]
@@ -165,7 +165,7 @@ def _gradients(loss: Tensor, wanted: list[Tensor], create_graph: bool = False) -
 
 def _average(tasks: Sequence[_Task], state: State, moving: State) -> tuple[float, list[Tensor]]:
     losses, total = [], [torch.zeros_like(tensor) for tensor in moving.values()]
-    for task in tasks:  # one after the other: one graph at a time
+    for task in tasks:  # one after the other: only one graph in memory
         loss = task.loss({**state, **moving})
         losses.append(float(loss.detach()))
         for own, gradient in zip(total, _gradients(loss, list(moving.values())), strict=True):
@@ -257,7 +257,7 @@ def _checked(
 
 
 def _endless(loader: Iterable[Any], device: torch.device, number: int) -> Iterator[Any]:
-    """Go through a loader again and again."""
+    """Iterate over a loader repeatedly."""
     most = 1 << 62
     while True:
         where = f"{_WHERE}: loaders[{number}]"
@@ -266,7 +266,7 @@ def _endless(loader: Iterable[Any], device: torch.device, number: int) -> Iterat
 
 
 def _tied(model: nn.Module, state: State) -> State:
-    """Give all names of a shared parameter its value."""
+    """Give a shared parameter's value to all of its names."""
     for alias, name in shared_names(model).items():
         if alias in state:
             state[alias] = state[name]

@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of linear layers and convolutions: what RegMean weighs by."""
+"""Gram matrices of the inputs of linear layers and convolutions: the weights of RegMean."""
 
 from __future__ import annotations
 
@@ -48,35 +48,36 @@ def collect_gram(
 ) -> ModelStatistics:
     """Collect X^T X / rows of the inputs X of every linear layer (Jin et al. 2023).
 
-    A row is one vector that a layer sees: an example, or a token of it. Layers are `nn.Linear` and
+    A row is one input vector of a layer: an example, or a token of it. Layers are `nn.Linear` and
     transformers' Conv1D, whose weight is [in, out]. A layer that is called several times, or whose
-    weight several layers share, gets the rows of all calls; one that no example reaches, such as an
-    expert that is never chosen, has none, and its matrix is 0: in a merge it says nothing. A weight
-    that an embedding shares gets no matrix (it is averaged in a merge, as in the authors' code).
+    weight several layers share, gets the rows of all calls. One that no example reaches, such as an
+    expert that is never chosen, has none; its matrix is 0, which has no influence on a merge. A
+    weight that an embedding shares gets no matrix (it is averaged in a merge, as in the authors'
+    code).
 
-    A convolution is a linear layer on the patches that its kernel is laid on: its rows are these,
-    of in_channels * prod(kernel) elements in the order of the weight, padding included. The paper
-    is about linear layers only, so convolutions are for the asking.
+    A convolution is a linear layer on the patches under its kernel: these are its rows, with
+    in_channels * prod(kernel) elements in the order of the weight, padding included. The paper
+    covers linear layers only, so convolutions are optional.
 
     Args:
         model, loader, samples: as in `collect_fisher`; labels are not needed.
         forward: `forward(model, batch)` runs the model; by default as in `collect_fisher`.
-        mask: `mask(batch)` gives a mask [examples, positions] of what is no padding; by default
-            batch["attention_mask"] where it is of that shape. Rows of padding do not count (they
-            do in the authors' code); they do where an input has another shape. `mask=lambda _:
-            None` counts all. Of convolutions it counts for those of one dimension whose output has
-            as many positions.
+        mask: `mask(batch)` returns a mask [examples, positions] that is 0 for padding; by default
+            batch["attention_mask"] if it has that shape. Rows of padding are not counted (they are
+            in the authors' code), except in inputs of another shape. `mask=lambda _: None` counts
+            all. For convolutions it applies only to one-dimensional ones whose output has as many
+            positions.
         accumulate: dtype of the sums over batches, float64 or float32.
-        convolutions: True takes nn.Conv1d, Conv2d and Conv3d too, "pointwise" those of them whose
-            kernel has size 1. Not those with groups, nor those that compute their kernel from the
-            weight: they are averaged in a merge.
+        convolutions: True includes nn.Conv1d, Conv2d and Conv3d, "pointwise" only those with a
+            kernel of size 1. Excluded are those with groups, and those that compute their kernel
+            from the weight: they are averaged in a merge.
 
     Returns: symmetric float32 matrices [in, in] by the name of the weight, on the CPU; in is
         in_channels * prod(kernel) for a convolution.
 
     Raises:
-        RequestError: no examples, no such layers, NaN or infinity in an input, `convolutions` is
-            something else.
+        RequestError: no examples, no such layers, NaN or infinity in an input, an invalid
+            `convolutions`.
 
     >>> collect_gram(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 0.0], [1.0, 2.0]])])["weight"]
     tensor([[1., 1.],
@@ -102,10 +103,10 @@ def collect_gram(
 def check_options(
     *, samples: Any = 256, accumulate: Any = torch.float64, convolutions: Any = False
 ) -> None:
-    """Refuse what `collect_gram` does not take, whatever the model.
+    """Check the arguments of `collect_gram` that do not depend on the model.
 
     Raises:
-        RequestError: names the first such argument.
+        RequestError: names the first invalid argument.
     """
     check_count(samples, "samples", _WHERE)
     if accumulate not in (torch.float64, torch.float32):
@@ -116,13 +117,13 @@ def check_options(
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """Return batch["attention_mask"] where it is [examples, positions]."""
+    """Return batch["attention_mask"] if it is [examples, positions]."""
     found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return found if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' Conv1D: a linear layer with a weight [in, out]."""
+    """Return whether a module is transformers' Conv1D: a linear layer with a weight [in, out]."""
     kind = type(module)
     return any(
         base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
@@ -133,10 +134,10 @@ def is_conv1d(module: nn.Module) -> bool:
 def linear_layers(
     model: nn.Module, where: str, convolutions: Convolutions = False
 ) -> dict[str, list[nn.Module]]:
-    """Return the linear layers by the name of their weight, without those of embeddings.
+    """Return the linear layers by the name of their weight, except those shared with embeddings.
 
     Args:
-        convolutions: return these too; see `collect_gram`.
+        convolutions: which convolutions to include; see `collect_gram`.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -167,10 +168,10 @@ class _Sum:
 
 @dataclass
 class GramCollector:
-    """Adds up X^T X of layers while a model runs.
+    """Accumulates X^T X of layers while a model runs.
 
     layers: linear layers and convolutions by the name of their weight. convolutions: which of them
-    were asked for.
+    were requested.
     """
 
     model: nn.Module
@@ -184,7 +185,7 @@ class GramCollector:
     _kernels: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
     def begin(self, batch: Any, size: int, mask: Tensor | None, number: int) -> None:
-        """Tell that the model is about to run on a batch."""
+        """Prepare for a run of the model on a batch."""
         if mask is not None and (mask.dim() != 2 or len(mask) != size):
             raise RequestError(
                 f"{self.where}: batch {number}: mask: expected shape ({size}, positions), got "
@@ -213,7 +214,7 @@ class GramCollector:
     def _hook(self, name: str, convolution: bool) -> Callable[..., None]:
         def watch(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if convolution:
-                # Now is when the module has the weight that it computes with.
+                # At this point the module has the weight that it computes with.
                 weight = module.weight
                 assert isinstance(weight, Tensor)
                 self._kernels[id(weight)] = weight, name
@@ -256,7 +257,7 @@ class GramCollector:
         own.rows += len(rows)
 
     def grams(self) -> dict[str, Tensor]:
-        """Return the means over rows, 0 of layers that saw none; float32, symmetric."""
+        """Return the means over rows, 0 for layers without any; float32, symmetric."""
         found = {}
         for name, modules in self.layers.items():
             own = self.sums.get(name)
@@ -271,7 +272,7 @@ class GramCollector:
         return found
 
     def statistics(self, model: nn.Module, examples: int) -> ModelStatistics:
-        """Return what was collected."""
+        """Return the collected statistics."""
         found = self.grams()
         aliases = {alias: name for alias, name in shared_names(model).items() if name in found}
         what = f"mean of x x^T over rows, summed in {str(self.accumulate).removeprefix('torch.')}"

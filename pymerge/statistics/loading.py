@@ -1,4 +1,4 @@
-"""Puts a checkpoint into an architecture, tensor by tensor."""
+"""Loads a checkpoint into an architecture, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SHOWN = 5  # names in a message
 
 
 class Architecture:
-    """A module that takes the tensors of one checkpoint after another.
+    """A module into which checkpoints are loaded one after another.
 
-    Names are the module's own. Every parameter, and every buffer that a state dict has, comes from
-    the checkpoint, so that nothing of one model is left in the next; other buffers are what the
-    module made of them.
+    Names are the module's own. Every parameter, and every buffer that is in a state dict, comes
+    from the checkpoint, so that nothing of one model remains in the next; other buffers are the
+    module's own.
 
     Attributes:
         module: the module; its parameters are overwritten.
-        names: {name of a tensor: all names that it has}.
+        names: {name of a tensor: all of its names}.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,7 +49,7 @@ class Architecture:
                 self.names.setdefault(key, []).append(whole)
 
     def unfit(self) -> str | None:
-        """Say why no checkpoint can be put into it, or None."""
+        """Return why no checkpoint can be loaded into it, or None."""
         if not any(True for _ in self.module.parameters()):
             return "expected a module with parameters, got none"
         if any(tensor.is_meta for tensor in self._tensors.values()):
@@ -57,7 +57,7 @@ class Architecture:
         return None
 
     def misfits(self, checkpoint: Checkpoint) -> list[str]:
-        """Say what of a checkpoint does not fit, from its header."""
+        """Return what does not fit in a checkpoint, judging by its header."""
         label = checkpoint.label
         every = {name: key for key, names in self.names.items() for name in names}
         there = [*checkpoint.tensors, *checkpoint.tied]
@@ -96,7 +96,7 @@ class Architecture:
         """Copy all tensors of a checkpoint that fits, each in the architecture's dtype.
 
         Raises:
-            RequestError: names that are one tensor here have different values there.
+            RequestError: names that share one tensor here have different values there.
         """
         with torch.no_grad():
             for key, names in self.names.items():

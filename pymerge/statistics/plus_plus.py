@@ -1,4 +1,4 @@
-"""RegMean++: RegMean layer by layer, on what the layers merged before make of the data."""
+"""RegMean++: RegMean layer by layer, on the activations of the layers merged before."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WHERE = "regmean_plus_plus"
 
 
 class _Enough(Exception):
-    """The layer that is looked at has run."""
+    """Raised when the layer of interest has run."""
 
 
 def regmean_plus_plus(
@@ -55,24 +55,24 @@ def regmean_plus_plus(
 ) -> State:
     """Merge models by RegMean++: each layer's Gram matrices come from the layers merged before it.
 
-    First everything outside the layers (embeddings, norms) is averaged. Then, layer by layer in the
-    order in which they run: for each task, the merged model with this one layer of the task's own
-    model runs on the task's data; what its linear layers see makes the Gram matrices; the layer is
-    merged by `regmean_merge` and takes its place.
+    First everything outside the layers (embeddings, norms) is averaged. Then the layers are merged
+    one by one, in the order in which they run. For each task, the merged model runs on the task's
+    data, with this one layer taken from the task's own model; the inputs of its linear layers make
+    the Gram matrices. The layer is merged by `regmean_merge` and put into the merged model.
 
     Args:
-        models: modules of one architecture, one for each task; they stay as they are.
-        loaders: batches of each task, as in `collect_gram`; gone through once for each layer, so no
-            iterator that ends.
-        layers: names of the modules that are merged as one, such as the blocks of a transformer. By
-            default the items of `nn.ModuleList`s that hold linear layers, and every linear layer
-            outside of them (or convolution, where they are asked for).
+        models: modules of one architecture, one for each task; they are not changed.
+        loaders: batches of each task, as in `collect_gram`; read once for each layer, so they must
+            not be iterators.
+        layers: names of the modules that are merged as units, such as the blocks of a transformer.
+            By default the items of `nn.ModuleList`s that hold linear layers, and every linear layer
+            outside of them (or convolution, if requested).
         off_diagonal: as in `regmean_merge`; default 0.95, the authors'.
         ridge, weights: as in `regmean_merge`.
-        samples, forward, mask, convolutions: as in `collect_gram`. Convolutions that are not asked
-            for are averaged before, like all that is outside the layers.
+        samples, forward, mask, convolutions: as in `collect_gram`. Convolutions that are not
+            requested are averaged first, like everything outside the layers.
 
-    A layer is run up to its end where the first batches call it once each, else the whole model.
+    The model runs only up to the end of a layer if the first batches call it once each.
 
     Returns: a state dict.
 
@@ -108,7 +108,7 @@ def regmean_plus_plus(
             parts = [{name: state[name] for name in own} for state in states]
             grams = [run.grams(k, layer, part) for k, part in enumerate(parts)]
             if not any(len(gram) for gram in grams):
-                continue  # it has no linear layer but those of embeddings: it is averaged
+                continue  # no linear layers except those shared with embeddings: averaged
             found = regmean_merge(
                 parts, grams, weights=weights, off_diagonal=off_diagonal, ridge=ridge
             )
@@ -135,7 +135,7 @@ def _check(models: Sequence[nn.Module], loaders: Sequence[Any]) -> None:
 
 
 def _names_of(model: nn.Module, layer: str, linear: Mapping[str, Any]) -> list[str]:
-    """Return the names of a layer's tensors; a shared one belongs to the first name it has."""
+    """Return the names of a layer's tensors; a shared one belongs to its first name."""
     prefix = f"{layer}." if layer else ""
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
@@ -240,7 +240,7 @@ class _Run:
 
     @contextmanager
     def _until(self, module: nn.Module, once: bool) -> Iterator[None]:
-        """Stop the model after a layer that is called once."""
+        """Stop the model after a layer if it is called only once."""
         if not once:
             yield
             return

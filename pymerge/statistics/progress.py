@@ -1,4 +1,4 @@
-"""What `pymerge collect` shows while it runs."""
+"""The progress display of `pymerge collect`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINE_EVERY = 5.0  # seconds between plain lines
 
 
 class Counted:
-    """Batches that tell how many examples went by."""
+    """Batches that report the number of examples processed."""
 
     def __init__(self, loader: Iterable[Any], advance: Callable[[int], None]) -> None:
         self._loader = loader
@@ -26,15 +26,15 @@ class Counted:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             yield batch
-            # It comes back for the next batch when this one is done.
+            # Execution resumes here when this batch is done and the next is requested.
             try:
                 self._advance(batch_size(batch, ""))
             except RequestError:
-                continue  # the function that collects says what is wrong with it
+                continue  # the collecting function reports the problem
 
 
 class CollectProgress:
-    """Says how far it is: a bar on a terminal, plain lines elsewhere, nothing where quiet."""
+    """Shows progress: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
 
     def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
         self._quiet = quiet
@@ -46,7 +46,7 @@ class CollectProgress:
         self._spoken = 0.0
 
     def begin(self, name: str, samples: int) -> None:
-        """A model is loaded: up to so many examples follow."""
+        """Start a loaded model: up to `samples` examples follow."""
         self._name, self._done, self._total = name, 0, samples
         self._spoken = time.monotonic()
         if self._quiet:
@@ -78,7 +78,7 @@ class CollectProgress:
         self._task = self._bar.add_task(name, total=samples)
 
     def advance(self, examples: int) -> None:
-        """So many examples more are done."""
+        """Report that `examples` more examples are done."""
         self._done = min(self._done + examples, self._total)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
@@ -87,7 +87,7 @@ class CollectProgress:
             self.say(f"{self._name}: {self._done} of up to {self._total} examples")
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._quiet:
             return
         if self._bar is not None:

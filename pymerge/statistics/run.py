@@ -1,4 +1,4 @@
-"""`pymerge collect CONFIG`: statistics of models, each in a file beside its model."""
+"""`pymerge collect CONFIG`: statistics of models, each in a file next to its model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = ["CollectSetup", "Collected", "run_collect"]
 
 @dataclass
 class Collected:
-    """What became of a model.
+    """The outcome for a model.
 
-    model: its name. file: the statistics. examples, size: seen, and bytes of the file; None where
-    it is not there yet. state: "collected" or "replaced", "was there" (an earlier run's, with the
-    same settings); of a dry run "to collect" or "to replace".
+    model: its name. file: the statistics. examples, size: number of examples, and bytes of the
+    file; None while there is no file. state: "collected" or "replaced", "was there" (from an
+    earlier run with the same settings); in a dry run "to collect" or "to replace".
     """
 
     model: str
@@ -56,26 +56,26 @@ def run_collect(
 
     Each model in turn is loaded into the architecture that the entry point returns, tensor by
     tensor, and `collect_fisher` or `collect_gram` is called on its batches. The file appears whole
-    or not at all, and records all settings. A run that was interrupted goes on with the models that
-    have no file of the same settings.
+    or not at all, and records all settings. An interrupted run resumes with the models that have no
+    file with the same settings.
 
     Args:
         config: path of a YAML file; see docs/statistics.md.
-        out: folder of the files, `NAME-fisher.safetensors` or `NAME-gram.safetensors`, which is
-            made. By default each is `fisher.safetensors` or `gram.safetensors` beside its model,
-            where a merge finds it by the model's directory.
-        force: collect anew, and replace files that are there.
-        device: where the models run: "cpu", "cuda", "cuda:N", or "auto": where the entry point's
-            architecture is.
-        dry_run: check everything but the batches, write nothing, and say what would be done.
+        out: folder of the files, `NAME-fisher.safetensors` or `NAME-gram.safetensors`; it is
+            created. By default each is `fisher.safetensors` or `gram.safetensors` next to its
+            model, where a merge finds it by the model's directory.
+        force: collect again, and replace existing files.
+        device: where the models run: "cpu", "cuda", "cuda:N", or "auto": the device of the entry
+            point's architecture.
+        dry_run: check everything but the batches, write nothing, and report what would be done.
         quiet, verbose: show nothing on stderr, or more.
 
     Returns: an item for each model, in their order.
 
     Raises:
-        RequestError: something is wrong with the configuration, the models, what the entry point
-            gives, or the examples; or a file is there with other settings. Files of models that are
-            done stay.
+        RequestError: there is a problem with the configuration, the models, the entry point's
+            result, or the examples; or a file with other settings exists. Files of finished models
+            are kept.
         MergeError: a file cannot be written.
     """
     settings = read_config(config)
@@ -108,7 +108,7 @@ def run_collect(
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there."""
+    """Raise RequestError if a device does not exist."""
     if name in ("auto", "cpu"):
         return
     kind, _, index = name.partition(":")
@@ -162,14 +162,14 @@ class _Run:
     verbose: bool
 
     def planned(self, jobs: list[_Job]) -> list[Collected]:
-        """Say what would be done."""
+        """Return what would be done."""
         self._introduce(jobs)
         self.progress.say("dry run: nothing is written")
         words = {"done": "was there", "collect": "to collect", "replace": "to replace"}
         return [job.result(words[job.state]) for job in jobs]
 
     def all(self, jobs: list[_Job]) -> list[Collected]:
-        """Collect of every model that is not done."""
+        """Collect statistics of all models that are not done."""
         self._introduce(jobs)
         done = [job for job in jobs if job.state == "done"]
         if done:

@@ -1,4 +1,4 @@
-"""Labels drawn from what a model predicts."""
+"""Labels drawn from a model's predictions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 __all__ = ["draw_classes"]
 
-_AT_ONCE = 1 << 21  # odds that are cumulated at once
+_AT_ONCE = 1 << 21  # odds accumulated at once
 
 
 def draw_classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a class of each row, drawn by its softmax.
+    """Return a class for each row, drawn by its softmax.
 
-    Of a large vocabulary `torch.multinomial` takes an exponential variate for each class, which
-    takes longer than the model; this takes one uniform number a row and looks where the cumulated
-    odds pass it.
+    For a large vocabulary `torch.multinomial` draws an exponential variate for each class, which
+    takes longer than the model. This draws one uniform number per row and finds where the
+    cumulative odds exceed it.
 
     Args:
         logits: [rows, classes], finite.
@@ -29,7 +29,7 @@ def draw_classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tens
         wide = part if part.dtype == torch.float64 else part.float()
         odds = wide.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
         whole = odds[:, -1:]
-        # below the whole also after rounding, so that no class of odds 0 is drawn at the end
+        # below the total also after rounding, so that no class of odds 0 is drawn at the end
         wanted = torch.minimum(share * whole, torch.nextafter(whole, torch.zeros_like(whole)))
         drawn.append(torch.searchsorted(odds, wanted, right=True))
     return torch.cat(drawn).squeeze(-1)

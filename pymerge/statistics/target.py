@@ -1,4 +1,4 @@
-"""The files that `pymerge collect` writes: where, whether one is there, and with which settings."""
+"""The files that `pymerge collect` writes: their paths, whether they exist, and their settings."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Target", "make_targets", "settings_of"]
 def settings_of(
     config: CollectConfig, model: ModelToCollect, checkpoint: Checkpoint, loader: int | str
 ) -> dict[str, Any]:
-    """Return what a file records, so that it can be made again, as JSON has it.
+    """Return the settings that a file records so that it can be made again, as JSON values.
 
-    All files of weights are read, for their checksums.
+    All weight files are read, for their checksums.
 
     Args:
         loader: the position or the name of the model's batches.
@@ -38,7 +38,7 @@ def settings_of(
 
 
 def _told(config: CollectConfig, loader: int | str) -> dict[str, Any]:
-    """Return what of the settings needs no reading."""
+    """Return the settings that can be recorded without reading files."""
     told = {
         "entry": config.entry,
         "arguments": config.arguments,
@@ -64,10 +64,11 @@ class Target:
         *,
         force: bool,
     ) -> str:
-        """Return "collect", "replace" or, where the file is this run's already, "done".
+        """Return "collect", "replace", or "done" if the file already is the result of these
+        settings.
 
         Raises:
-            RequestError: a file with other settings is there, and may not be replaced.
+            RequestError: a file with other settings exists, and may not be replaced.
         """
         if not os.path.lexists(self.file):
             return "collect"
@@ -103,7 +104,7 @@ class Target:
         before = known.get("options")
         before = before if isinstance(before, Mapping) else {}
         for key, value in now["options"].items():
-            # An option that a later version adds is what it was: its default.
+            # A later version's new option had its default value before.
             if before.get(key, value) != value:
                 found.append(f"{key} was {_short(before[key])}, now {_short(value)}")
         if not found:
@@ -117,14 +118,15 @@ class Target:
             return StatisticsRecord.from_metadata(checkpoint.metadata, "the file")
 
     def contents(self) -> tuple[int | None, int | None]:
-        """Return how many examples it was made of, and its size; None where it is not readable."""
+        """Return the number of examples it was made from, and its size; None if it is
+        unreadable."""
         try:
             return self._record().examples, self.file.stat().st_size
         except (RequestError, OSError):
             return None, None
 
     def prepare(self) -> None:
-        """Make its folder, and remove what a run that was killed while writing it has left.
+        """Create its folder, and remove the leftovers of a run that was killed while writing it.
 
         Raises:
             MergeError: that is not possible.
@@ -151,7 +153,7 @@ def make_targets(
     """Return the file of each model.
 
     Raises:
-        RequestError: two models have the same one, it is a file of weights, or its folder cannot be
+        RequestError: two models have the same file, it is a weight file, or its folder cannot be
             written.
     """
     name = filename_of(config.kind)
@@ -180,13 +182,13 @@ def make_targets(
 
 
 def _beside(model: ModelToCollect) -> Path:
-    """Return the folder of a model, or that of the adapter that makes it."""
+    """Return the folder of a model, or of its adapter if it has one."""
     path = Path(model.path if model.adapter is None else model.adapter)
     return path if path.is_dir() else path.parent
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Say why a folder cannot be written: hours may go into what is to be saved there."""
+    """Return why a folder cannot be written; checked early, since the results may take hours."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
