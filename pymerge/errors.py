@@ -38,7 +38,7 @@ class CheckpointError(RequestError):
 
 
 class NonFiniteError(RequestError):
-    """An input holds NaN or infinity and the merge was not told to keep them."""
+    """An input holds NaN or infinity, and the merge was not asked to keep them."""
 
 
 class MergeError(RuntimeError):

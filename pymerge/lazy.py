@@ -1,4 +1,4 @@
-"""The names of a package, listed once in its stub `__init__.pyi`, and loaded when first asked for.
+"""The names of a package, listed once in its stub `__init__.pyi`, and loaded on first access.
 
 Editors and type checkers read the stub; `pymerge --help` does not wait for torch.
 """
@@ -24,7 +24,7 @@ def names_of_stub(
     Args:
         package: its `__name__`.
         file: its `__file__`. Beside it, `__init__.pyi` has a line `from MODULE import NAME as NAME`
-            for each name. It is read when a name is first asked for.
+            for each name. It is read when a name is first accessed.
         more: modules by the names that they have, which the stub takes by `import *`.
     """
 

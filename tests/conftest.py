@@ -105,7 +105,7 @@ BACKEND_IDS = ["reference", *NATIVE]
 
 
 def check_same(found: torch.Tensor, expected: torch.Tensor, label: str) -> None:
-    """Compare numbers and their signs, of zeros too; NaN is NaN. Tells the first difference."""
+    """Compare numbers and signs, of zeros too; NaN equals NaN. Names the first difference."""
     wrong = ~((found == expected) & (found.signbit() == expected.signbit()))
     wrong &= ~(found.isnan() & expected.isnan())
     first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1

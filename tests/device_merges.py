@@ -26,7 +26,7 @@ Merge = Callable[..., pymerge.MergeReport]
 
 @pytest.fixture
 def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
-    """Return merge_checkpoints on a device, whose memory is cut as told."""
+    """Return merge_checkpoints on a device whose memory is divided as requested."""
 
     def run(
         config: Any, out: Path, device: Device, sizes: DeviceSizes | None = None, **options: Any

@@ -184,7 +184,7 @@ class HostDevice:
         """Note an access, which must come after all others to the same bytes."""
         if tensor.numel() == 0:
             return
-        if actor != HOST:  # the host tells a stream what to do after all that it did itself
+        if actor != HOST:  # the host submits work to a stream after its own earlier accesses
             self._merge(actor, self._clocks[HOST])
         storage = tensor.untyped_storage()
         # What torch itself made is COMPUTE's.

@@ -53,5 +53,5 @@ def search(
 
 
 def told(trials: list[Trial]) -> list[tuple[Any, ...]]:
-    """What must not depend on workers or interruptions."""
+    """Return the parts of trials that must not depend on workers or interruptions."""
     return [(t.number, t.values, t.value, t.state, t.error) for t in trials]

@@ -280,7 +280,7 @@ def test_killed_after_some_time(scene: Scene) -> None:
 
 
 def test_two_processes_write_the_same_out(scene: Scene) -> None:
-    """The loser is told, or is replaced; neither mixes with the other."""
+    """The loser gets an error, or is replaced; the two never mix."""
     codes = [code for code, _ in scene.trial("SIGCONT", "slow0", count=2)]
     assert scene.state() == "new"
     assert scene.left() == []

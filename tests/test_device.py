@@ -144,7 +144,7 @@ def test_a_dialect_on_torch_is_computed_on_the_cpu(merge: Merge, tmp_path: Path)
 
 
 def test_tensors_stay_while_they_are_needed_again(merge: Merge, tmp_path: Path) -> None:
-    """What there is room for is copied once, however many passes there are."""
+    """Tensors that fit are copied once, however many passes there are."""
     base, tuned = models.llama(2, vocabulary=2101, layers=1)
     models.save_family(tmp_path, base, tuned)
     config = models.config(tmp_path, "ties", 2, density=0.3, semantics="official")

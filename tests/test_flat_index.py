@@ -72,7 +72,7 @@ def test_files(index: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [NAN, -1.0])
 @pytest.mark.parametrize("index", [7, 70_000, PIECE + 70_000])
 def test_statistics(index: int, value: float, tmp_path: Path) -> None:
-    """Fisher information is looked at by pieces, and 2^16 elements of them at a time."""
+    """Fisher information is read in pieces, 2^16 elements at a time."""
     state = {"w": torch.ones(PIECE + 100_000)}
     fisher = {"w": torch.ones(PIECE + 100_000)}
     models.save_family(tmp_path, state, [state, state])

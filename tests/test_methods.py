@@ -80,7 +80,7 @@ def test_files_and_tensors_give_the_same(name: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("levels", [0, 3])
 def test_localize_and_stitch_is_that_of_the_paper(density: Any, levels: int) -> None:
-    """By sorting; levels: of few magnitudes, so that equal ones must be told apart."""
+    """Compares with sorting; levels: few magnitudes, so that ties must be broken."""
     generator = torch.Generator().manual_seed(levels)
     shapes = {"b": (301, 257), "a": (40,), "c.10": (3, 5), "c.9": (7,), "e": (0, 4)}
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

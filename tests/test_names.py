@@ -1,4 +1,4 @@
-"""The names of packages that load them when they are asked for: all in the stub, once."""
+"""Packages that load their names on first access: each name is in the stub, once."""
 
 from __future__ import annotations
 

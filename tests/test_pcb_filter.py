@@ -112,7 +112,7 @@ def test_task_vectors_that_are_not_random(variant: str, use_backend: Callable[[s
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nan_and_infinity(variant: str, use_backend: Callable[[str], str]) -> None:
-    """What is not finite is never left out, and is told."""
+    """Non-finite elements are never filtered out, and are reported."""
     for dtype in (torch.bfloat16, torch.float32):
         base, models = normal(4, dtype=dtype, seed=4)
         reals = pcb_statistics(VARIANTS[variant], base, models, 0.1)

@@ -1,5 +1,5 @@
-"""In bf16, what one model alone adds is told without its score wherever the score cannot change the
-rounded result: the merge is the reference's, bit for bit, also next to where it can."""
+"""In bf16, the change from one model alone is computed without its score wherever the score cannot
+change the rounded result: the merge equals the reference bit for bit, also just before it can."""
 
 from __future__ import annotations
 

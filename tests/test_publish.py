@@ -66,7 +66,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_the_ritual(run: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report is in the directory; what is there is not replaced unasked, or by half."""
+    """The report is in the directory; existing files are not replaced unasked, or in part."""
     before = set(here.iterdir())
     run("out")
     (name,) = [path.name for path in Path("out").glob("pymerge_*.json")]

@@ -70,7 +70,7 @@ def test_regmean_of_many_outputs_and_what_has_no_gram() -> None:
 
 
 def test_regmean_of_conv1d_is_that_of_its_transpose() -> None:
-    _, tuned, grams = layers(out=6)  # square: the shape does not tell
+    _, tuned, grams = layers(out=6)  # square: the shape is ambiguous
     record = StatisticsRecord("gram", transposed=frozenset({"w"}))
     across = [ModelStatistics({"w": gram}, record) for gram in grams]
     merged = pymerge.regmean_merge([{"w": w.T.contiguous()} for w in tuned], across)

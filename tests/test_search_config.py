@@ -1,4 +1,4 @@
-"""The configuration of a search: what each wrong key is told."""
+"""The configuration of a search: the error for each wrong key."""
 
 from __future__ import annotations
 

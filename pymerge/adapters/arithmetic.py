@@ -363,6 +363,6 @@ def _without_saved(adapter: Adapter, where: str) -> None:
     if adapter.saved:
         name = next(iter(adapter.saved))
         raise RequestError(
-            f"{where}: {adapter.label} has '{name}' in whole (modules_to_save), of which only the "
-            "base would tell the delta; arithmetic is on adapters without such tensors"
+            f"{where}: {adapter.label} has '{name}' in whole (modules_to_save), whose delta is "
+            "unknown without the base; arithmetic is on adapters without such tensors"
         )

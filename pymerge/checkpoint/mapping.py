@@ -36,7 +36,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def advise(address: int, nbytes: int, advice: str) -> None:
-    """Give madvise() advice on the pages that contain some bytes; failures do not matter.
+    """Call madvise() for the pages that contain some bytes; failures do not matter.
 
     Args:
         address: the first byte.

@@ -49,7 +49,7 @@ class StatisticsRecord:
         aliases: {other name of a shared parameter: the name that the tensor has}.
         model_tensors: names of all tensors of the model.
         made_by: the version of pymerge.
-        settings: all that `pymerge collect` was told, as JSON has it; empty otherwise.
+        settings: all settings of `pymerge collect`, as JSON values; empty otherwise.
     """
 
     kind: str
@@ -151,7 +151,7 @@ def foreign_problem(foreign: Sequence[str], count: int, model: str, known: Itera
 def shape_problem(
     record: StatisticsRecord, name: str, shape: Sequence[int], wanted: Sequence[int]
 ) -> str | None:
-    """Say what is wrong with the shape of statistics of a tensor of the shape `wanted`."""
+    """Return what is wrong with the shape of statistics for a tensor of shape `wanted`, or None."""
     if record.kind == "fisher":
         if tuple(shape) != tuple(wanted):
             return f"has shape {tuple(shape)}, expected {tuple(wanted)} like the tensor"

@@ -31,7 +31,7 @@ from pymerge.plan.statistics import StatisticsFile, StatisticsInputs, statistics
 
 __all__ = ["CheckpointSource", "merge_checkpoints"]
 
-_READ_AHEAD = 256 << 20  # bytes asked for before they are needed
+_READ_AHEAD = 256 << 20  # bytes requested before they are needed
 
 
 class CheckpointSource:

@@ -159,7 +159,7 @@ class Publication:
 
     @contextmanager
     def shards(self, layout: Layout, **ring: int) -> Iterator[ShardWriter]:
-        """Give a writer of all tensors of a layout; afterwards the files and their index are there.
+        """Yield a writer for all tensors of a layout; afterwards the files and their index exist.
 
         Args:
             ring: `slot_bytes` and `slots` of the writer.

@@ -95,7 +95,7 @@ class _Statistics:
         return None if own is None else self.tensors[own]
 
     def problems(self, model: Tensors) -> list[str]:
-        """Say what does not fit the model."""
+        """Return what does not fit the model."""
         found: list[str] = []
         names = {name: [name] for name in self.tensors}
         for alias, name in self.record.aliases.items():

@@ -49,7 +49,7 @@ class Journal:
     Args:
         folder: of the study; made if it is not there.
         identity: what trials depend on, as plain values.
-        restart: begin anew, whatever is there.
+        restart: start over, even if a journal exists.
 
     Raises:
         RequestError: the folder holds something else, another process has the study, or it is of

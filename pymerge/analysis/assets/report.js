@@ -25,7 +25,7 @@
     });
   }
   const models = axis(data.models, 24);
-  // Okabe and Ito's colours, which most people tell apart; a ninth model gets another dash.
+  // Okabe and Ito's colours, which most people can distinguish; a ninth model gets another dash.
   const palettes = {
     light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#5b3fa8", "#555555"],
     dark: ["#5ab4f0", "#ff8f45", "#35c79a", "#e59ac4", "#e0b53a", "#8fd3ff", "#a98ff0", "#bbbbbb"],

@@ -83,15 +83,15 @@ class Device(Protocol):
         ...
 
     def launch(self, function: Callable[[], Any], tensors: Sequence[torch.Tensor]) -> Any:
-        """Do on COMPUTE what touches these tensors of the device; return what it returns."""
+        """Run a function that uses these device tensors on COMPUTE; return its result."""
         ...
 
     def record(self, stream: str) -> Any:
-        """Return an event: all that the stream was told so far is done."""
+        """Return an event that marks the completion of all work submitted to the stream so far."""
         ...
 
     def wait(self, stream: str, event: Any) -> None:
-        """Let a stream do nothing more before an event."""
+        """Make a stream wait for an event before it does any more work."""
         ...
 
     def finish(self, event: Any) -> None:
@@ -195,7 +195,7 @@ class Cuda:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Say what the device has against it in words of ours."""
+        """Translate the device's error into a message of our own."""
         try:
             yield
         except (self._torch.cuda.OutOfMemoryError, MemoryError) as error:

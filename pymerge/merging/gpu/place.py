@@ -35,9 +35,9 @@ class Place:
 
 
 def _wants_gpu(device: str, backend: str | None) -> bool:
-    """Tell whether a request asks for a GPU.
+    """Return whether a request asks for a GPU.
 
-    "auto" is the CPU: files come from the page cache or a disk, at whose speed it merges them.
+    "auto" is the CPU: it merges files as fast as the page cache or a disk delivers them.
     """
     if device == "auto":
         return backend == "cuda" or (backend == "triton" and BACKENDS["triton"].device() == "cuda")

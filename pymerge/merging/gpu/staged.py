@@ -178,7 +178,7 @@ class StagedSink:
         return self._free[0]
 
     def _arrive(self) -> None:
-        """Give the oldest result to the sink of the host."""
+        """Pass the oldest result to the sink of the host."""
         result = self._coming.popleft()
         self._device.finish(result.buffer.copied)
         if result.first:
