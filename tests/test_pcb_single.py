@@ -1,5 +1,5 @@
 """In bf16, the change from one model alone is computed without its score wherever the score cannot
-change the rounded result: the merge equals the reference bit for bit, also just before it can."""
+change the rounded result: the merge equals the reference bit for bit, also near where it can."""
 
 from __future__ import annotations
 
