@@ -182,7 +182,8 @@ def pointwise_kernel(
     METHOD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """METHOD: that of csrc/math/pointwise.h, and "sce_everywhere" for SCE that is told so.
+    """METHOD: that of csrc/math/pointwise.h, and "sce_everywhere" for SCE with its mask
+    everywhere.
 
     models: MODELS pointers, or for MODELS = 0 a table of `count` rows, of which some methods load
     each twice. integers: [0] the flag of `raise_flag`, [1] the model that the method is asked
