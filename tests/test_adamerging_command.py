@@ -85,6 +85,30 @@ def test_command(
     assert main(["ada", str(config), str(out), "--quiet", "--force"]) == 0
 
 
+def test_command_goes_on_without_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ada_entry.py").write_text(_ENTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, out = ada_config(tmp_path), tmp_path / "out"
+    seconds = []
+    for more in ((), (), ("--restart",)):
+        assert main(["ada", str(config), str(out), "--quiet", "--force", *more]) == 0
+        history = json.loads((tmp_path / "out.ada" / "history.json").read_text())
+        seconds.append([row["seconds"] for row in history])
+    assert seconds[0] == seconds[1] != seconds[2]
+
+
+def test_command_with_an_entry_point_that_lacks_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is a failure and no bad request."""
+    (tmp_path / "ada_lost.py").write_text("def setup(*_, **__):\n    open('nowhere.csv')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = ada_config(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"entry": "ada_lost:setup"}))
+    assert main(["ada", str(config), str(tmp_path / "out")]) == 1
+    assert "No such file or directory: 'nowhere.csv'" in capsys.readouterr().err
+
+
 def test_command_joins_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,9 @@ def test_ia3(tmp_path: Path) -> None:
     vectors = [torch.from_numpy(v) for v in (k, k2)]
     expected = pymerge.ties_merge(torch.ones(6, 1), vectors, density=1.0, semantics="mergekit")
     np.testing.assert_array_equal(merged.vector("k"), expected.numpy())
+    vectors = [torch.from_numpy(down), torch.ones(1, 5)]  # what the other lacks changes nothing
+    expected = pymerge.ties_merge(torch.ones(1, 5), vectors, density=1.0, semantics="mergekit")
+    np.testing.assert_array_equal(merged.vector("down"), expected.numpy())
     merged.save(tmp_path / "out")
     np.testing.assert_array_equal(load(tmp_path / "out").vector("down"), merged.vector("down"))
     with pytest.raises(RequestError, match="svd is for LoRA, got IA3"):
@@ -485,6 +488,35 @@ def test_a_merge_onto_the_base_rounds_once(
     assert len(report.output.shards) > 1
     assert [one.path for one in report.inputs][1:] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert "Models" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_merge_onto_the_base_may_begin_again(tmp_path: Path) -> None:
+    """A sample of the one large module misleads about the sign of zero votes."""
+    large, small = 128, [f"s{number:04d}" for number in range(1200)]
+    made = [{"large": (np.ones((large, 1)), np.ones((1, large)))} for _ in range(2)]
+    for adapter in made:
+        adapter |= {name: (np.ones((5, 1)), -np.ones((1, 6))) for name in small}
+    for adapter, sign in zip(made, (1.0, -1.0), strict=True):  # votes of zero
+        adapter["v"] = np.full((2, 1), sign), np.ones((1, 2))
+    for name, factors_ in zip("ab", made, strict=True):
+        lora(factors_).save(tmp_path / name)
+    deltas = [
+        {f"{n}.weight": torch.from_numpy(b @ a).float() for n, (b, a) in one.items()}
+        for one in made
+    ]
+    zero = {name: torch.zeros_like(delta) for name, delta in deltas[0].items()}
+    base = {**zero, "a.copied": torch.arange(3.0), "z.copied": torch.arange(4)}
+    models.save(tmp_path / "base", base)
+    config = {
+        "merge_method": "ties",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / name)} for name in "ab"],
+        "parameters": {"semantics": "official", "density": 1.0},
+    }
+    run_merge_adapters(config, tmp_path / "out")
+    expected = {**base, **pymerge.ties_merge(zero, deltas, density=1.0)}
+    assert bool((expected["v.weight"] == -1).all())
+    models.assert_same(models.load(tmp_path / "out"), expected)
 
 
 def test_bad_merges_onto_a_base(two: list[Adapter], tmp_path: Path) -> None:

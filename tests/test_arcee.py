@@ -205,20 +205,28 @@ def test_what_is_not_finite(identifier: str, value: str, use_backend: Callable[[
 
 @pytest.mark.parametrize("identifier", BACKEND_IDS)
 @pytest.mark.parametrize(
-    ("shape", "kept"),
-    [((3, 5000), 1 << 20), ((40_000,), 1 << 20), ((1111, 7), 100), ((9, 1024), 2), ((3, 5000), 2)],
+    ("shape", "kept", "scale"),
+    [
+        ((3, 5000), 1 << 20, 1),
+        ((40_000,), 1 << 20, 1),
+        ((1111, 7), 100, 1),
+        ((9, 1024), 2, 1),
+        ((3, 5000), 2, 1),
+        ((3, 5000), 2, 1e5),  # exp of twice the largest is infinite
+    ],
     ids=str,
 )
 def test_tiles_do_not_matter(
     shape: tuple[int, ...],
     kept: int,
+    scale: float,
     identifier: str,
     use_backend: Callable[[str], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows longer than a tile, and more rows than there is room for."""
     backend = use_backend(identifier)
-    base, model = pair(*shape)
+    base, model = (scale * one for one in pair(*shape))
     how: dict[str, Any] = {"semantics": "exact", "backend": backend}
     expected = pymerge.arcee_fusion(base, model, **how)
     monkeypatch.setattr(arcee, "_CACHED", 1 << 11)

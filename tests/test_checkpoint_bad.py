@@ -342,6 +342,14 @@ def test_index_and_files_that_disagree(tmp_path: Path) -> None:
     ]
 
 
+def test_a_tensor_in_the_file_before_the_one_that_the_index_names(tmp_path: Path) -> None:
+    save_file({"b": torch.ones(1)}, tmp_path / "m-2.safetensors")
+    weight_map = {"a": "m-1.safetensors", "b": "m-2.safetensors"}
+    assert refusal(with_index(tmp_path, {"weight_map": weight_map})) == [
+        "m-2.safetensors: tensor 'b' is also in m-1.safetensors"
+    ]
+
+
 def test_index_with_a_dangling_link_and_a_directory(tmp_path: Path) -> None:
     (tmp_path / "l.safetensors").symlink_to("nowhere")
     (tmp_path / "d.safetensors").mkdir()

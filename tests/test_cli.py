@@ -21,7 +21,7 @@ import pytest
 import pymerge.commands.main
 from pymerge.config import load_config
 from pymerge.errors import CheckpointError, MergeError, NonFiniteError, RequestError
-from pymerge.memory import PeakMemory
+from pymerge.memory import PeakMemory, available_memory
 from pymerge.merging import files as merging
 from pymerge.merging.card import model_card
 from pymerge.merging.report import InputFile, InputReport, MergeReport, OutputReport, Phase
@@ -365,6 +365,8 @@ def test_a_report_survives_json(tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert MergeReport.from_json(text) == report
+    with pytest.raises(RequestError, match="report: expected a report of format 1"):
+        MergeReport.from_json(text.replace('"format": 1', '"format": 2'))
     assert set(json.loads(text)["versions"]) == {"pymerge", "python", "torch", "platform"}
 
 
@@ -414,6 +416,12 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
         block.close()
     assert peak.anonymous >= before.anonymous + size // 2
     assert peak.resident >= peak.anonymous // 2
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc")
+def test_available_memory_is_in_bytes() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert total / 200 < available_memory() <= total
 
 
 def test_commands_run_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,24 @@ def test_exact_fisher_is_that_of_the_definition(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_labels_go_with_their_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many examples are computed at once."""
+    model = seeded(Net)
+    whole = pymerge.collect_fisher(model, loader(), labels="true", vectorize=True)
+    monkeypatch.setattr("pymerge.statistics.fisher._VECTOR_BYTES", 1)
+    apart = pymerge.collect_fisher(model, loader(), labels="true", vectorize=True)
+    for name in whole:
+        torch.testing.assert_close(apart[name], whole[name])
+
+
+def test_a_part_in_evaluation_mode_stays_in_it() -> None:
+    model = seeded(Net).train()
+    model.norm.eval()
+    pymerge.collect_fisher(model, loader())
+    modes = {name: module.training for name, module in model.named_children()}
+    assert modes == {"first": True, "norm": False, "drop": True, "last": True}
+
+
 def test_the_exact_estimator_does_not_depend_on_batches_and_the_batch_estimator_does() -> None:
     model = seeded(Net)
     exact = [pymerge.collect_fisher(model, loader(size)) for size in (1, 11)]

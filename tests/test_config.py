@@ -238,10 +238,14 @@ models:
   - model: c
     parameters:
       <<: *shared
+  - model: d
+    parameters:
+      weight: 0.5
+      <<: *shared
 """,
         tmp_path,
     )
-    assert config.resolve("x")["weight"] == [0.25, 0.25, 0.25]
+    assert config.resolve("x")["weight"] == [0.25, 0.25, 0.25, 0.5]
 
 
 def test_a_mapping_is_a_config_too(tmp_path: Path) -> None:

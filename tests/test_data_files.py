@@ -173,6 +173,16 @@ def test_memory_of_linear_systems() -> None:
     assert matrix_bytes(1500, 4, 1) == 8 * (3 * 1500**2 + 7 * 1500 * 4 + 1500 * 4)
 
 
+def test_bytes_of_statistics_are_counted(tmp_path: Path) -> None:
+    config = write(tmp_path, "regmean")
+    report = pymerge.merge_checkpoints(config, tmp_path / "out")
+    read = 0
+    for name in ("m0", "m1"):
+        files = (models.load_one(tmp_path / name), pymerge.load_statistics(tmp_path / name))
+        read += sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    assert report.phases["regmean"].bytes == read
+
+
 def test_memory_of_linear_systems_is_planned(tmp_path: Path) -> None:
     config = write(tmp_path, "regmean")
     inputs = {"a_proj": 20, "b_proj": 1500, "c_proj": 30}

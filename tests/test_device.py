@@ -132,6 +132,21 @@ def test_rows_of_any_length(
     assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
 
 
+def test_rows_longer_than_the_tiles_of_a_device(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later steps of a row's divergence read what earlier ones found, in every tile."""
+    generator = torch.Generator().manual_seed(1)
+    base = {"long": torch.randn(2, 140_000, generator=generator)}
+    tuned = {"long": base["long"] + 0.1 * torch.randn(2, 140_000, generator=generator)}
+    models.save_family(tmp_path, base, [tuned])
+    config = models.config(tmp_path, "arcee_fusion", 1, semantics="exact")
+    pymerge.merge_checkpoints(config, tmp_path / "cpu")
+    monkeypatch.setattr(arcee, "TILE", 1 << 17)
+    merge(config, tmp_path / "out", HostDevice(), SMALL)
+    assert models.weight_bytes(tmp_path / "out") == models.weight_bytes(tmp_path / "cpu")
+
+
 def test_a_dialect_on_torch_is_computed_on_the_cpu(merge: Merge, tmp_path: Path) -> None:
     base, tuned = models.llama(1, vocabulary=64, layers=1)
     models.save_family(tmp_path, base, tuned)

@@ -229,6 +229,11 @@ def test_sce_of_small_task_vectors() -> None:
     energies = a.square().mean(), b.square().mean()
     expected = (energies[0] * a + energies[1] * b) / (energies[0] + energies[1])
     torch.testing.assert_close(authors, expected)
+    # They are means: the size of the tensor plays no part.
+    many = pymerge.merge(
+        "sce", zeros(a.repeat(500)), [a.repeat(500), b.repeat(500)], mask="everywhere"
+    )
+    assert torch.equal(many, mergekit.repeat(500))
 
 
 def test_model_stock_by_the_mean_cosine_or_the_mean_angle() -> None:

@@ -272,6 +272,21 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     assert "# My\\_Merge\n" in card
 
 
+def test_config_keeps_its_dtype_where_the_output_has_several(tmp_path: Path) -> None:
+    base, tuned = models.llama(2)
+    for state in (base, *tuned):
+        state["model.norm.weight"] = state["model.norm.weight"].float()
+    models.save(tmp_path / "base", base, config=models.CONFIG | {"torch_dtype": "float16"})
+    for k, model in enumerate(tuned):
+        models.save(tmp_path / f"m{k}", model)
+    config = models.config(tmp_path, "task_arithmetic", 2)
+    for dtype in (None, "bfloat16"):
+        out = tmp_path / f"out-{dtype}"
+        pymerge.merge_checkpoints(config | {"out_dtype": dtype}, out)
+        written = json.loads((out / "config.json").read_text())
+        assert written["torch_dtype"] == (dtype or "float16")
+
+
 @pytest.mark.parametrize("checksums", [False, True])
 def test_the_report_says_what_was_done(checksums: bool, tmp_path: Path) -> None:
     base, tuned = models.llama(2)

@@ -287,6 +287,11 @@ def test_slerp_and_kin_keep_norms_on_the_sphere() -> None:
     ):
         merged = sum(w * row for w, row in zip(weights, rows, strict=True))
         assert abs(float(merged.norm()) - 3.0) < 1e-6
+    scaled = rows * torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    weights = [0.4, 0.3, 0.2, 0.1]
+    found = multislerp_weights((scaled @ scaled.T).numpy(), weights, True, 1e-12)
+    merged = sum(w * row for w, row in zip(found, scaled, strict=True))
+    assert abs(float(merged.norm()) - 3.0 * (0.4 + 0.6 + 0.6 + 0.4)) < 1e-6
     # The Karcher mean is where the log maps add up to nothing.
     mean = (
         sum(w * row for w, row in zip(karcher_weights(gram, 100, 1e-12), rows, strict=True)) / 3.0
@@ -391,6 +396,19 @@ def test_the_karcher_mean_of_small_tensors_is_not_zero() -> None:
     torch.testing.assert_close(pymerge.karcher([small]), small, rtol=1e-6, atol=0)
     torch.testing.assert_close(pymerge.karcher([small, 3 * small]), 2 * small, rtol=1e-6, atol=0)
     assert torch.equal(pymerge.karcher([0 * small, 0 * small]), 0 * small)
+    half = pymerge.karcher([small, 0 * small])  # no direction, but a norm, which is averaged too
+    torch.testing.assert_close(half, small / 2, rtol=1e-6, atol=0)
+
+
+def test_what_one_model_alone_changed_is_scaled_within_bounds() -> None:
+    """RAM+: by 1 + r clip(shared / alone, 0, alpha), of each model."""
+    base = torch.zeros(12)
+    first, second = base.clone(), base.clone()
+    first[:8], second[6:10] = 1.0, 3.0
+    merged = pymerge.ramplus_tl(base, [first, second], r=0.5, alpha=0.4)
+    # The first changed six alone and two with the second, which changed two alone.
+    expected = [1 + 0.5 * (2 / 6)] * 6 + [2.0] * 2 + [3 * (1 + 0.5 * 0.4)] * 2 + [0.0] * 2
+    torch.testing.assert_close(merged, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", NEW)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +256,24 @@ def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path, kind: str) -> 
     assert names(tmp_path) == [other.name, "different", "out"]
 
 
+def test_stale_directories_that_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system locks files only, the lock file decides."""
+    lock = fcntl.flock
+
+    def files_only(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", files_only)
+    left = make(tmp_path / ".out.pymerge-tmp-01234567", weights="half")
+    (left / ".lock").touch()
+    write(tmp_path / "out")
+    assert not left.exists()
+
+
 def test_sigint_cleans_up(tmp_path: Path) -> None:
     child, left = start_child(tmp_path / "out")
     child.send_signal(signal.SIGINT)
@@ -424,6 +444,17 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(
     assert target.read_bytes() == b"old"
     replace.replace_file(target, b"new")
     assert target.read_bytes() == b"new"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str | int] = []
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: steps.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("named"), rename(*paths)))
+    replace.replace_file(tmp_path / "table.csv", b"x" * 1000)
+    assert steps == [1000, "named"]
 
 
 def _umask() -> int:

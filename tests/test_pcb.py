@@ -117,6 +117,28 @@ def test_scopes_tiles_and_backends_give_the_same_bits(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["paper", "root", "vision", "vision_es", "nlp"])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 192, 64), (70_000, 50)], ids=str)
+def test_a_scope_may_have_any_number_of_tensors(variant: str, sizes: tuple[int, ...]) -> None:
+    """Its statistics are those of all elements, wherever the largest are."""
+    rows = torch.randn(2, sum(sizes), generator=torch.Generator().manual_seed(6)) * 1e-2
+    rows[:, : sizes[0]] *= 2.0
+    whole = merged(rows, variant=variant, ratio=0.4)
+    parts = [list(row.split(sizes)) for row in rows]
+    apart = pymerge.pcb_merge([torch.zeros(n) for n in sizes], parts, variant=variant, ratio=0.4)
+    assert torch.equal(torch.cat(apart), whole)
+
+
+@pytest.mark.parametrize("variant", ["root", "vision", "vision_es", "nlp"])
+def test_thresholds_among_negative_scores(variant: str) -> None:
+    """With a large share kept, the threshold of a score is below 0."""
+    rows = torch.randn(3, 1001, generator=torch.Generator().manual_seed(7)) * 1e-2
+    found = merged(rows, variant=variant, ratio=0.9).double()
+    expected = official(rows, variant, 0.9)
+    wrong = (found - expected).abs() > 1e-5 * expected.abs().max()
+    assert int(wrong.sum()) <= 2
+
+
+@pytest.mark.parametrize("variant", ["paper", "root", "vision", "vision_es", "nlp"])
 def test_edges_are_finite(variant: str) -> None:
     numel = 200
     same = torch.linspace(-1, 1, numel)

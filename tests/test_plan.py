@@ -104,6 +104,26 @@ def test_tensors_that_are_not_trimmed_are_read_once() -> None:
         "position_ids": 1,
     }
     assert made.bytes_to_read == 3 * ((48 + 2 * 16 + 4) * 2 + 6 * 8)
+    assert made.passes == 2  # of the tensor that is read most often
+
+
+def test_a_trim_over_the_model_reads_every_tensor() -> None:
+    """Also one that is so small that by itself it would not be trimmed."""
+    state = {"w": torch.ones(100), "x": torch.ones(1)}
+    save_three(base=state, a=state, b=state)
+    made = plan("ties", "parameters: {semantics: mergelm, density: 0.9}\n")
+    assert len({tensor.passes for tensor in made.tensors.values()}) == 1
+    assert made.passes > 1
+
+
+def test_breadcrumbs_of_one_model_are_enough_to_select() -> None:
+    save_three()
+    text = "merge_method: breadcrumbs\nbase_model: base\nmodels:\n"
+    for model, density in (("a", 1.0), ("b", 0.5)):
+        text += f"  - {{model: {model}, parameters: {{density: {density}}}}}\n"
+    made = plan_of(text)
+    assert made.tensors["embed.weight"].passes == 2
+    assert made.memory.histogram_bins > 0
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
@@ -131,6 +151,7 @@ def test_models_of_integers_alone_are_copied(method: str) -> None:
         (torch.float32, torch.float32, "dtype: float64", "F64", "F64"),
         (torch.float32, torch.float32, "dtype: float64\nout_dtype: float16", "F16", "F64"),
         (torch.float16, torch.float16, "out_dtype: float32", "F32", "F32"),
+        (torch.float32, torch.float32, "out_dtype: float64", "F64", "F64"),
     ],
 )
 def test_dtypes_of_the_output_and_the_arithmetic(

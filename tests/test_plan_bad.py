@@ -171,6 +171,12 @@ def test_weights_that_sum_to_zero_are_refused_by_name(method: str) -> None:
         )
     ]
     assert plan_of(text + "parameters: {normalize: false}\n").passes == 1
+    text = f"merge_method: {method}\nbase_model: base\nparameters: {{normalize: true}}\nmodels:\n"
+    text += "".join(
+        f"  - {{model: {m}, parameters: {{weight: {w}}}}}\n" for m, w in (("a", 1), ("b", -1))
+    )
+    with pytest.raises(RequestError, match=r"for 'embed\.weight' and 2 more tensors"):
+        plan_of(text)
 
 
 def test_a_contradiction_is_reported_once() -> None:

@@ -100,6 +100,12 @@ def test_ridge_and_what_is_singular() -> None:
     expected = data_oracles.regmean(tuned, ridged, [1.0, 1.0], 1.0)
     merged = pymerge.regmean_merge(tuned, grams, ridge=0.3)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+    # Weights count in their mean diagonal too.
+    lift = 0.3 * (3 * float(grams[0].trace()) + float(grams[1].trace())) / 4 / 6
+    ridged = [g + lift * torch.eye(6) for g in grams]
+    expected = data_oracles.regmean(tuned, ridged, [3.0, 1.0], 1.0)
+    merged = pymerge.regmean_merge(tuned, grams, ridge=0.3, weights=[3.0, 1.0])
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
     # No example of one model: the other's. No example anywhere: the average.
     assert torch.equal(pymerge.regmean_merge(tuned, [grams[0], torch.zeros(6, 6)]), tuned[0])
     other = pymerge.regmean_merge(tuned, [torch.zeros(6, 6), grams[1]])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import pymerge
+from pymerge.engine import sums
+from pymerge.methods.sparse import passes as sparse
 from pymerge.ops.masks import mask_hash, seed_words
 from tests.conftest import BACKEND_IDS
 
@@ -161,6 +164,24 @@ def test_equal_magnitudes_in_the_trim_of_dare(
                 assert merged[name].flatten().tolist() == [1.0] * kept + [0.0] * (100 - kept)
 
 
+def test_a_trim_of_equal_magnitudes_may_end_anywhere() -> None:
+    """Exactly so many are kept, the first ones, wherever the engine cuts a long tensor."""
+    base, ones = torch.zeros(600_000), torch.ones(600_000)
+    for count in (1, 262_144, 262_145, 480_000):
+        merged = pymerge.dare_ties(base, [ones, ones], density=1.0, trim=count / 600_000)
+        assert torch.equal(merged, 2 * (torch.arange(600_000) < count).float()), count
+
+
+def test_a_trim_over_tensors_of_different_dtypes() -> None:
+    """All are compared in float64 if one is of it."""
+    base = {"a": torch.zeros(4), "b": torch.zeros(4, dtype=torch.float64)}
+    tuned = {"a": torch.tensor([1.0, 5.0, 3.0, 7.0]), "b": torch.tensor([2.0, 6.0, 4.0, 8.0])}
+    tuned["b"] = tuned["b"].double()
+    merged = pymerge.dare_ties(base, [tuned], density=1.0, trim=0.5, trim_scope="global")
+    assert merged["a"].tolist() == [0, 5, 0, 7]
+    assert merged["b"].tolist() == [0, 6, 0, 8]
+
+
 def test_a_trim_over_all_tensors_needs_one_factor() -> None:
     base, tuned = inputs(4, 4)
     with pytest.raises(pymerge.RequestError, match="trim_scope global"):
@@ -217,3 +238,24 @@ def test_rows_do_not_care_about_pieces() -> None:
                 assert columns == 5 or begin // 5 == (end - 1) // 5
                 at = end
             assert at == stop
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("dare_linear", {"density": 0.4, "rescale": "l1"}),
+        ("della_linear", {"density": 0.4, "epsilon": 0.2, "rescale": "l1"}),
+        ("nuslerp", {"flatten": False}),
+        ("model_stock", {"filter_wise": True}),
+        ("slerp", {"t": 0.3}),
+    ],
+)
+def test_long_tensors_are_summed_in_parts(
+    method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random masks and rows go on where the part before has ended."""
+    base, tuned = inputs(900, 257, count=1 if method == "slerp" else 2)
+    whole = pymerge.merge(method, base, tuned, **parameters)
+    monkeypatch.setattr(sums, "_AT_ONCE", 1 << 16)
+    monkeypatch.setattr(sparse, "_RANKED_AT_ONCE", 5000)
+    assert torch.equal(pymerge.merge(method, base, tuned, **parameters), whole)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pymerge import RequestError
+from pymerge import RequestError, merge_checkpoints
 from pymerge.search import run_search
 from tests import search_metrics
 from tests.models import no_waiting  # noqa: F401
@@ -96,6 +96,32 @@ def test_too_many_failures_in_a_row_stop(tmp_path: Path) -> None:
         search(tmp_path / "out", metric="tests.search_metrics:broken", max_failures=4)
     lines = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 4
+
+
+def test_failures_between_others_do_not_stop(tmp_path: Path) -> None:
+    calls = iter(range(100))
+
+    def metric(_: Any) -> float:
+        return 1 / (next(calls) % 2)  # raises every other time
+
+    config = study(metric=None, budget=8, max_failures=2)
+    found = run_search(config, tmp_path / "out", metric=metric, plots=False)
+    assert (len(found.trials), found.failures) == (8, 4)
+
+
+def test_workers_share_the_memory_of_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def merge(*arguments: Any, memory: int, **options: Any) -> Any:
+        given.append(memory)
+        return merge_checkpoints(*arguments, memory=memory, **options)
+
+    monkeypatch.setattr("pymerge.search.evaluate.merge_checkpoints", merge)
+    config = study(metric="tests.search_metrics:of_folder", receives="folder", workers=2, budget=3)
+    run_search(config, tmp_path / "out", memory="4GiB", plots=False)
+    assert given == [2 << 30] * 3
 
 
 def test_a_metric_that_writes_to_the_tensors_fails(tmp_path: Path) -> None:

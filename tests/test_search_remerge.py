@@ -123,6 +123,23 @@ def test_statistics_are_computed_once(
             assert {selection, last} <= calls.take()
 
 
+def test_the_sign_of_zero_votes_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a sample does not decide it, it is counted in the first merge only."""
+    base, tuned = models.llama(2, coarse=True, **SMALL)
+    models.save_family(tmp_path, base, tuned)
+    calls = _Calls(monkeypatch)
+    given = {"semantics": "official", "density": 1.0}
+    counts = []
+    with Remerger(config(tmp_path, "ties", 2, **given)) as remerger:
+        for weight in (1.0, 0.5, 0.25):
+            remerger.merge(config(tmp_path, "ties", 2, **given, weight=weight))
+            counts.append(calls.names.count("ties_signs_"))
+            calls.take()
+    assert counts[0] > counts[1] == counts[2]
+
+
 def test_tensors_whose_parameters_are_the_same_are_left(
     family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from pymerge import RequestError
 from pymerge.search import run_search
+from pymerge.search.journal import Journal, Trial
 from tests import models
 from tests.models import no_waiting  # noqa: F401
 from tests.search_studies import family, search, study, there, told  # noqa: F401
@@ -123,9 +124,25 @@ def test_a_study_of_another_configuration_is_refused(tmp_path: Path) -> None:
         run_search(before, tmp_path / "moved")
 
 
-def test_a_study_has_one_user_and_a_folder_of_its_own(tmp_path: Path) -> None:
-    from pymerge.search.journal import Journal
+def test_files_that_differ_at_their_ends_are_not_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large files, the beginning and the end are looked at."""
+    monkeypatch.setattr("pymerge.search.study._SAMPLED", 64)
+    names = ("layers.0.weight", "layers.1.weight", "head.weight")
+    state = {name: torch.ones(4, 4) for name in names}
+    config = study(budget=1)
+    config["merge"]["models"][0]["model"] = str(tmp_path / "model")
+    models.save(tmp_path / "model", state)
+    run_search(config, tmp_path / "out", plots=False)
+    state["layers.1.weight"][3, 3] = 2.0
+    models.save(tmp_path / "new", state)
+    os.replace(tmp_path / "new" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with pytest.raises(RequestError, match=r"inputs\[1\].files"):
+        run_search(config, tmp_path / "out", plots=False)
 
+
+def test_a_study_has_one_user_and_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     (tmp_path / "file").write_text("x")
@@ -136,6 +153,25 @@ def test_a_study_has_one_user_and_a_folder_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="another search is using this study"):
         search(tmp_path / "busy")
     journal.close()
+
+
+def test_trials_are_on_the_disk_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line, and the name of the file, are synced when they are written."""
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size))
+    )
+    journal = Journal(tmp_path / "study", {})
+    sizes = []
+    for number in range(3):
+        sizes.append((journal.path.stat().st_ino, journal.path.stat().st_size))
+        journal.add(Trial(number, {"x": 1.0}, "complete", 0.5))
+    sizes.append((journal.path.stat().st_ino, journal.path.stat().st_size))
+    journal.close()
+    assert [one for one in synced if one[0] == sizes[0][0]] == sizes
+    assert (tmp_path / "study").stat().st_ino in dict(synced)
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])

@@ -206,6 +206,37 @@ def test_a_guess_that_misses_its_neighbour(backend: str, bins: int) -> None:
     assert missed > (20 if backend == "cpu" else 6)  # of two for each seed
 
 
+def of_keys(keys: np.ndarray) -> Scope:
+    """Return a scope whose magnitudes have these keys."""
+    magnitudes = torch.from_numpy(keys.astype(np.int32)).view(torch.float32)
+    return Scope([torch.zeros(len(keys))], [[magnitudes]])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_brackets_next_to_the_rank(exact: bool) -> None:
+    """A bracket may begin one key above the one that is wanted, or end one below it."""
+    first, keys = 0x3F800000, np.random.default_rng(10).permutation(SIZE)
+    scope = of_keys(first + keys)
+    rank = SIZE // 2  # its key is first + rank - 1
+    for low in (-3, -2, -1, 0, 1):
+        for high in range(low, 3):
+            ends = [first + rank - 1 + end for end in (low, high)]
+            sample = (
+                torch.tensor(ends, dtype=torch.int32).view(torch.float32).repeat_interleave(2048)
+            )
+            fake = [(torch.zeros(4096), [sample])]
+            passes = check(scope, [TrimTarget("rank", rank, exact)], samples=fake)
+            assert (passes == 1) == (low <= 0 <= high), (low, high)
+
+
+def test_no_key_of_a_bin_takes_more_passes() -> None:
+    """Two passes without a sample: over all keys, and over those of a bin, the last included."""
+    chance = np.random.default_rng(11)
+    scope = of_keys((chance.integers(0x7000, 0x7F00, SIZE) << 15) + 0x7FFF)
+    for rank in (1, 40_000, SIZE):
+        assert check(scope, [TrimTarget("rank", rank)], samples=[], bins=1 << 17) == 2
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("value", [0.0, 0.5, 1e-45, 3e38])
 def test_all_equal(value: float, backend: str) -> None:

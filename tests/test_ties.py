@@ -324,3 +324,28 @@ def test_unknown_choices_name_the_nearest() -> None:
     for arguments, message in cases:
         with pytest.raises(pymerge.RequestError, match=message):
             pymerge.ties_merge(base, [base, base], **arguments)
+
+
+@pytest.mark.parametrize("semantics", ["official", "mergelm"])
+def test_models_of_float32_and_float64_are_trimmed_in_float64(semantics: str) -> None:
+    """One order of all magnitudes, whatever the tensor; each result is rounded to its dtype."""
+    generator = torch.Generator().manual_seed(12)
+    names = {"a": torch.float32, "b": torch.float64, "c": torch.bfloat16}
+    base = {
+        name: (torch.randn(500, generator=generator, dtype=torch.float64) / 3).to(dtype)
+        for name, dtype in names.items()
+    }
+    tuned = [
+        {
+            name: tensor + torch.randn(500, generator=generator, dtype=tensor.dtype) / 7
+            for name, tensor in base.items()
+        }
+        for _ in range(3)
+    ]
+    merged = pymerge.ties_merge(base, tuned, density=0.3, semantics=semantics)
+    doubles = [
+        {name: tensor.double() for name, tensor in state.items()} for state in (base, *tuned)
+    ]
+    expected = pymerge.ties_merge(doubles[0], doubles[1:], density=0.3, semantics=semantics)
+    for name, dtype in names.items():
+        assert torch.equal(merged[name], expected[name].to(dtype)), name
