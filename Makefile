@@ -48,13 +48,14 @@ QUALITY := text published vision llm
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo demo-small test test-browser test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada bench-search venv clean
+.PHONY: help demo demo-small test test-mutants test-browser test-compile test-peers test-fusion test-peft test-packaging lint format bench bench-peers bench-ada bench-search venv clean
 .PHONY: quality quality-interference quality-search $(QUALITY:%=quality-%)
 
 help:
 	@echo "make demo            merge fine-tuned SmolLM2-135M models, and show what each method keeps"
 	@echo "make demo-small      the same with an image classifier, in a few minutes"
 	@echo "make test            build and run the test suite        (ARGS='-k ties' for a part)"
+	@echo "make test-mutants    one-line faults, put in one at a time: tests must notice (ARGS='-k ties --jobs 2')"
 	@echo "make test-browser    opens reports in Chromium, where there is one"
 	@echo "make test-compile    what is for GPUs: compiled, and run on the processor"
 	@echo "make test-peers      compare with mergekit, in an environment that has it"
@@ -82,6 +83,9 @@ demo-small: $(DONE)/extra-demo-small $(DONE)/data-demo-small
 
 test: $(DONE)/extra-test
 	$(PYTEST) $(PARALLEL) $(ARGS)
+
+test-mutants: $(DONE)/extra-test
+	@$(PY) -m tests.mutants $(ARGS)
 
 test-compile: $(DONE)/extra-test
 	$(PYTEST) -m compile -n 2 --dist loadfile tests/test_cuda_build.py tests/test_triton.py \
