@@ -203,7 +203,7 @@ MUTANTS = (
     mutant(
         "numbers of torch and numpy in a config are text",
         "pymerge/config/reader.py",
-        "return _plain(value.item())  # numbers of numpy and torch",
+        "return _plain(value.item())  # numpy and torch scalars",
         "return str(value.item())",
         "tests/test_config.py",
         "tests/test_config_bad.py",
