@@ -1,4 +1,4 @@
-"""Adapters written as PEFT writes them, by safetensors and not by pymerge; and what they mean."""
+"""Adapters in PEFT's format, written by safetensors and not by pymerge, and their deltas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lora_tensors(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Stat
 def save_adapter(
     directory: Path, tensors: Mapping[str, torch.Tensor], *, pickled: bool = False, **config: Any
 ) -> Path:
-    """Write an adapter; `config` is laid over that of a LoRA of rank 4 and alpha 8."""
+    """Write an adapter; `config` updates that of a LoRA of rank 4 and alpha 8."""
     directory.mkdir(parents=True)
     whole: dict[str, Any] = {
         "peft_type": "LORA",
@@ -66,7 +66,7 @@ def save_lora(
 
 
 def delta(b: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return scaling * (b a) in float32, the products added up in the order of the rank."""
+    """Return scaling * (b a) in float32, with the products added in the order of the rank."""
     total = torch.zeros(b.shape[0], a.shape[1])
     for j in range(b.shape[1]):
         total = total + b[:, j : j + 1].float() * a[j : j + 1].float()
@@ -79,7 +79,7 @@ def exact(b: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
 
 
 def projections(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Return the modules of a Llama that LoRAs have, with the shapes of their weights."""
+    """Return the modules of a Llama that LoRAs usually change, with the shapes of their weights."""
     return {
         name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
         for name, tensor in state.items()

@@ -1,4 +1,4 @@
-"""Analyses with made-up numbers of the right shapes: for what only shows them."""
+"""Analyses with made-up numbers of the right shapes, for tests of their display."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def sample(
     base: str = "base",
     seed: int = 0,
 ) -> Analysis:
-    """Return an analysis; the last tensor is in no layer. The last model of several is the base
-    itself: a task vector of zeros, whose cosines and conflicts are not defined."""
+    """Return an analysis; the last tensor is in no layer. If there are several models, the last one
+    is
+    the base itself: a task vector of zeros, whose cosines and conflicts are undefined."""
     make = _Maker(len(labels), tuple(densities), np.random.default_rng(seed))
     inventory = [
         Tensor(f"layers.{n}.{kind}", (64, 32), str(n), kind, ("BF16",) * (len(labels) + 1))

@@ -1,4 +1,4 @@
-"""A row of the case table: what it is, and the inputs that rows are run on."""
+"""A row of the case table, and the inputs that rows are run on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Case:
         wide: bool = False,
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> dict[str, torch.Tensor]:
-        """Run the case and return what it wrote. place: puts a tensor where the backend works."""
+        """Run the case and return its outputs. place: moves a tensor to where the backend works."""
         base, models = inputs
         outputs = {k: place(tensor) for k, tensor in self.outputs(base, models, dtype).items()}
         arguments = {k: _placed(v, place) for k, v in self.arguments(base, models).items()}
@@ -58,16 +58,16 @@ class Case:
     def call(
         self, outputs: dict[str, Any], arguments: dict[str, Any], backend: str, wide: bool = False
     ) -> None:
-        """Call the op on what `outputs` and `arguments` gave, on any device."""
+        """Call the op on the results of `outputs` and `arguments`, on any device."""
         in_float32 = self.op.startswith("pcb") or "pcb" in str(arguments.get("kind"))
         how = {} if self.op.startswith("pcb") else {"wide": wide and not in_float32}
         getattr(torch.ops.pymerge, self.op)(**outputs, **arguments, **how, backend=backend)
 
 
 def seen(outputs: dict[str, torch.Tensor], numel: int) -> dict[str, torch.Tensor]:
-    """Return what of outputs must be the same everywhere."""
+    """Return the parts of outputs that must be the same everywhere."""
     found = dict(outputs)
-    for name in ("scores", "ranks"):  # what is beyond a row's end is nobody's
+    for name in ("scores", "ranks"):  # the padding of rows is unspecified
         if name in found:
             found[name] = found[name][:, :numel]
     if "counts" in found and found["counts"].dim() == 3:
@@ -121,7 +121,7 @@ def weights_of(count: int) -> list[float]:
 
 
 def thresholds(base: torch.Tensor, models: Sequence[torch.Tensor], share: float = 0.8) -> list[int]:
-    """Return the keys below which about `share` of each task vector lies."""
+    """Return keys such that about `share` of each task vector is below its key."""
     wide = torch.float64 in [base.dtype, *(model.dtype for model in models)]
     dtype, bits = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     keys = []

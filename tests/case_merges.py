@@ -60,7 +60,7 @@ def ties(
 def bands(
     base: torch.Tensor, models: list[torch.Tensor], drawn: bool, band: bool
 ) -> dict[str, list[int]]:
-    """Return lo, last, seeds, limits: the middle of the magnitudes, two thirds of it at random."""
+    """Return lo, last, seeds, limits: the middle magnitudes, two thirds of them at random."""
     count = len(models)
     none = 2**63 - 1
     seeds = [(12345 + 2654435761 * i) % 2**32 for i in range(2 * count)]
@@ -93,7 +93,7 @@ def sparse(
 
 
 def ranks_of(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
-    """Return ranks within rows, as `row_ranks_` gives them."""
+    """Return ranks within rows, as computed by `row_ranks_`."""
     ranks = torch.zeros(len(models), padded(base.numel()), dtype=torch.int32)
     columns = columns_of(base.numel())
     for k, model in enumerate(models):
@@ -106,13 +106,13 @@ def ranks_of(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
 
 
 def ranked(mode: str, elect: bool, factors: bool = True) -> Callable[..., dict[str, Any]]:
-    """DELLA ("chance", "per_element"), or Breadcrumbs by rows ("band")."""
+    """Return the arguments of DELLA ("chance", "per_element") or Breadcrumbs by rows ("band")."""
 
     def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
         count, columns = len(models), columns_of(base.numel())
         ranked = sparse(mode != "band", False, elect, divide=elect)(base, models)
         ranked["ranks"] = ranks_of(base, models)
-        if not factors:  # as DELLA has it where it divides by probabilities
+        if not factors:  # as in DELLA when it divides by probabilities
             ranked["factors"] = [1.0] * count
         if mode == "band":
             ranked["lo"], ranked["last"] = [columns // 3] * count, [columns - 2] * count
@@ -184,7 +184,7 @@ def importance(threshold: float | None) -> Callable[..., dict[str, Any]]:
     return arguments
 
 
-# What is kept of each model in turn: a share as trims have it, or also nothing, all and a half.
+# The share of each model that is kept, in turn: as trims do, or also nothing, everything and half.
 TRIMMED, ANY = (0.2,), (0.2, 0.0, 1.0, 0.5)
 
 

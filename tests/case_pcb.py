@@ -12,7 +12,7 @@ from tests.case_sums import sums_of
 
 
 def _pcb_reals(variant: int, models: int) -> list[float]:
-    """Return statistics of about the right size."""
+    """Return statistics of a realistic size."""
     pairs = models * (models + 1) // 2
     if variant == 0:
         numbers = [-1e-4 - 1e-6 * p for p in range(pairs)] + [4e3 + p for p in range(pairs)]
@@ -28,7 +28,8 @@ def _pcb_reals(variant: int, models: int) -> list[float]:
 def pcb_statistics(
     variant: int, base: torch.Tensor, models: Sequence[torch.Tensor], ratio: float
 ) -> list[float]:
-    """Return the statistics of these elements, as a merge finds them; NaN and infinity are 0."""
+    """Return the statistics of these elements, as a merge computes them, with NaN and infinity as
+    0."""
     base = base.float().nan_to_num(0.0, 0.0, 0.0)
     tuned = [model.float().nan_to_num(0.0, 0.0, 0.0) for model in models]
     taus = [model - base for model in tuned]
@@ -72,11 +73,11 @@ def _inverse(spread: float) -> float:
     return min(1 / spread, 3e38) if spread > 0 else 0.0
 
 
-_last: list[Any] = []  # of what statistics were computed last, and these
+_last: list[Any] = []  # the inputs of the last statistics, and the statistics
 
 
 def _known_statistics(variant: int, base: torch.Tensor, models: list[torch.Tensor]) -> list[float]:
-    """Return the statistics of elements that come again and again, to every backend in turn."""
+    """Return the statistics of elements that are passed repeatedly, to every backend in turn."""
     key = [variant, base, *models]
     if not _last or len(_last[0]) != len(key) or any(map(_differ, _last[0], key)):
         ratio = 0.05 if variant > 1 else 0.1
@@ -89,7 +90,8 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def pcb_of(variant: int) -> Callable[..., dict[str, Any]]:
-    """Arguments with the statistics and thresholds of the elements; of few, with made-up ones."""
+    """Return arguments with the statistics and thresholds of the elements, made up if there are
+    few."""
 
     def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
         if base.numel() < 1000:

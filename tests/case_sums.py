@@ -132,7 +132,7 @@ def sums_case(name: str, arguments: Callable[..., dict[str, Any]], rows: bool = 
 
 
 def _table(kind: str, rows: bool) -> Callable[..., dict[str, torch.Tensor]]:
-    """A table of divergences, in which the kinds before this one have been."""
+    """Return a table of divergences that the preceding kinds have filled."""
 
     def outputs(
         base: torch.Tensor, models: list[torch.Tensor], dtype: torch.dtype
@@ -162,7 +162,7 @@ def divergence_case(kind: str, rows: bool = False) -> Case:
 
 
 def comparison(levels: int, **more: Any) -> Case:
-    """Task vectors compared at so many levels of a trim."""
+    """Return a case that compares task vectors at `levels` levels of a trim."""
 
     def arguments(base: torch.Tensor, models: list[torch.Tensor]) -> dict[str, Any]:
         shares = (0.9, 0.5, 0.2, 0.0, 0.7)[:levels]

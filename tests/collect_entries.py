@@ -1,4 +1,4 @@
-"""Models, data and entry points of the tests of `pymerge collect`."""
+"""Models, data and entry points for the tests of `pymerge collect`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def data(seed: int, batches: int = 3) -> list[Any]:
 
 
 def setup(count: int = 2, form: str = "list", **more: Any) -> Any:
-    """The entry point of most tests."""
+    """Return a setup: the entry point of most tests."""
     torch.manual_seed(9)
     loaders: Any = [data(k) for k in range(count)]
     if form == "names":
@@ -110,7 +110,7 @@ def second() -> Any:
 
 
 def slow(stop: str, folder: str) -> Any:
-    """The second model's data never come."""
+    """Return a setup in which the data of the second model never arrive."""
 
     def waiting() -> Iterator[Any]:
         yield data(1)[0]
@@ -125,7 +125,7 @@ def slow(stop: str, folder: str) -> Any:
 
 
 def with_functions(kind: str) -> CollectSetup:
-    """Functions of both kinds, for all models, by position and by name."""
+    """Return functions for both kinds: for all models, by position and by name."""
 
     def logits(model: nn.Module, batch: Any) -> Tensor:
         return model(batch["x"])[:, :3]
@@ -139,7 +139,7 @@ def with_functions(kind: str) -> CollectSetup:
 
 
 def entry_of(what: str) -> Any:
-    """An entry point that is wrong in one way or another."""
+    """Return a setup that is wrong in one way or another."""
     good = setup()
     nan = torch.full((4, 2, 5), torch.nan)
     headless = Net()

@@ -1,4 +1,4 @@
-"""Shared fixtures. Fresh memory is filled with NaN, so that an output that was not written fails
+"""Shared fixtures. Fresh memory is filled with NaN, so that an output that is not written fails
 loudly."""
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tests.time_limit import (  # noqa: F401  hooks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A shell starts background jobs with SIGINT ignored, which the programs that tests start and
-# interrupt would inherit.
+# A shell starts background jobs with SIGINT ignored; programs that tests start and interrupt would
+# inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Workers of pytest-xdist share the cores: torch's threads in each would wait for one another. The
-# kernels' own threads stay.
+# Workers of pytest-xdist share the cores: torch's threads in different workers would wait for each
+# other. The kernels' own threads are not limited.
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure() -> None:
-    """A backend that PYMERGE_REQUIRE names must be there; by default the native CPU kernels."""
+    """Require the backends that PYMERGE_REQUIRE names; by default the native CPU kernels."""
     for name in REQUIRED:
         if name not in BACKENDS:
             raise pytest.UsageError(f"PYMERGE_REQUIRE: unknown backend {name!r}")
@@ -59,13 +59,13 @@ COMPILE = (
     "test_triton_compile.py",
 )
 PEERS = "peers"
-# Seconds for each test that compiles, installs or compares; others have what pyproject.toml says.
+# Seconds for each test that compiles, installs or compares; pyproject.toml sets those of others.
 LONG = 1800
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what compiles for minutes and what needs other programs: not part of `make test`."""
+    """Mark tests that compile for minutes or need other programs: `make test` leaves them out."""
     for item in items:
         if item.path.name in COMPILE:
             item.add_marker(pytest.mark.compile)
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch.empty and torch.empty_like return NaN (or a large integer)."""
+    """Make torch.empty and torch.empty_like return NaN (or a large integer)."""
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "meta" or type(tensor) is not torch.Tensor:
@@ -99,7 +99,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-# Every way to compute: the reference, and the CPU kernels of each instruction set that runs here.
+# Every way to compute: the reference, and the CPU kernels of each supported instruction set.
 NATIVE = [f"cpu-{isa}" for isa in cpu.supported_isas()]
 BACKEND_IDS = ["reference", *NATIVE]
 
@@ -114,8 +114,8 @@ def check_same(found: torch.Tensor, expected: torch.Tensor, label: str) -> None:
 
 @pytest.fixture
 def use_backend() -> Iterator[object]:
-    """Return a function that turns an id of BACKEND_IDS into a backend name, choosing the
-    kernels."""
+    """Return a function that selects the kernels for an id of BACKEND_IDS and returns the backend's
+    name."""
 
     def choose(identifier: str) -> str:
         name, _, isa = identifier.partition("-")

@@ -1,4 +1,4 @@
-"""Builds of csrc/cuda for the tests, kept under build/ by what they were made of."""
+"""Builds of csrc/cuda for the tests, kept under build/ by a digest of their sources."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ HOST_FLAGS = [
     "-fPIC",
     "-ffp-contract=off",
     "-Wno-unknown-pragmas",
-    # A GPU faults where an address is not a multiple of the size of what lies there.
+    # A GPU faults if an address is not a multiple of the size of the access.
     "-fsanitize=alignment,bounds,shift",
     "-fsanitize-undefined-trap-on-error",
-    # Launches with few records and kernels for few models, so that small cases go beyond both.
+    # Launches with few records and kernels for few models, so that small cases exceed both limits.
     "-DPYMERGE_CUDA_TABLE_BYTES=4096",
     "-DPYMERGE_CUDA_UNROLLED=8",
     f"-I{SHIM}",
@@ -55,7 +55,7 @@ HOST_FLAGS = [
 
 
 def build_module() -> SimpleNamespace:
-    """Return what csrc/cuda/build.py defines."""
+    """Return the definitions of csrc/cuda/build.py."""
     return SimpleNamespace(**runpy.run_path(str(CUDA / "build.py")))
 
 
@@ -70,7 +70,7 @@ def abi() -> str:
 
 
 def _digest(*settings: str) -> str:
-    # Only the CPU's own sources play no part.
+    # Only the sources of the CPU kernels have no influence.
     sources = [
         path for path in (ROOT / "csrc").rglob("*") if path.parent.name not in ("cpu", "bind")
     ]
@@ -83,7 +83,7 @@ def _digest(*settings: str) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build in a folder: pytest-xdist has several."""
+    """Let only one process at a time build in a folder, because pytest-xdist has several."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,7 +91,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _kept(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder of a build; made once, older ones of the kind are removed."""
+    """Return the folder of a build; it is made once, and older ones of the kind are removed."""
     folder = CACHE / f"{kind}-{digest}"
     with _locked(folder):
         if not (folder / "done").exists():
@@ -104,7 +104,7 @@ def _kept(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
 
 
 def build_for_host() -> Path:
-    """Return the kernels as a library that runs on the processor, thread by thread."""
+    """Return the kernels as a library that runs on the CPU, thread by thread."""
     command = compiler()
     assert command is not None
 
@@ -129,7 +129,7 @@ def build_for_host() -> Path:
 
 
 def build_for_device(arch: str) -> tuple[Path, dict[str, str]]:
-    """Return the library for one architecture and what the compiler said of each source."""
+    """Return the library for one architecture, and the compiler's output for each source."""
     module = build_module()
     nvcc = module.find_nvcc()
 

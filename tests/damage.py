@@ -1,4 +1,4 @@
-"""Damaged files: bytes flipped, cut, put in; values of JSON of other types, keys taken away."""
+"""Damaged files: bytes flipped, cut, inserted; JSON values of other types, keys removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["bytes_damaged", "header_damaged", "texts_damaged", "values_damaged"]
 
 DEEP = "[" * 50_000
-# Stand in the places of values; text is put into the document as it is.
+# They replace values; text is inserted into the document unchanged.
 _RAW = ("NaN", "-Infinity", "1e999", "1" * 400, "1" * 5000, '"\\ud800"', DEEP, "[" * 99 + "]" * 99)
 _OTHERS: tuple[Any, ...] = (None, True, -1, 0.5, 10**9, "", "x", "\0", "(", [], ["x"], {}, {"x": 1})
 
@@ -21,7 +21,7 @@ _IN = ("__metadata__",)
 
 
 def bytes_damaged(content: bytes, seed: int, count: int) -> Iterator[bytes]:
-    """Yield damaged copies of a file: nothing, garbage, and `count` small accidents."""
+    """Yield damaged copies of a file: empty, garbage, and `count` small accidents."""
     rng = random.Random(seed)
     yield b""
     yield rng.randbytes(64)
@@ -53,7 +53,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def values_damaged(value: Any, seed: int, count: int) -> Iterator[Any]:
-    """Yield `count` copies of plain values in which one is another, or is missing."""
+    """Yield `count` copies of plain values in which one value is replaced or missing."""
     rng, paths = random.Random(seed), list(_paths(value))
     for _ in range(count):
         path = rng.choice(paths)
@@ -69,7 +69,8 @@ def values_damaged(value: Any, seed: int, count: int) -> Iterator[Any]:
 
 
 def texts_damaged(value: Any, seed: int, count: int) -> Iterator[str]:
-    """Yield `count` damaged documents: JSON, with values that it does not have, and keys twice."""
+    """Yield `count` damaged documents: JSON with values that JSON does not have, and duplicate
+    keys."""
     rng, paths = random.Random(seed), list(_paths(value))
     for one in values_damaged(value, seed, count - count // 3):
         yield json.dumps(one)
@@ -90,7 +91,7 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _replaced(value: Any, path: tuple[Any, ...], other: Any) -> Any:
-    """Return a copy in which the value at a path is another; `...` takes it away."""
+    """Return a copy with the value at a path replaced; `...` removes it."""
     if not path:
         return other
     made = copy.deepcopy(value)
@@ -103,10 +104,10 @@ def _replaced(value: Any, path: tuple[Any, ...], other: Any) -> Any:
 
 
 def header_damaged(content: bytes, key: str | None, seed: int, count: int) -> Iterator[bytes]:
-    """Yield safetensors files whose header is damaged, or JSON within its metadata.
+    """Yield safetensors files whose header, or JSON within its metadata, is damaged.
 
     Args:
-        key: of the metadata, whose text is JSON; None for the header itself.
+        key: the key of the metadata whose text is JSON; None for the header itself.
     """
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])

@@ -1,5 +1,5 @@
-"""Fisher merging, gradient matching and RegMean from their definitions, in float64 and element by
-element where that is plain. They share nothing with pymerge."""
+"""Fisher merging, gradient matching and RegMean from their definitions, in float64 and, where that
+is simple, element by element. They share no code with pymerge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fisher(
     rule: str,
     normalize: str,
 ) -> State:
-    """Tensors without Fisher information: the weighted mean."""
+    """Merge by Fisher information; tensors without it get the weighted mean."""
     names = fishers[0].keys()
     merged: State = {}
     for name in models[0]:
@@ -58,7 +58,7 @@ def gradient_matching(
     s0: float,
     d: float,
 ) -> Tensor:
-    """The authors' loop: the inverse of the common part, then the tasks' own."""
+    """Run the authors' loop: the inverse of the common part, then the tasks' own parts."""
     base = base.double()
     common = s0 * base_hessian + d
     divisor = common + sum(s * a * h.double() for a, h in zip(weights, hessians, strict=True))
@@ -72,7 +72,7 @@ def gradient_matching(
 def least_squares(
     inputs: Sequence[Tensor], models: Sequence[Tensor], weights: Sequence[float]
 ) -> Tensor:
-    """argmin_W sum_k w_k / rows_k |X_k W^T - X_k W_k^T|^2 by QR of the stacked system."""
+    """Return argmin_W sum_k w_k / rows_k |X_k W^T - X_k W_k^T|^2 by QR of the stacked system."""
     left, right = [], []
     for x, model, weight in zip(inputs, models, weights, strict=True):
         factor = (weight / len(x)) ** 0.5
@@ -84,7 +84,7 @@ def least_squares(
 def regmean(
     models: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], off: float
 ) -> Tensor:
-    """(sum w G)^-1 sum w G W^T by an inverse, as the authors write it; weights [out, in]."""
+    """Return (sum w G)^-1 sum w G W^T by an inverse, like the authors; weights [out, in]."""
     scaled = []
     for gram, weight in zip(grams, weights, strict=True):
         factor = torch.full_like(gram.double(), off)

@@ -1,4 +1,4 @@
-"""Merges on the device that is the processor (tests/host_device.py), which tests ask for."""
+"""Merges on the CPU as a device (tests/host_device.py), for tests that request it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pymerge.merging.gpu import staged
 from pymerge.merging.gpu.device import Device
 from tests import models
 
-# A tile holds less than a chunk of 65536 elements, so that it takes one that is made for it.
+# A tile is smaller than a chunk of 65536 elements, so such a chunk needs a tile of its own.
 SMALL = DeviceSizes(buffer_bytes=4096, tile_bytes=1 << 15, resident_bytes=0)
 ROOMY = replace(SMALL, resident_bytes=1 << 30)
 
@@ -40,7 +40,7 @@ def merge(monkeypatch: pytest.MonkeyPatch) -> Merge:
 
 
 def two(root: Path, **sizes: int) -> dict[str, Any]:
-    """Write a family and return the request of a merge of it."""
+    """Write a family and return the request for merging it."""
     base, tuned = models.llama(2, torch.float32, **({"layers": 1, "vocabulary": 1100} | sizes))
     models.save_family(root, base, tuned)
     return models.config(root, "ties", 2, density=0.3)

@@ -1,9 +1,9 @@
-"""The processor as a `pymerge.merging.gpu.device.Device`, for tests without a GPU.
+"""The CPU as a `pymerge.merging.gpu.device.Device`, for tests without a GPU.
 
-Everything happens at once, and whether it may is checked: each access to memory of the device, or
-to page-locked memory, is by the host or by a stream, and must be ordered after every access by
-another that touched the same bytes. What orders them are events and waits, kept as vector clocks.
-A wait that is missing is found however fast or slow a real device is.
+Everything runs at once, and the required order is checked: each access to device memory or to
+page-locked memory is made by the host or by a stream, and must be ordered after every access by
+another actor to the same bytes. Events and waits define the order; they are vector clocks. A
+missing wait is therefore found however fast or slow a real device is.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Clock = dict[str, int]
 
 
 class Race(AssertionError):
-    """Two accesses to the same memory that nothing orders."""
+    """Two accesses to the same memory without a defined order."""
 
 
 class Event(Clock):
-    """What a stream had done, and of what it knew, when the event was recorded."""
+    """The work that a stream had done, and knew of, when the event was recorded."""
 
     stream: str
 
@@ -42,7 +42,7 @@ class Access:
 
 @dataclass
 class Block:
-    """Memory that was handed out; it is kept, so that its address is not used again."""
+    """Memory that was allocated; it is kept, so that its address is not used again."""
 
     storage: Any
     pinned: bool
@@ -50,13 +50,13 @@ class Block:
 
 
 class HostDevice:
-    """Runs ops by a backend that takes CPU tensors.
+    """Runs ops on a backend that accepts CPU tensors.
 
     Args:
-        backend: runs all ops but those that it `lacks`.
-        largest: bytes of the largest block that there is memory for.
+        backend: runs all ops except those that it `lacks`.
+        largest: size in bytes of the largest block that can be allocated.
         failing: the numbers of the requests for memory that fail.
-        memory: bytes that are free.
+        memory: free bytes.
     """
 
     name = "cuda:0"
@@ -77,7 +77,7 @@ class HostDevice:
         self.failing = set(failing)
         self.memory = memory
         self.requests = 0
-        self.most = 0  # the largest block that was handed out
+        self.most = 0  # the size of the largest block allocated
         self.waited = 0  # how often the host waited
         self.launches = 0
         self.copied = {IN: 0, OUT: 0}
@@ -118,7 +118,7 @@ class HostDevice:
         return self._made(tensor.clone(memory_format=torch.contiguous_format))
 
     def _made(self, tensor: torch.Tensor) -> torch.Tensor:
-        # The allocator gives out memory that COMPUTE may still use for something else.
+        # The allocator may return memory that COMPUTE still uses for something else.
         self._touch(tensor, COMPUTE)
         return tensor
 
@@ -181,13 +181,13 @@ class HostDevice:
             own[other] = max(own[other], time)
 
     def _touch(self, tensor: torch.Tensor, actor: str) -> None:
-        """Note an access, which must come after all others to the same bytes."""
+        """Record an access, which must come after all others to the same bytes."""
         if tensor.numel() == 0:
             return
         if actor != HOST:  # the host submits work to a stream after its own earlier accesses
             self._merge(actor, self._clocks[HOST])
         storage = tensor.untyped_storage()
-        # What torch itself made is COMPUTE's.
+        # Memory that torch itself allocated belongs to COMPUTE.
         block = self._blocks.setdefault(storage.data_ptr(), Block(storage, pinned=False))
         begin = tensor.data_ptr() - storage.data_ptr()
         last = sum(

@@ -1,4 +1,4 @@
-"""What backends say of kinds of ops that they do not know."""
+"""How backends refuse kinds of ops that they do not know."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "kernel_table.h"
 BAD_ARGUMENT, UNKNOWN_KIND = 1, 4  # of Status
-# Where the struct of an op's arguments has its parts, in bytes.
+# The byte offset of the kind in the struct of an op's arguments.
 KIND_AT = {"pointwise": 72, "chunk_sums": 56, "divergence_sums": 56}
 MODELS_AT, NUMEL_AT = 20, 24
 
 
 def wrongly_named(backend: str, kinds: dict[str, list[str]], device: str = "cpu") -> list[str]:
-    """Call each op that has kinds with one that does not exist; return what was said wrongly.
+    """Call each op that has kinds with one that does not exist; return the wrong messages.
 
-    kinds: those that each op has.
+    kinds: the kinds of each op.
     """
     out, stats = torch.zeros(8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     table = torch.zeros(5, 1, dtype=torch.float64, device=device)
@@ -43,7 +43,7 @@ def wrongly_named(backend: str, kinds: dict[str, list[str]], device: str = "cpu"
 
 
 def kinds_of_ops(native: Any) -> dict[str, list[str]]:
-    """Return the kinds of each op that has some, from pymerge._C."""
+    """Return the kinds of each op that has kinds, from pymerge._C."""
     return {
         "pointwise": list(native.pointwise_kinds(1)),
         "chunk_sums": list(native.sums_kinds(1)),
@@ -52,8 +52,8 @@ def kinds_of_ops(native: Any) -> dict[str, list[str]]:
 
 
 def status_of_code(table: int, op: str, code: int) -> int:
-    """Call an entry of a kernel table with the code of a kind, and a length that is refused."""
-    # The entries of the table, in order, behind its hash and its name.
+    """Call an entry of a kernel table with the code of a kind and an invalid length."""
+    # The entries of the table, in order, after its hash and its name.
     names = re.findall(r"^  (?:Status|const char\*) \(\*(\w+)\)\(", HEADER.read_text(), re.M)
     address = ctypes.c_void_p.from_address(table + 8 * (2 + names.index(op))).value
     assert address is not None
@@ -66,9 +66,9 @@ def status_of_code(table: int, op: str, code: int) -> int:
 
 
 def wrong_statuses(table: int, kinds: dict[str, list[str]]) -> list[tuple[str, int]]:
-    """Return the codes of kinds that a table knows and should not, or the other way round.
+    """Return the codes of kinds for which a table gives the wrong status.
 
-    kinds: those that each op has.
+    kinds: the kinds of each op.
     """
     return [
         (op, code)

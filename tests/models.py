@@ -1,4 +1,4 @@
-"""Small checkpoints shaped like Llama's, in every form that a checkpoint comes, for tests."""
+"""Small checkpoints with the structure of Llama, in every form of checkpoint, for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pymerge.checkpoint import dtype_code
 
 State = dict[str, torch.Tensor]
 
-# Methods that need files beside the models; they have tests of their own.
+# Methods that need files in addition to the models; they have tests of their own.
 NEED_FILES = {"adamerging"}
 
 INDEX = "model.safetensors.index.json"
@@ -41,7 +41,8 @@ COPIED_BUFFERS = ("model.layers.0.position_ids", "model.layers.0.mask")
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: hundreds of small merges, and a busy machine, make that minutes."""
+    """Skip waiting for the disk, which would take minutes with hundreds of merges on a busy
+    machine."""
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda fd: None, raising=False)
 
@@ -79,7 +80,7 @@ def llama(
     """Return a base and `count` fine-tuned models.
 
     coarse: all values are multiples of 1/8, so that magnitudes tie across tensors and votes cancel.
-    buffers: beside the weights a 0-dim and a zero-size float, integers and booleans.
+    buffers: add a 0-dim and a zero-size float tensor, integers and booleans.
     """
     generator = torch.Generator().manual_seed(seed)
     names = shapes(**sizes)
@@ -111,7 +112,7 @@ def save(
     config: dict[str, Any] | None = CONFIG,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Write a checkpoint; with several files, tensors are dealt to them at random."""
+    """Write a checkpoint; with several files, tensors are assigned to them at random."""
     directory.mkdir(parents=True)
     names = sorted(state)
     if files == 1:
@@ -133,7 +134,7 @@ def save(
 
 
 def save_misaligned(directory: Path, state: Mapping[str, torch.Tensor], odd: int = 1) -> Path:
-    """Write one file whose header is of odd length, so that no element is aligned."""
+    """Write one file whose header has an odd length, so that no element is aligned."""
     directory.mkdir(parents=True)
     header, data = {}, b""
     for name, tensor in state.items():
@@ -153,7 +154,7 @@ def save_misaligned(directory: Path, state: Mapping[str, torch.Tensor], odd: int
 def save_family(
     root: Path, base: State, models: Sequence[State], *, files: int | Sequence[int] = 1
 ) -> None:
-    """Write `base`, `m0`, `m1`...; `files` for all, or of each, the base first."""
+    """Write `base`, `m0`, `m1`...; `files` is one number for all, or one for each, base first."""
     states = {"base": base} | {f"m{k}": model for k, model in enumerate(models)}
     for k, (name, state) in enumerate(states.items()):
         save(root / name, state, files=files if isinstance(files, int) else files[k], seed=k)
@@ -167,7 +168,7 @@ def config(
     weights: Sequence[float] | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
-    """Return the configuration of a merge of what `save_family` wrote."""
+    """Return the configuration for merging the output of `save_family`."""
     entries: list[dict[str, Any]] = [{"model": str(root / f"m{k}")} for k in range(count)]
     for entry, weight in zip(entries, weights or [], strict=False):
         entry["parameters"] = {"weight": weight}
@@ -178,7 +179,7 @@ def config(
 
 
 def load(directory: Path) -> State:
-    """Return the tensors of a checkpoint in safetensors, by the library and not by pymerge."""
+    """Return the tensors of a safetensors checkpoint, read by the library and not by pymerge."""
     loaded: State = {}
     for path in sorted(directory.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -194,7 +195,7 @@ def weight_bytes(directory: Path) -> dict[str, bytes]:
 
 
 def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Same names, shapes, dtypes and bits, but that 0 equals -0."""
+    """Check for the same names, shapes, dtypes and bits, except that 0 equals -0."""
     assert sorted(got) == sorted(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
@@ -215,6 +216,6 @@ def elementwise(
 
 
 def load_one(directory: Path) -> State:
-    """Return the tensors of the model in a directory that has other safetensors files too."""
+    """Return the tensors of the model in a directory that also contains other safetensors files."""
     weights = sorted(directory.glob("model*.safetensors"))
     return {name: tensor for path in weights for name, tensor in load_file(path).items()}

@@ -1,5 +1,6 @@
 """Independent re-implementations of the published TIES codes, written from their descriptions in
-the plainest torch: whole vectors in memory, kthvalue and sort. They share nothing with pymerge."""
+the
+plainest torch: whole vectors in memory, kthvalue and sort. They share no code with pymerge."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def official_delta(deltas: torch.Tensor, density: float, merge: str) -> torch.Te
 
 
 def mergelm_delta(deltas: torch.Tensor, density: float) -> torch.Tensor:
-    """MergeLM: as the official code, but a majority of 0 keeps nothing where the vote is 0."""
+    """MergeLM: like the official code, but a majority of 0 keeps nothing where the vote is 0."""
     numel = deltas.shape[1]
     trimmed = _trim_at_least(deltas, int(numel * (1 - density)))
     sign = torch.sign(_in_order(trimmed))
@@ -62,7 +63,7 @@ def mergelm_delta(deltas: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def _exactly(delta: torch.Tensor, count: int) -> torch.Tensor:
-    """Keep the `count` largest magnitudes; of equal ones, those that come first."""
+    """Keep the `count` largest magnitudes; of equal ones, those with the lowest index."""
     order = torch.sort(delta.abs(), descending=True, stable=True).indices[:count]
     kept = torch.zeros_like(delta)
     kept[order] = delta[order]

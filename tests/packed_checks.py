@@ -1,5 +1,5 @@
-"""What trimmed task vectors, stored as bit masks and values, must give on every backend: random
-cases of the ops, and layers that are merged from them."""
+"""Results that trimmed task vectors, stored as bit masks and values, must give on every backend:
+random cases of the ops, and layers that are merged from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _gradient(device: str) -> bool:
 
 
 def _bits(device: str) -> bool:
-    """The layer and its gradient are those of task vectors that are dense."""
+    """Return whether the layer and its gradient have the bits of dense task vectors."""
     for kind in (torch.float32, torch.bfloat16):
         torch.manual_seed(5)
         base = torch.randn(1100).to(kind)
@@ -68,7 +68,7 @@ def _opcheck(device: str) -> bool:
 
 
 def _compiles(device: str) -> bool:
-    """The wrapped model, without a graph break, and its gradient."""
+    """Return whether the wrapped model and its gradient compile without a graph break."""
     net, base, models = make()
     ada = AdaMerging(net, base, models, trimmed=True).to(device)
     x = torch.randn(6, 8, device=device)
@@ -92,8 +92,8 @@ CHECKS: dict[str, Callable[[str], Any]] = {
 
 @dataclass(frozen=True)
 class Draw:
-    """A case that is drawn at random: sizes about borders of words, chunks and blocks; models that
-    keep nothing, all, and what trims keep; dtypes that differ; addresses between aligned ones."""
+    """A random case: sizes near the borders of words, chunks and blocks; models that keep nothing,
+    everything, or what trims keep; differing dtypes; unaligned addresses."""
 
     numel: int
     count: int
@@ -105,7 +105,7 @@ class Draw:
 
     @classmethod
     def of(cls, seed: int, most: int) -> Draw:
-        """Return one of at most `most` elements."""
+        """Return a draw of at most `most` elements."""
         draw = random.Random(seed)
         sizes = [n for n in SIZES if n <= most]
         count = draw.randint(1, 20)
@@ -128,7 +128,7 @@ def differing(
     backend: str, seeds: Iterable[int], most: int, place: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[Any]:
     """Return the draws whose sum or dot products differ from those of the reference and the CPU,
-    bit by bit. place: puts a tensor where the backend works."""
+    bit by bit. place: moves a tensor to where the backend works."""
     found = []
     for seed in seeds:
         draw = Draw.of(seed, most)

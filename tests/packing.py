@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-CHUNK = 1024  # elements that have an offset of their own
+CHUNK = 1024  # elements per offset
 
 
 def pack(models: Sequence[torch.Tensor], shares: Sequence[float]) -> dict[str, list[torch.Tensor]]:
-    """Return masks, values and offsets that keep about such a share of each model, at random; 0 and
-    1 keep nothing and all. Where a model lies between aligned addresses, so does what is returned.
+    """Return masks, values and offsets that keep about these shares of the models, at random; 0
+    keeps nothing and 1 everything. If a model is not aligned, neither are its results.
     """
     found: dict[str, list[torch.Tensor]] = {"masks": [], "values": [], "offsets": []}
     for k, (model, share) in enumerate(zip(models, shares, strict=True)):
@@ -32,7 +32,7 @@ def pack(models: Sequence[torch.Tensor], shares: Sequence[float]) -> dict[str, l
 
 
 def _beside(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return a tensor one element past an aligned address if the model lies so."""
+    """Return a tensor one element past an aligned address if the model is at such an address."""
     if model.data_ptr() % 16 == 0:
         return tensor
     padded = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
@@ -41,7 +41,7 @@ def _beside(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def part_of(arguments: dict[str, Any], start: int, stop: int) -> dict[str, list[torch.Tensor]]:
-    """Return masks, values and offsets of elements [start, stop); start is that of a chunk."""
+    """Return masks, values and offsets of elements [start, stop); start must begin a chunk."""
     chunks = slice(start // CHUNK, -(-stop // CHUNK) + 1)
     ends = [(int(own[chunks][0]), int(own[chunks][-1])) for own in arguments["offsets"]]
     return {

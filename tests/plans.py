@@ -1,4 +1,4 @@
-"""Plans of small models on the disk: what tests of plans write, and ask for."""
+"""Plans of small models on disk: files and requests for the tests of plans."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths of models are taken from the current directory."""
+    """Resolve relative paths of models in the temporary directory."""
     monkeypatch.chdir(tmp_path)
 
 
 def weights(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Tensors:
-    """Return a small model; `changes` replace tensors (with __ for .), None takes one out."""
+    """Return a small model; `changes` replace tensors (with __ for .), None removes one."""
     tensors: Tensors = {
         "embed.weight": torch.zeros(12, 4, dtype=dtype),
         "layers.0.mlp.weight": torch.ones(4, 4, dtype=dtype),
@@ -69,6 +69,6 @@ def problems(*args: Any, **options: Any) -> list[str]:
 
 
 def save_three(**changes: Tensors) -> None:
-    """Write base, a and b; `changes` give some of them other tensors."""
+    """Write base, a and b; `changes` replace the tensors of some of them."""
     for name in ("base", "a", "b"):
         save(name, changes.get(name))

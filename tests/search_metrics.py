@@ -15,18 +15,18 @@ NOT_CALLABLE = 3
 
 
 def total(tensors: Mapping[str, torch.Tensor]) -> float:
-    """The sum of all elements of weights."""
+    """Return the sum of all elements of weights."""
     return sum(float(t.double().sum()) for t in tensors.values() if t.is_floating_point())
 
 
 def near(tensors: Mapping[str, torch.Tensor], target: float = 1.5) -> float:
-    """How near the mean is to a target."""
+    """Return how near the mean is to a target."""
     values = torch.cat([t.flatten().double() for _, t in sorted(tensors.items())])
     return -abs(float(values.mean()) - target)
 
 
 def of_folder(folder: Path, target: float = 1.5) -> float:
-    """The same for a checkpoint."""
+    """Return the same for a checkpoint."""
     assert (folder / "config.json").is_file()
     return near(load_file(folder / "model.safetensors"), target)
 
@@ -45,7 +45,7 @@ def slow(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def moody(tensors: Mapping[str, torch.Tensor]) -> float:
-    """Raises, returns NaN, returns a word, or answers."""
+    """Raise, return NaN, return a word, or return a score."""
     value = near(tensors)
     kind = int(abs(value) * 1e6) % 4
     if kind == 0:
@@ -66,7 +66,7 @@ _calls = [0]
 
 
 def scribbles_and_raises(tensors: Mapping[str, torch.Tensor]) -> float:
-    """Every other time."""
+    """Change the tensors, and raise every other time."""
     _calls[0] += 1
     if _calls[0] % 2:
         next(iter(tensors.values())).zero_()
@@ -75,7 +75,7 @@ def scribbles_and_raises(tensors: Mapping[str, torch.Tensor]) -> float:
 
 
 class Counts:
-    """Made once; its object counts how often it was called, and by which process."""
+    """Created once; the object counts its calls, by process."""
 
     made = 0
 

@@ -1,4 +1,4 @@
-"""Studies of toy models: what tests of searches ask for, and compare."""
+"""Studies of toy models: requests and comparisons for the tests of searches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = {"models[*].parameters.weight": {"low": 0.0, "high": 2.0, "initial": 0
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of zeros, and models of 1, 2 and 3: the mean of a merge is w0 + 2 w1 + 3 w2."""
+    """Write a base of zeros, and models of 1, 2 and 3: the mean of a merge is w0 + 2 w1 + 3 w2."""
     root = tmp_path_factory.mktemp("family")
     names = ("layers.0.weight", "layers.1.weight", "head.weight")
     states = [{name: torch.full((4, 4), float(k)) for name in names} for k in range(4)]
@@ -47,7 +47,7 @@ def study(**changes: Any) -> dict[str, Any]:
 def search(
     out: Path, plots: bool = False, merge: bool = False, merged: Any = None, **changes: Any
 ) -> SearchResult:
-    """Search; `merged` is the merge's configuration, `merge` whether to write the best."""
+    """Search; `merged` is the merge's configuration, `merge` whether to write the best model."""
     config = study(**changes)
     return run_search({**config, "merge": merged or config["merge"]}, out, plots=plots, merge=merge)
 

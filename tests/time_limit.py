@@ -1,5 +1,5 @@
-"""The time limit of each test, beyond pytest-timeout: native code that never returns, and
-environments without it."""
+"""A time limit for each test that also covers native code that never returns, and environments
+without pytest-timeout."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-# What a test that hears no signal gets beyond its limit, as a share of it.
+# Extra time, as a share of the limit, for a test that does not react to the signal.
 GRACE = 0.2
 _STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Accept the limit of pyproject.toml where pytest-timeout is missing, and do without it."""
+    """Accept the limit of pyproject.toml without effect if pytest-timeout is missing."""
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds for each test; needs pytest-timeout")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
-    """End the process soon after the limit: only Python code sees pytest-timeout's signal."""
+    """End the process soon after the limit, because only Python code reacts to pytest-timeout."""
     stash = item.config.stash
     if _STDERR not in stash:
         capture = item.config.pluginmanager.getplugin("capturemanager")
@@ -36,7 +36,7 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
-    """The test has ended."""
+    """Cancel the timer, because the test has ended."""
     faulthandler.cancel_dump_traceback_later()
 
 

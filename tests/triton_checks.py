@@ -1,6 +1,7 @@
-"""What the tests of the Triton kernels run in a process of their own; see `tests.test_triton`.
+"""The checks of the Triton kernels, which run in a process of their own; see `tests.test_triton`.
 
-Each function takes the device whose tensors the kernels take there, and returns what was wrong.
+Each function takes the device of the tensors that the kernels accept there, and returns the
+failures.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ BY_NAME = {case.name: case for case in cases.GPU_CASES}
 
 
 def begin() -> None:
-    """Be quiet: numpy warns where hardware does not, of infinity minus infinity for example."""
+    """Silence numpy, which warns where hardware does not, e.g. of infinity minus infinity."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
 
 def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Copy a tensor to a device, one element past an aligned address where it is so here."""
+    """Copy a tensor to a device, one element past an aligned address if it is at such an
+    address."""
     if device == "cpu" or tensor.data_ptr() % 16 == 0:
         return tensor.to(device)
     padded = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
@@ -51,7 +53,7 @@ def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
 def run(
     case: Case, inputs: Inputs, dtype: torch.dtype, device: str, wide: bool
 ) -> dict[str, torch.Tensor]:
-    """Run a case on a device and return what it wrote."""
+    """Run a case on a device and return its outputs."""
     return case.run(inputs, dtype, "triton", wide, functools.partial(moved, device=device))
 
 
@@ -78,8 +80,8 @@ def differing_specials(device: str, name: str) -> list[torch.dtype]:
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     if case.slow:
         dtypes = dtypes[::3]
-    # A sum of all would be NaN, whatever was added: the first elements, where the base is finite,
-    # and each alone in its row.
+    # A sum of everything would always be NaN: use the first elements, where the base is finite, and
+    # each element alone in its row.
     if case.op == "chunk_sums_" and device == "cpu":
         base, first, second = base[700:880], first[:180], second[:180]
     different = []
@@ -93,7 +95,7 @@ def differing_specials(device: str, name: str) -> list[torch.dtype]:
 
 
 def differing_dialects(device: str) -> list[Any]:
-    """Return the dialects of TIES, all that there could be, that differ on such values."""
+    """Return the dialects of TIES, among all possible ones, that differ on such values."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.tensor(SPECIAL)
     base, *models = (grid[torch.randint(len(grid), (400,), generator=generator)] for _ in range(4))
@@ -133,13 +135,13 @@ def differing_dialects(device: str) -> list[Any]:
 
 
 def wrong_roundings(device: str, dtype: torch.dtype) -> list[str]:
-    """Load every value of a 16-bit dtype; store what lies half-way between two, and around it."""
+    """Load every value of a 16-bit dtype; store the midpoints between two, and their neighbours."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     next_one = (every.view(torch.int16) + 1).view(dtype)
     half = (every.double() + next_one.double()).div(2).float()
     up, down = (torch.nextafter(half, torch.tensor(end)) for end in (float("inf"), -float("inf")))
     fine = torch.cat([half, up, down, torch.tensor([65519.99, 65520.0, 3.39617e38, 3.39618e38])])
-    # Doubles are rounded to float32 first, and then lie half-way.
+    # Doubles are first rounded to float32, and are then midpoints.
     doubles = half.double() * (1 + 2**-40)
     wrong = []
     for what, values, kind in (
@@ -159,7 +161,7 @@ def wrong_roundings(device: str, dtype: torch.dtype) -> list[str]:
 
 
 def large_differences(device: str) -> list[str]:
-    """Run many programs: statistics of several blocks add up, and flags are raised once."""
+    """Run many programs: statistics of several blocks are added up, and flags are raised once."""
     numel, dtype = 65536 + 5077, torch.bfloat16
     base, models = make_inputs(numel, 2, [dtype])
     for at in (5, 3000, 66_000, numel - 1):
@@ -174,7 +176,7 @@ def large_differences(device: str) -> list[str]:
         expected = BY_NAME[name].run(inputs, dtype, "reference")
         if not same(expected, run(BY_NAME[name], inputs, dtype, device, False)):
             different.append(name)
-    # Rows that are longer than a block.
+    # Rows longer than a block.
     inputs = make_inputs(60_000, 2, [dtype])
     weights = torch.arange(6, dtype=torch.float64).view(2, 3)
     rows = []
@@ -203,7 +205,7 @@ def large_differences(device: str) -> list[str]:
         told.append({"counts": counts.cpu(), "hot": hot.cpu(), "chunks": chunks.cpu()})
     if not same(*told) or int(told[0]["hot"][0, 0]) < 100:
         different.append("chunks")
-    # All keys on one side, which is where a counter would overflow.
+    # All keys on one side, where a counter would overflow.
     for lo, hot in ((1, -1), (0, 0), (0, -1)):
         counts = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
         none = torch.zeros(1, 0, dtype=torch.int32, device=device)
@@ -219,7 +221,7 @@ def large_differences(device: str) -> list[str]:
 
 
 def refusals(device: str) -> list[str]:
-    """Return what is said about tensors that do not fit."""
+    """Return the messages for tensors that do not fit."""
     out, stats = torch.zeros(8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     said = []
     for model, counters in (
@@ -263,7 +265,7 @@ def differing_packed(device: str, seeds: range, most: int) -> list[Any]:
 
 
 def packed_layer(device: str, check: str) -> bool:
-    """Check merged layers of trimmed task vectors, which Triton computes."""
+    """Check merged layers of trimmed task vectors, computed by Triton."""
     with mock.patch.object(ops, "choose", return_value="triton"):
         return bool(CHECKS[check](device))
 
@@ -294,7 +296,7 @@ def choice(device: str, name: str | None) -> str:
 
 
 def tuned(device: str) -> dict[str, Any]:
-    """Search for a configuration, with times that are made up."""
+    """Search for a configuration, with made-up times."""
     launch = importlib.import_module("pymerge.triton_kernels.launch")
     asked: list[Any] = []
 

@@ -1,5 +1,5 @@
-// What csrc/cuda needs of CUDA, on the processor: enough to run its kernels thread by thread and
-// compare what they compute. Only the tests use it. See shim.cpp.
+// The parts of CUDA that csrc/cuda needs, on the CPU: enough to run its kernels thread by thread
+// and compare their results. Only the tests use it. See shim.cpp.
 #pragma once
 
 #include <cmath>
@@ -60,12 +60,12 @@ extern char dynamic_shared[48 << 10];
 // Runs function(context) once for each thread of each block.
 cudaError_t run_grid(void (*function)(void*), void* context, dim3 grid, dim3 block, size_t shared);
 
-// Waits until all threads of the warp or the block have come to the same place; the sum of what
-// they bring, or what thread `source` of the warp brings.
+// Waits until all threads of the warp or the block have reached the same place; returns the sum of
+// their values, or the value of thread `source` of the warp.
 enum class Place { kBarrier, kBlockOr, kWarpSum, kWarpRead };
 int32_t meet(Place place, int32_t value, int source = 0);
 
-// A mistake that hardware would punish. Does not return.
+// Reports a mistake that hardware would punish. Does not return.
 [[noreturn]] void mistake(const char* what);
 
 }  // namespace shim

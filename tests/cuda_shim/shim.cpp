@@ -1,7 +1,7 @@
-// Runs the threads of a block in turns on one thread of the processor: each goes on until it comes
-// to a barrier or to an operation of its warp, where it waits for the others; a warp goes on as far
-// as it can. Every second block runs in descending order, so that a missing barrier shows. Dynamic
-// shared memory begins as rubbish.
+// Runs the threads of a block in turns on one CPU thread: each runs until it reaches a barrier or
+// an operation of its warp, where it waits for the others; a warp runs as far as it can. Every
+// second block runs in descending order, to reveal missing barriers. Dynamic shared memory starts
+// with garbage.
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -55,7 +55,7 @@ void prepare(unsigned count) {
   }
 }
 
-// Lets threads [begin, end) go on if all of them wait at the same place.
+// Resumes threads [begin, end) if all of them wait at the same place.
 bool release(unsigned begin, unsigned end, Place place) {
   int32_t sum = 0;
   for (unsigned i = begin; i < end; ++i) {
@@ -71,7 +71,7 @@ bool release(unsigned begin, unsigned end, Place place) {
   return true;
 }
 
-// Runs a warp until all of its threads are done or wait for the block.
+// Runs a warp until all its threads have finished or wait for the block.
 bool run_warp(unsigned begin, bool descending) {
   do {
     for (unsigned i = 0; i < kWarp; ++i) {
@@ -97,7 +97,7 @@ bool run_block(unsigned count, bool descending) {
     for (unsigned i = 0; i < count; ++i) done = done && fibers[i].state == State::kDone;
     if (done) return true;
     if (!release(0, count, Place::kBarrier) && !release(0, count, Place::kBlockOr)) {
-      return false;  // some threads wait for others that never come
+      return false;  // some threads wait for others that never arrive
     }
   }
 }

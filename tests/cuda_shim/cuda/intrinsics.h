@@ -1,4 +1,4 @@
-// csrc/cuda/intrinsics.h for the processor.
+// csrc/cuda/intrinsics.h for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -77,7 +77,7 @@ PM_DEVICE uint32_t pack_bf16(float low, float high) {
   return narrow_bf16(low) | (narrow_bf16(high) << 16);
 }
 
-// As wrong as it may be.
+// As inaccurate as is allowed.
 PM_DEVICE float approximate_reciprocal(float x) {
   return std::nextafter(1.0f / x, static_cast<int>(x) % 2 == 0 ? 0.0f : 2.0f);
 }
