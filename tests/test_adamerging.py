@@ -274,7 +274,7 @@ def test_models_that_do_not_fit_are_all_named() -> None:
         ({"init": [0.1, 0.2]}, r"init: expected a number, 3 numbers"),
         ({"init": torch.zeros(3, 3)}, r"init: .*table of shape \(3, 4\).*got shape \(3, 3\)"),
         ({"init": float("nan")}, "init: expected finite numbers"),
-        ({"heads": [nn.Linear(5, 2)]}, "heads: expected 3, one a model; got 1"),
+        ({"heads": [nn.Linear(5, 2)]}, "heads: expected 3, one per model; got 1"),
         ({"clamp": (1.0, 0.0)}, r"clamp: expected \(lowest, highest\)"),
         ({"density": 1.5}, r"density: expected a number in \[0, 1\]"),
         ({"names": ["a"]}, "names: expected 3"),

@@ -530,7 +530,7 @@ def test_bad_merges_onto_a_base(two: list[Adapter], tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
-    assert "config: rank: is of an adapter, but with base_model" in problem(rank=3)
+    assert "config: rank: applies to an adapter, but with base_model" in problem(rank=3)
     assert "no such file or directory" in problem(base_model=str(tmp_path / "nowhere"))
     models.save(tmp_path / "other", {"h.0.q.weight": torch.ones(3, 3)})
     assert "module 'h.0.k': the base has no tensor" in problem(base_model=str(tmp_path / "other"))

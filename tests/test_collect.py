@@ -396,7 +396,7 @@ def test_statistics_are_saved_whole_and_read_again(tmp_path: Path) -> None:
     assert torch.equal(alias, gram["twice.weight"])
     assert "mean" in fisher.record.model_tensors
     pymerge.save_statistics(tmp_path, fisher)
-    with pytest.raises(pymerge.RequestError, match="both are there"):
+    with pytest.raises(pymerge.RequestError, match="both exist"):
         pymerge.load_statistics(tmp_path)
     assert pymerge.load_statistics(tmp_path, kind="fisher").kind == "fisher"
 

@@ -149,11 +149,11 @@ def test_a_file_of_other_weights_or_another_kind_is_not_taken_for_done(folder: P
     with pytest.raises(pymerge.RequestError, match="was not made by `pymerge collect`"):
         run_collect(file)
     target.write_bytes(b"half of a file")
-    with pytest.raises(pymerge.RequestError, match="it is damaged or no statistics"):
+    with pytest.raises(pymerge.RequestError, match="it is damaged, or not a file of statistics"):
         run_collect(file)
     target.unlink()
     target.mkdir()
-    with pytest.raises(pymerge.RequestError, match="is there, but is no file"):
+    with pytest.raises(pymerge.RequestError, match="exists, but is not a file"):
         run_collect(file, force=True)
 
 
@@ -204,7 +204,7 @@ def test_models_that_are_files_or_have_adapters(tmp_path: Path) -> None:
         {"model": f"{tmp_path / 'one.safetensors'}+{lora}"},
     ]
     file = config(tmp_path, models=entries, entry=f"{HERE}:tied")
-    with pytest.raises(pymerge.RequestError, match=r"is that of models\[0\].*too; give --out DIR"):
+    with pytest.raises(pymerge.RequestError, match=r"also the file of models\[0\].*; give --out"):
         run_collect(file)
     found = run_collect(file, out=tmp_path / "out")
     names = [one.file.name for one in found]

@@ -61,7 +61,7 @@ def refused(file: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
         ),
         (
             {"options": {"parameters": ["haed"]}},
-            r":\d+: options.parameters: 'haed' is no parameter",
+            r":\d+: options.parameters: 'haed' is not a parameter",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_devices_and_folders_that_are_not_there(
         with pytest.raises(pymerge.RequestError, match="device: "):
             run_collect(file, device=device)
     capsys.readouterr()
-    assert "is no folder" in refused(file, capsys, "--out", str(file))
+    assert "is not a folder" in refused(file, capsys, "--out", str(file))
     both = config(folder, models=[str(folder / "m0")] * 2)
     assert "give them names" in refused(both, capsys, "--out", str(folder / "out"))
     shown = refused(folder / "none.yml", capsys)

@@ -117,7 +117,7 @@ def test_row_ranks_and_masks() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda b, m: primitives.trim(b, m, [0]), "thresholds: expected 3, one a model; got 1"),
+        (lambda b, m: primitives.trim(b, m, [0]), "thresholds: expected 3, one per model; got 1"),
         (lambda b, m: primitives.trim(b, [b[:2]], [0]), r"models\[0\]: expected shape \(5, 40\)"),
         (lambda b, m: primitives.gram([]), "models"),
         (lambda b, m: primitives.magnitude_thresholds(b, m, 1.5), r"density: .*\[0, 1\]"),

@@ -146,7 +146,7 @@ def test_a_study_has_one_user_and_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name, message in (("full", "is no study"), ("file", "is no folder")):
+    for name, message in (("full", "is no study"), ("file", "is not a folder")):
         with pytest.raises(RequestError, match=message):
             search(tmp_path / name)
     journal = Journal(tmp_path / "busy", {})

@@ -70,9 +70,9 @@ def check_arguments(
 
 def _about_heads(heads: Any, count: int) -> list[str]:
     if not _is_list(heads):
-        return [f"heads: expected a list, one a model; got {heads!r:.60}"]
+        return [f"heads: expected a list, one per model; got {heads!r:.60}"]
     if len(heads) != count:
-        return [f"heads: expected {count}, one a model; got {len(heads)}"]
+        return [f"heads: expected {count}, one per model; got {len(heads)}"]
     return [
         f"heads[{k}]: expected a module or a function, got {head!r:.60}"
         for k, head in enumerate(heads)
@@ -82,11 +82,11 @@ def _about_heads(heads: Any, count: int) -> list[str]:
 
 def _about_names(names: Any, count: int) -> list[str]:
     if not _is_list(names) or not all(isinstance(name, str) for name in names):
-        return [f"names: expected a list of texts, one a model; got {names!r:.60}"]
+        return [f"names: expected a list of strings, one per model; got {names!r:.60}"]
     if len(names) != count:
-        return [f"names: expected {count}, one a model; got {len(names)}"]
+        return [f"names: expected {count}, one per model; got {len(names)}"]
     twice = [name for name, times in Counter(names).items() if times > 1]
-    return [f"names: expected no two alike, got {twice[0]!r} more than once"] if twice else []
+    return [f"names: expected unique names, got {twice[0]!r} more than once"] if twice else []
 
 
 def model_names(

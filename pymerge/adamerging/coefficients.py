@@ -91,6 +91,6 @@ def initial_coefficients(init: Any, shape: tuple[int, int], dtype: torch.dtype) 
 
 def _bad_init(shape: tuple[int, int], table: Tensor) -> RequestError:
     return RequestError(
-        f"init: expected a number, {shape[0]} numbers (one a model) or a table of shape "
+        f"init: expected a number, {shape[0]} numbers (one per model) or a table of shape "
         f"{shape} (models, groups of tensors); got shape {tuple(table.shape)}"
     )

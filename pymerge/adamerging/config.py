@@ -43,7 +43,7 @@ _Path = Annotated[str, BeforeValidator(_path), Field(description="a path")]
 _Table = Annotated[
     Any,
     BeforeValidator(_check_table),
-    Field(description="a number, a list of one a model, or of a list for each"),
+    Field(description="a number, a list with one number or list per model"),
 ]
 
 

@@ -146,7 +146,7 @@ def correlations(
     """
     stats = require_scipy()
     if not isinstance(loaders, Sequence) or isinstance(loaders, str):
-        raise RequestError(f"loaders: expected a list, one loader a task; got {loaders!r:.60}")
+        raise RequestError(f"loaders: expected a list, one loader per task; got {loaders!r:.60}")
     if ada.heads is not None and len(loaders) > len(ada.heads):
         raise RequestError(
             f"loaders: expected at most {len(ada.heads)}, one for each head; got {len(loaders)}"

@@ -72,7 +72,7 @@ def check_fitting(
     problems: list[str] = []
     tasks = len(ada.names) if ada.heads is not None else None
     if not isinstance(loaders, Sequence) or isinstance(loaders, str) or not loaders:
-        problems.append(f"loaders: expected a list, one loader a task; got {loaders!r:.60}")
+        problems.append(f"loaders: expected a list, one loader per task; got {loaders!r:.60}")
     elif tasks is not None and len(loaders) != tasks:
         problems.append(f"loaders: expected {tasks}, one for each head; got {len(loaders)}")
 

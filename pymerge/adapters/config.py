@@ -193,8 +193,8 @@ class _Request:
         cut = [key for key in ("rank", "energy") if self._document.data.get(key) is not None]
         if self.onto_base and cut:
             self.problems.append(
-                f"{self._where((cut[0],))}: is of an adapter, but with base_model a whole model is "
-                "written; remove one of them"
+                f"{self._where((cut[0],))}: applies to an adapter, but with base_model a whole "
+                "model is written; remove one of them"
             )
         try:
             self._config = config_of(

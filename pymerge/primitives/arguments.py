@@ -46,7 +46,7 @@ def require(holds: bool, argument: str, expected: str, got: str) -> None:
 
 def check_count(name: str, values: Sequence[object], models: Sequence[Tensor]) -> None:
     """Raise RequestError unless there is one value for each model."""
-    require(len(values) == len(models), name, f"{len(models)}, one a model", f"{len(values)}")
+    require(len(values) == len(models), name, f"{len(models)}, one per model", f"{len(values)}")
 
 
 def check(base: Tensor, models: Sequence[Tensor]) -> None:

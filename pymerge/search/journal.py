@@ -83,7 +83,7 @@ class Journal:
         if not os.path.lexists(folder):
             return
         if not folder.is_dir():
-            raise RequestError(f"out: {folder} exists and is no folder")
+            raise RequestError(f"out: {folder} exists and is not a folder")
         if not (folder / JOURNAL).is_file() and any(folder.iterdir()):
             raise RequestError(
                 f"out: {folder} exists and is no study (it has no {JOURNAL}); name another folder"

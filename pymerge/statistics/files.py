@@ -122,7 +122,7 @@ def load_statistics(path: str | os.PathLike[str], *, kind: str | None = None) ->
         there = [candidate for candidate in found if candidate.exists()]
         if len(there) != 1:
             names = " or ".join(candidate.name for candidate in found)
-            what = "both are there; name one, or give kind" if there else "there is none"
+            what = "both exist; name one, or give kind" if there else "there is none"
             raise RequestError(f"load_statistics: path: {file}: expected {names} in it; {what}")
         file = there[0]
     if not file.exists():

@@ -208,7 +208,7 @@ def _chosen(model: nn.Module, parameters: str | Sequence[str] | None) -> dict[st
         if name in every and name not in free:
             problems.append(f"{_WHERE}: parameters: {name!r} is frozen (requires_grad is False)")
         elif name not in every:
-            what = "is a buffer, no parameter" if name in buffers else "is no parameter"
+            what = "is a buffer, not a parameter" if name in buffers else "is not a parameter"
             problems.append(f"{_WHERE}: parameters: {name!r} {what}{nearest(name, every)}")
     if not names:
         problems.append(f"{_WHERE}: parameters: expected at least one name")

@@ -73,17 +73,17 @@ class Target:
         if not os.path.lexists(self.file):
             return "collect"
         if not self.file.is_file():
-            raise RequestError(f"{model.label}: {self.file} is there, but is no file")
+            raise RequestError(f"{model.label}: {self.file} exists, but is not a file")
         if force:
             return "replace"
         try:
             differences = self._differences(config, model, checkpoint, loader)
         except RequestError as error:
-            differences = [f"it is damaged or no statistics: {error}"]
+            differences = [f"it is damaged, or not a file of statistics: {error}"]
         if not differences:
             return "done"
         raise RequestError(
-            f"{model.label}: {self.file} is there, with other settings: {'; '.join(differences)}. "
+            f"{model.label}: {self.file} exists, with other settings: {'; '.join(differences)}. "
             "--force replaces it, --out DIR writes elsewhere"
         )
 
@@ -95,7 +95,7 @@ class Target:
             return [f"it holds {record.kind} statistics"]
         known = record.settings
         if not known:
-            return ["it was not made by `pymerge collect`, and does not say"]
+            return ["it was not made by `pymerge collect` and does not record them"]
         now = _told(config, loader)
         found = []
         for key in ("entry", "arguments", "loader"):
@@ -170,7 +170,7 @@ def make_targets(
                 if out is None
                 else "give them names: {model: ..., name: ...}"
             )
-            problems.append(f"{model.label}: {file} is that of {other.label} too; {instead}")
+            problems.append(f"{model.label}: {file} is also the file of {other.label}; {instead}")
         if any(os.path.realpath(path) == os.path.realpath(file) for path, _ in checkpoint.files):
             problems.append(f"{model.label}: {file} is the model itself; give --out DIR")
         problem = _unwritable(file.parent)
@@ -193,7 +193,7 @@ def _unwritable(folder: Path) -> str | None:
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        return f"{folder} is no folder: {there} is a file"
+        return f"{folder} is not a folder: {there} is a file"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} may not be written; --out DIR writes elsewhere"
     return None
