@@ -1,1 +1,1 @@
-"""Merging checkpoints on a GPU: what fits, what is staged, what is waited for."""
+"""Merging checkpoints on a GPU: memory limits, staging of tensors, synchronization."""

@@ -1,7 +1,7 @@
-"""What the engine needs of a GPU: memory, page-locked memory, three streams, events.
+"""The interface of a GPU to the engine: memory, page-locked memory, three streams, events.
 
-All of torch.cuda that merges of files use is in `Cuda`. The tests have another `Device`, which runs
-on the processor and checks that whatever touches the same memory is ordered.
+`Cuda` contains every use of torch.cuda in merges of files. The tests have another `Device`, which
+runs on the CPU and checks that accesses to the same memory are ordered.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPUTE", "IN", "OUT", "Cuda", "Device", "OutOfDeviceMemory", "open_device"]
 
-# The streams: copies to the device, kernels, copies back. Each does its work in order; what one
-# does is ordered with what another does by events alone.
+# The streams: copies to the device, kernels, copies back. Each runs its work in order; only events
+# order the work of different streams.
 IN, COMPUTE, OUT = "in", "compute", "out"
 
 
 class OutOfDeviceMemory(Exception):
-    """The device has no more memory of the size that was asked for."""
+    """The device cannot allocate memory of the requested size."""
 
 
 class Device(Protocol):
-    """Where tiles are computed. Memory is given as tensors of bytes (uint8)."""
+    """A device that computes tiles. Memory is returned as tensors of bytes (uint8)."""
 
     name: str  # "cuda:0"
-    title: str  # what people call it
+    title: str  # its name for people
 
     def active(self) -> AbstractContextManager[None]:
-        """Make it the device of this thread."""
+        """Make it the current device of this thread."""
         ...
 
     def missing(self) -> dict[str, str | None]:
-        """Return the backends that compute here, and why one cannot."""
+        """Return the backends for this device, each with why it cannot be used, or None."""
         ...
 
     def backend_for(self, op: str, wanted: str, without: Collection[str] = ()) -> str | None:
-        """Return the backend that runs an op here, None where there is none.
+        """Return the backend that runs an op here, or None.
 
         wanted: a name of `BACKENDS`, or "auto". without: backends that have refused it.
         """
@@ -55,14 +55,14 @@ class Device(Protocol):
         ...
 
     def peak(self) -> int:
-        """Return the most bytes of memory that this process has taken."""
+        """Return the peak memory of this process in bytes."""
         ...
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Return memory on the device; COMPUTE may still use it for what it was before.
+        """Return memory on the device; COMPUTE may still be using it for an earlier tensor.
 
         Raises:
-            OutOfDeviceMemory: there is none.
+            OutOfDeviceMemory: the allocation fails.
         """
         ...
 

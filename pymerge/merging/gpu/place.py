@@ -20,11 +20,12 @@ _GPU = ("cuda", "triton")
 class Place:
     """Where a merge is computed.
 
-    backend: what computes; where a device does and none was named, "auto": of each op the fastest.
+    backend: the backend that computes; on a device, if none was named, "auto": for each op the
+        fastest.
     device: the GPU, or None for the CPU.
     why: the reason for both, in words.
-    warnings: what the user may not have expected of it.
-    ops: what runs the ops that a method without kernels of its own takes, if not `backend`.
+    warnings: consequences that the user may not expect.
+    ops: the backend for ops of a method that has no kernels of its own, if not `backend`.
     """
 
     backend: str
@@ -45,7 +46,7 @@ def _wants_gpu(device: str, backend: str | None) -> bool:
 
 
 def planned_device(method: MethodSpec, device: str, backend: str | None) -> str:
-    """Return where a merge would run if everything that it needs is there."""
+    """Return where a merge would run if everything that it needs is available."""
     if not _wants_gpu(device, backend):
         return "cpu"
     able = backend not in (None, "auto") or any(name in method.backends for name in _GPU)
@@ -66,7 +67,7 @@ def choose_place(
         opened: returns a device by its name.
 
     Raises:
-        RequestError: something was asked for that is not there, or that does not fit together.
+        RequestError: the request names something unavailable, or contradicts itself.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise RequestError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")

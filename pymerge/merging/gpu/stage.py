@@ -1,9 +1,9 @@
 """Takes calls on host memory to a device and back, tile by tile.
 
 Inputs go through a ring of page-locked chunks into tiles of device memory, on a stream of their
-own, while kernels work on the tile before. What an op counts stays on the device until somebody
-asks. Memory on either side is what `DeviceSizes` says, whatever the size of a tensor and the number
-of models.
+own, while kernels process the previous tile. The counts of an op stay on the device until they are
+requested. `DeviceSizes` fixes the memory on both sides, whatever the size of a tensor and the
+number of models.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage"]
 
-_ALIGNED = 256  # bytes at whose multiples tensors begin in a tile
+_ALIGNED = 256  # tensors begin at multiples of this many bytes in a tile
 
 
 class Stage(Runner):
-    """Runs ops on a device, whether their tensors are in host memory or there already."""
+    """Runs ops on a device, whether their tensors are in host memory or already on the device."""
 
     def __init__(self, device: Device, sizes: DeviceSizes, backend: str = "auto") -> None:
         super().__init__(backend, device.name)
         self.memory = device
         self.sizes = sizes
-        self.room = sizes.resident_bytes  # what tensors that stay may still take
+        self.room = sizes.resident_bytes  # bytes left for tensors that stay
         self._ring = _Ring(device, sizes.buffer_bytes)
         self._tiles = [_Tile(device, sizes.tile_bytes) for _ in range(TILES)]
         self._next = 0
@@ -49,7 +49,7 @@ class Stage(Runner):
     def backend_for(self, op: str) -> str:
         if op not in self._chosen:
             here = self.memory.backend_for(op, self.backend, self._refused.get(op, ()))
-            # What has no kernels on the device is computed where the files are.
+            # Ops without kernels for the device are computed on the host, where the files are.
             cpu = "cpu" if BACKENDS["cpu"].reason() is None else "reference"
             self._chosen[op] = here or f"{cpu} on the host"
         return self._chosen[op]
@@ -91,15 +91,15 @@ class Stage(Runner):
             step()
 
     def keep(self, arrays: Sequence[Array]) -> list[torch.Tensor] | None:
-        """Return copies on the device, or None if there is no room; whoever lets go of them adds
-        what they took to `room` again."""
+        """Return copies on the device, or None if there is no room; whoever releases them must
+        add their size to `room` again."""
         total = _room(arrays)
         if total > self.room:
             return None
         try:
             block = self.memory.empty(total)
         except OutOfDeviceMemory:
-            self.room = 0  # somebody else took it
+            self.room = 0  # another process took it
             return None
         self.room -= total
         self.memory.wait(IN, self.memory.record(COMPUTE))
@@ -119,7 +119,7 @@ class Stage(Runner):
         if not columns and HOT_CHUNK % unit == 0:
             unit = HOT_CHUNK
         most = (self.sizes.tile_bytes - _ALIGNED * len(hosted)) // each
-        # One unit at least, for which a tile is made that is larger than the others.
+        # At least one unit, which may need a tile that is larger than the others.
         return numel if numel <= most else max(most // unit, 1) * unit
 
     def _tile(
@@ -220,7 +220,7 @@ class Stage(Runner):
 
 
 class _Tile:
-    """Device memory for the inputs of one call, and when COMPUTE is done with it."""
+    """Device memory for the inputs of one call, and the event after COMPUTE's last use of it."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.buffer = device.empty(nbytes)

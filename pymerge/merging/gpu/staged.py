@@ -1,6 +1,7 @@
 """A source and a sink for a device: tensors that stay there, and results that come back in time.
 
-They stand between the engine and those of the host. See `pymerge.merging.gpu.stage`.
+They are placed between the engine and the host's source and sink. See
+`pymerge.merging.gpu.stage`.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class _Kept:
 
 
 class StagedSource:
-    """A source whose tensors stay on the device while they are needed again, as far as there is
-    room; the others remain in host memory, and come tile by tile when an op needs them."""
+    """A source that keeps tensors on the device until they are no longer needed, as far as there
+    is room; the others stay in host memory and are copied tile by tile when an op needs them."""
 
     def __init__(self, source: Source, stage: Stage, again: Collection[str]) -> None:
         """
@@ -52,8 +53,8 @@ class StagedSource:
         self._again = frozenset(again)
         self._kept: dict[str, _Kept] = {}
         self._done: set[str] = set()
-        # What was merged is in a variable of the engine until the next tensor was loaded: bytes of
-        # what may still be, and of what is not.
+        # A variable of the engine holds a merged tensor until the next one is loaded: bytes that
+        # may still be held, and bytes that are free.
         self._leaving = self._left = 0
 
     @property
@@ -96,7 +97,7 @@ class StagedSource:
         self._source.release(name)
 
     def forget(self, name: str) -> None:
-        """A tensor was merged: it is not needed again, unless the sink restarts."""
+        """Release a tensor that was merged: it is not needed again, unless the sink restarts."""
         self._done.add(name)
         if name in self._kept:
             self._leaving += self._kept.pop(name).room
@@ -116,7 +117,7 @@ class _Buffer:
 
 @dataclass
 class _Result:
-    """Bytes of a tensor that are on their way; `last` ends the tensor."""
+    """A part of a tensor that is being copied; `last` marks the end of the tensor."""
 
     name: str
     nbytes: int
@@ -138,8 +139,8 @@ class StagedSink:
     ) -> None:
         """
         Args:
-            tensors: (dtype's code, number of elements) of every result that is computed; others are
-                the sink's own business.
+            tensors: (dtype's code, number of elements) of every computed result; the host's sink
+                handles the others itself.
         """
         self._sink = sink
         self._source = source
@@ -151,7 +152,7 @@ class StagedSink:
         )
         self._coming: deque[_Result] = deque()
         self._open: Iterator[tuple[int, Flat]] = iter(())
-        self._place: torch.Tensor | None = None  # bytes of a piece of the host's, to be filled on
+        self._place: torch.Tensor | None = None  # bytes of a host piece that is being filled
 
     def pieces(self, name: str) -> Iterable[tuple[int, Flat]]:
         if self._tensors.get(name, ("", 0))[1] == 0:
@@ -216,20 +217,20 @@ def run_staged(
     source: Source,
     sink: Sink,
 ) -> Runner:
-    """Run a merge on a device, within the memory that the plan gives it; return what ran.
+    """Run a merge on a device, within the memory that the plan gives it; return the runner.
 
-    Where somebody else takes the memory that was free at first, it begins again with less.
+    If another process takes memory that was free at first, the merge restarts with less.
 
     Args:
-        run: runs the method, once what it is given is in place.
+        run: runs the method with the source, sink and runner that it is given.
         source, sink: the host's.
 
     Raises:
-        MergeError: the device failed, or has too little memory for the least that is needed.
+        MergeError: the device failed, or has less memory than the minimum.
     """
     computed = {n: t for n, t in plan.tensors.items() if t.compute is not None}
     results = {name: (tensor.dtype, tensor.numel) for name, tensor in computed.items()}
-    # Small tensors are not worth the trouble: the statistics of most are taken on the host.
+    # Small tensors are not worth keeping: the statistics of most are computed on the host.
     again = [n for n, t in computed.items() if t.passes > 1 and t.numel > HOT_CHUNK]
     budget = plan.device_memory or device.free() // 2
     sizes = device_sizes(budget, plan.memory.buffer_bytes)
@@ -243,7 +244,7 @@ def run_staged(
             outputs.finish()
             return stage
         except OutOfDeviceMemory as error:
-            return str(error)  # and nothing that holds on to memory
+            return str(error)  # the text only, so that nothing keeps memory alive
 
     with device.active():
         while isinstance(found := attempt(), str):
