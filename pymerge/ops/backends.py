@@ -174,6 +174,6 @@ def _automatic(kind: str, backends: Mapping[str, Any]) -> str:
     """Name the backends that run on a kind of device if none is requested."""
     for name in ("cuda", "triton", "cpu"):
         if _DEVICES[name] == kind == _device(name) and backends[name]["available"]:
-            return f"{name}, and reference for what it has no kernels for"
+            return f"{name}, and reference for ops that it has no kernels for"
     missing = [f"{name}: {backends[name]['reason']}" for name in _DEVICES if _DEVICES[name] == kind]
     return f"reference; {'; '.join(missing)}"
