@@ -318,6 +318,17 @@ def test_a_base_with_an_adapter(family: Path, tmp_path: Path) -> None:
     assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 
 
+def test_a_base_without_its_adapter_is_what_others_are_compared_with(family: Path) -> None:
+    short = models.load(family / "base")
+    del short["model.norm.weight"]
+    models.save(family / "short", short)
+    base = str(family / "base")
+    paths = [f"{base}+{family}/a0", base, str(family / "short")]
+    config = {"merge_method": "linear", "base_model": base, "models": [{"model": p} for p in paths]}
+    with pytest.raises(RequestError, match=r"lacks 1 tensor of models\[1\]: 'model.norm.weight'"):
+        make_plan(load_config(config))
+
+
 def test_a_plan_counts_the_folded_weights(family: Path) -> None:
     config = load_config(
         {

@@ -123,6 +123,15 @@ def test_exact_is_as_described(
     assert not taken[3].any()
 
 
+def test_quartiles_of_few_elements() -> None:
+    """Positions are rounded down."""
+    for columns in range(1, 13):
+        for seed in range(5):
+            base, model = pair(1, columns, change=0.5, seed=seed)
+            merged = pymerge.arcee_fusion(base, model, semantics="exact")
+            assert torch.equal(merged, fused(base, model)), (columns, seed)
+
+
 def test_golden_values() -> None:
     base = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
     model = torch.tensor([[1.0, 0.0, 0.0, -0.5], [1.0, 2.25, 3.0, 4.0]])

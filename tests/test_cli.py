@@ -378,6 +378,27 @@ def test_what_is_not_a_report_is_refused(text: str) -> None:
         MergeReport.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": 1e999}, "report: holds a number that is too large"),
+        ({"config": {"a": [1, 1e999]}}, "report: holds a number that is too large"),
+        ({"phases": {"\ud800": {"seconds": 1.0}}}, r"report: holds '\\ud800', which UTF-8 cannot"),
+        ({"threads": True}, "report: threads: expected an integer, got True"),
+        ({"threads": 2.0}, r"report: threads: expected an integer, got 2\.0"),
+        ({"later": 1}, "report: expected the fields "),
+    ],
+)
+def test_a_report_that_no_merge_writes_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_report().write(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    text = json.dumps(data | changes).replace("Infinity", "1e999")
+    with pytest.raises(RequestError, match=message):
+        MergeReport.from_json(text)
+
+
 def test_the_card_holds_the_config_and_valid_front_matter(tmp_path: Path) -> None:
     import yaml
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from pymerge.config import MergeConfig, layer_depths, load_config
 from pymerge.errors import RequestError
@@ -308,8 +311,12 @@ def test_linear_averages_an_unlisted_base_at_the_global_weight_as_mergekit(tmp_p
     assert "averaged with them at the global weight" in config.warnings[0]
 
 
-def test_linear_does_not_average_an_unlisted_base_without_a_weight(tmp_path: Path) -> None:
-    config = load("merge_method: linear\nbase_model: base\nmodels: [{model: a}]\n", tmp_path)
+@pytest.mark.parametrize("more", ["", "parameters: {normalize: false}\n"])
+def test_linear_does_not_average_an_unlisted_base_without_a_weight(
+    more: str, tmp_path: Path
+) -> None:
+    text = "merge_method: linear\nbase_model: base\nmodels: [{model: a}]\n"
+    config = load(text + more, tmp_path)
     assert [entry.path for entry in config.models] == ["a"]
     assert config.side_files_from == "base"
     assert "linear does not average it" in config.warnings[0]
@@ -372,6 +379,19 @@ def test_parameters_without_effect_are_warned_about(tmp_path: Path) -> None:
     assert len(config.warnings) == 2
     assert all("has no effect in task_arithmetic" in warning for warning in config.warnings)
     assert "density" not in config.resolve("x")
+
+
+def test_numbers_of_python_numpy_and_torch_are_numbers() -> None:
+    weights = (0.5, np.float32(0.25), torch.tensor(2))
+    entries = [{"model": Path(f"m{k}"), "parameters": {"weight": w}} for k, w in enumerate(weights)]
+    normalize = np.True_
+    config = load_config(
+        {"merge_method": "linear", "models": entries, "parameters": {"normalize": normalize}}
+    )
+    assert config.resolve("x")["weight"] == [0.5, 0.25, 2.0]
+    assert config.resolve("x")["normalize"] is True
+    assert config.paths == ["m0", "m1", "m2"]
+    assert re.findall("(?:weight|normalize): (.*)", config.text) == ["0.5", "0.25", "2", "true"]
 
 
 def test_reading_a_config_does_not_import_torch(tmp_path: Path) -> None:

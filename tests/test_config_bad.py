@@ -330,6 +330,10 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         file.truncate((16 << 20) + 1)
     with pytest.raises(RequestError, match="got more than 16 MiB"):
         load_config(binary)
+    with open(binary, "wb") as file:
+        file.truncate(16 << 20)  # all of it is looked at
+    with pytest.raises(RequestError, match="unacceptable character"):
+        load_config(binary)
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])

@@ -183,25 +183,27 @@ def test_bytes_of_statistics_are_counted(tmp_path: Path) -> None:
     assert report.phases["regmean"].bytes == read
 
 
+def of_layers(root: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Write two models of these layers with Gram matrices, and return the configuration."""
+    record = StatisticsRecord("gram", model_tensors=tuple(shapes))
+    grams = {key: torch.eye(columns) for key, (_, columns) in shapes.items()}
+    entries = []
+    for name in ("x", "y"):
+        model, gram = root / f"{name}.safetensors", root / f"{name}-g.safetensors"
+        save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, model)
+        pymerge.save_statistics(gram, ModelStatistics(grams, record))
+        entries.append({"model": str(model), "parameters": {"statistics": str(gram)}})
+    return {"merge_method": "regmean", "models": entries}
+
+
+def test_a_linear_system_may_be_the_largest_by_its_outputs(tmp_path: Path) -> None:
+    with make_plan(load_config(of_layers(tmp_path, {"a": (5000, 30), "b": (4, 40)}))) as plan:
+        assert plan.memory.matrix_bytes == matrix_bytes(30, 5000, plan.memory.solvers)
+
+
 def test_memory_of_linear_systems_is_planned(tmp_path: Path) -> None:
     config = write(tmp_path, "regmean")
-    inputs = {"a_proj": 20, "b_proj": 1500, "c_proj": 30}
-    for name in ("m0", "m1"):
-        weights = {key: torch.zeros(4, columns) for key, columns in inputs.items()}
-        save_file(weights, tmp_path / f"{name}.safetensors")
-        record = StatisticsRecord("gram", model_tensors=tuple(inputs))
-        grams = {key: torch.eye(columns) for key, columns in inputs.items()}
-        pymerge.save_statistics(tmp_path / f"{name}-g.safetensors", ModelStatistics(grams, record))
-    large = {
-        "merge_method": "regmean",
-        "models": [
-            {
-                "model": str(tmp_path / f"{name}.safetensors"),
-                "parameters": {"statistics": str(tmp_path / f"{name}-g.safetensors")},
-            }
-            for name in ("m0", "m1")
-        ],
-    }
+    large = of_layers(tmp_path, {"a_proj": (4, 20), "b_proj": (4, 1500), "c_proj": (4, 30)})
     with pytest.raises(pymerge.RequestError, match=r"memory: .* is too little.*works is \d+MiB"):
         make_plan(load_config(large), memory=280 << 20)
     with make_plan(load_config(large)) as plan:

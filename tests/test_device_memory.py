@@ -128,3 +128,5 @@ def test_room_is_given_back_when_nobody_has_the_tensors() -> None:
     assert isinstance(source.load("a")[1][0], Array)  # it will not be needed again
     source.restart()
     assert [load("a"), load("b")] == [False, True]
+    source.forget("b")
+    assert [load("c"), load("a")] == [False, True]  # now it is

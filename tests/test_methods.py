@@ -104,6 +104,39 @@ def test_localize_and_stitch_is_that_of_the_paper(density: Any, levels: int) -> 
     assert torch.equal(torch.cat([merged[name].flatten() for name in sorted(base)]), expected)
 
 
+def test_localize_and_stitch_over_tensors_of_different_dtypes() -> None:
+    """All are computed in float64 if one is of it; each result is rounded to its dtype."""
+    generator = torch.Generator().manual_seed(5)
+    names = {"a": torch.float32, "b": torch.float64}
+    base, *tuned = (
+        {
+            name: torch.randn(500, generator=generator, dtype=torch.float64).to(dtype)
+            for name, dtype in names.items()
+        }
+        for _ in range(4)
+    )
+    merged = pymerge.localize_and_stitch(base, tuned, density=0.3)
+    base, *tuned = ({n: t.double() for n, t in state.items()} for state in (base, *tuned))
+    expected = pymerge.localize_and_stitch(base, tuned, density=0.3)
+    for name, dtype in names.items():
+        assert torch.equal(merged[name], expected[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("identifier", BACKEND_IDS)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_medians(count: int, identifier: str, use_backend: Callable[[str], str]) -> None:
+    """Of models or of task vectors, of an even number the mean of the middle two."""
+    how: dict[str, Any] = {"scale": 0.5, "backend": use_backend(identifier)}
+    rows = np.random.default_rng(count).integers(-64, 64, (count + 1, 99)) / 8
+    base, *tuned = torch.from_numpy(rows).float()
+    middle = torch.from_numpy(np.median(rows[1:], axis=0)).float()
+    assert torch.equal(pymerge.median(tuned, **how), middle / 2)
+    assert torch.equal(pymerge.median(tuned, base=base, **how), base + (middle - base) / 2)
+    tuned[0][5] = math.nan
+    merged = pymerge.median(tuned, nan="keep", **how)
+    assert merged.isnan().nonzero().tolist() == [[5]]
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [

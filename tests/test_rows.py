@@ -70,6 +70,13 @@ def test_della(identifier: str, rescale: str, use_backend: Callable[[str], str])
     torch.testing.assert_close(merged.double(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_what_is_dropped_as_a_whole_is_not_rescaled(method: str) -> None:
+    base, tuned = inputs(3, 4)
+    given = {"density": 1e-9, "rescale": "l1"} | ({"epsilon": 0.0} if "della" in method else {})
+    assert torch.equal(pymerge.merge(method, base, tuned, **given), base)
+
+
 def test_della_with_election_divides_by_what_agrees() -> None:
     base, tuned = inputs(11, 13, count=2)
     whole = pymerge.della(base, tuned, density=1.0)

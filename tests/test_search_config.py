@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -53,6 +54,8 @@ _GOOD: dict[str, Any] = {
         (("parameters", _PATH), 3, f"parameters.{_PATH}: expected a list of numbers, null, or a"),
         (("parameters", _PATH, "low"), "0", f"{_PATH}.low: expected a number, got '0'"),
         (("parameters", _PATH, "low"), False, f"{_PATH}.low: expected a number, got False"),
+        (("parameters", _PATH, "low"), math.nan, f"{_PATH}.low: expected a number, got nan"),
+        (("budget", "seconds"), math.nan, "budget.seconds: expected a number, got nan"),
         (
             ("parameters", _PATH, "scale"),
             "exp",

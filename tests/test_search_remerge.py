@@ -11,6 +11,7 @@ import torch
 
 import pymerge
 from pymerge import RequestError
+from pymerge.engine.select import sample_parts
 from pymerge.search import Remerger
 from tests import models
 from tests.models import assert_same, config, no_waiting  # noqa: F401
@@ -121,6 +122,26 @@ def test_statistics_are_computed_once(
             name, value = ("density", 0.6) if method == "ties" else ("ratio", 0.2)
             remerger.merge({**given, "parameters": {**parameters, name: value}}, merged)
             assert {selection, last} <= calls.take()
+
+
+def test_a_sample_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same for all densities."""
+    base, tuned = models.llama(2, **SMALL)
+    models.save_family(tmp_path, base, tuned)
+    samples = []
+
+    def counted(*arguments: Any) -> Any:
+        samples.append(sample_parts(*arguments))
+        return samples[-1]
+
+    monkeypatch.setattr("pymerge.engine.whole_model.sample_parts", counted)
+    given = [
+        config(tmp_path, "ties", 2, semantics="official", density=density) for density in (0.3, 0.5)
+    ]
+    with Remerger(given[0]) as remerger:
+        merged = remerger.merge()
+        remerger.merge(given[1], merged)
+    assert len(samples) == 1
 
 
 def test_the_sign_of_zero_votes_is_remembered(

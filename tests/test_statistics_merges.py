@@ -11,6 +11,7 @@ import torch
 
 import pymerge
 from pymerge.checkpoint.statistics import StatisticsRecord
+from pymerge.methods.statistics import passes
 from pymerge.statistics.files import ModelStatistics
 from tests import data_oracles, models
 
@@ -241,3 +242,14 @@ def test_edges(method: str) -> None:
     start = None if origin is None else {"a": base["w"], "b": base["w"]}
     both = pymerge.merge(method, start, shared, statistics=known)
     assert both["a"].data_ptr() == both["b"].data_ptr()
+
+
+def test_fisher_information_is_wrong_at_an_index_of_the_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever a tensor is cut into tiles."""
+    monkeypatch.setattr(passes, "_AT_ONCE", 8)
+    fisher = torch.ones(50)
+    fisher[29] = math.nan
+    with pytest.raises(pymerge.RequestError, match="holds nan at flat index 29;"):
+        pymerge.fisher_merge([torch.ones(50)] * 2, [torch.ones(50), fisher])

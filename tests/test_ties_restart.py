@@ -222,6 +222,23 @@ def test_the_sign_shows_in_a_maximum_of_nothing() -> None:
     assert sink.found["nothing"].signbit().tolist() == [True, False]
 
 
+def test_passes_are_those_of_the_tensor_that_takes_most() -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = {"a": torch.randn(5000, generator=generator), "b": torch.zeros(0)}
+    tuned = [
+        {
+            name: tensor + torch.randn(tensor.shape, generator=generator)
+            for name, tensor in base.items()
+        }
+        for _ in range(COUNT)
+    ]
+    counted = []
+    for names in ("a", "b", "ab"):
+        states = [{name: state[name] for name in names} for state in (base, *tuned)]
+        counted.append(run(states[0], states[1:], 0.3, scope="tensor")[0]["selection_passes"])
+    assert counted[0] == counted[2] > counted[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_files(dialect: str, dtype: torch.dtype, tmp_path: Path) -> None:
