@@ -213,10 +213,15 @@ def test_summary_of_many_models_is_short() -> None:
     generator = torch.Generator().manual_seed(0)
     base = {f"layers.{k}.w": torch.zeros(4) for k in range(20)}
     tuned = [{name: torch.randn(4, generator=generator) for name in base} for _ in range(9)]
+    for model in tuned:
+        model["layers.3.w"] /= 100
+        model["layers.7.w"] *= 100
     text = io.StringIO()
     print_summary(pymerge.analyze(base, tuned), stream=text)
     assert "Pairs (28 of 36, of largest cosine)" in text.getvalue()
-    assert "Layers (12 of 20, of largest norm)" in text.getvalue()
+    layers = text.getvalue().partition("Layers (12 of 20, of largest norm)")[2].split()
+    assert "7" in layers
+    assert "3" not in layers
     assert "\x1b" not in text.getvalue()
 
 
@@ -249,6 +254,9 @@ def test_advice() -> None:
     same = advise(pymerge.analyze(base, [tuned[0]] * 3, densities=[0.01]))
     assert same.scale == pytest.approx(1 / 3)
     assert same.density is None
+    few = torch.zeros(20_000)
+    few[:100] = 1.0  # which any density keeps
+    assert advise(pymerge.analyze(base, [tuned[0], few], densities=[0.1, 0.5])).density == 0.5
     assert advise(pymerge.analyze(base, [tuned[0], -tuned[0]])).scale is None
     zero = advise(pymerge.analyze(base, [base, base]), scores=[1.0, 2.0])
     assert (zero.scale, zero.density, zero.averages) == (None, None, ((0, 1, None),))

@@ -126,6 +126,9 @@ def test_tables_have_the_numbers() -> None:
     column = pairs[0].index("cosine")
     assert float(pairs[1][column]) == pytest.approx(analysis.whole.cosine[0][1], rel=1e-3)
     assert pairs[2][column] == "-"  # c is the base: no direction
+    first = tables["table-models"]
+    others = first[1][first[0].index("cosine")]
+    assert float(others) == pytest.approx(analysis.whole.cosine[0][1], abs=1e-3)  # and no 1
     overlap = pairs[0].index("overlap, top 20 %")
     expected = analysis.whole.trimmed[1].overlap[0][1]
     assert expected is not None

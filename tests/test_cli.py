@@ -125,6 +125,16 @@ def test_merge_passes_its_options_to_the_engine(fake: FakeEngine) -> None:
     }
 
 
+def test_options_take_their_least_numbers(
+    fake: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", "c.yml", "out", "--seed", "0", "--threads", "1") == 0
+    assert (fake.calls[0][1]["seed"], fake.calls[0][1]["threads"]) == (0, 1)
+    for option, least in (("--seed", 0), ("--threads", 1)):
+        assert run("merge", "c.yml", "out", f"{option}={least - 1}") == 2
+        assert f"expected an integer >= {least}, got '{least - 1}'" in capsys.readouterr().err
+
+
 def test_merge_prints_a_summary_and_keeps_long_paths_whole(
     fake: FakeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_files_and_tensors_give_the_same_bytes(
         models.assert_same(models.load(out), expected)
         assert report.backend == "reference"
         assert "no native kernels" in report.why
+        assert any("slow reference backend: " in warning for warning in report.warnings)
         labels = [entry.label.split(" ")[0] for entry in report.inputs]
         assert "models[1].statistics" in labels
     file = tmp_path / "config.yml"

@@ -10,6 +10,7 @@ import pytest
 
 from pymerge import RequestError, merge_checkpoints
 from pymerge.search import run_search
+from pymerge.search.plots import best_so_far
 from tests import search_metrics
 from tests.models import no_waiting  # noqa: F401
 from tests.search_studies import family, search, study, there, told  # noqa: F401
@@ -96,6 +97,20 @@ def test_too_many_failures_in_a_row_stop(tmp_path: Path) -> None:
         search(tmp_path / "out", metric="tests.search_metrics:broken", max_failures=4)
     lines = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 4
+
+
+def test_of_equal_values_the_first_is_the_best(tmp_path: Path) -> None:
+    config = study(metric=None, budget=5)
+    found = run_search(config, tmp_path / "out", metric=lambda _: 1.0, plots=False)
+    assert found.best is not None
+    assert found.best.number == 0
+
+
+def test_the_best_so_far_is_the_least_where_that_is_sought(tmp_path: Path) -> None:
+    values = iter([3.0, 2.0, 5.0, 1.0])
+    config = study(metric=None, budget=4, direction="minimize")
+    found = run_search(config, tmp_path / "out", metric=lambda _: next(values), plots=False)
+    assert best_so_far(found) == [(0, 3.0), (1, 2.0), (2, 2.0), (3, 1.0)]
 
 
 def test_failures_between_others_do_not_stop(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 
 import pymerge
 from pymerge import RequestError
+from pymerge.engine.execute import execute
 from pymerge.engine.select import sample_parts
-from pymerge.search import Remerger
+from pymerge.search import Remerger, remerge
 from tests import models
 from tests.models import assert_same, config, no_waiting  # noqa: F401
 
@@ -122,6 +123,27 @@ def test_statistics_are_computed_once(
             name, value = ("density", 0.6) if method == "ties" else ("ratio", 0.2)
             remerger.merge({**given, "parameters": {**parameters, name: value}}, merged)
             assert {selection, last} <= calls.take()
+
+
+def test_tensors_of_a_failed_merge_are_merged_again(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it had written into them, or not."""
+    first, second = (config(family, "ties", 3, **{"lambda": scale}) for scale in (1.0, 2.0))
+    with Remerger(first) as remerger:
+        merged = remerger.merge()
+        expected = {name: tensor.clone() for name, tensor in merged.tensors.items()}
+
+        def failing(*arguments: Any) -> None:
+            execute(*arguments)
+            raise OSError("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(remerge, "execute", failing)
+            with pytest.raises(OSError, match="gone"):
+                remerger.merge(second, merged)
+        remerger.merge(first, merged)
+        assert_same(merged.tensors, expected)
 
 
 def test_a_sample_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

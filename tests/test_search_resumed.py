@@ -38,6 +38,20 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (again.resumed, len(again.trials)) == (0, 3)
 
 
+def test_seconds_of_earlier_runs_count(tmp_path: Path) -> None:
+    def slow(_: Any) -> float:
+        time.sleep(0.1)
+        return 1.0
+
+    for budget in (3, 4):
+        found = run_search(
+            study(metric=None, budget=budget), tmp_path / "out", metric=slow, plots=False
+        )
+    elapsed = [trial.elapsed for trial in found.trials]
+    assert elapsed == sorted(elapsed)
+    assert elapsed[-1] >= 0.4
+
+
 def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
     whole = search(tmp_path / "out")
     journal = tmp_path / "out" / "study.jsonl"
