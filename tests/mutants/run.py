@@ -138,7 +138,7 @@ class _Copy:
         finally:
             path.write_bytes(source)
         seconds = time.monotonic() - began
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         by = "" if found is None else found[1]
         if status is None or "from pytest-timeout" in output:
             return Outcome(mutant, "timed out", seconds, by)

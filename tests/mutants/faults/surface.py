@@ -8,11 +8,11 @@ __all__ = ["MUTANTS"]
 
 MUTANTS = (
     mutant(
-        "an option of at least 0 refuses 0",
+        "options refuse their least numbers",
         "pymerge/commands/options.py",
         "if not least <= value < 2**63:",
         "if not least < value < 2**63:",
-        "tests/test_cli.py",
+        "tests/test_cli.py::test_options_take_their_least_numbers",
     ),
     mutant(
         "learning goes on only with --restart",
@@ -88,12 +88,12 @@ MUTANTS = (
         "tests/test_engine_output.py",
     ),
     mutant(
-        "of two calls of one op the first backend is forgotten",
+        "a backend that was named may be replaced where it refuses",
         "pymerge/ops/runner.py",
         'if self.backend != "auto" or name in refused or not takes_fewer_models(error):',
         "if name in refused or not takes_fewer_models(error):",
         "tests/test_runner.py",
-        "tests/test_cuda_engine.py",
+        known="a backend that was named is chosen again, and its second refusal is raised",
     ),
     mutant(
         "slices end beyond the array",
@@ -107,6 +107,6 @@ MUTANTS = (
         "pymerge/merging/gpu/place.py",
         'warning = f"computed with the slow reference backend: {lacks}"\n',
         'warning = ""\n',
-        "tests/test_runner.py",
+        "tests/test_data_files.py::test_files_and_tensors_give_the_same_bytes",
     ),
 )
